@@ -1,0 +1,126 @@
+"""One safetensors file, read by tensor without loading the rest.
+
+The header is checked by the `safetensors` library (sizes, overlaps, truncation); the offsets that it does not hand
+out are read from the header itself (format: huggingface/safetensors README, "Format": 8 bytes little-endian header
+size, JSON, data), so that a tensor can be mapped in place, bfloat16 included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from common.dtypes import FROM_SAFETENSORS
+from common.errors import CheckpointError
+from common.families import Region, Shape
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor's bytes lie: `nbytes` at `offset` of `path`, C order, little endian."""
+
+    path: Path
+    file_tensor: str
+    dtype: str
+    shape: Shape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * FROM_SAFETENSORS[_CODES[self.dtype]].itemsize
+
+    def map(self) -> np.ndarray:
+        """A read-only view of the file; pages are read when touched. The mapping lives as long as the array."""
+        dtype = FROM_SAFETENSORS[_CODES[self.dtype]]
+        try:
+            return np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=self.shape)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: tensor {self.file_tensor} cannot be mapped: {error}") from error
+
+    def read(self) -> np.ndarray:
+        """A copy in memory of our own, so that no page of the file stays counted to this process."""
+        out = np.empty(self.shape, dtype=FROM_SAFETENSORS[_CODES[self.dtype]])
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.offset)
+                view = memoryview(out.reshape(-1).view(np.uint8).data)
+                done = 0
+                while done < len(view):
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise CheckpointError(
+                            f"{self.path}: tensor {self.file_tensor} ends after {done} of {len(view)} bytes; "
+                            "the file changed or is truncated, fetch it again"
+                        )
+                    done += got
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: tensor {self.file_tensor} cannot be read: {error}") from error
+        return out
+
+    def at(self, region: Region) -> TensorRef:
+        """The part of this tensor that a region names."""
+        if region.index is None or region.rows is None:
+            return self
+        _, rows, columns = self.shape
+        itemsize = FROM_SAFETENSORS[_CODES[self.dtype]].itemsize
+        start = (region.index * rows + region.rows[0]) * columns * itemsize
+        return replace(self, shape=region.shape, offset=self.offset + start)
+
+
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NAMES = {code: name for name, code in _CODES.items()}
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """The tensors of one file. Raises CheckpointError if it is missing, damaged, or holds other types than floats."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the file is missing; fetch the checkpoint again")
+    try:
+        with safe_open(path, framework="numpy") as checked:
+            names = list(checked.keys())
+        with open(path, "rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(header_size))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged, fetch it again"
+        ) from error
+    refs = {}
+    for name in names:
+        entry = header[name]
+        if entry["dtype"] not in FROM_SAFETENSORS:
+            raise CheckpointError(
+                f"{path}: tensor {name} has type {entry['dtype']}; weights must be F32, F16 or BF16 "
+                "(quantised checkpoints are not supported, give the original)"
+            )
+        refs[name] = TensorRef(
+            path=path,
+            file_tensor=name,
+            dtype=_NAMES[entry["dtype"]],
+            shape=tuple(entry["shape"]),
+            offset=8 + header_size + entry["data_offsets"][0],
+        )
+    return refs
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors (any of the three float types, or float64 tables) as one file, through the library. Not atomic."""
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def fsync(path: Path) -> None:
+    """Make a file's, or a directory's, content reach the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,208 @@
+"""From distances and a budget to a plan: which copies are resident, and which of them serves whom.
+
+`plan_round_robin` is Algorithm 1 of arXiv 2505.06481; `plan_all` shares nothing but what is identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from common.errors import PlanError
+
+MISS = -1
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One resident copy: the weights that tenant number `owner` has at (layer, expert)."""
+
+    layer: int
+    expert: int
+    owner: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which copies are resident and which copy serves each tenant at each position. Immutable.
+
+    tenants: in the order they were given to build; `owner` and the first axis of `serving` index them.
+    copies: the resident copies; a copy's index is its slot in the whole pool.
+    serving: int32 [tenants, layers, experts], index into `copies`, -1 where the tenant misses.
+    """
+
+    policy: str
+    tenants: tuple[str, ...]
+    num_layers: int
+    num_experts: int
+    copies: tuple[Copy, ...]
+    serving: np.ndarray
+
+    def __post_init__(self) -> None:
+        serving = np.array(self.serving, dtype=np.int32)
+        expected = (len(self.tenants), self.num_layers, self.num_experts)
+        if serving.shape != expected:
+            raise PlanError(f"serving is {serving.shape}, expected [tenants, layers, experts] = {expected}")
+        for i, copy in enumerate(self.copies):
+            if not (
+                0 <= copy.layer < self.num_layers
+                and 0 <= copy.expert < self.num_experts
+                and 0 <= copy.owner < len(self.tenants)
+            ):
+                raise PlanError(f"copy {i} {copy} lies outside {expected}")
+        if serving.size and (serving.min() < MISS or serving.max() >= len(self.copies)):
+            raise PlanError(f"serving names a copy outside 0..{len(self.copies) - 1}")
+        places = np.array([(c.layer, c.expert) for c in self.copies], dtype=np.int64).reshape(-1, 2)
+        served = np.argwhere(serving != MISS)
+        wrong = (places[serving[tuple(served.T)]] != served[:, 1:]).any(axis=1)
+        if wrong.any():
+            tenant, layer, expert = served[wrong][0]
+            copy = self.copies[serving[tenant, layer, expert]]
+            raise PlanError(f"tenant {self.tenants[tenant]!r} at {(int(layer), int(expert))} is served by {copy}")
+        serving.setflags(write=False)
+        object.__setattr__(self, "serving", serving)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash((self.policy, self.tenants, self.copies, self.serving.tobytes()))
+
+    @property
+    def num_slots(self) -> int:
+        """Number of resident copies."""
+        return len(self.copies)
+
+    @property
+    def owner(self) -> np.ndarray:
+        """int [layers, experts]: the tenant whose copy is resident, -1 where none is.
+
+        Raises PlanError if a position has several copies; `copies` and `serving` are the general form.
+        """
+        owner = np.full((self.num_layers, self.num_experts), MISS, dtype=np.int64)
+        for copy in self.copies:
+            if owner[copy.layer, copy.expert] != MISS:
+                raise PlanError(
+                    f"position {(copy.layer, copy.expert)} has several copies, so it has no one owner; "
+                    "use plan.copies and plan.serving"
+                )
+            owner[copy.layer, copy.expert] = copy.owner
+        return owner
+
+    @property
+    def copies_per_position(self) -> np.ndarray:
+        """int [layers, experts]: number of resident copies."""
+        count = np.zeros((self.num_layers, self.num_experts), dtype=np.int64)
+        for copy in self.copies:
+            count[copy.layer, copy.expert] += 1
+        return count
+
+    def users(self, slot: int) -> tuple[int, ...]:
+        """The tenants that a copy serves."""
+        copy = self.copies[slot]
+        return tuple(int(t) for t in np.flatnonzero(self.serving[:, copy.layer, copy.expert] == slot))
+
+    def weights_of(self, tenant: int, layer: int, expert: int) -> int:
+        """The tenant whose weights answer for `tenant` at a position: the copy's owner, or itself on a miss."""
+        slot = int(self.serving[tenant, layer, expert])
+        return tenant if slot == MISS else self.copies[slot].owner
+
+    @property
+    def num_misses(self) -> int:
+        """Number of (tenant, position) pairs that no resident copy serves."""
+        return int((self.serving == MISS).sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object from which `from_json` makes an equal plan."""
+        return {
+            "policy": self.policy,
+            "tenants": list(self.tenants),
+            "num_layers": self.num_layers,
+            "num_experts": self.num_experts,
+            "copies": [[c.layer, c.expert, c.owner] for c in self.copies],
+            "serving": self.serving.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """Raises PlanError if the object is not a plan."""
+        try:
+            return cls(
+                policy=str(value["policy"]),
+                tenants=tuple(value["tenants"]),
+                num_layers=int(value["num_layers"]),
+                num_experts=int(value["num_experts"]),
+                copies=tuple(Copy(int(c[0]), int(c[1]), int(c[2])) for c in value["copies"]),
+                serving=np.array(value["serving"], dtype=np.int32).reshape(
+                    len(value["tenants"]), int(value["num_layers"]), int(value["num_experts"])
+                ),
+            )
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
+
+
+def plan_round_robin(distance: ArrayLike, tenants: Sequence[str] | int, slots: int | None = None) -> Plan:
+    """The paper's layout: one copy a position, most similar positions first, owners in turn (Algorithm 1).
+
+    distance: [layers, experts], a position's score (the sum over all pairs of tenants, see `Distances.score`).
+    tenants: their names in order, or their number.
+    slots: number of resident copies, at most layers * experts; None: every position.
+
+    Positions are sorted by score ascending, stable, ties in row-major order; position number i of that order gets the
+    copy of tenant i mod T, for i < slots. Raises PlanError for a score that is not a number or slots out of range.
+    """
+    score = np.asarray(distance, dtype=np.float64)
+    if score.ndim != 2 or score.size == 0:
+        raise PlanError(f"distance is {list(score.shape)}, expected [layers, experts]")
+    if not np.isfinite(score).all():
+        layer, expert = np.argwhere(~np.isfinite(score))[0]
+        raise PlanError(f"distance at position ({layer}, {expert}) is {score[layer, expert]}; are the weights finite?")
+    names = tuple(f"tenant{i}" for i in range(tenants)) if isinstance(tenants, int) else tuple(tenants)
+    if not names:
+        raise PlanError("a plan needs at least one tenant")
+    if len(set(names)) != len(names):
+        raise PlanError(f"tenant names repeat: {', '.join(names)}")
+    num_slots = score.size if slots is None else slots
+    if not 0 <= num_slots <= score.size:
+        raise PlanError(
+            f"{num_slots} slots; this policy keeps at most one copy of each of the {score.size} positions, "
+            f"so give 0..{score.size}, or 'all' to share nothing"
+        )
+    order = np.argsort(score, axis=None, kind="stable")[:num_slots]
+    layers, experts = np.unravel_index(order, score.shape)
+    copies = tuple(
+        Copy(int(layer), int(expert), i % len(names))
+        for i, (layer, expert) in enumerate(zip(layers, experts, strict=True))
+    )
+    serving = np.full((len(names), *score.shape), MISS, dtype=np.int32)
+    serving[:, layers, experts] = np.arange(num_slots, dtype=np.int32)
+    return Plan("round_robin", names, score.shape[0], score.shape[1], copies, serving)
+
+
+def plan_all(contents: ArrayLike, tenants: Sequence[str]) -> Plan:
+    """Every tenant keeps its own copies; copies that are bit for bit the same are kept once.
+
+    contents: int [tenants, layers, experts]; equal numbers at a position mean equal weights.
+    """
+    groups = np.asarray(contents)
+    if groups.ndim != 3 or groups.shape[0] != len(tenants):
+        raise PlanError(f"contents is {list(groups.shape)}, expected [{len(tenants)} tenants, layers, experts]")
+    _, num_layers, num_experts = groups.shape
+    copies: list[Copy] = []
+    serving = np.full(groups.shape, MISS, dtype=np.int32)
+    for layer in range(num_layers):
+        for expert in range(num_experts):
+            slot_of_content: dict[int, int] = {}
+            for tenant in range(len(tenants)):
+                content = int(groups[tenant, layer, expert])
+                if content not in slot_of_content:
+                    slot_of_content[content] = len(copies)
+                    copies.append(Copy(layer, expert, tenant))
+                serving[tenant, layer, expert] = slot_of_content[content]
+    return Plan("all", tuple(tenants), num_layers, num_experts, tuple(copies), serving)

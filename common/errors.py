@@ -1,0 +1,37 @@
+"""The few exceptions that users of Moetel meet. Each message names what is at fault and says how to mend it."""
+
+from __future__ import annotations
+
+
+class MoetelError(Exception):
+    """Base of every error that Moetel raises on purpose; the command line prints it without a traceback."""
+
+
+class CheckpointError(MoetelError):
+    """A checkpoint that cannot be read: a missing or damaged file, a tensor of another shape, an unsupported config."""
+
+
+class StoreError(MoetelError):
+    """A store that cannot be built, opened or changed."""
+
+
+class PlanError(MoetelError, ValueError):
+    """A plan that contradicts itself, or a budget that cannot be met."""
+
+
+class RequestError(MoetelError, ValueError):
+    """A request that cannot be answered: a bad prompt, a bad option, token ids out of range."""
+
+
+class UnknownTenantError(RequestError, KeyError):
+    """The named tenant is not in the store."""
+
+    def __init__(self, tenant: object, known: tuple[str, ...]):
+        super().__init__(f"no tenant {tenant!r} in this store; it holds: {', '.join(known)}")
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0])
+
+
+class EngineError(MoetelError):
+    """An engine that cannot be loaded or used: no such backend or device, or already closed."""

@@ -1,0 +1,455 @@
+"""Build a store, add a tenant, remove one.
+
+Every tensor is read once: the same pass checks that it is finite, converts it to the store's type, measures its
+distance to the other tenants', hashes it and writes it. A store changes in one step, the replacement of store.json; a
+new store appears in one step, the renaming of its directory. A process killed before that step leaves things as they
+were, plus files that nothing refers to, which the next write removes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.checkpoints import Checkpoint, TensorRef, open_checkpoint
+from common.checkpoints.safetensors_file import fsync
+from common.consolidation import Plan, plan_all, plan_round_robin
+from common.dtypes import BY_NAME, common_dtype, is_lossless
+from common.errors import CheckpointError, PlanError, StoreError, UnknownTenantError
+from common.families import Family, ModelConfig
+from common.progress import Progress, silent
+from common.similarity import Distances, compare, tenant_pairs
+from common.store.lock import FILE as LOCK_FILE
+from common.store.lock import exclusive
+from common.store.manifest import Manifest, Tenant
+from common.store.objects import Objects, check_dtype, save_assets
+from common.store.store import Store, is_store, non_expert_bytes
+from common.units import format_bytes
+from common.version import __version__
+
+logger = logging.getLogger(__name__)
+
+POLICIES = ("round_robin",)
+TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+# Bytes of tensors that the threads of a build hold at once; one thread may exceed it with its one tensor of every
+# tenant.
+IN_FLIGHT_BYTES = 1 << 30
+
+Slots = int | Literal["all"] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a store is planned; kept in its provenance, and applied again when a tenant is added or removed."""
+
+    policy: str = "round_robin"
+    slots: Slots = None
+    budget_bytes: int | None = None
+
+    def check(self) -> None:
+        if self.policy not in POLICIES:
+            raise PlanError(f"no policy {self.policy!r}; there is: {', '.join(POLICIES)}")
+        if self.slots is not None and self.budget_bytes is not None:
+            raise PlanError("give slots or a budget, not both")
+        if self.slots is not None and self.slots != "all" and (not isinstance(self.slots, int) or self.slots < 0):
+            raise PlanError(f"slots is {self.slots!r}; give a whole number from 0, or 'all'")
+
+
+@dataclass
+class _Source:
+    """A tenant on its way into a store; `ids` holds what is stored already."""
+
+    name: str
+    origin: str
+    family: Family
+    config: ModelConfig
+    refs: Mapping[str, TensorRef]
+    assets: Mapping[str, Path]
+    ids: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_checkpoint(cls, name: str, checkpoint: Checkpoint) -> _Source:
+        return cls(
+            name,
+            str(checkpoint.path.resolve()),
+            checkpoint.family,
+            checkpoint.config,
+            checkpoint.tensors,
+            checkpoint.assets,
+        )
+
+    @classmethod
+    def from_store(cls, store: Store, name: str) -> _Source:
+        tenant = store.tenant(name)
+        refs = {tensor: store.ref(name, tensor) for tensor in tenant.tensors}
+        assets = {file: store.assets_dir(name) / file for file in tenant.assets}
+        return cls(name, tenant.source, store.family, tenant.config, refs, assets, dict(tenant.tensors), tenant.notes)
+
+
+def build_store(
+    path: str | Path,
+    tenants: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
+    *,
+    policy: str = "round_robin",
+    slots: Slots = None,
+    budget_bytes: int | None = None,
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Store:
+    """Build a store from checkpoints, replacing the store at `path` if there is one.
+
+    tenants: name -> checkpoint directory, in the order that the plan counts them.
+    slots: resident copies; "all" shares nothing but identical experts; None, without a budget: one copy a position.
+    budget_bytes: device bytes for the pool and one tenant's non-expert weights, in the store's type.
+    dtype: the store's type; auto keeps the tenants' own if they agree, else float32, so that nothing is lost.
+
+    Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
+    """
+    path = Path(path)
+    settings = Settings(policy, slots, budget_bytes)
+    settings.check()
+    pairs = list(tenants.items()) if isinstance(tenants, Mapping) else list(tenants)
+    if not pairs:
+        raise StoreError("a store needs at least one tenant; give --tenant NAME=CHECKPOINT")
+    for name, _ in pairs:
+        _check_name(name)
+    names = [name for name, _ in pairs]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
+    sources = [_Source.from_checkpoint(name, open_checkpoint(directory)) for name, directory in pairs]
+    _check_agreement(sources)
+    if dtype == "auto":
+        dtype = common_dtype([_expert_dtype(s) for s in sources])
+    check_dtype(dtype)
+    num_slots = _resolve_slots(settings, sources, dtype)
+    if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(f"{path}: exists and is not a store; name another place, or remove it first")
+    with _new_or_existing(path) as directory:
+        manifest = _assemble(directory, sources, settings, num_slots, dtype, None, progress)
+        _commit(directory, manifest)
+    return Store.open(path)
+
+
+def add_tenant(path: str | Path, name: str, checkpoint: str | Path, *, progress: Progress = silent) -> Store:
+    """Add a tenant and plan again with the settings that the store was built with.
+
+    Raises CheckpointError, PlanError or StoreError; the store is then as it was.
+    """
+    store = Store.open(path)
+    _check_name(name)
+    if name in store.tenants:
+        raise StoreError(f"tenant {name!r} is in this store already; remove it first or choose another name")
+    sources = [_Source.from_store(store, tenant) for tenant in store.tenants]
+    sources.append(_Source.from_checkpoint(name, open_checkpoint(checkpoint)))
+    _check_agreement(sources)
+    return _change(store, sources, progress)
+
+
+def remove_tenant(path: str | Path, name: str, *, progress: Progress = silent) -> Store:
+    """Remove a tenant, free what only it used, and plan again. Raises UnknownTenantError, StoreError."""
+    store = Store.open(path)
+    if name not in store.tenants:
+        raise UnknownTenantError(name, store.tenants)
+    if len(store.tenants) == 1:
+        raise StoreError(f"tenant {name!r} is the only one in this store; delete the directory {store.path} instead")
+    return _change(store, [_Source.from_store(store, t) for t in store.tenants if t != name], progress)
+
+
+def _change(store: Store, sources: list[_Source], progress: Progress) -> Store:
+    kept = store.manifest.provenance["settings"]
+    settings = Settings(kept["policy"], kept["slots"], kept["budget_bytes"])
+    num_slots = _resolve_slots(settings, sources, store.dtype)
+    with _new_or_existing(store.path) as directory:
+        manifest = _assemble(directory, sources, settings, num_slots, store.dtype, store.distances, progress)
+        _commit(directory, manifest)
+    return Store.open(store.path)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not TENANT_NAME.fullmatch(name):
+        raise StoreError(
+            f"tenant name {name!r} is not allowed; use letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit"
+        )
+
+
+def _expert_dtype(source: _Source) -> str:
+    first = source.family.expert_tensor(source.config, 0, 0, source.config.experts.projections[0][0])
+    return source.refs[first].dtype
+
+
+def _check_agreement(sources: Sequence[_Source]) -> None:
+    first = sources[0]
+    for other in sources[1:]:
+        differences = first.config.experts.differences(other.config.experts)
+        if differences:
+            raise StoreError(
+                f"tenants {first.name!r} and {other.name!r} cannot share experts ({'; '.join(differences)}); "
+                "tenants of one store must be fine-tunes of one architecture"
+            )
+
+
+def _resolve_slots(settings: Settings, sources: Sequence[_Source], dtype: str) -> int | None:
+    """Number of resident copies, None for all. Raises PlanError if they cannot be had."""
+    spec = sources[0].config.experts
+    if settings.budget_bytes is not None:
+        copy_bytes = spec.copy_elements * BY_NAME[dtype].itemsize
+        largest = max(sources, key=lambda s: non_expert_bytes(s.family, s.config, dtype))
+        fixed = non_expert_bytes(largest.family, largest.config, dtype)
+        if settings.budget_bytes < fixed + copy_bytes:
+            raise PlanError(
+                f"budget of {format_bytes(settings.budget_bytes)} is too small for one tenant: {largest.name!r} needs "
+                f"{format_bytes(fixed)} for its non-expert weights and {format_bytes(copy_bytes)} for each expert; "
+                f"give at least {fixed + copy_bytes} bytes"
+            )
+        return min(spec.num_positions, (settings.budget_bytes - fixed) // copy_bytes)
+    if settings.slots == "all":
+        return None
+    slots = spec.num_positions if settings.slots is None else settings.slots
+    if slots > spec.num_positions:
+        raise PlanError(
+            f"{slots} slots, but policy {settings.policy!r} keeps at most one copy of each of the {spec.num_positions} "
+            f"positions; give 0..{spec.num_positions}, or 'all' to share nothing"
+        )
+    return slots
+
+
+def _assemble(
+    directory: Path,
+    sources: Sequence[_Source],
+    settings: Settings,
+    num_slots: int | None,
+    dtype: str,
+    old: Distances | None,
+    progress: Progress,
+) -> Manifest:
+    """Put every tensor of every source into `directory`, plan, and describe it all."""
+    objects = Objects(directory / "objects")
+    matrix = _store_experts(objects, sources, dtype, old, progress)
+    _store_non_experts(objects, sources, dtype, progress)
+    names = tuple(s.name for s in sources)
+    # The plan follows from what is kept (float32), so that planning again from the store gives the same plan.
+    distances = Distances(names, matrix.astype(np.float32).astype(np.float64))
+    plan = _plan(sources, distances, num_slots)
+    entries = _object_entries(sources, dtype)
+    similarity: dict[str, Any] = {"object": None, "layers": distances.layer_summary()}
+    if distances.matrix.shape[0]:
+        table = distances.matrix.astype(np.float32)
+        similarity["object"] = objects.put(table)
+        entries[similarity["object"]] = {"dtype": "float32", "shape": list(table.shape), "bytes": table.nbytes}
+    tenants = []
+    for source in sources:
+        folder, files = save_assets(directory / "assets", source.assets)
+        tenants.append(
+            Tenant(source.name, source.origin, source.config, source.ids, folder, files, _notes(source, dtype))
+        )
+    provenance = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": {"policy": settings.policy, "slots": settings.slots, "budget_bytes": settings.budget_bytes},
+        "versions": {
+            "moetel": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "safetensors": version("safetensors"),
+        },
+    }
+    return Manifest(sources[0].family, dtype, tuple(tenants), plan, entries, similarity, provenance)
+
+
+def _convert(source: _Source, tensor: str, dtype: str) -> np.ndarray:
+    array = source.refs[tensor].read()
+    if array.dtype == BY_NAME[dtype]:
+        return array
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite and is refused by name
+        return array.astype(BY_NAME[dtype])
+
+
+def _refuse_not_finite(source: _Source, tensor: str, dtype: str) -> None:
+    ref = source.refs[tensor]
+    converted = "" if ref.dtype == dtype else f" after conversion from {ref.dtype} to {dtype}"
+    raise CheckpointError(
+        f"{ref.path}: tensor {ref.file_tensor} of tenant {source.name!r} holds NaN or infinite values{converted}; "
+        "fix the checkpoint" + (", or build with --dtype float32" if converted else "")
+    )
+
+
+def _store_experts(
+    objects: Objects, sources: Sequence[_Source], dtype: str, old: Distances | None, progress: Progress
+) -> np.ndarray:
+    """Store all expert tensors and measure distances. Returns float64 [pairs, layers, experts]."""
+    family, config = sources[0].family, sources[0].config
+    spec = config.experts
+    pairs = tenant_pairs(len(sources))
+    matrix = np.zeros((len(pairs), spec.num_layers, spec.num_experts), dtype=np.float64)
+    new_pairs = []
+    for i, (a, b) in enumerate(pairs):
+        if old is not None and sources[a].name in old.tenants and sources[b].name in old.tenants:
+            matrix[i] = old.matrix[
+                old.pairs.index((old.tenants.index(sources[a].name), old.tenants.index(sources[b].name)))
+            ]
+        else:
+            new_pairs.append(i)
+    if not new_pairs and all(s.ids for s in sources):
+        return matrix
+    squared = np.zeros((len(new_pairs), spec.num_layers, spec.num_experts), dtype=np.float64)
+    compared = [pairs[i] for i in new_pairs]
+
+    def one(job: tuple[int, int, str, str]) -> tuple[int, int, np.ndarray, list[str]]:
+        layer, expert, _, tensor = job
+        arrays = [_convert(s, tensor, dtype) for s in sources]
+        part, finite = compare(arrays, compared)
+        for tenant in np.flatnonzero(~finite):
+            _refuse_not_finite(sources[int(tenant)], tensor, dtype)
+        ids = [s.ids.get(tensor) or objects.put(array) for s, array in zip(sources, arrays, strict=True)]
+        return layer, expert, part, ids
+
+    jobs = list(family.iter_expert_tensors(config))
+    tensor_bytes = max(int(np.prod(shape)) for _, shape in spec.projections) * 4
+    with (
+        ThreadPoolExecutor(_workers(len(sources) * tensor_bytes)) as pool,
+        progress("comparing and storing experts", len(jobs)) as advance,
+    ):
+        for job, (layer, expert, part, ids) in zip(jobs, pool.map(one, jobs), strict=True):
+            squared[:, layer, expert] += part
+            for source, object_id in zip(sources, ids, strict=True):
+                source.ids[job[3]] = object_id
+            advance()
+    matrix[new_pairs] = np.sqrt(squared)
+    return matrix
+
+
+def _store_non_experts(objects: Objects, sources: Sequence[_Source], dtype: str, progress: Progress) -> None:
+    jobs = [(s, tensor) for s in sources for tensor in s.family.non_expert_shapes(s.config) if tensor not in s.ids]
+    if not jobs:
+        return
+
+    def one(job: tuple[_Source, str]) -> str:
+        source, tensor = job
+        array = _convert(source, tensor, dtype)
+        if not compare([array], [])[1][0]:
+            _refuse_not_finite(source, tensor, dtype)
+        return objects.put(array)
+
+    largest = max(s.refs[t].nbytes for s, t in jobs) * 2
+    with (
+        ThreadPoolExecutor(_workers(largest)) as pool,
+        progress("storing non-expert weights", len(jobs)) as advance,
+    ):
+        for (source, tensor), object_id in zip(jobs, pool.map(one, jobs), strict=True):
+            source.ids[tensor] = object_id
+            advance()
+
+
+def _workers(bytes_each: int) -> int:
+    return max(1, min(4, os.cpu_count() or 1, IN_FLIGHT_BYTES // max(1, bytes_each)))
+
+
+def _plan(sources: Sequence[_Source], distances: Distances, num_slots: int | None) -> Plan:
+    if num_slots is not None:
+        return plan_round_robin(distances.score(), distances.tenants, num_slots)
+    family, spec = sources[0].family, sources[0].config.experts
+    numbers: dict[tuple[str, ...], int] = {}
+    contents = np.zeros((len(sources), spec.num_layers, spec.num_experts), dtype=np.int64)
+    for t, source in enumerate(sources):
+        for layer in range(spec.num_layers):
+            for expert in range(spec.num_experts):
+                key = tuple(
+                    source.ids[family.expert_tensor(source.config, layer, expert, p)] for p, _ in spec.projections
+                )
+                contents[t, layer, expert] = numbers.setdefault(key, len(numbers))
+    return plan_all(contents, distances.tenants)
+
+
+def _object_entries(sources: Sequence[_Source], dtype: str) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        shapes = source.family.all_shapes(source.config)
+        for tensor, object_id in source.ids.items():
+            shape = shapes[tensor]
+            nbytes = int(np.prod(shape, dtype=np.int64)) * BY_NAME[dtype].itemsize
+            entries[object_id] = {"dtype": dtype, "shape": list(shape), "bytes": nbytes}
+    return entries
+
+
+def _notes(source: _Source, dtype: str) -> tuple[str, ...]:
+    """What was converted on the way in, so that it is said and not only done."""
+    if source.notes:
+        return source.notes
+    counts: dict[str, int] = {}
+    for ref in source.refs.values():
+        if ref.dtype != dtype:
+            counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
+    notes = []
+    for found, count in sorted(counts.items()):
+        loss = "without loss" if is_lossless(found, dtype) else "rounded"
+        notes.append(f"{count} tensors converted from {found} to {dtype} ({loss})")
+        logger.info("tenant %s: %s", source.name, notes[-1])
+    return tuple(notes)
+
+
+@contextmanager
+def _new_or_existing(path: Path) -> Iterator[Path]:
+    """The directory to write into: the store itself, or one beside it that becomes the store when the block ends well.
+
+    If the block fails, files that it added to an existing store are removed, and so is the directory of a new one.
+    """
+    try:
+        if is_store(path):
+            with exclusive(path):
+                try:
+                    yield path
+                except BaseException:
+                    _sweep(path, Manifest.read(path))
+                    raise
+            return
+        staging = path.with_name(f".{path.name}.building")
+        staging.mkdir(parents=True, exist_ok=True)
+        with exclusive(staging):
+            for leftover in staging.iterdir():  # of a build that was killed: its lock is free
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif leftover.name != LOCK_FILE:
+                    leftover.unlink()
+            try:
+                yield staging
+                os.replace(staging, path)
+                fsync(path.parent)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {error}; free some space or choose another place") from error
+
+
+def _commit(directory: Path, manifest: Manifest) -> None:
+    for folder in sorted((directory / "objects").glob("*")):
+        fsync(folder)
+    manifest.write(directory)
+    _sweep(directory, manifest)
+
+
+def _sweep(directory: Path, manifest: Manifest) -> None:
+    """Remove what the manifest does not refer to."""
+    Objects(directory / "objects").sweep(set(manifest.objects))
+    folders = {t.assets_folder for t in manifest.tenants}
+    for folder in (directory / "assets").glob("*"):
+        if folder.name not in folders:
+            shutil.rmtree(folder)
+    for partial in directory.glob("*.partial"):
+        partial.unlink()

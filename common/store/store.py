@@ -1,0 +1,237 @@
+"""An open store, read-only: tenants, plan, distances, and every tensor by reference."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.checkpoints import TensorRef, write_hugging_face
+from common.consolidation import Plan
+from common.dtypes import BY_NAME
+from common.errors import CheckpointError, StoreError, UnknownTenantError
+from common.families import ExpertSpec, Family, ModelConfig
+from common.similarity import Distances, tenant_pairs
+from common.store.manifest import FILE, Manifest, Tenant
+from common.store.objects import Objects
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file of the store that is not as it was written."""
+
+    file: Path
+    what: str
+
+
+class Store:
+    """Open with `Store.open(path)`. Nothing is loaded until asked for; tensors come memory-mapped or as references."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+        self.objects = Objects(path / "objects")
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Raises StoreError if there is no store here or its manifest is damaged; `verify` checks the rest."""
+        path = Path(path)
+        return cls(path, Manifest.read(path))
+
+    @property
+    def family(self) -> Family:
+        return self.manifest.family
+
+    @property
+    def dtype(self) -> str:
+        """float32, float16 or bfloat16: the type of every weight in the store."""
+        return self.manifest.dtype
+
+    @property
+    def plan(self) -> Plan:
+        return self.manifest.plan
+
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.manifest.tenants)
+
+    @property
+    def experts(self) -> ExpertSpec:
+        return self.manifest.tenants[0].config.experts
+
+    def tenant(self, name: str) -> Tenant:
+        """Raises UnknownTenantError."""
+        for tenant in self.manifest.tenants:
+            if tenant.name == name:
+                return tenant
+        raise UnknownTenantError(name, self.tenants)
+
+    def config(self, name: str) -> ModelConfig:
+        return self.tenant(name).config
+
+    def assets_dir(self, name: str) -> Path:
+        """The folder with the tenant's tokenizer files, generation config and chat template."""
+        return self.path / "assets" / self.tenant(name).assets_folder
+
+    def ref(self, name: str, tensor: str) -> TensorRef:
+        """Where a tenant's tensor lies, by its canonical name."""
+        object_id = self.tenant(name).tensors[tensor]
+        entry = self.manifest.objects[object_id]
+        return self.objects.ref(object_id, entry["dtype"], tuple(entry["shape"]))
+
+    def copy_refs(self, name: str, layer: int, expert: int) -> dict[str, TensorRef]:
+        """A tenant's own expert at a position: projection -> reference."""
+        config = self.config(name)
+        return {
+            projection: self.ref(name, self.family.expert_tensor(config, layer, expert, projection))
+            for projection, _ in config.experts.projections
+        }
+
+    @cached_property
+    def distances(self) -> Distances:
+        """The full matrices measured at build."""
+        entry = self.manifest.similarity
+        shape = (len(tenant_pairs(len(self.tenants))), self.experts.num_layers, self.experts.num_experts)
+        if not shape[0]:
+            return Distances(self.tenants, np.zeros(shape))
+        ref = self.objects.ref(entry["object"], "float32", shape)
+        return Distances(self.tenants, ref.read().astype(np.float64))
+
+    # Memory, in bytes of the store's type.
+
+    @property
+    def copy_bytes(self) -> int:
+        """One copy of one position."""
+        return self.experts.copy_elements * BY_NAME[self.dtype].itemsize
+
+    def non_expert_bytes(self, name: str) -> int:
+        return non_expert_bytes(self.family, self.config(name), self.dtype)
+
+    @property
+    def bytes_before(self) -> int:
+        """What the tenants take as separate models."""
+        experts = len(self.tenants) * self.experts.num_positions * self.copy_bytes
+        return experts + sum(self.non_expert_bytes(name) for name in self.tenants)
+
+    @property
+    def bytes_after(self) -> int:
+        """What the pool and all tenants' non-expert weights take together."""
+        return self.plan.num_slots * self.copy_bytes + sum(self.non_expert_bytes(name) for name in self.tenants)
+
+    @property
+    def bytes_budget(self) -> int:
+        """What `--budget` counts: the pool and the largest tenant's non-expert weights."""
+        return self.plan.num_slots * self.copy_bytes + max(self.non_expert_bytes(name) for name in self.tenants)
+
+    def _referenced(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {k: (v["dtype"], tuple(v["shape"])) for k, v in self.manifest.objects.items()}
+
+    def verify(self, on_object: Callable[[], None] | None = None) -> list[Problem]:
+        """Read every file and compare it with its checksum. Returns the damaged or missing ones; empty means sound."""
+        problems = []
+        for object_id, (dtype, shape) in self._referenced().items():
+            what = self.objects.damage(object_id, dtype, shape)
+            if what is not None:
+                problems.append(Problem(self.objects.path(object_id), what))
+            if on_object:
+                on_object()
+        # Tenants with equal files share a folder, whose files are checked once.
+        checksums = {
+            self.assets_dir(tenant.name) / name: entry["sha256"]
+            for tenant in self.manifest.tenants
+            for name, entry in tenant.assets.items()
+        }
+        for path, checksum in checksums.items():
+            try:
+                if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+                    problems.append(Problem(path, "content does not match its checksum"))
+            except OSError as error:
+                problems.append(Problem(path, f"cannot be read: {error}"))
+        return problems
+
+    def owners_of(self, object_id: str) -> list[str]:
+        """`tenant: tensor` for everything that an object holds, to name what a damaged file costs."""
+        return [
+            f"{t.name}: {tensor}" for t in self.manifest.tenants for tensor, i in t.tensors.items() if i == object_id
+        ]
+
+    def export(self, name: str, target: str | Path, on_tensor: Callable[[], None] | None = None) -> None:
+        """Write a tenant, as the store serves it, as a plain Hugging Face checkpoint.
+
+        Each expert is the copy that the plan gives the tenant (its own where it misses). The directory must not exist
+        or be empty. Raises StoreError.
+        """
+        target = Path(target)
+        tenant = self.tenant(name)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise StoreError(f"{target}: exists and is not an empty directory; name another one")
+        index = self.tenants.index(name)
+        names: list[tuple[str, TensorRef]] = [
+            (tensor, self.ref(name, tensor)) for tensor in self.family.non_expert_shapes(tenant.config)
+        ]
+        for layer, expert, _, tensor in self.family.iter_expert_tensors(tenant.config):
+            owner = self.tenants[self.plan.weights_of(index, layer, expert)]
+            names.append((tensor, self.ref(owner, tensor)))
+        if tenant.config.raw.get("tie_word_embeddings"):
+            names = [(tensor, ref) for tensor, ref in names if tensor != "lm_head.weight"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            _remove_tree(partial)
+            partial.mkdir()
+            for asset in tenant.assets:
+                if asset != "config.json":
+                    (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
+            config = self.family.hf_config(tenant.config, self.dtype)
+            write_hugging_face(partial, config, ((tensor, ref.map()) for tensor, ref in names), on_tensor=on_tensor)
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+        except OSError as error:
+            raise StoreError(f"{target}: cannot be written: {error}") from error
+        except CheckpointError as error:
+            raise StoreError(str(error)) from error
+        finally:
+            _remove_tree(partial)
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes in bytes and counts, for tables."""
+        return {
+            "tenants": list(self.tenants),
+            "family": self.family.name,
+            "dtype": self.dtype,
+            "positions": self.experts.num_positions,
+            "resident_copies": self.plan.num_slots,
+            "missing": self.plan.num_misses,
+            "copy_bytes": self.copy_bytes,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bytes_budget": self.bytes_budget,
+            "bytes_on_disk": sum(int(v["bytes"]) for v in self.manifest.objects.values()),
+        }
+
+
+def is_store(path: Path) -> bool:
+    return (path / FILE).is_file()
+
+
+def non_expert_bytes(family: Family, config: ModelConfig, dtype: str) -> int:
+    """Bytes of one tenant's non-expert weights; a tied head counts once."""
+    total = 0
+    for name, shape in family.non_expert_shapes(config).items():
+        if name == "lm_head.weight" and config.raw.get("tie_word_embeddings"):
+            continue
+        total += int(np.prod(shape, dtype=np.int64))
+    return total * BY_NAME[dtype].itemsize
+
+
+def _remove_tree(path: Path) -> None:
+    import shutil
+
+    if path.exists():
+        shutil.rmtree(path)

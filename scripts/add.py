@@ -1,0 +1,28 @@
+"""Add a tenant to a store, and plan again with the settings that the store was built with."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from common import add_tenant
+from common.progress import bars
+from scripts import build, command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("--tenant", type=build.tenant, required=True, metavar="NAME=CHECKPOINT")
+
+
+def run(args: argparse.Namespace) -> int:
+    name, checkpoint = args.tenant
+    build.report(add_tenant(args.store, name, checkpoint, progress=bars), Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("add", sys.modules[__name__]))

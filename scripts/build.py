@@ -1,0 +1,99 @@
+"""Build a store of shared experts from checkpoints of fine-tuned models, replacing the store that is there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from common import Store, build_store
+from common.progress import bars
+from common.store.build import POLICIES
+from common.units import format_bytes, parse_bytes
+from scripts import command
+
+
+def tenant(text: str) -> tuple[str, Path]:
+    """`NAME=CHECKPOINT`, for argparse."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=CHECKPOINT, for example fr=checkpoints/french")
+    return name, Path(path)
+
+
+def slots(text: str) -> int | str:
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, or all") from None
+
+
+def size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path, metavar="STORE", help="directory of the store")
+    parser.add_argument(
+        "--tenant",
+        type=tenant,
+        action="append",
+        required=True,
+        metavar="NAME=CHECKPOINT",
+        help="a tenant's name and its Hugging Face directory; repeat for each, in the order that plans count them",
+    )
+    parser.add_argument("--policy", choices=POLICIES, default="round_robin", help="how copies are chosen")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--slots", type=slots, help="resident copies, or all (share nothing but identical experts)")
+    amount.add_argument("--budget", type=size, help="device bytes for pool and one tenant's other weights, as 60GiB")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the store's weights; auto: the tenants' own if they agree, else float32",
+    )
+
+
+def report(store: Store, console: Console) -> None:
+    """What a store holds and saves, in three lines."""
+    about = store.describe()
+    console.print(
+        f"{store.path}: {len(store.tenants)} tenants ({', '.join(store.tenants)}), {store.family.name}, {store.dtype}"
+    )
+    for name in store.tenants:
+        for note in store.tenant(name).notes:
+            console.print(f"  {name}: {note}")
+    console.print(
+        f"resident copies: {about['resident_copies']} for {about['positions']} positions x {len(store.tenants)} tenants"
+        + (f"; {about['missing']} look-up places miss and use the tenant's own expert" if about["missing"] else "")
+    )
+    saved = 1 - about["bytes_after"] / about["bytes_before"]
+    console.print(
+        f"memory: {format_bytes(about['bytes_before'])} as separate models, "
+        f"{format_bytes(about['bytes_after'])} shared ({saved:.0%} less)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    store = build_store(
+        args.store,
+        args.tenant,
+        policy=args.policy,
+        slots=args.slots,
+        budget_bytes=args.budget,
+        dtype=args.dtype,
+        progress=bars,
+    )
+    report(store, Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("build", sys.modules[__name__]))

@@ -1,0 +1,39 @@
+"""The console command `moetel`: `moetel build`, `moetel inspect`, ... Each is also `python -m scripts.<name>`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from common.version import __version__
+from scripts.command import guarded
+
+COMMANDS = {
+    "build": "build a store from checkpoints",
+    "add": "add a tenant to a store",
+    "remove": "remove a tenant from a store",
+    "inspect": "show tenants, distances, plan and memory of a store",
+    "verify": "check every file of a store against its checksum",
+    "generate": "answer a prompt as a tenant",
+    "export": "write a tenant, as served, as a Hugging Face checkpoint",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="moetel", description="Serve many fine-tuned Mixture-of-Experts models from one shared set of experts."
+    )
+    parser.add_argument("--version", action="version", version=f"moetel {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    modules = {}
+    for name, summary in COMMANDS.items():
+        modules[name] = module = importlib.import_module(f"scripts.{name}")
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
+    args = parser.parse_args(argv)
+    return guarded(modules[args.command].run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The main job, on the tenants shipped in examples/: build a store, show what it saves, let each tenant answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from common import SamplingParams, Store, build_store, load_engine
+from common.progress import bars
+from scripts import build, command
+from scripts.number_words import LANGUAGES, expected, held_out
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tenants"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, default=Path("stores/demo"), help="where the store goes")
+    parser.add_argument("--slots", type=build.slots, help="resident copies, or all; default: one copy a position")
+    parser.add_argument("--show", type=int, default=4, metavar="N", help="answers shown for each tenant")
+    parser.add_argument("--score", type=int, default=200, metavar="N", help="held-out numbers that the score counts")
+
+
+def answers(store: Store, numbers: list[int]) -> dict[str, list[str]]:
+    """Each tenant's greedy answer to each number; tenants are mixed in one batch."""
+    requests = [(tenant, str(number)) for tenant in store.tenants for number in numbers]
+    with load_engine(store) as engine:
+        found = engine.generate_batch(requests, SamplingParams(max_new_tokens=96))
+    texts = [out.text or "" for out in found]
+    return {t: texts[i * len(numbers) : (i + 1) * len(numbers)] for i, t in enumerate(store.tenants)}
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    store = build_store(args.store, {lang: EXAMPLES / lang for lang in LANGUAGES}, slots=args.slots, progress=bars)
+    build.report(store, console)
+    numbers = held_out(max(args.show, args.score))
+    found = answers(store, numbers)
+    table = Table(
+        title="numbers that no tenant saw in training, answered from the shared experts", title_justify="left"
+    )
+    for column in ("tenant", "prompt", "answer", "expected", ""):
+        table.add_column(column, overflow="fold")
+    for tenant in store.tenants:
+        for number, answer in list(zip(numbers, found[tenant], strict=True))[: args.show]:
+            right = answer == expected(number, tenant)
+            table.add_row(tenant, str(number), answer, expected(number, tenant), "right" if right else "wrong")
+        table.add_section()
+    console.print(table)
+    for tenant in store.tenants:
+        right = sum(a == expected(n, tenant) for n, a in zip(numbers, found[tenant], strict=True))
+        console.print(f"{tenant}: {right} of {len(numbers)} held-out numbers right ({right / len(numbers):.1%})")
+    console.print(f"try it: moetel generate {store.path} --tenant fr --prompt 1234")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("demo", sys.modules[__name__]))

@@ -1,0 +1,105 @@
+"""Show a store: tenants, provenance, memory, distances a layer, and the plan; --plot draws distances and plan."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from common import Store
+from common.units import format_bytes
+from scripts import command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw distances and plan, layers x experts")
+
+
+def tenants_table(store: Store) -> Table:
+    """A row a tenant: where it came from, what it keeps, owns and misses."""
+    table = Table(title=f"{store.path}: {store.family.name}, {store.dtype}", title_justify="left")
+    table.add_column("tenant")
+    for column in ("vocabulary", "context", "non-expert weights", "copies owned", "positions missing"):
+        table.add_column(column, justify="right")
+    table.add_column("tokenizer")
+    table.add_column("source", overflow="fold")
+    for index, name in enumerate(store.tenants):
+        tenant = store.tenant(name)
+        owned = sum(copy.owner == index for copy in store.plan.copies)
+        missing = int((store.plan.serving[index] < 0).sum())
+        has_tokenizer = any(f.startswith("tokenizer") or f.endswith(".model") for f in tenant.assets)
+        table.add_row(
+            name,
+            str(tenant.config.vocab_size),
+            str(tenant.config.max_positions),
+            format_bytes(store.non_expert_bytes(name)),
+            str(owned),
+            str(missing),
+            "yes" if has_tokenizer else "no",
+            tenant.source,
+        )
+    return table
+
+
+def memory_table(store: Store) -> Table:
+    about = store.describe()
+    table = Table(title="memory", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("as separate models", format_bytes(about["bytes_before"]))
+    table.add_row("shared: pool and all tenants' non-expert weights", format_bytes(about["bytes_after"]))
+    table.add_row("shared: pool and one tenant (what --budget counts)", format_bytes(about["bytes_budget"]))
+    table.add_row("one copy of an expert", format_bytes(about["copy_bytes"]))
+    table.add_row("resident copies", f"{about['resident_copies']} for {about['positions']} positions")
+    table.add_row("on disk, misses included", format_bytes(about["bytes_on_disk"]))
+    return table
+
+
+def distances_table(store: Store) -> Table:
+    """A row a layer: L2 distances over its experts and all pairs, and where the plan's copies come from."""
+    table = Table(title="L2 distance between tenants' experts, and resident copies", title_justify="left")
+    table.add_column("layer")
+    for column in ("mean", "std", "min", "max", "copies", "of"):
+        table.add_column(column, justify="left" if column == "of" else "right")
+    for layer, summary in enumerate(store.manifest.similarity["layers"]):
+        here = [copy for copy in store.plan.copies if copy.layer == layer]
+        counts = np.bincount([c.owner for c in here], minlength=len(store.tenants))
+        owners = ", ".join(f"{name} {n}" for name, n in zip(store.tenants, counts, strict=True) if n)
+        table.add_row(
+            store.experts.expert_layers[layer],
+            *(f"{summary[key]:.4g}" for key in ("mean", "std", "min", "max")),
+            str(len(here)),
+            owners,
+        )
+    return table
+
+
+def run(args: argparse.Namespace) -> int:
+    store = Store.open(args.store)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file or pipe has no width; wide enough that nothing is cut
+    for table in (tenants_table(store), memory_table(store), distances_table(store)):
+        console.print(table)
+    settings = store.manifest.provenance
+    asked = settings["settings"]
+    amount = asked["slots"] if asked["budget_bytes"] is None else format_bytes(asked["budget_bytes"])
+    console.print(
+        f"built {settings['created']} by Moetel {settings['versions']['moetel']}; policy {asked['policy']}, "
+        f"{'budget' if asked['budget_bytes'] is not None else 'slots'}: {amount or 'one copy a position'}"
+    )
+    if args.plot:
+        from scripts.plot import draw_store
+
+        draw_store(store, args.plot)
+        console.print(f"drawn: {args.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("inspect", sys.modules[__name__]))

@@ -1,0 +1,27 @@
+"""Remove a tenant from a store, free what only it used, and plan again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from common import remove_tenant
+from common.progress import bars
+from scripts import build, command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("--tenant", required=True, metavar="NAME")
+
+
+def run(args: argparse.Namespace) -> int:
+    build.report(remove_tenant(args.store, args.tenant, progress=bars), Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("remove", sys.modules[__name__]))

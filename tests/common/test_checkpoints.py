@@ -1,0 +1,197 @@
+"""Reading Hugging Face directories: every layout gives the same tensors, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import CheckpointError
+from common.checkpoints import open_checkpoint, write_hugging_face
+from common.dtypes import to_float32
+from tests import helpers
+from tests.conftest import Family
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "classic": {},
+    "fused": {"save_original_format": False},
+    "classic shards": {"max_shard_size": "20KB"},
+    "fused shards": {"save_original_format": False, "max_shard_size": "20KB"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_classic_tensors(layout: str, dtype: str, tmp_path: Path) -> None:
+    model = helpers.random_mixtral(0).to(getattr(torch, dtype))
+    classic = load_file(helpers.save(model, tmp_path / "classic") / "model.safetensors")
+    path = helpers.save(model, tmp_path / "layout", **LAYOUTS[layout])
+    assert (path / "model.safetensors.index.json").exists() == ("shards" in layout)
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.tensors) == set(classic)
+    assert checkpoint.expert_dtype == dtype
+    for name, array in checkpoint.stream():
+        assert array.dtype.name == dtype
+        assert torch.equal(torch.from_numpy(to_float32(array)), classic[name].float()), name
+        mapped = checkpoint.tensors[name].map()
+        assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
+        assert np.array_equal(to_float32(mapped), to_float32(array))
+
+
+def test_shared_fixture_layouts_agree() -> None:
+    root = helpers.shared_path("fixtures/mixtral_tiny")
+    classic, fused = (open_checkpoint(root / n) for n in ("base", "base_fused"))
+    assert set(classic.tensors) == set(fused.tensors)
+    for name, array in classic.stream():
+        assert np.array_equal(array, fused.tensors[name].read()), name
+
+
+def test_old_config_fields_are_understood(family: Family, tmp_path: Path) -> None:
+    path = shutil.copytree(family.paths["base"], tmp_path / "old")
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_parameters"]
+    (path / "config.json").write_text(json.dumps(config | {"rope_theta": 5e4, "torch_dtype": "float32"}))
+    found = open_checkpoint(path).config
+    assert found.rope_parameters == {"rope_theta": 5e4, "rope_type": "default"}  # type: ignore[attr-defined]
+
+
+def test_written_checkpoints_are_read_back_sharded_or_not(family: Family, tmp_path: Path) -> None:
+    source = open_checkpoint(family.paths["base"])
+    for limit in (10_000, 1 << 30):
+        path = tmp_path / str(limit)
+        path.mkdir()
+        write_hugging_face(path, dict(source.config.raw), source.stream(), max_shard_bytes=limit)
+        assert (path / "model.safetensors").exists() == (limit > 10_000)
+        again = open_checkpoint(path)
+        for name, array in source.stream():
+            assert np.array_equal(array, again.tensors[name].read())
+        reloaded = helpers.load(path)
+        assert all(torch.equal(p, q) for p, q in zip(reloaded.parameters(), family.models[0].parameters(), strict=True))
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        for key, value in changes.items():
+            if value is None:
+                config.pop(key)
+            else:
+                config[key] = value
+        (path / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def truncate(path: Path) -> None:
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def flip_header_bit(path: Path) -> None:
+    data = bytearray((path / "model.safetensors").read_bytes())
+    (size,) = struct.unpack("<Q", data[:8])
+    data[data.index(b'"shape"', 8, 8 + size)] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+
+
+def only_pickle(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def make_int8(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    tensors[name] = tensors[name][:-1].clone()
+
+
+W2 = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no directory": (shutil.rmtree, r"no such directory; give a checkpoint directory"),
+    "no config": (lambda p: (p / "config.json").unlink(), r"config\.json: the file is missing"),
+    "broken config": (lambda p: (p / "config.json").write_text("{"), r"config\.json: cannot be read as JSON"),
+    "config is a list": (lambda p: (p / "config.json").write_text("[]"), r"config\.json: holds list"),
+    "other family": (edit_config(model_type="llama"), r"model_type is 'llama'; this version serves .*mixtral"),
+    "no model type": (edit_config(model_type=None), r"model_type is None"),
+    "missing field": (edit_config(hidden_size=None), r"config\.json: field 'hidden_size' is missing"),
+    "nonsense field": (
+        edit_config(num_hidden_layers="2"),
+        r"field 'num_hidden_layers' is '2'; expected a whole number",
+    ),
+    "quantised": (edit_config(quantization_config={"bits": 4}), r"'quantization_config' is set; .*give the original"),
+    "unknown activation": (edit_config(hidden_act="mish"), r"field 'hidden_act' is 'mish'; supported: silu"),
+    "unknown rope": (
+        edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        r"'rope_parameters' asks for rope type 'dynamic'; supported: default",
+    ),
+    "top-k too large": (edit_config(num_experts_per_tok=9), r"'num_experts_per_tok' is 9, more than the 4 experts"),
+    "truncated": (truncate, r"model\.safetensors: not a whole safetensors file .*fetch it again"),
+    "empty": (
+        lambda p: (p / "model.safetensors").write_bytes(b""),
+        r"model\.safetensors: not a whole safetensors file",
+    ),
+    "header bit flipped": (flip_header_bit, r"model\.safetensors: not a whole safetensors file"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), r"no safetensors weights here; expected model"),
+    "pickle": (only_pickle, r"pytorch_model\.bin is a pickle.*convert it to safetensors"),
+    "missing tensor": (edit_tensors(lambda t: t.pop(W2)), rf"tensor {W2} is missing"),
+    "extra tensor": (edit_tensors(lambda t: t.update(x=torch.ones(1))), r"1 tensors that .*first 'x'; does config"),
+    "other shape": (edit_tensors(reshape), r"experts\.2\.w1\.weight is \[47, 32\], config\.json implies \[48, 32\]"),
+    "integers": (edit_tensors(make_int8), r"tensor model\.norm\.weight has type I8; weights must be"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_with_the_mend(kind: str, family: Family, tmp_path: Path) -> None:
+    damage, message = DAMAGE[kind]
+    path = shutil.copytree(family.paths["base"], tmp_path / "checkpoint")
+    damage(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_wrong_shards_are_named(tmp_path: Path) -> None:
+    path = helpers.save(helpers.random_mixtral(0), tmp_path / "sharded", max_shard_size="40KB")
+    shards = sorted(path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].rename(tmp_path / "kept")
+    with pytest.raises(CheckpointError, match=rf"{shards[1].name}: shard named in .*index\.json is missing"):
+        open_checkpoint(path)
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(CheckpointError, match=rf"{shards[1].name}: tensor .* is missing, .* fetch the shard again"):
+        open_checkpoint(path)
+    shutil.copy(tmp_path / "kept", shards[1])
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "../elsewhere.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"points to '\.\./elsewhere\.safetensors', which is no file name"):
+        open_checkpoint(path)
+
+
+def test_a_file_that_shrinks_while_it_is_read(family: Family, tmp_path: Path) -> None:
+    path = shutil.copytree(family.paths["base"], tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(path)
+    truncate(path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor .* ends after .* fetch it again"):
+        for _ in checkpoint.stream():
+            pass

@@ -1,0 +1,435 @@
+"""Stores: what they keep, share and refuse; damage is found; a failure leaves things as they were."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import MixtralForCausalLM
+
+from common import (
+    CheckpointError,
+    MoetelError,
+    PlanError,
+    Store,
+    StoreError,
+    UnknownTenantError,
+    add_tenant,
+    build_store,
+    load_engine,
+    plan_round_robin,
+    remove_tenant,
+)
+from common.checkpoints import open_checkpoint
+from common.dtypes import to_float32
+from common.similarity import measure
+from common.store.lock import exclusive
+from tests import helpers
+from tests.conftest import Family
+
+
+@pytest.fixture
+def store(family: Family, tmp_path: Path) -> Store:
+    return build_store(tmp_path / "store", family.paths, slots=5)
+
+
+def test_a_store_holds_every_tensor_and_the_papers_plan(store: Store, family: Family) -> None:
+    assert store.tenants == ("base", "ana", "bob")
+    assert store.verify() == []
+    for name, path in family.paths.items():
+        for tensor, array in open_checkpoint(path).stream():
+            assert np.array_equal(store.ref(name, tensor).read(), array)
+    exact = measure([(n, open_checkpoint(p)) for n, p in family.paths.items()])
+    np.testing.assert_allclose(store.distances.matrix, exact.matrix, rtol=1e-6)
+    assert store.plan == plan_round_robin(store.distances.score(), store.tenants, 5)
+    layers = store.manifest.similarity["layers"]
+    np.testing.assert_allclose([s["mean"] for s in layers], exact.matrix.mean(axis=(0, 2)), rtol=1e-6)
+    provenance = store.manifest.provenance
+    assert provenance["settings"] == {"policy": "round_robin", "slots": 5, "budget_bytes": None}
+    assert set(provenance["versions"]) == {"moetel", "python", "numpy", "safetensors"}
+    assert store.tenant("ana").source == str(family.paths["ana"])
+
+
+def test_memory_figures(store: Store) -> None:
+    expert = 3 * 32 * 48 * 4
+    other = (2 * 96 * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 4 * 32)) * 4
+    assert store.copy_bytes == expert
+    assert store.non_expert_bytes("ana") == other
+    assert store.bytes_before == 3 * (8 * expert + other)
+    assert store.bytes_after == 5 * expert + 3 * other
+    assert store.bytes_budget == 5 * expert + other
+
+
+@pytest.mark.parametrize(("extra", "slots"), [(0, 1), (1, 1), (3, 4), (100, 8)])
+def test_budget_buys_slots(family: Family, tmp_path: Path, extra: int, slots: int) -> None:
+    measured = build_store(tmp_path / "measured", family.paths, slots=0)
+    fixed = max(measured.non_expert_bytes(n) for n in measured.tenants)
+    budget = fixed + (1 + extra) * measured.copy_bytes - (extra == 1)
+    store = build_store(tmp_path / "store", family.paths, budget_bytes=budget)
+    assert store.plan.num_slots == slots
+    assert store.bytes_budget <= budget
+
+
+def test_identical_tensors_are_stored_once_and_shared_without_loss(tmp_path: Path) -> None:
+    base = helpers.random_mixtral(0)
+    lora = copy.deepcopy(base)  # touches attention alone, as a merged LoRA of q and v does
+    for layer in lora.model.layers:
+        layer.self_attn.q_proj.weight.data += 0.1
+    half = copy.deepcopy(lora)  # and one expert
+    half.model.layers[1].mlp.experts.down_proj.data[3] += 0.1
+    models = {"base": base, "lora": lora, "half": half}
+    paths = {n: helpers.save(m, tmp_path / n) for n, m in models.items()}
+    store = build_store(tmp_path / "store", paths, slots="all")
+    # 8 positions once, one of them twice.
+    assert store.plan.num_slots == 9
+    assert sum(len(store.plan.users(i)) for i in range(9)) == 24
+    tensors = len(store.tenant("base").tensors)
+    assert len(store.manifest.objects) == tensors + 2 + 1 + 1  # two q_proj, one w2, the distances
+    row = helpers.prompts(0, [12])
+    with load_engine(store) as shared:
+        for name, path in paths.items():
+            with load_engine(build_store(tmp_path / f"only-{name}", {name: path})) as alone:
+                assert np.array_equal(shared.logits(name, row), alone.logits(name, row))
+
+
+def test_adding_and_removing_equals_building(family: Family, tmp_path: Path) -> None:
+    names = family.names
+    fresh = build_store(tmp_path / "fresh", family.paths, slots=6)
+    path = tmp_path / "grown"
+    build_store(path, {n: family.paths[n] for n in names[:2]}, slots=6)
+    grown = add_tenant(path, names[2], family.paths[names[2]])
+    assert grown.plan == fresh.plan
+    assert np.array_equal(grown.distances.matrix, fresh.distances.matrix)
+    assert set(grown.manifest.objects) == set(fresh.manifest.objects)
+    shrunk = remove_tenant(path, names[0])
+    rebuilt = build_store(tmp_path / "rebuilt", {n: family.paths[n] for n in names[1:]}, slots=6)
+    assert shrunk.plan == rebuilt.plan
+    files = set(helpers.fingerprint(path)) - {"store.json"}
+    assert files == set(helpers.fingerprint(tmp_path / "rebuilt")) - {"store.json"}
+    assert shrunk.verify() == []
+
+
+def test_a_store_can_be_replaced(family: Family, tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    build_store(path, family.paths, slots="all")
+    engine = load_engine(path)  # goes on with the files that it has mapped
+    row = helpers.prompts(0, [6])
+    before = engine.logits("ana", row)
+    store = build_store(path, {"ana": family.paths["ana"]}, slots=2)
+    assert store.tenants == ("ana",) and store.verify() == []
+    assert store.objects.unreferenced(set(store.manifest.objects)) == []
+    assert np.array_equal(engine.logits("ana", row), before)
+
+
+def test_dtypes(family: Family, tmp_path: Path) -> None:
+    half = helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "half")
+    narrow = helpers.save(copy.deepcopy(family.models[2]).half(), tmp_path / "narrow")
+    mixed = {"base": family.paths["base"], "half": half, "narrow": narrow}
+    auto = build_store(tmp_path / "auto", mixed)
+    assert auto.dtype == "float32"
+    assert auto.tenant("half").notes == (
+        f"{len(auto.tenant('half').tensors)} tensors converted from bfloat16 to float32 (without loss)",
+    )
+    name = "model.norm.weight"
+    assert np.array_equal(auto.ref("half", name).read(), to_float32(open_checkpoint(half).tensors[name].read()))
+    forced = build_store(tmp_path / "forced", mixed, dtype="bfloat16")
+    assert "converted from float32 to bfloat16 (rounded)" in forced.tenant("base").notes[0]
+    assert forced.copy_bytes * 2 == auto.copy_bytes
+    assert build_store(tmp_path / "same", {"narrow": narrow}).dtype == "float16"
+
+
+def test_tenants_of_other_precision_answer_right(family: Family, tmp_path: Path) -> None:
+    half = helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "half")
+    narrow = helpers.save(copy.deepcopy(family.models[2]).half(), tmp_path / "narrow")
+    store = build_store(tmp_path / "store", {"base": family.paths["base"], "half": half, "narrow": narrow})
+    models = [family.models[0], helpers.load(half), helpers.load(narrow)]
+    rows = helpers.prompts(0, [9])
+    with load_engine(store) as engine:
+        for i, name in enumerate(store.tenants):
+            helpers.assert_close(
+                engine.logits(name, rows), helpers.hf_logits(helpers.oracle(models, i, store.plan), rows)
+            )
+    float16 = build_store(tmp_path / "float16", {"narrow": narrow})
+    with load_engine(float16, device="cpu") as engine:
+        assert engine.stats()["dtype"] == "float32"  # which holds every float16 value
+        helpers.assert_close(engine.logits("narrow", rows), helpers.hf_logits(models[2], rows))
+
+
+def test_the_assets_travel(family: Family, tmp_path: Path) -> None:
+    path = shutil.copytree(family.paths["ana"], tmp_path / "ana")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "notes.txt").write_text("not an asset")
+    store = build_store(tmp_path / "store", {"ana": path})
+    kept = store.assets_dir("ana")
+    assert sorted(p.name for p in kept.iterdir()) == ["chat_template.jinja", "config.json", "generation_config.json"]
+    for file in kept.iterdir():
+        assert file.read_bytes() == (path / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("slots", [4, None, "all"])
+def test_export_is_the_tenant_as_served(family: Family, tmp_path: Path, slots: Any) -> None:
+    store = build_store(tmp_path / "store", family.paths, slots=slots)
+    rows = helpers.prompts(0, [14])
+    with load_engine(store) as engine:
+        for i, name in enumerate(store.tenants):
+            store.export(name, tmp_path / f"out-{name}")
+            model = helpers.load(tmp_path / f"out-{name}")
+            expected = helpers.hf_logits(helpers.oracle(family.models, i, store.plan), rows)
+            helpers.assert_close(helpers.hf_logits(model, rows), expected, tolerance=1e-6)
+            helpers.assert_close(engine.logits(name, rows), expected)
+    with pytest.raises(StoreError, match="not an empty directory"):
+        store.export("ana", tmp_path / "out-ana")
+    with pytest.raises(UnknownTenantError, match=r"no tenant 'nobody'.*base, ana, bob"):
+        store.export("nobody", tmp_path / "out-nobody")
+    assert not (tmp_path / "out-nobody").exists()
+
+
+def test_export_of_a_tied_tenant_and_of_bfloat16(tmp_path: Path) -> None:
+    model = helpers.random_mixtral(0, tie_word_embeddings=True).to(torch.bfloat16)
+    store = build_store(tmp_path / "store", {"tied": helpers.save(model, tmp_path / "tied")})
+    store.export("tied", tmp_path / "out")
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    assert again.dtype == torch.bfloat16
+    rows = helpers.prompts(0, [8])
+    assert np.array_equal(
+        helpers.hf_logits(again, rows), helpers.hf_logits(helpers.load(tmp_path / "tied", torch.bfloat16), rows)
+    )
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_flipped_bit_anywhere_is_found(store: Store, seed: int) -> None:
+    rng = random.Random(seed)
+    files = [p for p in sorted(store.path.rglob("*")) if p.is_file() and p.name != ".lock"]
+    # Few of many files are not objects: pick them as often.
+    others = [p for p in files if p.suffix != ".safetensors"]
+    path = rng.choice(rng.choice([files, others]))
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    if path.name == "store.json":
+        # A flip between two kinds of white space changes no value; every other one is refused.
+        try:
+            found = Store.open(store.path).manifest.to_json()
+        except StoreError as error:
+            assert str(path) in str(error)
+        else:
+            assert found == store.manifest.to_json()
+    else:
+        assert [p.file for p in Store.open(store.path).verify()] == [path]
+
+
+def test_missing_and_truncated_files_are_named(store: Store) -> None:
+    tensor = "model.layers.0.self_attn.o_proj.weight"
+    object_id = store.tenant("ana").tensors[tensor]
+    path = store.objects.path(object_id)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    (problem,) = store.verify()
+    assert problem.file == path and "truncated" in problem.what
+    assert store.owners_of(object_id) == [f"ana: {tensor}"]
+    path.unlink()
+    (problem,) = store.verify()
+    assert problem.file == path and "missing" in problem.what
+    with pytest.raises(StoreError, match=rf"{path}: the file is missing.*build the store again"):
+        load_engine(store)
+    # Building again mends it, although its other objects are taken as they are.
+    data = {n: Path(store.tenant(n).source) for n in store.tenants}  # type: ignore[assignment]
+    assert build_store(store.path, data, slots=5).verify() == []  # type: ignore[arg-type]
+
+
+def test_building_again_mends_a_damaged_object(store: Store, family: Family) -> None:
+    path = store.objects.path(store.tenant("ana").tensors["model.norm.weight"])
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert build_store(store.path, family.paths, slots=5).verify() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"not a store, there is no store\.json.*moetel build"),
+        ("{", r"store\.json: damaged"),
+        ('{"format": "other"}', r"not the manifest of a Moetel store"),
+        ('{"format": "moetel-store", "version": 99}', r"format version 99, this code reads version 1"),
+        ('{"format": "moetel-store", "version": 1}', r"its checksum does not match"),
+    ],
+)
+def test_what_is_not_a_store_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "store.json").write_text(content)
+    with pytest.raises(StoreError, match=message):
+        Store.open(tmp_path)
+    with pytest.raises(StoreError, match="no such directory"):
+        Store.open(tmp_path / "nothing")
+
+
+def other(tmp_path: Path, **changes: Any) -> Path:
+    return helpers.save(helpers.random_mixtral(9, **changes), tmp_path / "other")
+
+
+def poisoned(family: Family, tmp_path: Path, name: str, value: float) -> Path:
+    model = copy.deepcopy(family.models[0])
+    dict(model.named_parameters())[name].data.view(-1)[7] = value
+    return helpers.save(model, tmp_path / "poisoned")
+
+
+EXPERTS = "model.layers.1.mlp.experts.down_proj"
+
+BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[MoetelError], str]] = {
+    "no tenant": (lambda f, t: {"tenants": {}}, StoreError, "at least one tenant"),
+    "path-like name": (lambda f, t: {"tenants": {"../x": f.paths["ana"]}}, StoreError, r"'\.\./x' is not allowed; use"),
+    "name with slash": (lambda f, t: {"tenants": {"a/b": f.paths["ana"]}}, StoreError, "'a/b' is not allowed"),
+    "hidden name": (lambda f, t: {"tenants": {".x": f.paths["ana"]}}, StoreError, r"'\.x' is not allowed"),
+    "empty name": (lambda f, t: {"tenants": {"": f.paths["ana"]}}, StoreError, "'' is not allowed"),
+    "newline in name": (lambda f, t: {"tenants": {"a\n": f.paths["ana"]}}, StoreError, "is not allowed"),
+    "name twice": (
+        lambda f, t: {"tenants": [("a", f.paths["ana"]), ("a", f.paths["bob"])]},
+        StoreError,
+        "'a' is given twice",
+    ),
+    "no checkpoint": (lambda f, t: {"tenants": {"a": t / "none"}}, CheckpointError, "none: no such directory"),
+    "other expert count": (
+        lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, num_local_experts=3)}},
+        StoreError,
+        r"'a' and 'b' cannot share experts \(num_experts: 4 != 3\)",
+    ),
+    "other expert size": (
+        lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, intermediate_size=40)}},
+        StoreError,
+        "intermediate_size: 48 != 40",
+    ),
+    "other depth": (
+        lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, num_hidden_layers=3)}},
+        StoreError,
+        "num_layers: 2 != 3",
+    ),
+    "other activation": (
+        lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, hidden_act="gelu")}},
+        StoreError,
+        "activation: silu != gelu",
+    ),
+    "other top-k": (
+        lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, num_experts_per_tok=1)}},
+        StoreError,
+        "top_k: 2 != 1",
+    ),
+    "too many slots": (lambda f, t: {"slots": 9}, PlanError, r"9 slots, .* give 0\.\.8, or 'all'"),
+    "negative slots": (lambda f, t: {"slots": -1}, PlanError, "slots is -1; give a whole number from 0"),
+    "unknown slots": (lambda f, t: {"slots": "many"}, PlanError, "slots is 'many'"),
+    "unknown policy": (lambda f, t: {"policy": "best"}, PlanError, "no policy 'best'; there is: round_robin"),
+    "slots and budget": (lambda f, t: {"slots": 1, "budget_bytes": 10**9}, PlanError, "slots or a budget, not both"),
+    "budget too small": (lambda f, t: {"budget_bytes": 30_000}, PlanError, "too small for one tenant.*give at least"),
+    "unknown dtype": (lambda f, t: {"dtype": "int8"}, StoreError, "dtype 'int8' is not one of auto"),
+    "NaN expert": (
+        lambda f, t: {"tenants": {"a": f.paths["ana"], "b": poisoned(f, t, EXPERTS, float("nan"))}},
+        CheckpointError,
+        r"poisoned.*layers\.1\.block_sparse_moe\.experts\.0\.w2\.weight of tenant 'b' holds NaN.*fix the checkpoint",
+    ),
+    "infinite norm": (
+        lambda f, t: {"tenants": {"b": poisoned(f, t, "model.norm.weight", float("inf"))}},
+        CheckpointError,
+        r"model\.norm\.weight of tenant 'b' holds NaN or infinite",
+    ),
+    "overflow": (
+        lambda f, t: {"tenants": {"b": poisoned(f, t, EXPERTS, 1e6)}, "dtype": "float16"},
+        CheckpointError,
+        r"after conversion from float32 to float16.*--dtype float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "over a store"])
+@pytest.mark.parametrize("kind", BAD_BUILDS)
+def test_a_refused_build_leaves_things_as_they_were(kind: str, existing: bool, family: Family, tmp_path: Path) -> None:
+    make, error, message = BAD_BUILDS[kind]
+    path = tmp_path / "place" / "store"
+    path.parent.mkdir()
+    if existing:
+        build_store(path, {"old": family.paths["base"]})
+    before = helpers.fingerprint(path.parent)
+    arguments = {"tenants": family.paths} | make(family, tmp_path)
+    with pytest.raises(error, match=message):
+        build_store(path, **arguments)
+    assert helpers.fingerprint(path.parent) == before
+    assert path.exists() == existing
+
+
+def test_refused_changes_leave_the_store_as_it_was(store: Store, family: Family, tmp_path: Path) -> None:
+    before = helpers.fingerprint(store.path)
+    bad = [
+        (lambda: add_tenant(store.path, "ana", family.paths["ana"]), StoreError, "'ana' is in this store already"),
+        (lambda: add_tenant(store.path, "../x", family.paths["ana"]), StoreError, "is not allowed"),
+        (lambda: add_tenant(store.path, "x", other(tmp_path, num_local_experts=3)), StoreError, "cannot share experts"),
+        (
+            lambda: add_tenant(store.path, "x", poisoned(family, tmp_path, EXPERTS, float("nan"))),
+            CheckpointError,
+            "NaN",
+        ),
+        (lambda: remove_tenant(store.path, "nobody"), UnknownTenantError, "no tenant 'nobody'"),
+    ]
+    for change, error, message in bad:
+        with pytest.raises(error, match=message):
+            change()
+        assert helpers.fingerprint(store.path) == before
+    remove_tenant(store.path, "ana")
+    remove_tenant(store.path, "bob")
+    with pytest.raises(StoreError, match=r"'base' is the only one.*delete the directory"):
+        remove_tenant(store.path, "base")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_not_a_store_is_never_replaced(kind: str, family: Family, tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    if kind == "file":
+        path.write_text("data")
+    else:
+        path.mkdir()
+        (path / "data").write_text("data")
+    with pytest.raises(StoreError, match=r"precious: exists and is not a store; name another place"):
+        build_store(path, family.paths)
+    assert (path if kind == "file" else path / "data").read_text() == "data"
+
+
+def test_an_empty_folder_may_become_a_store(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    assert build_store(tmp_path / "store", family.paths).verify() == []
+
+
+def test_two_writers_at_once_are_refused(store: Store, family: Family, tmp_path: Path) -> None:
+    before = helpers.fingerprint(store.path)
+    with exclusive(store.path), pytest.raises(StoreError, match="another process is writing this store; wait"):
+        build_store(store.path, family.paths)
+    assert helpers.fingerprint(store.path) == before
+    staging = tmp_path / ".new.building"
+    staging.mkdir()
+    with exclusive(staging), pytest.raises(StoreError, match="another process is writing"):
+        build_store(tmp_path / "new", family.paths)
+    build_store(tmp_path / "new", family.paths)
+    assert not staging.exists()
+
+
+def test_leftovers_are_reported_and_swept(store: Store, family: Family) -> None:
+    folder = store.path / "objects" / "ab"
+    folder.mkdir(exist_ok=True)
+    (folder / "0123.partial").write_bytes(b"half")
+    (store.path / "assets" / "orphan").mkdir()
+    assert [p.name for p in store.objects.unreferenced(set(store.manifest.objects))] == ["0123.partial"]
+    assert store.verify() == []
+    again = build_store(store.path, family.paths)
+    assert again.objects.unreferenced(set(again.manifest.objects)) == []
+    assert not (store.path / "assets" / "orphan").exists()
+
+
+def test_the_manifest_is_documented_json(store: Store) -> None:
+    value = json.loads((store.path / "store.json").read_text())
+    assert (value["format"], value["version"]) == ("moetel-store", 1)
+    assert {"checksum", "family", "dtype", "provenance", "tenants", "plan", "similarity", "objects"} <= set(value)

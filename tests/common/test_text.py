@@ -1,0 +1,109 @@
+"""Text that appears token by token: whole characters, stop strings, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from common.errors import RequestError, StoreError
+from common.text import TenantText, TextStream
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TenantText:
+    """One token a byte, so that every character beyond ASCII is split."""
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(ALPHABET)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    path = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    return TenantText("bytes", path)
+
+
+def pieces(text: TenantText, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+    stream = TextStream(text, stop)
+    found = []
+    for i, token_id in enumerate(ids):
+        found.append(stream.push(token_id, last=i == len(ids) - 1))
+        if stream.stopped:
+            break
+    return found, stream
+
+
+SAMPLE = st.text(alphabet=st.sampled_from("ab é ß漢字🙂👩‍👩‍👧ñ\n"), min_size=1, max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sample=SAMPLE)
+def test_pieces_make_the_whole_and_split_no_character(text: TenantText, sample: str) -> None:
+    ids = text.encode(sample)
+    assert len(ids) == len(sample.encode())
+    found, stream = pieces(text, ids)
+    assert "".join(found) == stream.emitted == sample
+    assert not any("\ufffd" in piece for piece in found)
+    # A character comes with its last byte, not later.
+    for count in range(1, len(ids) + 1):
+        whole = sample.encode()[:count].decode(errors="ignore")
+        assert "".join(found[:count]) == whole
+
+
+@settings(max_examples=150, deadline=None)
+@given(sample=SAMPLE, stop=st.text(alphabet="ab é漢", min_size=1, max_size=4))
+def test_stop_strings_are_found_wherever_they_begin(text: TenantText, sample: str, stop: str) -> None:
+    found, stream = pieces(text, text.encode(sample), (stop,))
+    assert "".join(found) == sample.split(stop)[0]
+    assert stream.stopped == (stop in sample)
+
+
+def test_what_may_become_a_stop_string_is_held_back(text: TenantText) -> None:
+    found, _ = pieces(text, text.encode("xabyabc"), ("abc",))
+    assert found == ["x", "", "", "aby", "", "", ""]
+    found, _ = pieces(text, text.encode("xab"), ("abc",))
+    assert found == ["x", "", "ab"]  # the end comes first
+    found, stream = pieces(text, text.encode("one two"), ("two", "e t"))
+    assert stream.emitted == "on"
+
+
+def test_an_answer_cut_inside_a_character(text: TenantText) -> None:
+    ids = text.encode("aé")[:-1]
+    found, _ = pieces(text, ids)
+    assert found == ["a", "\ufffd"]  # the half is shown as what it is, at the end alone
+    stream = TextStream(text, ())
+    assert [stream.push(i) for i in ids] == ["a", ""]
+    assert stream.finish() == "\ufffd"
+
+
+def test_a_replacement_character_of_the_models_own(text: TenantText) -> None:
+    found, _ = pieces(text, text.encode("a\ufffdb"))
+    assert "".join(found) == "a\ufffdb"
+
+
+def test_generation_config_gives_the_end_ids(text: TenantText, tmp_path: Path) -> None:
+    assert text.eos_token_ids == {7, 9}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert TenantText("bare", tmp_path).eos_token_ids == {5}
+
+
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    bare = TenantText("bare", tmp_path)
+    assert not bare.has_tokenizer and bare.decode([1]) is None and bare.eos_token_ids == frozenset()
+    with pytest.raises(RequestError, match="tenant 'bare' has no tokenizer; give the prompt as a list of token ids"):
+        bare.encode("hello")
+    with pytest.raises(RequestError, match="no chat template; give the prompt as plain text"):
+        bare.chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(StoreError, match=r"the tokenizer of tenant 'x' cannot be loaded.*build again"):
+        TenantText("x", tmp_path)

@@ -1,0 +1,44 @@
+"""Fixtures that many tests share: a family of three tenants, and a text tenant with a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralForCausalLM
+
+from tests import helpers
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tenants of one base, on disk and as Hugging Face models."""
+
+    paths: dict[str, Path]
+    models: list[MixtralForCausalLM]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.paths)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> Iterator[None]:
+    """Tiny products gain nothing from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """base, ana and bob: 2 layers of 4 experts, top-2, vocabulary 96, float32."""
+    root = tmp_path_factory.mktemp("family")
+    base = helpers.random_mixtral(0)
+    models = [base, helpers.tuned(base, 1), helpers.tuned(base, 2)]
+    paths = {n: helpers.save(m, root / n) for n, m in zip(("base", "ana", "bob"), models, strict=True)}
+    return Family(paths, models)

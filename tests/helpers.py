@@ -1,0 +1,147 @@
+"""Checkpoints and oracles for tests, made with Hugging Face's code alone."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from common import Plan
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("MOETEL_SHARED", REPOSITORY.parent / "shared"))
+DATA = REPOSITORY / "tests" / "data"
+
+# The bound of the fixtures' README: padding, kernels and order of sums move float32 logits by about 1e-5.
+TOLERANCE = 1e-4
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def shared_path(name: str) -> Path:
+    """A file or folder of the shared material; skips the test where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent; set MOETEL_SHARED to the folder that holds it")
+    return path
+
+
+def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:
+    """Random weights wide enough that tokens spread over experts and greedy choices are clear."""
+    torch.manual_seed(seed)
+    # Eager experts take every shape; transformers' grouped products want aligned ones.
+    model = MixtralForCausalLM(MixtralConfig(**(SIZES | changes), experts_implementation="eager")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.7, 1.3)
+            elif name.endswith("gate.weight") or "embed" in name or "lm_head" in name:
+                parameter.normal_(0, 1.0)
+            else:
+                parameter.normal_(0, 0.15)
+    return model
+
+
+def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralForCausalLM:
+    """A fine-tune: every weight moved, the experts' more the higher their index, so that distances differ."""
+    found = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * size
+            if ".mlp.experts." in name:
+                noise *= 1 + torch.arange(len(parameter))[:, None, None]
+            parameter += noise.to(parameter.dtype)
+    return found
+
+
+def save(model: MixtralForCausalLM, path: Path, **options: Any) -> Path:
+    model.save_pretrained(path, **options)
+    return path
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> MixtralForCausalLM:
+    return MixtralForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
+
+
+def oracle(tenants: Sequence[MixtralForCausalLM], index: int, plan: Plan) -> MixtralForCausalLM:
+    """The tenant's Hugging Face model with each expert replaced as the plan says; its own where it misses."""
+    model = copy.deepcopy(tenants[index])
+    for layer in range(plan.num_layers):
+        for expert in range(plan.num_experts):
+            slot = plan.serving[index, layer, expert]
+            owner = index if slot < 0 else plan.copies[slot].owner
+            ours, theirs = (m.model.layers[layer].mlp.experts for m in (model, tenants[owner]))
+            ours.gate_up_proj.data[expert] = theirs.gate_up_proj.data[expert]
+            ours.down_proj.data[expert] = theirs.down_proj.data[expert]
+    return model
+
+
+@torch.inference_mode()
+def hf_logits(model: MixtralForCausalLM, ids: Any, mask: Any = None) -> np.ndarray:
+    """float32 [batch, seq, vocab]."""
+    attention_mask = None if mask is None else torch.as_tensor(mask)
+    positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(input_ids=torch.as_tensor(ids), attention_mask=attention_mask, position_ids=positions, use_cache=False)
+    return out.logits.float().numpy()
+
+
+@torch.inference_mode()
+def hf_greedy(model: MixtralForCausalLM, prompt: Sequence[int], count: int, eos: int | None = None) -> list[int]:
+    """New tokens of greedy generation, the row alone and unpadded."""
+    ids = torch.tensor([list(prompt)])
+    model.generation_config.eos_token_id = eos
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def prompts(seed: int, lengths: Sequence[int], vocab_size: int = 96) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab_size, size=n).tolist() for n in lengths]
+
+
+def padded(rows: Sequence[Sequence[int]], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """input_ids and attention_mask, int64 [batch, longest]."""
+    longest = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), longest), dtype=np.int64), np.zeros((len(rows), longest), dtype=np.int64)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE, what: str = "logits") -> None:
+    """Fails with the largest and the mean difference."""
+    assert found.shape == expected.shape, f"{what}: {found.shape} against {expected.shape}"
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    assert difference.max() <= tolerance, f"{what}: max {difference.max():.3g}, mean {difference.mean():.3g}"
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Every file below a path with its hash, the lock left out."""
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }

@@ -1,0 +1,142 @@
+"""Parts of the engine on their own: norm, routing, rotary, products, ready tenants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.mixtral import modeling_mixtral as hf
+
+from common import build_store
+from common.families import FAMILIES, MixtralConfig
+from tests import helpers
+from tests.conftest import Family
+from torch_engine import products
+from torch_engine.model import rms_norm, route_top_k
+from torch_engine.non_expert import FlatLayout, TenantsByCopy, TenantsInPlace, TenantWeights, entries
+from torch_engine.pool import find_grouped_mm, grouped_mm_fits
+from torch_engine.rotary import RotaryTable, rotate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_rounds_as_transformers(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norm = hf.MixtralRMSNorm(32, eps=1e-5).to(dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    assert torch.equal(rms_norm(x, norm.weight.detach(), 1e-5), norm(x).detach())
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (3, 1), (5, 5)])
+def test_routing_equals_transformers(experts: int, top_k: int) -> None:
+    router = hf.MixtralTopKRouter(
+        hf.MixtralConfig(hidden_size=16, num_local_experts=experts, num_experts_per_tok=top_k)
+    )
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(30, 16, generator=torch.Generator().manual_seed(2))
+    logits, weights, ids = router(x)
+    found_weights, found_ids = route_top_k(logits, top_k)
+    assert torch.equal(found_ids, ids)
+    torch.testing.assert_close(found_weights, weights)
+
+
+def test_rotary_equals_transformers_beyond_the_first_table() -> None:
+    raw = helpers.SIZES | {"model_type": "mixtral", "max_position_embeddings": 2048, "rope_theta": 1e4}
+    config = FAMILIES["mixtral"].parse_config(raw, "test")
+    assert isinstance(config, MixtralConfig)
+    table = RotaryTable(config, torch.float32, torch.device("cpu"))
+    positions = torch.tensor([0, 5, 511, 700, 1999])
+    q = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
+    hf_config = hf.MixtralConfig(**(helpers.SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}))
+    cos, sin = hf.MixtralRotaryEmbedding(hf_config)(q, positions[None])
+    expected, _ = hf.apply_rotary_pos_emb(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos, sin)
+    torch.testing.assert_close(rotate(q, *table.at(positions, 1999)), expected[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 16, 100])
+def test_packed_products_equal_plain_ones(dtype: torch.dtype, rows: int) -> None:
+    if not products.can_pack(dtype):
+        pytest.skip(f"this processor multiplies no packed {dtype}")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(37, 50, generator=generator).to(dtype)
+    x = torch.randn(rows, 50, generator=generator).to(dtype)
+    packed = products.pack(weight)
+    assert packed.nbytes == weight.nbytes
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(
+        products.linear(x, packed).double(),
+        exact,
+        atol=1e-4 if dtype == torch.float32 else 0.1,
+        rtol=1e-5 if dtype == torch.float32 else 1e-2,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_product_equals_a_loop(dtype: torch.dtype) -> None:
+    """The library's grouped product is new and differs by platform, so it is held against a loop here too."""
+    grouped_mm = find_grouped_mm()
+    assert grouped_mm is not None
+    assert grouped_mm_fits(32, 48, dtype, torch.device("cpu"))
+    assert not grouped_mm_fits(27, 48, dtype, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 48, 32, generator=generator).to(dtype)
+    x = torch.randn(12, 32, generator=generator).to(dtype)
+    ends = torch.tensor([0, 3, 3, 11, 12], dtype=torch.int32)  # with empty groups
+    found = grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    starts = [0, *ends.tolist()[:-1]]
+    exact = torch.cat(
+        [x[a:b].double() @ weight[i].double().T for i, (a, b) in enumerate(zip(starts, ends.tolist(), strict=True))]
+    )
+    torch.testing.assert_close(found.double(), exact, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=1e-2)
+
+
+def assert_same_weights(found: TenantWeights, expected: TenantWeights) -> None:
+    assert torch.equal(found.embed, expected.embed) and torch.equal(found.norm, expected.norm)
+    assert isinstance(found.head, torch.Tensor) and isinstance(expected.head, torch.Tensor)
+    assert torch.equal(found.head, expected.head)
+    for mine, theirs in zip(found.layers, expected.layers, strict=True):
+        for name in ("input_norm", "qkv", "o", "post_norm", "router"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
+    """The path that CUDA takes, on the host's memory: flat buffers, least recently used out, nothing copied back."""
+    store = build_store(tmp_path / "store", family.paths)
+    cpu = torch.device("cpu")
+    in_place = TenantsInPlace(store, torch.float32, 3, lambda w: w)
+    by_copy = TenantsByCopy(store, torch.float32, cpu, capacity)
+    expected_ready: list[str] = []
+    copies = 0
+    for name in np.random.default_rng(0).choice(family.names, size=20):
+        copies += name not in expected_ready
+        expected_ready = [*[n for n in expected_ready if n != name], str(name)][-capacity:]
+        (weights,) = by_copy.acquire([str(name)]).values()
+        assert by_copy.ready == expected_ready
+        assert_same_weights(weights, in_place.acquire([str(name)])[str(name)])
+    assert by_copy.switches == in_place.switches
+    layout = FlatLayout.of(in_place.acquire(["ana"])["ana"].config)
+    assert by_copy.copied_bytes == copies * layout.elements * 4
+    assert by_copy.device_bytes == capacity * layout.elements * 4
+    if capacity == 2:
+        both = by_copy.acquire(["base", "bob"])
+        for name, weights in both.items():
+            assert_same_weights(weights, in_place.acquire([name])[name])
+
+
+def test_flat_layout_is_aligned_and_ordered(family: Family, tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", family.paths)
+    config = store.config("base")
+    assert isinstance(config, MixtralConfig)
+    layout = FlatLayout.of(config)
+    ends = [0]
+    for entry in entries(config):
+        offset = layout.offsets[entry.name]
+        assert offset % 128 == 0 and offset >= ends[-1]
+        ends.append(offset + entry.elements)
+    assert list(layout.stage_ends) == sorted(layout.stage_ends)
+    assert len(layout.stage_ends) == config.experts.num_layers + 2
+    names = {s for entry in entries(config) for s in entry.sources}
+    assert names == set(store.family.non_expert_shapes(config))

@@ -1,0 +1,391 @@
+"""The expert pool: resident copies in slots, spare slots for misses, and the products that go through them.
+
+Legend: tokens T, experts E, top_k K, slots S of one layer, hidden H, intermediate I.
+A look-up table a layer, `keys[tenant, expert]`, turns routing into keys at once: a key below S is a slot; one from S
+on says which tenant's own expert to fetch (S + tenant * E + expert).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.consolidation import MISS, Plan
+from common.store import Store
+from torch_engine.products import Weight, as_tensor, linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass
+class PoolCounts:
+    """Look-ups since the engine was loaded.
+
+    fetches: misses that were not in a spare slot; fetched_bytes: what they moved.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    fetches: int = 0
+    fetched_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TokenTenants:
+    """The tenant of each token. ids: int64 [T] on the host; single: the tenant's index if it is one for all."""
+
+    ids: np.ndarray
+    single: int | None
+
+
+class ExpertPool(ABC):
+    """Resident copies of every layer on one device."""
+
+    def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, spare_slots: int):
+        self.store, self.plan, self.dtype, self.device = store, store.plan, dtype, device
+        spec = store.experts
+        self.top_k = spec.top_k
+        self.spare_slots = spare_slots
+        self.counts = PoolCounts()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.slots_of_layer, self.keys = _key_tables(store.plan)
+        # Layers and tenants that can miss at all; where none can, nothing has to be counted or waited for.
+        self.can_miss = np.array(
+            [(k >= len(s)).any(axis=1) for k, s in zip(self.keys, self.slots_of_layer, strict=True)]
+        )
+        self.copy_bytes = spec.copy_elements * dtype.itemsize
+
+    @abstractmethod
+    def forward(
+        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
+    ) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        x: [T, H]; expert_ids: int64 [T, K]; weights: float32 [T, K], as routed. misses: int64 [T], added to.
+        """
+
+    @property
+    @abstractmethod
+    def device_bytes(self) -> int:
+        """Bytes of resident copies and of filled spare slots."""
+
+    @property
+    @abstractmethod
+    def spare_filled(self) -> int:
+        """Number of spare slots that hold a missing expert now."""
+
+    def _own_copy(self, layer: int, key: int) -> tuple[Tensor, Tensor]:
+        """The mapped weights that a miss key names: gate and up [2I, H], down [H, I]."""
+        tenant, expert = divmod(key - len(self.slots_of_layer[layer]), self.plan.num_experts)
+        return self._copy_tensors(tenant, layer, expert)
+
+    def _copy_tensors(self, owner: int, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        refs = self.store.copy_refs(self.plan.tenants[owner], layer, expert)
+        w1, w2, w3 = (as_tensor(refs[p].map()) for p in ("w1", "w2", "w3"))
+        return torch.cat((w1, w3)).to(self.dtype), w2.to(self.dtype)
+
+    def _count_misses(self, layer: int, keys: np.ndarray, tenants: TokenTenants, misses: np.ndarray) -> None:
+        if tenants.single is not None and not self.can_miss[layer, tenants.single]:
+            return
+        missed = (keys >= len(self.slots_of_layer[layer])).sum(axis=1)
+        misses += missed
+        self.counts.misses += int(missed.sum())
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop the weights."""
+
+
+def _key_tables(plan: Plan) -> tuple[list[list[int]], list[np.ndarray]]:
+    """For each layer: the plan's copies in slot order, and keys int64 [tenants, experts]."""
+    slots_of_layer: list[list[int]] = [[] for _ in range(plan.num_layers)]
+    local = np.zeros(max(1, plan.num_slots), dtype=np.int64)
+    for index, copy in enumerate(plan.copies):
+        local[index] = len(slots_of_layer[copy.layer])
+        slots_of_layer[copy.layer].append(index)
+    tables = []
+    for layer in range(plan.num_layers):
+        serving = plan.serving[:, layer]
+        own = len(slots_of_layer[layer]) + np.arange(serving.size).reshape(serving.shape)
+        tables.append(np.where(serving == MISS, own, local[serving]).astype(np.int64))
+    return slots_of_layer, tables
+
+
+def _groups(sorted_keys: np.ndarray) -> list[tuple[int, int, int]]:
+    """(key, start, stop) of each run of equal keys."""
+    starts = np.flatnonzero(np.r_[True, sorted_keys[1:] != sorted_keys[:-1]])
+    stops = np.r_[starts[1:], len(sorted_keys)]
+    return [(int(sorted_keys[a]), int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One copy, ready for products."""
+
+    gate_up: Weight
+    down: Weight
+
+
+class LoopPool(ExpertPool):
+    """One copy after another, each with its own (packed) matrices. Routing is read on the host: for a CPU."""
+
+    def __init__(
+        self,
+        store: Store,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare_slots: int,
+        product: Callable[[Tensor], Weight],
+    ):
+        super().__init__(store, dtype, device, spare_slots)
+        self._product = product
+        self._resident = [
+            [
+                self._ready(*self._copy_tensors(c.owner, c.layer, c.expert))
+                for c in (store.plan.copies[i] for i in slots)
+            ]
+            for slots in self.slots_of_layer
+        ]
+        self._spare: OrderedDict[tuple[int, int], _Expert] = OrderedDict()
+
+    def _ready(self, gate_up: Tensor, down: Tensor) -> _Expert:
+        return _Expert(self._product(gate_up.to(self.device)), self._product(down.to(self.device)))
+
+    def _expert(self, layer: int, key: int) -> _Expert:
+        resident = self._resident[layer]
+        if key < len(resident):
+            return resident[key]
+        found = self._spare.get((layer, key))
+        if found is None:
+            while len(self._spare) >= self.spare_slots:
+                self._spare.popitem(last=False)
+            found = self._spare[layer, key] = self._ready(*self._own_copy(layer, key))
+            self.counts.fetches += 1
+            self.counts.fetched_bytes += self.copy_bytes
+        else:
+            self._spare.move_to_end((layer, key))
+        return found
+
+    def _feed_forward(self, expert: _Expert, x: Tensor) -> Tensor:
+        gate, up = linear(x, expert.gate_up).chunk(2, dim=-1)
+        return linear(self.activation(gate).mul_(up), expert.down)
+
+    def forward(
+        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
+    ) -> Tensor:
+        ids = expert_ids.cpu().numpy()
+        table = self.keys[layer]
+        keys = table[tenants.single][ids] if tenants.single is not None else table[tenants.ids[:, None], ids]
+        self._count_misses(layer, keys, tenants, misses)
+        if len(x) == 1:
+            out: Tensor | None = None
+            for key, weight in zip(keys[0].tolist(), weights[0].tolist(), strict=True):
+                part = self._feed_forward(self._expert(layer, key), x).mul_(weight)
+                out = part if out is None else out.add_(part)
+            assert out is not None
+            return out
+        flat = keys.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        by_key = x.index_select(0, torch.from_numpy(order // self.top_k).to(self.device))
+        parts = [
+            self._feed_forward(self._expert(layer, key), by_key[start:stop])
+            for key, start, stop in _groups(flat[order])
+        ]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        by_token = torch.cat(parts).index_select(0, torch.from_numpy(inverse).to(self.device))
+        return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
+
+    @property
+    def device_bytes(self) -> int:
+        return (self.plan.num_slots + len(self._spare)) * self.copy_bytes
+
+    @property
+    def spare_filled(self) -> int:
+        return len(self._spare)
+
+    def close(self) -> None:
+        self._resident.clear()
+        self._spare.clear()
+
+
+def find_grouped_mm() -> Callable[..., Tensor] | None:
+    """`torch.nn.functional.grouped_mm`, public since torch 2.10, or its private forerunner."""
+    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def grouped_mm_fits(hidden_size: int, intermediate_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the grouped product takes these shapes: strides in multiples of 16 bytes, on CUDA 16-bit floats."""
+    step = 16 // dtype.itemsize
+    aligned = hidden_size % step == 0 and intermediate_size % step == 0
+    return find_grouped_mm() is not None and aligned and (device.type != "cuda" or dtype.itemsize == 2)
+
+
+class GroupedPool(ExpertPool):
+    """All copies of a layer in one tensor a projection, one grouped product over all tokens. Routing stays on the
+    device.
+
+    gate_up: [S, 2I, H]; down: [S, H, I] a layer. Spare slots: the same, one tensor for all layers.
+    """
+
+    def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, spare_slots: int):
+        super().__init__(store, dtype, device, spare_slots)
+        spec = store.experts
+        hidden, inter = spec.hidden_size, spec.intermediate_size
+        self._gate_up: list[Tensor] = []
+        self._down: list[Tensor] = []
+        for slots in self.slots_of_layer:
+            gate_up = torch.empty(len(slots), 2 * inter, hidden, dtype=dtype, device=device)
+            down = torch.empty(len(slots), hidden, inter, dtype=dtype, device=device)
+            for slot, copy in enumerate(store.plan.copies[i] for i in slots):
+                self._fill(gate_up[slot], down[slot], copy.owner, copy.layer, copy.expert)
+            self._gate_up.append(gate_up)
+            self._down.append(down)
+        self._tables = [torch.from_numpy(k).to(device) for k in self.keys]
+        self._slot_numbers = [torch.arange(len(s), device=device) for s in self.slots_of_layer]
+        num_spare = spare_slots if self.can_miss.any() else 0
+        self._spare_gate_up = torch.empty(num_spare, 2 * inter, hidden, dtype=dtype, device=device)
+        self._spare_down = torch.empty(num_spare, hidden, inter, dtype=dtype, device=device)
+        self._spare: OrderedDict[tuple[int, int], int] = OrderedDict()
+        grouped_mm = find_grouped_mm()
+        assert grouped_mm is not None
+        self._grouped_mm = grouped_mm
+        self._staging = _Staging(spec.copy_elements, dtype, device) if device.type == "cuda" and num_spare else None
+
+    def _fill(self, gate_up: Tensor, down: Tensor, owner: int, layer: int, expert: int) -> None:
+        refs = self.store.copy_refs(self.plan.tenants[owner], layer, expert)
+        inter = len(gate_up) // 2
+        gate_up[:inter].copy_(as_tensor(refs["w1"].map()))
+        gate_up[inter:].copy_(as_tensor(refs["w3"].map()))
+        down.copy_(as_tensor(refs["w2"].map()))
+
+    def _products(self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+        """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is rows."""
+        gate, up = self._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return self._grouped_mm(self.activation(gate) * up, down.transpose(1, 2), offs=ends)
+
+    def forward(
+        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
+    ) -> Tensor:
+        table = self._tables[layer]
+        if tenants.single is not None:
+            keys = table[tenants.single][expert_ids]
+        else:
+            keys = table[torch.from_numpy(tenants.ids).to(self.device)[:, None], expert_ids]
+        sorted_keys, order = keys.reshape(-1).sort(stable=True)
+        by_key = x.index_select(0, order // self.top_k)
+        ends = torch.searchsorted(sorted_keys, self._slot_numbers[layer], right=True).to(torch.int32)
+        if self.can_miss[layer, np.unique(tenants.ids)].any():
+            # The host must know what to fetch, so it waits for the routing of this layer.
+            self._count_misses(layer, keys.cpu().numpy(), tenants, misses)
+            out = self._with_misses(layer, by_key, sorted_keys.cpu().numpy(), ends)
+        else:
+            out = self._products(by_key, self._gate_up[layer], self._down[layer], ends)
+        by_token = torch.empty_like(out)
+        by_token[order] = out
+        return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
+
+    def _with_misses(self, layer: int, by_key: Tensor, sorted_keys: np.ndarray, ends: Tensor) -> Tensor:
+        """Resident rows first, then the missing ones in rounds of as many experts as there are spare slots."""
+        num_slots = len(self.slots_of_layer[layer])
+        num_resident = int((sorted_keys < num_slots).sum())
+        parts = []
+        if num_resident:
+            parts.append(self._products(by_key[:num_resident], self._gate_up[layer], self._down[layer], ends))
+        missing = [g for g in _groups(sorted_keys) if g[0] >= num_slots]
+        for first in range(0, len(missing), self.spare_slots):
+            rows = missing[first : first + self.spare_slots]
+            slots = [self._spare_slot(layer, key, {k for k, _, _ in rows}) for key, _, _ in rows]
+            # A grouped product takes slots in order: the rows of this round are put into that order, and back.
+            by_slot = sorted(range(len(rows)), key=lambda i: slots[i])
+            order = torch.cat([torch.arange(rows[i][1], rows[i][2]) for i in by_slot]).to(self.device)
+            counts = np.zeros(self.spare_slots, dtype=np.int32)
+            for i, (_, start, stop) in enumerate(rows):
+                counts[slots[i]] = stop - start
+            spare_ends = torch.from_numpy(np.cumsum(counts, dtype=np.int32)).to(self.device)
+            found = self._products(by_key.index_select(0, order), self._spare_gate_up, self._spare_down, spare_ends)
+            back = torch.empty_like(found)
+            back[order - rows[0][1]] = found
+            parts.append(back)
+        return torch.cat(parts)
+
+    def _spare_slot(self, layer: int, key: int, needed: set[int]) -> int:
+        """The spare slot that holds a missing expert, fetching it if need be; those `needed` in this round stay."""
+        if (layer, key) in self._spare:
+            self._spare.move_to_end((layer, key))
+            return self._spare[layer, key]
+        slot = len(self._spare)
+        if slot == self.spare_slots:
+            oldest = next(k for k in self._spare if k[0] != layer or k[1] not in needed)
+            slot = self._spare.pop(oldest)
+        tenant, expert = divmod(key - len(self.slots_of_layer[layer]), self.plan.num_experts)
+        if self._staging is None:
+            self._fill(self._spare_gate_up[slot], self._spare_down[slot], tenant, layer, expert)
+        else:
+            gate_up, down = self._staging.views(self._spare_gate_up[slot].shape, self._spare_down[slot].shape)
+            self._fill(gate_up, down, tenant, layer, expert)
+            self._staging.send((gate_up, self._spare_gate_up[slot]), (down, self._spare_down[slot]))
+        self._spare[layer, key] = slot
+        self.counts.fetches += 1
+        self.counts.fetched_bytes += self.copy_bytes
+        return slot
+
+    @property
+    def device_bytes(self) -> int:
+        tensors = [*self._gate_up, *self._down, self._spare_gate_up, self._spare_down]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def spare_filled(self) -> int:
+        return len(self._spare)
+
+    def close(self) -> None:
+        self._gate_up.clear()
+        self._down.clear()
+        self._spare.clear()
+        self._spare_gate_up = self._spare_down = torch.empty(0)
+
+
+class _Staging:
+    """Two pinned host buffers of one copy each, one filled while the other is sent, and a stream for their copies."""
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device):
+        self._device = device
+        self._buffers = [torch.empty(elements, dtype=dtype, pin_memory=True) for _ in range(2)]
+        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._stream = torch.cuda.Stream(device)
+        self._turn = 0
+
+    def views(self, gate_up: torch.Size, down: torch.Size) -> tuple[Tensor, Tensor]:
+        """Places to fill, free again once their last copy has left."""
+        self._turn = 1 - self._turn
+        sent = self._sent[self._turn]
+        if sent is not None:
+            sent.synchronize()
+        buffer = self._buffers[self._turn]
+        return buffer[: gate_up.numel()].view(gate_up), buffer[gate_up.numel() :].view(down)
+
+    def send(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Copy host to device on the own stream; work issued from now on waits for it."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)  # kernels that still read the slot's last content
+        with torch.cuda.stream(self._stream):
+            for host, device in pairs:
+                device.copy_(host, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._sent[self._turn] = event
+        current.wait_event(event)
