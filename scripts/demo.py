@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_section()
     console.print(table)
     for tenant in store.tenants:
-        right = sum(a == expected(n, tenant) for n, a in zip(numbers, found[tenant], strict=True))
-        console.print(f"{tenant}: {right} of {len(numbers)} held-out numbers right ({right / len(numbers):.1%})")
+        score = sum(a == expected(n, tenant) for n, a in zip(numbers, found[tenant], strict=True))
+        console.print(f"{tenant}: {score} of {len(numbers)} held-out numbers right ({score / len(numbers):.1%})")
     console.print(f"try it: moetel generate {store.path} --tenant fr --prompt 1234")
     return 0
 

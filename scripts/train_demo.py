@@ -197,8 +197,8 @@ def moved(model: MixtralForCausalLM, base: MixtralForCausalLM) -> dict[str, floa
             for (n, p), q in zip(model.named_parameters(), base.parameters(), strict=True)
             if is_expert(n) == wanted
         ]
-        distance = math.sqrt(sum(float((p - q).square().sum()) for p, q in pairs))
-        found[kind] = distance / math.sqrt(sum(float(q.square().sum()) for _, q in pairs))
+        distance = math.sqrt(sum(float((p - q).detach().square().sum()) for p, q in pairs))
+        found[kind] = distance / math.sqrt(sum(float(q.detach().square().sum()) for _, q in pairs))
     return found
 
 
