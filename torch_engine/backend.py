@@ -15,12 +15,13 @@ from common.engine import Backend, Row, Step
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families import MixtralConfig
 from common.store import Store
+from torch_engine import native
 from torch_engine.cache import KeyValueCache
 from torch_engine.model import Segment, forward, head
 from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace
 from torch_engine.options import TorchOptions
 from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
-from torch_engine.products import Weight, can_pack, pack
+from torch_engine.products import Weight, can_pack, pack, pack_native
 
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
@@ -60,11 +61,8 @@ class TorchBackend(Backend):
         self.store = store
         self.device = _device(options.device)
         self.dtype = _dtype(options.dtype, store, self.device)
-        packed = self.device.type == "cpu" and options.products != "plain" and can_pack(self.dtype)
-        if options.products == "packed" and not packed:
-            raise EngineError(f"products='packed' does not work for {self.dtype} on {self.device}; use auto or plain")
-        product = pack if packed else _plain
-        self.products = "packed" if packed else "plain"
+        self.products = _choose_products(options.products, self.dtype, self.device)
+        product = {"native": pack_native, "packed": pack, "plain": _plain}[self.products]
         self.experts = self._expert_implementation(options)
         try:
             self.pool: ExpertPool
@@ -161,6 +159,18 @@ class TorchBackend(Backend):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
+
+
+def _choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The first of native, packed and plain that works for this type on this device, if none is asked for."""
+    works = ["plain"]
+    if device.type == "cpu" and can_pack(dtype):
+        works.insert(0, "packed")
+        if native.load(dtype) is not None:
+            works.insert(0, "native")
+    if wanted not in ("auto", *works):
+        raise EngineError(f"products={wanted!r} does not work for {dtype} on {device} here; use auto or {works[0]}")
+    return works[0] if wanted == "auto" else wanted
 
 
 def _plain(weight: Tensor) -> Weight:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torch_engine import native
 from torch_engine.cache import KeyValueCache
 from torch_engine.non_expert import LayerWeights, TenantWeights
 from torch_engine.pool import ExpertPool, TokenTenants
@@ -65,6 +66,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     scaled = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True).add_(eps))
     return scaled.to(x.dtype).mul_(weight)
+
+
+def _norm(weights: TenantWeights, x: Tensor, norm: Tensor) -> Tensor:
+    """`rms_norm` with a tenant's epsilon, in one call of our own kernels where they are used."""
+    if weights.kernels is not None and len(x) <= weights.kernels.max_rows:
+        return native.rms_norm(weights.kernels, x, norm, weights.config.rms_norm_eps)
+    return rms_norm(x, norm, weights.config.rms_norm_eps)
 
 
 def route_top_k(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -118,6 +126,10 @@ def _attention(segment: Segment, prepared: _Prepared, layer: int, weights: Layer
     else:
         keys[segment.rows, :, segment.positions] = k
         values[segment.rows, :, segment.positions] = v
+    kernels = segment.weights.kernels
+    if not segment.prefill and kernels is not None:
+        attended = native.decode_attention(kernels, q, keys, values, segment.lengths, config.sliding_window)
+        return linear(attended, weights.o)
     keys, values = keys[:, :, :longest], values[:, :, :longest]
     if not segment.prefill:
         # The query heads of a group stand in for queries, so keys and values are read once and never repeated.
@@ -163,15 +175,15 @@ def forward(segments: list[Segment], pool: ExpertPool) -> tuple[Tensor, np.ndarr
         for s, p in zip(segments, prepared, strict=True):
             s.weights.wait(layer + 1)
             weights = s.weights.layers[layer]
-            normed = rms_norm(x[s.start : s.stop], weights.input_norm, s.weights.config.rms_norm_eps)
+            normed = _norm(s.weights, x[s.start : s.stop], weights.input_norm)
             attended.append(_attention(s, p, layer, weights, normed))
         x = x + _joined(attended)
         normed_parts, routed = [], []
         for s in segments:
             weights = s.weights.layers[layer]
-            normed = rms_norm(x[s.start : s.stop], weights.post_norm, s.weights.config.rms_norm_eps)
+            normed = _norm(s.weights, x[s.start : s.stop], weights.post_norm)
             normed_parts.append(normed)
-            routed.append(route_top_k(F.linear(normed, weights.router), pool.top_k))
+            routed.append(route_top_k(linear(normed, weights.router), pool.top_k))
         gates, expert_ids = _joined([r[0] for r in routed]), _joined([r[1] for r in routed])
         x = x + pool.forward(layer, _joined(normed_parts), expert_ids, gates, tenants, misses)
     pool.counts.hits += len(tenant_ids) * pool.plan.num_layers * pool.top_k - int(misses.sum())
@@ -181,5 +193,5 @@ def forward(segments: list[Segment], pool: ExpertPool) -> tuple[Tensor, np.ndarr
 def head(segment: Segment, hidden: Tensor) -> Tensor:
     """Last norm and language-model head: [T, H] -> float32 [T, V]."""
     segment.weights.wait(segment.weights.config.experts.num_layers + 1)
-    normed = rms_norm(hidden, segment.weights.norm, segment.weights.config.rms_norm_eps)
+    normed = _norm(segment.weights, hidden, segment.weights.norm)
     return linear(normed, segment.weights.head).float()

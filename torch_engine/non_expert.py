@@ -19,7 +19,8 @@ from torch import Tensor
 
 from common.families import MixtralConfig
 from common.store import Store
-from torch_engine.products import Weight, as_tensor
+from torch_engine import native
+from torch_engine.products import PackedWeight, Weight, as_tensor
 from torch_engine.rotary import RotaryTable
 
 
@@ -32,7 +33,7 @@ class LayerWeights:
     qkv: Weight
     o: Weight
     post_norm: Tensor
-    router: Tensor
+    router: Weight
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class TenantWeights:
     norm: Tensor
     head: Weight
     rotary: RotaryTable
+    kernels: native.Kernels | None = None
+    """Our own kernels for norms and decode attention, where the products use them too."""
     wait: Callable[[int], None] = field(default=lambda stage: None)
     """Called before stage 0 (embedding), 1..layers, layers + 1 (head) is used: waits for its copy on CUDA."""
 
@@ -92,18 +95,20 @@ def arrange(
     rotary: RotaryTable,
     wait: Callable[[int], None] = lambda stage: None,
 ) -> TenantWeights:
-    """Entries by name -> TenantWeights; `product` prepares the large matrices (the router stays plain)."""
+    """Entries by name -> TenantWeights; `product` prepares the matrices that are multiplied with."""
     layers = tuple(
         LayerWeights(
             tensors[f"{n}.input_norm"],
             product(tensors[f"{n}.qkv"]),
             product(tensors[f"{n}.o"]),
             tensors[f"{n}.post_norm"],
-            tensors[f"{n}.router"],
+            product(tensors[f"{n}.router"]),
         )
         for n in range(config.experts.num_layers)
     )
-    return TenantWeights(config, tensors["embed"], layers, tensors["norm"], product(tensors["head"]), rotary, wait)
+    head = product(tensors["head"])
+    kernels = head.kernels if isinstance(head, PackedWeight) else None
+    return TenantWeights(config, tensors["embed"], layers, tensors["norm"], head, rotary, kernels, wait)
 
 
 def mapped_entry(store: Store, tenant: str, entry: Entry) -> list[Tensor]:

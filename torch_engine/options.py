@@ -14,8 +14,9 @@ class TorchOptions:
     dtype: auto (the store's; float16 is computed in float32 on a CPU), float32, bfloat16 or float16.
     experts: how products of many experts run. loop: one copy after another; grouped: one grouped product; auto: what
         was measured faster, loop on a CPU and grouped on CUDA (docs/architecture.md, decision on products).
-    products: how matrices are kept on a CPU. packed: reordered once for oneDNN; plain: as they are; auto: packed
-        where it works.
+    products: how matrices are kept and multiplied on a CPU. packed: reordered once for oneDNN; native: so too, and few
+        rows are multiplied by kernels of our own; plain: as they are; auto: the first of native, packed and plain that
+        works here.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a CPU, 2 on CUDA.
     """
@@ -23,7 +24,7 @@ class TorchOptions:
     device: str = "auto"
     dtype: str = "auto"
     experts: Literal["auto", "loop", "grouped"] = "auto"
-    products: Literal["auto", "packed", "plain"] = "auto"
+    products: Literal["auto", "native", "packed", "plain"] = "auto"
     spare_slots: int = 16
     ready_tenants: int | None = None
 
@@ -38,7 +39,7 @@ class TorchOptions:
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("experts", ("auto", "loop", "grouped")),
-            ("products", ("auto", "packed", "plain")),
+            ("products", ("auto", "native", "packed", "plain")),
         ):
             if getattr(options, name) not in allowed:
                 raise EngineError(f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}")

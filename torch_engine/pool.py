@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from common.consolidation import MISS, Plan
 from common.store import Store
-from torch_engine.products import Weight, as_tensor, linear
+from torch_engine import native
+from torch_engine.products import PackedWeight, Weight, as_tensor, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -126,9 +127,9 @@ def _key_tables(plan: Plan) -> tuple[list[list[int]], list[np.ndarray]]:
 
 def _groups(sorted_keys: np.ndarray) -> list[tuple[int, int, int]]:
     """(key, start, stop) of each run of equal keys."""
-    starts = np.flatnonzero(np.r_[True, sorted_keys[1:] != sorted_keys[:-1]])
-    stops = np.r_[starts[1:], len(sorted_keys)]
-    return [(int(sorted_keys[a]), int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+    starts = [0, *(np.flatnonzero(sorted_keys[1:] != sorted_keys[:-1]) + 1).tolist()]
+    stops = [*starts[1:], len(sorted_keys)]
+    return [(key, a, b) for key, a, b in zip(sorted_keys[starts].tolist(), starts, stops, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,15 @@ class LoopPool(ExpertPool):
             for slots in self.slots_of_layer
         ]
         self._spare: OrderedDict[tuple[int, int], _Expert] = OrderedDict()
+        self._native = self._whole_layer_kernels()
+
+    def _whole_layer_kernels(self) -> native.Kernels | None:
+        """Our own kernels, if they can read every copy and the two halves of gate_up begin at a block's edge."""
+        if self.store.experts.intermediate_size % native.BLOCK:
+            return None
+        weights = [w for row in self._resident for e in row for w in (e.gate_up, e.down)]
+        kernels = [w.kernels if isinstance(w, PackedWeight) else None for w in weights]
+        return kernels[0] if kernels and all(k is not None for k in kernels) else None
 
     def _ready(self, gate_up: Tensor, down: Tensor) -> _Expert:
         return _Expert(self._product(gate_up.to(self.device)), self._product(down.to(self.device)))
@@ -190,6 +200,10 @@ class LoopPool(ExpertPool):
         table = self.keys[layer]
         keys = table[tenants.single][ids] if tenants.single is not None else table[tenants.ids[:, None], ids]
         self._count_misses(layer, keys, tenants, misses)
+        if self._native is not None:
+            whole = self._forward_native(layer, x, keys, weights)
+            if whole is not None:
+                return whole
         if len(x) == 1:
             out: Tensor | None = None
             for key, weight in zip(keys[0].tolist(), weights[0].tolist(), strict=True):
@@ -209,6 +223,36 @@ class LoopPool(ExpertPool):
         by_token = torch.cat(parts).index_select(0, torch.from_numpy(inverse).to(self.device))
         return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
 
+    def _forward_native(self, layer: int, x: Tensor, keys: np.ndarray, weights: Tensor) -> Tensor | None:
+        """All experts of the layer in one call of our own kernels; None if there are too many rows or misses for it."""
+        assert self._native is not None
+        flat = keys.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        groups = _groups(flat[order])
+        num_missing = sum(key >= len(self._resident[layer]) for key, _, _ in groups)
+        if num_missing > self.spare_slots or max(stop - start for _, start, stop in groups) > self._native.max_rows:
+            return None
+        # Held here until the call returns, so that a fetch cannot push out what an earlier one brought.
+        experts = [self._expert(layer, key) for key, _, _ in groups]
+        gate_up = [p for p in (_place(e.gate_up) for e in experts) if p is not None]
+        down = [p for p in (_place(e.down) for e in experts) if p is not None]
+        if len(gate_up) + len(down) < 2 * len(experts):
+            return None
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return native.experts(
+            self._native,
+            x,
+            gate_up,
+            down,
+            self.store.experts.intermediate_size,
+            np.array([start for _, start, _ in groups] + [len(order)], dtype=np.int64),
+            order // self.top_k,
+            places,
+            weights,
+            self.store.experts.activation,
+        )
+
     @property
     def device_bytes(self) -> int:
         return (self.plan.num_slots + len(self._spare)) * self.copy_bytes
@@ -220,6 +264,10 @@ class LoopPool(ExpertPool):
     def close(self) -> None:
         self._resident.clear()
         self._spare.clear()
+
+
+def _place(weight: Weight) -> native.Place | None:
+    return weight.place if isinstance(weight, PackedWeight) else None
 
 
 def find_grouped_mm() -> Callable[..., Tensor] | None:

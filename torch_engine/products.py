@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.dtypes import BFLOAT16
+from torch_engine import native
 
 # Rows that the packed layout is chosen for; measured at 1, 4, 16 and 256 rows (benchmarks/cpu_products.py).
 PACK_FOR_ROWS = 16
@@ -18,10 +19,15 @@ PACK_FOR_ROWS = 16
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix `[out, in]` in oneDNN's blocked layout; the original is not kept."""
+    """A matrix `[out, in]` in oneDNN's blocked layout; the original is not kept.
+
+    kernels, place: our own kernels and where they find it, if they can read it.
+    """
 
     data: Tensor
     shape: tuple[int, int]
+    kernels: native.Kernels | None = None
+    place: native.Place | None = None
 
     @property
     def nbytes(self) -> int:
@@ -45,14 +51,26 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def pack(weight: Tensor) -> PackedWeight:
     """Reorder `[out, in]` for products with few rows. A copy; the argument can be dropped."""
-    data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR_ROWS)
+    weight = weight.contiguous()
+    data = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_FOR_ROWS)
     return PackedWeight(data, (weight.shape[0], weight.shape[1]))
+
+
+def pack_native(weight: Tensor) -> PackedWeight:
+    """`pack`, with our own kernels for few rows if they can read the result."""
+    weight = weight.contiguous()
+    packed = pack(weight)
+    kernels = native.load(weight.dtype)
+    place = native.locate(weight, packed.data) if kernels is not None else None
+    return PackedWeight(packed.data, packed.shape, kernels if place is not None else None, place)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [rows, in] -> [rows, out]."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
+    if weight.kernels is not None and weight.place is not None and len(x) <= weight.kernels.max_rows:
+        return native.linear(weight.kernels, x, weight.place, weight.shape[0])
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.data, None, "none", [], "")
     return product
 

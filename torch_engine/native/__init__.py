@@ -1,0 +1,284 @@
+"""Our own CPU kernels for few rows (kernels.c): compiled once with the machine's C compiler, used where they prove
+right.
+
+They read weights in the layout that oneDNN packs them in, so one packed copy serves both: these kernels for decoding,
+oneDNN for long prompts. Nothing depends on them: without a compiler, AVX-512 or the expected layout, oneDNN does all
+products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+BLOCK = 64  # outputs in a block of the packed layout
+
+# Numbers of `activate` in kernels.c, by the names of `pool.ACTIVATIONS`.
+ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_CPU_FLAG = {torch.bfloat16: "avx512_bf16", torch.float32: "avx512f"}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions for one type. max_rows: up to how many rows a matrix they are the faster choice here."""
+
+    linear: Any
+    experts: Any
+    rms_norm: Any
+    attention: Any
+    max_rows: int
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def _compile() -> ctypes.CDLL:
+    """Compile kernels.c into the user's cache, or take what is there. Raises OSError or subprocess.SubprocessError."""
+    compiler = next((c for c in (os.environ.get("CC"), "gcc", "cc") if c and shutil.which(c)), None)
+    if compiler is None:
+        raise OSError("no C compiler (gcc or cc) found")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    key = repr((SOURCE.read_bytes(), FLAGS, version, sorted(_cpu_flags())))
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            obj, library = Path(scratch) / "kernels.o", Path(scratch) / name
+            # Linked without an OpenMP runtime: the calls resolve to the one that torch has loaded, so that both share
+            # threads.
+            for command in (
+                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(obj)],
+                [compiler, "-shared", str(obj), "-o", str(library), "-lm"],
+            ):
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            os.replace(library, path)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libgomp" in line:
+            ctypes.CDLL(line.split()[-1], mode=ctypes.RTLD_GLOBAL)
+            break
+    return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+
+
+@cache
+def load(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for a type, or None where they cannot be had; the reason is logged."""
+    if dtype not in _SUFFIX or platform.system() != "Linux" or platform.machine() != "x86_64":
+        return None
+    flags = _cpu_flags()
+    if not {_CPU_FLAG[dtype], "avx512f"} <= flags:
+        return None
+    try:
+        library = _compile()
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("own CPU kernels are not used: %s", error)
+        return None
+    size, pointer = ctypes.c_long, ctypes.c_void_p
+    linear, experts, rms_norm, attention = (
+        getattr(library, f"moetel_{name}_{_SUFFIX[dtype]}") for name in ("linear", "experts", "rms_norm", "attention")
+    )
+    linear.argtypes = [pointer, size, size, pointer, size, size, pointer, ctypes.c_int]
+    experts.argtypes = [
+        pointer, *[size] * 5, pointer, size, pointer, size, *[pointer] * 4, ctypes.c_int, *[pointer] * 3, ctypes.c_int
+    ]  # fmt: skip
+    rms_norm.argtypes = [pointer, size, size, pointer, ctypes.c_float, pointer]
+    attention.argtypes = [
+        pointer, size, pointer, pointer, *[size] * 6, pointer, size, size, ctypes.c_float, pointer, pointer,
+        ctypes.c_int
+    ]  # fmt: skip
+    for function in (linear, experts, rms_norm, attention):
+        function.restype = None
+    # With AMX oneDNN multiplies several times faster than these kernels once products are bound by arithmetic.
+    kernels = Kernels(
+        linear, experts, rms_norm, attention, 16 if dtype == torch.bfloat16 and "amx_bf16" in flags else 96
+    )
+    if not _proves_right(kernels, dtype):
+        logger.warning("own CPU kernels are not used: a product differs from torch's")
+        return None
+    return kernels
+
+
+def _proves_right(kernels: Kernels, dtype: torch.dtype) -> bool:
+    """Whether a product with a packed weight equals torch's."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 70, generator=generator).to(dtype)
+    x = torch.randn(7, 70, generator=generator).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    place = locate(weight, packed)
+    if place is None:
+        return False
+    found = linear(kernels, x, place, 100)
+    exact = x.double() @ weight.double().T
+    return bool(torch.allclose(found.double(), exact, atol=0.1 if dtype == torch.bfloat16 else 1e-3, rtol=1e-2))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a packed weight's bytes lie, and how many inputs a block has, padding counted."""
+
+    pointer: int
+    stride: int
+
+
+def locate(weight: Tensor, packed: Tensor) -> Place | None:
+    """The place of a packed weight if the kernels can read its layout, checked on its first and last block."""
+    rows, inputs = weight.shape
+    try:
+        pointer, nbytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    except (AttributeError, RuntimeError):
+        return None
+    blocks = -(-rows // BLOCK)
+    itemsize = weight.element_size()
+    stride, rest = divmod(nbytes, blocks * BLOCK * itemsize)
+    lanes = 2 if itemsize == 2 else 1
+    if rest or stride < inputs or stride % lanes or inputs % lanes:
+        return None
+    integer: type = np.uint16 if itemsize == 2 else np.uint32
+    raw: np.ndarray = np.frombuffer((ctypes.c_char * nbytes).from_address(pointer), dtype=integer).reshape(
+        blocks, -1, BLOCK, lanes
+    )
+    for block in {0, blocks - 1}:
+        part = weight[block * BLOCK : (block + 1) * BLOCK]
+        expected = np.zeros((BLOCK, stride), dtype=integer)
+        bits: np.ndarray = part.contiguous().view(torch.int16 if itemsize == 2 else torch.int32).numpy().view(integer)
+        expected[: len(part), :inputs] = bits
+        if not np.array_equal(raw[block], expected.reshape(BLOCK, -1, lanes).transpose(1, 0, 2)):
+            return None
+    return Place(pointer, stride)
+
+
+def linear(kernels: Kernels, x: Tensor, place: Place, out_features: int) -> Tensor:
+    """`x @ weight.T` for few rows: [rows, in] -> [rows, out]."""
+    x = x.contiguous()
+    out = torch.empty(len(x), out_features, dtype=x.dtype)
+    kernels.linear(
+        x.data_ptr(),
+        len(x),
+        x.shape[1],
+        place.pointer,
+        place.stride,
+        out_features,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def experts(
+    kernels: Kernels,
+    x: Tensor,
+    gate_up: Sequence[Place],
+    down: Sequence[Place],
+    intermediate_size: int,
+    starts: np.ndarray,
+    tokens: np.ndarray,
+    places: np.ndarray,
+    gates: Tensor,
+    activation: str,
+) -> Tensor:
+    """The weighted sum of each token's experts: [T, H] -> [T, H].
+
+    Rows are (token, choice) pairs sorted by expert. gate_up, down: the matrices of each expert that is hit; starts:
+    int64 [groups + 1], where its rows begin; tokens: int64 [rows]; places: int64 [T, top_k], the row of each choice;
+    gates: float32 [T, top_k].
+    """
+    x, gates = x.contiguous(), gates.contiguous()
+    num_rows = len(tokens)
+    inner = torch.empty(num_rows, intermediate_size, dtype=x.dtype)
+    partial = torch.empty(num_rows, x.shape[1], dtype=torch.float32)
+    out = torch.empty_like(x)
+    first, second = (np.array([p.pointer for p in places_of], dtype=np.uint64) for places_of in (gate_up, down))
+    kernels.experts(
+        x.data_ptr(),
+        len(x),
+        x.shape[1],
+        intermediate_size,
+        gates.shape[1],
+        len(gate_up),
+        first.ctypes.data,
+        gate_up[0].stride,
+        second.ctypes.data,
+        down[0].stride,
+        starts.ctypes.data,
+        tokens.ctypes.data,
+        places.ctypes.data,
+        gates.data_ptr(),
+        ACTIVATION_NUMBERS[activation],
+        inner.data_ptr(),
+        partial.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`torch_engine.model.rms_norm` in one call."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    kernels.rms_norm(x.data_ptr(), len(x), x.shape[1], weight.data_ptr(), eps, out.data_ptr())
+    return out
+
+
+def decode_attention(
+    kernels: Kernels, q: Tensor, keys: Tensor, values: Tensor, lengths: np.ndarray, window: int | None
+) -> Tensor:
+    """Attention of one new token a row, itself in the cache already: [B, N, D] -> [B, N * D].
+
+    keys, values: the whole cache [B, G, capacity, D], its last two axes contiguous. lengths: int64 [B].
+    """
+    rows, heads, size = q.shape
+    groups = keys.shape[1]
+    longest = int(lengths.max())
+    lengths = np.ascontiguousarray(lengths)
+    scores = torch.empty(rows * heads * longest, dtype=torch.float32)
+    out = torch.empty(rows, heads * size, dtype=q.dtype)
+    kernels.attention(
+        q.data_ptr(),
+        q.stride(0),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        keys.stride(1),
+        rows,
+        groups,
+        heads // groups,
+        size,
+        lengths.ctypes.data,
+        longest,
+        longest if window is None else window,
+        size**-0.5,
+        scores.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
