@@ -1,0 +1,1 @@
+"""The suite for CUDA cards: `python -m benchmarks.gpu`."""

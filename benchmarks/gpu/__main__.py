@@ -1,0 +1,352 @@
+"""Every CUDA figure in one command, under ten minutes, for any machine with a card: `python -m benchmarks.gpu --out
+docs/results`.
+
+Real Mixtral-8x7B widths (hidden 4096, intermediate 14336, 8 experts, 32 and 8 heads, vocabulary 32000, bfloat16),
+random weights, no download:
+
+1. reconfiguration: a tenant's 3.2 GB of non-expert weights, all 32 layers, against a plain pinned copy of the same
+size; 2. expert products: the grouped product against the loop, one layer, by number of tokens;
+3. prefill and decode beside transformers on the first layers of the model, with the floor from the card's own
+bandwidth; 4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode step.
+
+The experts of all layers are written as the same few tensors: the store keeps them once, so it fits on a small disk,
+while on the card every slot is memory of its own, so all reads are real. `--device cpu --tiny` runs the same code on
+any machine, for tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import Report, Shape, Spread, machine, ratios, write_random
+from common import Store, build_store, load_engine
+from common.engine import Engine, Row
+from torch_engine.non_expert import TenantsByCopy
+from torch_engine.pool import GroupedPool, LoopPool, TokenTenants
+
+MIXTRAL_8X7B = Shape(4096, 14336, 32, 8, 2, 32, 8, 32000)
+TINY = Shape(64, 128, 4, 8, 2, 4, 2, 512)
+
+
+class Clock:
+    """Seconds of device work, with the device idle before and after."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        self.wait()
+        begun = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - begun
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def repeat(self, call: Callable[[], Any], repeats: int = 7) -> list[float]:
+        self(call)
+        return [self(call) for _ in range(repeats)]
+
+
+def pinned(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(elements, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def reconfiguration(store: Store, device: torch.device, clock: Clock) -> Report:
+    """Tenant switches through TenantsByCopy with one place on the device, so that each switch copies a whole tenant."""
+    report = Report("Tenant switch (reconfiguration)", ("what", "milliseconds", "GB/s", "share of pinned"))
+    tenants = TenantsByCopy(store, torch.bfloat16, device, capacity=1)
+    names = store.tenants[:2]
+    before = tenants.copied_bytes
+    tenants.acquire([names[0]])
+    size = tenants.copied_bytes - before
+    host, target = (
+        pinned(size // 2, torch.bfloat16, device),
+        torch.empty(size // 2, dtype=torch.bfloat16, device=device),
+    )
+    plain, switch = [], []
+    for repeat in range(9):  # in turn, so that a drift of the bus meets both
+        copy_s = clock(lambda: target.copy_(host, non_blocking=True))
+        switch_s = clock(lambda: tenants.acquire([names[(repeat + 1) % 2]]))  # noqa: B023
+        if repeat:
+            plain.append(copy_s)
+            switch.append(switch_s)
+    for name, values in (("one pinned copy", plain), ("tenant switch", switch)):
+        rate = Spread.of([size / v / 1e9 for v in values])
+        share = ratios(plain, values)
+        report.add(
+            **{"what": name, "milliseconds": Spread.of(values).scaled(1e3), "GB/s": rate, "share of pinned": share}
+        )
+    report.note(f"{size / 1e9:.2f} GB a tenant; goal: 0.8 of the pinned rate; nothing is copied back")
+    tenants.close()
+    return report
+
+
+def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:
+    """One layer's experts for random routing, grouped against the loop."""
+    report = Report("Products of one layer's experts", ("tokens", "grouped, ms", "loop, ms", "grouped is faster by"))
+    spec = store.experts
+    pools = [
+        GroupedPool(store, torch.bfloat16, device, 1),
+        LoopPool(store, torch.bfloat16, device, 1, lambda w: w),
+    ]
+    rng = np.random.default_rng(0)
+    for tokens in (1, 4, 16, 64, 256, 1024):
+        x = torch.randn(tokens, spec.hidden_size, device=device).to(torch.bfloat16)
+        ids = torch.from_numpy(np.stack([rng.permutation(spec.num_experts)[: spec.top_k] for _ in range(tokens)])).to(
+            device
+        )
+        gates = torch.full((tokens, spec.top_k), 1 / spec.top_k, device=device)
+        who, misses = TokenTenants(np.zeros(tokens, dtype=np.int64), 0), np.zeros(tokens, dtype=np.int64)
+        times = []
+        with torch.inference_mode():
+            for pool in pools:
+                # Layers in turn, so that weights come from memory and not from a cache.
+                def all_layers(
+                    pool: Any = pool,
+                    x: Any = x,
+                    ids: Any = ids,
+                    gates: Any = gates,
+                    who: Any = who,
+                    misses: Any = misses,
+                ) -> None:
+                    for layer in range(spec.num_layers):
+                        pool.forward(layer, x, ids, gates, who, misses)
+
+                times.append([t / spec.num_layers for t in clock.repeat(all_layers)])
+        report.add(
+            **{
+                "tokens": tokens,
+                "grouped, ms": Spread.of(times[0]).scaled(1e3),
+                "loop, ms": Spread.of(times[1]).scaled(1e3),
+                "grouped is faster by": ratios(times[1], times[0]),
+            }
+        )
+    for pool in pools:
+        pool.close()
+    return report
+
+
+def device_bandwidth(device: torch.device, clock: Clock, size_bytes: int) -> float:
+    """Bytes a second that a sum over device memory reads."""
+    data = torch.ones(size_bytes // 4, device=device)
+    return size_bytes / Spread.of(clock.repeat(data.sum)).median
+
+
+def decode_and_prefill(
+    store: Store, checkpoint: Path, shape: Shape, device: torch.device, clock: Clock, tiny: bool
+) -> Report:
+    """Our engine beside transformers on the same weights."""
+    from transformers import DynamicCache, MixtralForCausalLM
+
+    report = Report(
+        "Prefill and decode beside transformers",
+        ("what", "ours, ms", "transformers, ms", "its experts", "ratio", "floor, ms"),
+    )
+    bandwidth = device_bandwidth(device, clock, 10**7 if tiny else 4 << 30)
+    report.note(
+        f"device memory read {bandwidth / 1e9:.0f} GB/s; {shape.num_hidden_layers} layers; "
+        "floor: weights of the experts hit, read once"
+    )
+    engine = load_engine(store, device=str(device), dtype="bfloat16", experts="grouped")
+    backend = engine._require_backend()
+    model = MixtralForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device).eval()
+    rng = np.random.default_rng(0)
+    steps = 3 if tiny else 16
+
+    def ours(prompts: np.ndarray, forced: np.ndarray) -> tuple[float, float]:
+        batch: Any = None
+
+        def start() -> None:
+            nonlocal batch
+            batch = backend.start([Row(store.tenants[0], tuple(p.tolist()), 1) for p in prompts])
+            batch.prefill(False)
+
+        first = clock(start)
+        rest = clock(lambda: [batch.decode(ids, False) for ids in forced])
+        return first, rest / len(forced)
+
+    @torch.inference_mode()
+    def theirs(prompts: np.ndarray, forced: np.ndarray) -> tuple[float, float]:
+        cache = DynamicCache(config=model.config)
+
+        def forward(ids: np.ndarray) -> None:
+            tokens = torch.from_numpy(ids).to(device)
+            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).cpu()
+
+        first = clock(lambda: forward(prompts))
+        rest = clock(lambda: [forward(ids[:, None]) for ids in forced])
+        return first, rest / len(forced)
+
+    vocab = shape.vocab_size
+    for batch_size, prompt in ((1, 20), (4, 20), (16, 20), (1, 256)):
+        times: dict[str, list[tuple[float, float]]] = {"ours": [], "eager": [], "grouped_mm": []}
+        for repeat in range(4):
+            prompts = rng.integers(3, vocab, size=(batch_size, prompt))
+            forced = rng.integers(3, vocab, size=(steps, batch_size))
+            for side, found in times.items():
+                if side != "ours":
+                    model.set_experts_implementation(side)
+                measured = ours(prompts, forced) if side == "ours" else theirs(prompts, forced)
+                if repeat:
+                    found.append(measured)
+        for part, what in ((0, "prefill"), (1, "decode step")):
+            if (part == 0) != (prompt == 256):
+                continue
+            values = {side: [t[part] for t in found] for side, found in times.items()}
+            best = min(("eager", "grouped_mm"), key=lambda side: Spread.of(values[side]).median)
+            # Expected number of different experts for random routing of so many tokens.
+            tokens = batch_size if part else prompt
+            hit = shape.num_local_experts * (1 - (1 - shape.num_experts_per_tok / shape.num_local_experts) ** tokens)
+            report.add(
+                **{
+                    "what": f"{what}, batch {batch_size}, prompt {prompt}",
+                    "ours, ms": Spread.of(values["ours"]).scaled(1e3),
+                    "transformers, ms": Spread.of(values[best]).scaled(1e3),
+                    "its experts": best,
+                    "ratio": ratios(values[best], values["ours"]),
+                    "floor, ms": f"{shape.step_weights(hit) * 2 / bandwidth * 1e3:.3g}",
+                }
+            )
+    engine.close()
+    return report
+
+
+def misses(build: Callable[..., Store], device: torch.device, clock: Clock) -> Report:
+    """A store with no resident experts, so every look-up misses: with spare slots for all of them, and with one."""
+    report = Report("Misses", ("what", "milliseconds", "GB/s", "share of pinned"))
+    store = build(slots=0)
+    size = store.copy_bytes
+    host, target = (
+        pinned(size // 2, torch.bfloat16, device),
+        torch.empty(size // 2, dtype=torch.bfloat16, device=device),
+    )
+    plain = clock.repeat(lambda: target.copy_(host, non_blocking=True))
+    rate = Spread.of([size / t / 1e9 for t in plain])
+    report.add(
+        **{
+            "what": "one expert, pinned copy",
+            "milliseconds": Spread.of(plain).scaled(1e3),
+            "GB/s": rate,
+            "share of pinned": 1,
+        }
+    )
+    for what, spare in (
+        ("decode step, all misses in spare slots", store.experts.num_positions),
+        ("decode step, every miss fetched", 1),
+    ):
+        engine: Engine = load_engine(store, device=str(device), dtype="bfloat16", experts="grouped", spare_slots=spare)
+        batch = engine._require_backend().start([Row(store.tenants[0], (5, 6, 7), 1)])
+        batch.prefill(False)
+        ids = np.array([9])
+        before = engine.stats()["fetches"]
+        values = clock.repeat(lambda: batch.decode(ids, False), 5)  # noqa: B023
+        fetched = (engine.stats()["fetches"] - before) / 6
+        moved = Spread.of([fetched * size / t / 1e9 for t in values])
+        share = Spread.of([moved.median / rate.median])
+        report.add(
+            **{
+                "what": f"{what} ({fetched:.1f} fetches a step)",
+                "milliseconds": Spread.of(values).scaled(1e3),
+                "GB/s": moved,
+                "share of pinned": share,
+            }
+        )
+        engine.close()
+    return report
+
+
+def write_tenant(path: Path, shape: Shape, seed: int, same_layers: bool) -> Path:
+    """A random checkpoint whose layers are one shard, linked under every layer's names if `same_layers`."""
+    if not same_layers:
+        return write_random(path, shape, torch.bfloat16, seed)
+    from safetensors.torch import load_file, save_file
+
+    one = write_random(path / "one", replace(shape, num_hidden_layers=1), torch.bfloat16, seed)
+    layer = load_file(one / "layer-0.safetensors")
+    weight_map: dict[str, str] = {}
+    for number in range(shape.num_hidden_layers):
+        # Experts of every layer equal: the store keeps them once. Everything else too, which costs what it would
+        # anyway.
+        tensors = {name.replace("layers.0.", f"layers.{number}."): tensor for name, tensor in layer.items()}
+        save_file(tensors, path / f"layer-{number}.safetensors", metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, f"layer-{number}.safetensors"))
+    rest = load_file(one / "rest.safetensors")
+    save_file(rest, path / "rest.safetensors", metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(rest, "rest.safetensors"))
+    import json
+    import shutil
+
+    shutil.rmtree(one)
+    (path / "config.json").write_text(json.dumps(shape.config | {"dtype": "bfloat16"}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    )
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the suite itself")
+    parser.add_argument("--layers", type=int, default=4, help="layers for parts 2 to 4 (2.8 GB each, twice)")
+    parser.add_argument("--out", type=Path, help="folder for DATE-DEVICE.md")
+    parser.add_argument("--scratch", help="folder for the random stores, about 30 GB with the defaults")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("error: torch sees no CUDA device here; use --device cpu --tiny to try the suite itself\n")
+        return 1
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    clock = Clock(device)
+    full = TINY if args.tiny else MIXTRAL_8X7B
+    cut = replace(full, num_hidden_layers=min(args.layers, full.num_hidden_layers))
+    begun = time.perf_counter()
+    heading = f"GPU suite on {name}, {date.today()}"
+    print(f"{heading}\n{machine()}")
+    reports = []
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        root = Path(scratch)
+        checkpoint = write_tenant(root / "cut", cut, 0, same_layers=True)
+
+        def build(**options: Any) -> Store:
+            return build_store(root / "store", {"tenant": checkpoint}, **options)
+
+        store = build(slots="all")
+        reports.append(expert_products(store, device, clock))
+        reports.append(decode_and_prefill(store, checkpoint, cut, device, clock, args.tiny))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        reports.append(misses(build, device, clock))
+        reports.insert(0, reconfiguration(non_expert_store(root, full), device, clock))
+    reports[0].note(f"{machine()}; whole suite {time.perf_counter() - begun:.0f} s")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"{date.today()}-{name.lower().replace(' ', '-')}.md"
+        path.write_text("\n".join([f"# {heading}", "", *(r.markdown() for r in reports)]))
+        print(f"written: {path}")
+    return 0
+
+
+def non_expert_store(root: Path, full: Shape) -> Store:
+    """Two tenants with all layers' real non-expert weights and experts of one row: only the former are switched."""
+    thin = replace(full, intermediate_size=1)
+    paths = {f"tenant{seed}": write_random(root / f"thin{seed}", thin, torch.bfloat16, seed) for seed in (1, 2)}
+    return build_store(root / "thin", paths)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

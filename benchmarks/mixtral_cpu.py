@@ -1,0 +1,223 @@
+"""This engine beside transformers on a CPU: the same random Mixtral, the same tokens, in turn, in one process.
+
+Prefill of a prompt (until the first token) and decode steps at several batch sizes. Next tokens are random ids, the
+same for both sides, so lengths are exact and tokens spread over experts. For transformers each cell takes the faster
+of its experts implementations; batched_mm is left out, since it copies the weights of every token's experts (survey:
+191 ms a step at batch 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, MixtralForCausalLM
+
+from benchmarks.common import (
+    Report,
+    Shape,
+    Spread,
+    add_output,
+    add_shape,
+    machine,
+    memory_bandwidth,
+    peak_rss_gib,
+    ratios,
+    shape_of,
+    write_output,
+    write_random,
+)
+from common import build_store, load_engine
+from common.engine import Engine, Row
+
+IMPLEMENTATIONS = ("eager", "grouped_mm")
+
+
+class Ours:
+    """Prefill and decode through the engine's backend, as `generate_batch` drives it."""
+
+    def __init__(self, engine: Engine):
+        self.backend = engine._require_backend()
+
+    def start(self, prompts: np.ndarray) -> None:
+        self.batch = self.backend.start([Row("tenant", tuple(p.tolist()), 1) for p in prompts])
+        self.batch.prefill(want_logits=False)
+
+    def step(self, ids: np.ndarray) -> None:
+        self.batch.decode(ids, want_logits=False)
+
+
+class Theirs:
+    """Prefill and decode through transformers' forward with its cache; greedy choice included on both sides."""
+
+    def __init__(self, model: MixtralForCausalLM, implementation: str):
+        self.model, self.implementation = model, implementation
+
+    @torch.inference_mode()
+    def start(self, prompts: np.ndarray) -> None:
+        self.model.set_experts_implementation(self.implementation)
+        self.cache = DynamicCache(config=self.model.config)
+        self.forward(prompts)
+
+    @torch.inference_mode()
+    def step(self, ids: np.ndarray) -> None:
+        self.forward(ids[:, None])
+
+    def forward(self, ids: np.ndarray) -> None:
+        out = self.model(input_ids=torch.from_numpy(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out.logits.argmax(-1)
+
+
+def timed(side: Ours | Theirs, prompts: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
+    """Seconds until the first token, and of a later step (mean). steps: int64 [steps, batch]."""
+    begun = time.perf_counter()
+    side.start(prompts)
+    first = time.perf_counter()
+    for ids in steps:
+        side.step(ids)
+    return first - begun, (time.perf_counter() - first) / max(1, len(steps))
+
+
+class HitCounter:
+    """Different experts hit a layer and step, counted on transformers' routers in a run that is not timed."""
+
+    def __init__(self, model: MixtralForCausalLM):
+        self.hits: list[int] = []
+        self.handles = [
+            layer.mlp.gate.register_forward_hook(lambda _m, _a, out: self.hits.append(len(out[2].unique())))
+            for layer in model.model.layers
+        ]
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def measure(args: argparse.Namespace, shape: Shape, report: Report) -> None:
+    dtype = getattr(torch, args.dtype)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        checkpoint = write_random(Path(scratch) / "checkpoint", shape, dtype)
+        build_store(Path(scratch) / "store", {"tenant": checkpoint}, slots="all")
+        engine = load_engine(Path(scratch) / "store", device="cpu", products=args.products)
+        model = MixtralForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+        compare(args, shape, report, engine, model)
+        engine.close()
+
+
+def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engine, model: MixtralForCausalLM) -> None:
+    rng = np.random.default_rng(0)
+
+    def ids(*size: int) -> np.ndarray:
+        return rng.integers(3, shape.vocab_size, size=size)
+
+    stats = engine.stats()
+    report.note(machine())
+    report.note(f"{shape}, {args.dtype}; experts {stats['experts']}, products {stats['products']}")
+    probe = ids(1, 16)
+    with torch.inference_mode():
+        theirs = model(input_ids=torch.from_numpy(probe)).logits.float().numpy()
+    difference = np.abs(engine.logits("tenant", probe) - theirs)
+    report.note(
+        f"logits of both sides on 16 tokens: largest difference {difference.max():.3g}, mean {difference.mean():.3g}, "
+        f"mean size {np.abs(theirs).mean():.3g}"
+    )
+    bandwidth = memory_bandwidth(args.bandwidth_bytes)
+    peak = matmul_rate(getattr(torch, args.dtype))
+    report.note(
+        f"memory read {bandwidth / 1e9:.1f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s, both of torch in this run"
+    )
+    itemsize = getattr(torch, args.dtype).itemsize
+    sides: dict[str, Ours | Theirs] = {"ours": Ours(engine)} | {n: Theirs(model, n) for n in IMPLEMENTATIONS}
+    cells: list[tuple[str, int, int, int]] = [(f"prefill {n}, ms", 1, n, 0) for n in args.prefill]
+    cells += [(f"decode batch {b}, tokens/s", b, args.prompt, args.new_tokens - 1) for b in args.batch]
+    for name, batch, prompt, steps in cells:
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        counter = HitCounter(model)
+        timed(sides["eager"], ids(batch, prompt), ids(min(steps, 4), batch))
+        hit = float(np.mean(counter.hits[len(model.model.layers) :])) if steps else shape.num_local_experts
+        counter.close()
+        for repeat in range(args.repeats + 1):
+            prompts, forced = ids(batch, prompt), ids(steps, batch)
+            for side in sides:
+                seconds = timed(sides[side], prompts, forced)[1 if steps else 0]
+                if repeat:  # the first round warms up
+                    times[side].append(seconds)
+        best = min(IMPLEMENTATIONS, key=lambda side: Spread.of(times[side]).median)
+        if steps:
+            floor = shape.step_weights(hit) * itemsize / bandwidth
+            ours, other = (Spread.of([batch / t for t in times[side]]) for side in ("ours", best))
+            limit = f"{batch / floor:.3g}"
+        else:
+            floor = max(shape.prefill_flops(prompt) / peak, shape.step_weights(hit) * itemsize / bandwidth)
+            ours, other = (Spread.of(times[side]).scaled(1e3) for side in ("ours", best))
+            limit = f"{floor * 1e3:.3g}"
+        report.add(
+            **{
+                "what": name,
+                "ours": ours,
+                "transformers": other,
+                "its experts": best,
+                "ratio": ratios(times[best], times["ours"]),
+                "floor": limit,
+                "ours / floor": f"{Spread.of(times['ours']).median / floor:.2f}",
+                "transformers / floor": f"{Spread.of(times[best]).median / floor:.2f}",
+                "experts hit": f"{hit:.2f}",
+            }
+        )
+    report.note(f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB")
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 4096) -> float:
+    """Operations a second of a large square product, torch's best."""
+    a = torch.randn(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+COLUMNS = (
+    "what",
+    "ours",
+    "transformers",
+    "its experts",
+    "ratio",
+    "floor",
+    "ours / floor",
+    "transformers / floor",
+    "experts hit",
+)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_shape(parser)
+    add_output(parser)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prefill", type=int, nargs="*", default=[256])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=20, help="tokens before decoding")
+    parser.add_argument("--new-tokens", type=int, default=25)
+    parser.add_argument("--scratch", help="folder for the random checkpoint and its store (two times its size)")
+    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report = Report("Mixtral on a CPU: this engine beside transformers", COLUMNS)
+    measure(args, shape_of(args), report)
+    write_output(args, [report], "Mixtral on a CPU")
+    return report.rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Building a store: bytes a second and peak memory, on checkpoints far larger than the memory that a build may use.
+
+Two random tenants are written shard by shard; the build runs in a process of its own, whose growth over its imports
+is reported. The floor is a plain read of the same files, in the same state of the page cache, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import (
+    Report,
+    Shape,
+    add_output,
+    add_shape,
+    machine,
+    seconds,
+    shape_of,
+    write_output,
+    write_random,
+)
+
+BUILD = """
+import resource, sys, time
+from common import build_store
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+begun = time.perf_counter()
+build_store(sys.argv[1], {"a": sys.argv[2], "b": sys.argv[3]})
+print(time.perf_counter() - begun, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def read_all(files: list[Path]) -> None:
+    buffer = bytearray(1 << 24)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_shape(parser, Shape(num_hidden_layers=8))
+    add_output(parser)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scratch", help="folder for the checkpoints and the store (four times a checkpoint)")
+    args = parser.parse_args(argv)
+    shape = shape_of(args)
+    report = Report(
+        "Building a store of two tenants", ("run", "read, GB/s", "build, GB/s", "build / read", "memory grown, MB")
+    )
+    report.note(machine())
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        root = Path(scratch)
+        for seed, name in enumerate(("a", "b")):
+            write_random(root / name, shape, torch.bfloat16, seed)
+        files = sorted(root.glob("*/*.safetensors"))
+        size = sum(f.stat().st_size for f in files)
+        tensor = shape.hidden_size * shape.intermediate_size * 2
+        report.note(
+            f"{size / 1e9:.2f} GB in two bfloat16 checkpoints; the largest expert tensor has {tensor / 1e6:.1f} MB"
+        )
+        read_all(files)
+        for run in range(args.repeats):
+            read = size / seconds(lambda: read_all(files))
+            command = [sys.executable, "-c", BUILD, str(root / f"store{run}"), str(root / "a"), str(root / "b")]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            build = size / float(out[0])
+            report.add(
+                **{
+                    "run": run,
+                    "read, GB/s": f"{read / 1e9:.2f}",
+                    "build, GB/s": f"{build / 1e9:.2f}",
+                    "build / read": f"{build / read:.2f}",
+                    "memory grown, MB": f"{float(out[1]) / 1e6:.0f}",
+                }
+            )
+    write_output(args, [report], "Building a store")
+    return report.rows
+
+
+if __name__ == "__main__":
+    main()

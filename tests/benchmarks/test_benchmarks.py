@@ -1,0 +1,65 @@
+"""Every benchmark runs at a tiny shape and writes its tables. No time is judged: machines are shared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cpu_products, mixtral_cpu, store_build
+from benchmarks.common import Shape, Spread, ratios
+from benchmarks.gpu import __main__ as gpu
+
+TINY = ["--hidden-size=64", "--intermediate-size=128", "--num-hidden-layers=2", "--num-attention-heads=4"]
+TINY += ["--num-key-value-heads=2", "--vocab-size=256"]
+
+
+def outputs(tmp_path: Path) -> list[str]:
+    return [f"--json={tmp_path / 'rows.json'}", f"--markdown={tmp_path / 'table.md'}"]
+
+
+def test_mixtral_cpu(tmp_path: Path) -> None:
+    options = ["--prefill=16", "--batch", "1", "3", "--new-tokens=3", "--repeats=2", "--bandwidth-bytes=10000000"]
+    rows = mixtral_cpu.main([*TINY, *options, *outputs(tmp_path)])
+    assert [r["what"] for r in rows] == ["prefill 16, ms", "decode batch 1, tokens/s", "decode batch 3, tokens/s"]
+    for row in rows:
+        assert row["ours"].low <= row["ours"].median <= row["ours"].high
+        assert row["ratio"].median > 0 and float(row["floor"]) > 0
+    assert float(rows[1]["experts hit"]) == 2.0
+    saved = json.loads((tmp_path / "rows.json").read_text())[0]
+    assert len(saved["rows"]) == 3 and set(saved["rows"][0]["ratio"]) == {"median", "low", "high"}
+    assert "| decode batch 3, tokens/s |" in (tmp_path / "table.md").read_text()
+
+
+def test_cpu_products(tmp_path: Path) -> None:
+    options = ["--shapes", "128x64", "--rows", "1", "8", "--chain-bytes=200000", "--repeats=1"]
+    rows = cpu_products.main([*options, *outputs(tmp_path)])
+    assert [(r["dtype"], r["rows"]) for r in rows] == [(d, n) for d in ("bfloat16", "float32") for n in (1, 8)]
+    assert all(isinstance(r["plain"], Spread) and r["best"] in r for r in rows)
+
+
+def test_store_build(tmp_path: Path) -> None:
+    (row,) = store_build.main([*TINY, "--repeats=1", *outputs(tmp_path)])
+    assert float(row["build, GB/s"]) >= 0 and "memory grown, MB" in (tmp_path / "table.md").read_text()
+
+
+def test_gpu_suite_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--device=cpu", "--tiny", f"--out={tmp_path}"]) == 0
+    (written,) = tmp_path.glob("*-cpu.md")
+    text = written.read_text()
+    for title in ("Tenant switch", "Products of one layer", "beside transformers", "Misses"):
+        assert title in text
+    assert "| tenant switch |" in text
+
+
+def test_gpu_suite_without_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "torch sees no CUDA device here; use --device cpu --tiny" in capsys.readouterr().err
+
+
+def test_floors_count_the_weights_of_a_step() -> None:
+    # The peers' table: 854 MB in bfloat16 at batch 1 for the mini shape.
+    assert Shape().step_weights(2) * 2 == pytest.approx(854e6, rel=0.001)
+    assert ratios([2.0, 6.0], [1.0, 2.0]) == Spread(2.5, 2.0, 3.0)
