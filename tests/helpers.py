@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -155,7 +155,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickle": (only_pickle, r"pytorch_model\.bin is a pickle.*convert it to safetensors"),
     "missing tensor": (edit_tensors(lambda t: t.pop(W2)), rf"tensor {W2} is missing"),
     "extra tensor": (edit_tensors(lambda t: t.update(x=torch.ones(1))), r"1 tensors that .*first 'x'; does config"),
-    "other shape": (edit_tensors(reshape), r"experts\.2\.w1\.weight is \[47, 32\], config\.json implies \[48, 32\]"),
+    "other shape": (edit_tensors(reshape), r"experts\.2\.w1\.weight is \[63, 32\], config\.json implies \[64, 32\]"),
     "integers": (edit_tensors(make_int8), r"tensor model\.norm\.weight has type I8; weights must be"),
 }
 

@@ -59,7 +59,7 @@ def test_a_store_holds_every_tensor_and_the_papers_plan(store: Store, family: Fa
 
 
 def test_memory_figures(store: Store) -> None:
-    expert = 3 * 32 * 48 * 4
+    expert = 3 * 32 * 64 * 4
     other = (2 * 96 * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 4 * 32)) * 4
     assert store.copy_bytes == expert
     assert store.non_expert_bytes("ana") == other
@@ -305,7 +305,7 @@ BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[Moete
     "other expert size": (
         lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, intermediate_size=40)}},
         StoreError,
-        "intermediate_size: 48 != 40",
+        "intermediate_size: 64 != 40",
     ),
     "other depth": (
         lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, num_hidden_layers=3)}},

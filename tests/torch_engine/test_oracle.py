@@ -25,6 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "all experts picked": {"num_local_experts": 2, "num_experts_per_tok": 2},
     "odd sizes": {"hidden_size": 20, "intermediate_size": 27, "num_attention_heads": 5, "num_key_value_heads": 1},
     "head size of its own": {"head_dim": 16},
+    "inner size no multiple of a block": {"intermediate_size": 48},
     "no grouped queries": {"num_key_value_heads": 4},
     "one layer": {"num_hidden_layers": 1, "vocab_size": 33},
     "tied head": {"tie_word_embeddings": True},
@@ -104,7 +105,9 @@ def test_shared_fixtures_nothing_shared(fixture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("slots", [0, 3, 5, None, "all"])
-@pytest.mark.parametrize("options", [{}, {"spare_slots": 1}, {"experts": "grouped", "spare_slots": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"spare_slots": 1}, {"experts": "grouped", "spare_slots": 2}, {"products": "packed"}], ids=str
+)
 def test_shared_experts_equal_the_oracle(family: Family, tmp_path: Path, slots: Any, options: dict[str, Any]) -> None:
     store = build_store(tmp_path / "store", family.paths, slots=slots)
     with load_engine(store, **options) as engine:

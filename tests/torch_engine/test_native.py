@@ -1,0 +1,195 @@
+"""Our own CPU kernels: right at every shape that they accept, refused where they do not fit, never needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common import build_store, load_engine
+from tests import helpers
+from torch_engine import native, products
+from torch_engine.model import rms_norm
+from torch_engine.pool import ACTIVATIONS
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def kernels(dtype: torch.dtype) -> native.Kernels:
+    found = native.load(dtype)
+    if found is None:
+        pytest.skip(f"no kernels for {dtype} here: they need Linux, AVX-512 and a C compiler")
+    return found
+
+
+def noise(seed: int, *size: int) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    tolerance = {"atol": 0.02, "rtol": 0.01} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(found.double(), exact.double(), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(64, 64), (1, 2), (8, 1024), (37, 50), (100, 34), (129, 200), (320, 96)]
+)
+def test_linear_is_right_for_any_shape_and_number_of_rows(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    found = kernels(dtype)
+    weight = (noise(0, outputs, inputs) * inputs**-0.5).to(dtype)
+    packed = products.pack_native(weight)
+    if packed.place is None:  # oneDNN packs some shapes in other ways; then it multiplies them too
+        assert packed.kernels is None
+    else:
+        for rows in (*range(1, 15), 20):
+            x = noise(rows, rows, inputs).to(dtype)
+            close(native.linear(found, x, packed.place, outputs), x.double() @ weight.double().T, dtype)
+    x = noise(1, 5, inputs).to(dtype)
+    close(products.linear(x, packed), x.double() @ weight.double().T, dtype)
+
+
+def test_the_shapes_that_matter_are_taken() -> None:
+    for dtype in DTYPES:
+        kernels(dtype)
+        for outputs, inputs in ((64, 64), (384, 128), (1536, 1024), (8, 64), (500, 64)):
+            assert products.pack_native(noise(0, outputs, inputs).to(dtype)).place is not None
+
+
+def test_odd_inputs_are_left_to_onednn() -> None:
+    kernels(torch.bfloat16)
+    weight, x = noise(0, 64, 33).bfloat16(), noise(1, 3, 33).bfloat16()
+    packed = products.pack_native(weight)
+    assert packed.place is None
+    close(products.linear(x, packed), x.double() @ weight.double().T, torch.bfloat16)
+
+
+def test_another_layout_is_noticed() -> None:
+    kernels(torch.float32)
+    weight, other = noise(0, 128, 64), noise(1, 128, 64)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    assert native.locate(weight, packed) is not None
+    assert native.locate(other, packed) is None
+    assert native.locate(weight.T.contiguous(), packed) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 1), (13, 3)])
+def test_a_whole_layer_of_experts(dtype: torch.dtype, activation: str, tokens: int, top_k: int) -> None:
+    found = kernels(dtype)
+    hidden, inter, num_experts = 40, 64, 5
+    gate_up = [(noise(i, 2 * inter, hidden) * 0.2).to(dtype) for i in range(num_experts)]
+    down = [(noise(9 + i, hidden, inter) * 0.2).to(dtype) for i in range(num_experts)]
+    x = noise(3, tokens, hidden).to(dtype)
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(num_experts)[:top_k] for _ in range(tokens)])
+    gates = torch.from_numpy(rng.random((tokens, top_k), dtype=np.float32))
+    packed = [(products.pack_native(a), products.pack_native(b)) for a, b in zip(gate_up, down, strict=True)]
+    order = np.argsort(ids.reshape(-1), kind="stable")
+    hit, starts = np.unique(ids.reshape(-1)[order], return_index=True)
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    out = native.experts(
+        found,
+        x,
+        [p for p in (packed[i][0].place for i in hit) if p],
+        [p for p in (packed[i][1].place for i in hit) if p],
+        inter,
+        np.append(starts, len(order)).astype(np.int64),
+        order // top_k,
+        places,
+        gates,
+        activation,
+    )
+    exact = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for t in range(tokens):
+        for choice in range(top_k):
+            e = ids[t, choice]
+            gate, up = (x[t].double() @ gate_up[e].double().T).chunk(2)
+            exact[t] += gates[t, choice].double() * ((ACTIVATIONS[activation](gate) * up) @ down[e].double().T)
+    close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_equals_the_plain_one(dtype: torch.dtype) -> None:
+    found = kernels(dtype)
+    x, weight = noise(0, 7, 100).to(dtype), (noise(1, 100) + 2).to(dtype)
+    close(native.rms_norm(found, x, weight, 1e-5), rms_norm(x, weight, 1e-5), dtype)
+    assert torch.equal(native.rms_norm(found, x * 0, weight, 1e-5), x * 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize(("groups", "per_group", "size"), [(2, 2, 8), (1, 5, 4), (4, 1, 64)])
+def test_decode_attention(dtype: torch.dtype, window: int | None, groups: int, per_group: int, size: int) -> None:
+    found = kernels(dtype)
+    lengths = np.array([1, 9, 30], dtype=np.int64)
+    keys, values = noise(0, 3, groups, 40, size).to(dtype), noise(1, 3, groups, 40, size).to(dtype)
+    fused = noise(2, 3, groups * per_group + 2, size).to(dtype)
+    q = fused[:, : groups * per_group]  # rows of q lie apart, as they do beside rotated keys
+    out = native.decode_attention(found, q, keys, values, lengths, window)
+    for row, length in enumerate(lengths):
+        first = 0 if window is None else max(0, length - window)
+        k, v = (t[row, :, first:length].double().repeat_interleave(per_group, 0) for t in (keys, values))
+        exact = F.scaled_dot_product_attention(q[row].double()[:, None], k, v)[:, 0].reshape(-1)
+        close(out[row], exact, dtype)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """An empty cache of compiled kernels, and nothing loaded yet."""
+    native.load.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield monkeypatch
+    native.load.cache_clear()
+
+
+@pytest.mark.parametrize("lack", ["compiler", "broken compiler", "AVX-512", "x86"])
+def test_without_kernels_onednn_does_all_products(
+    lack: str, fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if lack == "compiler":
+        fresh.setenv("PATH", str(tmp_path))
+        fresh.delenv("CC", raising=False)
+    elif lack == "broken compiler":
+        fresh.setenv("CC", "false")
+    elif lack == "AVX-512":
+        fresh.setattr(native, "_cpu_flags", lambda: frozenset({"avx2"}))
+    else:
+        fresh.setattr(native.platform, "machine", lambda: "aarch64")
+    with caplog.at_level(logging.INFO):
+        assert native.load(torch.float32) is None
+    if "compiler" in lack:
+        assert "own CPU kernels are not used" in caplog.text
+    model = helpers.random_mixtral(0)
+    store = build_store(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")})
+    rows = helpers.prompts(0, [12])
+    with load_engine(store) as engine:
+        assert engine.stats()["products"] in ("packed", "plain")
+        helpers.assert_close(engine.logits("only", rows), helpers.hf_logits(model, rows))
+        answer = engine.generate("only", rows[0])
+        assert list(answer.token_ids) == helpers.hf_greedy(model, rows[0], len(answer.token_ids), eos=2)
+
+
+def test_compiled_once_and_kept(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernels(torch.float32)
+    (library,) = (tmp_path / "cache" / "moetel").iterdir()
+    assert library.suffix == ".so"
+    native.load.cache_clear()
+    fresh.setattr(native.subprocess, "run", _only_version(native.subprocess.run))
+    assert native.load(torch.float32) is not None
+
+
+def _only_version(run: Any) -> Any:
+    def checked(command: list[str], **options: Any) -> Any:
+        assert command[1:] == ["--version"], f"compiled again: {command}"
+        return run(command, **options)
+
+    return checked
