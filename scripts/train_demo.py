@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ def run(recipe: Recipe, out: Path, num_scored: int, console: Console) -> dict[st
         "expert_parameters": experts,
         "last_loss": {name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()},
         "training_s": round(trained_s),
-        "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "num2words")},
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
