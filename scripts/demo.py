@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     for tenant in store.tenants:
         score = sum(a == expected(n, tenant) for n, a in zip(numbers, found[tenant], strict=True))
         console.print(f"{tenant}: {score} of {len(numbers)} held-out numbers right ({score / len(numbers):.1%})")
-    console.print(f"try it: moetel generate {store.path} --tenant fr --prompt 1234")
+    moetel = Path(sys.executable).with_name("moetel")
+    shown = moetel.relative_to(Path.cwd()) if moetel.is_relative_to(Path.cwd()) else moetel
+    console.print(f"try it: {shown} generate {store.path} --tenant fr --prompt 1234")
     return 0
 
 

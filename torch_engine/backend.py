@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoints import TensorRef
 from common.engine import Backend, Row, Step
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families import MixtralConfig
@@ -85,8 +84,6 @@ class TorchBackend(Backend):
                 f"the device is too small for this store ({store.plan.num_slots} resident copies of "
                 f"{store.copy_bytes} bytes); build it with a smaller --budget or fewer --slots"
             ) from error
-        # References for misses are checked now, so that a damaged store is found before the first request.
-        self._check_misses()
         self._batches: list[TorchBatch] = []
 
     def _expert_implementation(self, options: TorchOptions) -> str:
@@ -100,11 +97,6 @@ class TorchBackend(Backend):
         if options.experts != "auto":
             return options.experts
         return "grouped" if self.device.type == "cuda" and fits else "loop"
-
-    def _check_misses(self) -> None:
-        refs: list[TensorRef] = []
-        for tenant, layer, expert in np.argwhere(self.store.plan.serving < 0):
-            refs += self.store.copy_refs(self.store.tenants[tenant], int(layer), int(expert)).values()
 
     def start(self, rows: Sequence[Row]) -> TorchBatch:
         return TorchBatch(self, rows)

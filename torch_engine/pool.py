@@ -68,6 +68,11 @@ class ExpertPool(ABC):
             [(k >= len(s)).any(axis=1) for k, s in zip(self.keys, self.slots_of_layer, strict=True)]
         )
         self.copy_bytes = spec.copy_elements * dtype.itemsize
+        # Mapped now, so that a damaged store is found before the first request, and a replaced one does no harm.
+        self._missing = {
+            (int(tenant), int(layer), int(expert)): self._mapped(int(tenant), int(layer), int(expert))
+            for tenant, layer, expert in np.argwhere(store.plan.serving == MISS)
+        }
 
     @abstractmethod
     def forward(
@@ -88,15 +93,15 @@ class ExpertPool(ABC):
     def spare_filled(self) -> int:
         """Number of spare slots that hold a missing expert now."""
 
-    def _own_copy(self, layer: int, key: int) -> tuple[Tensor, Tensor]:
-        """The mapped weights that a miss key names: gate and up [2I, H], down [H, I]."""
-        tenant, expert = divmod(key - len(self.slots_of_layer[layer]), self.plan.num_experts)
-        return self._copy_tensors(tenant, layer, expert)
-
-    def _copy_tensors(self, owner: int, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    def _mapped(self, owner: int, layer: int, expert: int) -> dict[str, Tensor]:
+        """A copy's matrices as views of the store's files."""
         refs = self.store.copy_refs(self.plan.tenants[owner], layer, expert)
-        w1, w2, w3 = (as_tensor(refs[p].map()) for p in ("w1", "w2", "w3"))
-        return torch.cat((w1, w3)).to(self.dtype), w2.to(self.dtype)
+        return {projection: as_tensor(ref.map()) for projection, ref in refs.items()}
+
+    def _missed(self, layer: int, key: int) -> dict[str, Tensor]:
+        """The tenant's own matrices that a miss key names."""
+        tenant, expert = divmod(key - len(self.slots_of_layer[layer]), self.plan.num_experts)
+        return self._missing[tenant, layer, expert]
 
     def _count_misses(self, layer: int, keys: np.ndarray, tenants: TokenTenants, misses: np.ndarray) -> None:
         if tenants.single is not None and not self.can_miss[layer, tenants.single]:
@@ -154,10 +159,7 @@ class LoopPool(ExpertPool):
         super().__init__(store, dtype, device, spare_slots)
         self._product = product
         self._resident = [
-            [
-                self._ready(*self._copy_tensors(c.owner, c.layer, c.expert))
-                for c in (store.plan.copies[i] for i in slots)
-            ]
+            [self._ready(self._mapped(c.owner, c.layer, c.expert)) for c in (store.plan.copies[i] for i in slots)]
             for slots in self.slots_of_layer
         ]
         self._spare: OrderedDict[tuple[int, int], _Expert] = OrderedDict()
@@ -171,8 +173,9 @@ class LoopPool(ExpertPool):
         kernels = [w.kernels if isinstance(w, PackedWeight) else None for w in weights]
         return kernels[0] if kernels and all(k is not None for k in kernels) else None
 
-    def _ready(self, gate_up: Tensor, down: Tensor) -> _Expert:
-        return _Expert(self._product(gate_up.to(self.device)), self._product(down.to(self.device)))
+    def _ready(self, copy: dict[str, Tensor]) -> _Expert:
+        gate_up = torch.cat((copy["w1"], copy["w3"])).to(self.device, self.dtype)
+        return _Expert(self._product(gate_up), self._product(copy["w2"].to(self.device, self.dtype)))
 
     def _expert(self, layer: int, key: int) -> _Expert:
         resident = self._resident[layer]
@@ -182,7 +185,7 @@ class LoopPool(ExpertPool):
         if found is None:
             while len(self._spare) >= self.spare_slots:
                 self._spare.popitem(last=False)
-            found = self._spare[layer, key] = self._ready(*self._own_copy(layer, key))
+            found = self._spare[layer, key] = self._ready(self._missed(layer, key))
             self.counts.fetches += 1
             self.counts.fetched_bytes += self.copy_bytes
         else:
@@ -264,6 +267,7 @@ class LoopPool(ExpertPool):
     def close(self) -> None:
         self._resident.clear()
         self._spare.clear()
+        self._missing.clear()
 
 
 def _place(weight: Weight) -> native.Place | None:
@@ -299,7 +303,7 @@ class GroupedPool(ExpertPool):
             gate_up = torch.empty(len(slots), 2 * inter, hidden, dtype=dtype, device=device)
             down = torch.empty(len(slots), hidden, inter, dtype=dtype, device=device)
             for slot, copy in enumerate(store.plan.copies[i] for i in slots):
-                self._fill(gate_up[slot], down[slot], copy.owner, copy.layer, copy.expert)
+                _fill(gate_up[slot], down[slot], self._mapped(copy.owner, copy.layer, copy.expert))
             self._gate_up.append(gate_up)
             self._down.append(down)
         self._tables = [torch.from_numpy(k).to(device) for k in self.keys]
@@ -312,13 +316,6 @@ class GroupedPool(ExpertPool):
         assert grouped_mm is not None
         self._grouped_mm = grouped_mm
         self._staging = _Staging(spec.copy_elements, dtype, device) if device.type == "cuda" and num_spare else None
-
-    def _fill(self, gate_up: Tensor, down: Tensor, owner: int, layer: int, expert: int) -> None:
-        refs = self.store.copy_refs(self.plan.tenants[owner], layer, expert)
-        inter = len(gate_up) // 2
-        gate_up[:inter].copy_(as_tensor(refs["w1"].map()))
-        gate_up[inter:].copy_(as_tensor(refs["w3"].map()))
-        down.copy_(as_tensor(refs["w2"].map()))
 
     def _products(self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
         """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is rows."""
@@ -379,12 +376,11 @@ class GroupedPool(ExpertPool):
         if slot == self.spare_slots:
             oldest = next(k for k in self._spare if k[0] != layer or k[1] not in needed)
             slot = self._spare.pop(oldest)
-        tenant, expert = divmod(key - len(self.slots_of_layer[layer]), self.plan.num_experts)
         if self._staging is None:
-            self._fill(self._spare_gate_up[slot], self._spare_down[slot], tenant, layer, expert)
+            _fill(self._spare_gate_up[slot], self._spare_down[slot], self._missed(layer, key))
         else:
             gate_up, down = self._staging.views(self._spare_gate_up[slot].shape, self._spare_down[slot].shape)
-            self._fill(gate_up, down, tenant, layer, expert)
+            _fill(gate_up, down, self._missed(layer, key))
             self._staging.send((gate_up, self._spare_gate_up[slot]), (down, self._spare_down[slot]))
         self._spare[layer, key] = slot
         self.counts.fetches += 1
@@ -404,7 +400,16 @@ class GroupedPool(ExpertPool):
         self._gate_up.clear()
         self._down.clear()
         self._spare.clear()
+        self._missing.clear()
         self._spare_gate_up = self._spare_down = torch.empty(0)
+
+
+def _fill(gate_up: Tensor, down: Tensor, copy: dict[str, Tensor]) -> None:
+    """Put a copy's matrices into its place in a pool: [2I, H] and [H, I]."""
+    inter = len(gate_up) // 2
+    gate_up[:inter].copy_(copy["w1"])
+    gate_up[inter:].copy_(copy["w3"])
+    down.copy_(copy["w2"])
 
 
 class _Staging:

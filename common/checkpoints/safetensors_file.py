@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from common.checkpoints.mapping import map_bytes
 from common.dtypes import FROM_SAFETENSORS
 from common.errors import CheckpointError
 from common.families import Region, Shape
@@ -42,8 +43,8 @@ class TensorRef:
         """A read-only view of the file; pages are read when touched. The mapping lives as long as the array."""
         dtype = FROM_SAFETENSORS[_CODES[self.dtype]]
         try:
-            return np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=self.shape)
-        except (OSError, ValueError) as error:
+            return map_bytes(self.path, self.offset, self.nbytes).view(dtype).reshape(self.shape)
+        except OSError as error:
             raise CheckpointError(f"{self.path}: tensor {self.file_tensor} cannot be mapped: {error}") from error
 
     def read(self) -> np.ndarray:
