@@ -455,7 +455,7 @@ def load_engine(
             f"backend {backend!r} does not serve family {opened.family.name!r}; use {backends[opened.family.name]!r}"
         )
     try:
-        import torch_engine
+        import torch_engine.backend
     except ImportError as error:
         raise EngineError(f"the torch backend is not installed ({error}); run: pip install 'moetel[torch]'") from error
     return Engine(opened, torch_engine.load_backend(opened, device=device, dtype=dtype, **options), max_batch_size)

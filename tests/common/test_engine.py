@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,12 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(kind: str, engine: Engi
 def test_bad_options_are_refused(engine: Engine, options: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         load_engine(engine.store, **options)
+
+
+def test_a_missing_framework_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_engine.backend", None)  # an import of it fails now
+    with pytest.raises(EngineError, match=r"the torch backend is not installed .*pip install 'moetel\[torch\]'"):
+        load_engine(engine.store)
 
 
 def test_a_closed_engine_says_so(family: Family, tmp_path: Path) -> None:
