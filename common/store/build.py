@@ -13,9 +13,9 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -151,34 +151,46 @@ def add_tenant(path: str | Path, name: str, checkpoint: str | Path, *, progress:
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
-    store = Store.open(path)
     _check_name(name)
-    if name in store.tenants:
-        raise StoreError(f"tenant {name!r} is in this store already; remove it first or choose another name")
-    sources = [_Source.from_store(store, tenant) for tenant in store.tenants]
-    sources.append(_Source.from_checkpoint(name, open_checkpoint(checkpoint)))
-    _check_agreement(sources)
-    return _change(store, sources, progress)
+
+    def with_it(store: Store) -> list[_Source]:
+        if name in store.tenants:
+            raise StoreError(f"tenant {name!r} is in this store already; remove it first or choose another name")
+        sources = [_Source.from_store(store, tenant) for tenant in store.tenants]
+        sources.append(_Source.from_checkpoint(name, open_checkpoint(checkpoint)))
+        _check_agreement(sources)
+        return sources
+
+    return _change(Path(path), with_it, progress)
 
 
 def remove_tenant(path: str | Path, name: str, *, progress: Progress = silent) -> Store:
     """Remove a tenant, free what only it used, and plan again. Raises UnknownTenantError, StoreError."""
-    store = Store.open(path)
-    if name not in store.tenants:
-        raise UnknownTenantError(name, store.tenants)
-    if len(store.tenants) == 1:
-        raise StoreError(f"tenant {name!r} is the only one in this store; delete the directory {store.path} instead")
-    return _change(store, [_Source.from_store(store, t) for t in store.tenants if t != name], progress)
+
+    def without_it(store: Store) -> list[_Source]:
+        if name not in store.tenants:
+            raise UnknownTenantError(name, store.tenants)
+        if len(store.tenants) == 1:
+            raise StoreError(
+                f"tenant {name!r} is the only one in this store; delete the directory {store.path} instead"
+            )
+        return [_Source.from_store(store, t) for t in store.tenants if t != name]
+
+    return _change(Path(path), without_it, progress)
 
 
-def _change(store: Store, sources: list[_Source], progress: Progress) -> Store:
-    kept = store.manifest.provenance["settings"]
-    settings = Settings(kept["policy"], kept["slots"], kept["budget_bytes"])
-    num_slots = _resolve_slots(settings, sources, store.dtype)
-    with _new_or_existing(store.path) as directory:
+def _change(path: Path, edit: Callable[[Store], list[_Source]], progress: Progress) -> Store:
+    """Give a store the tenants that `edit` makes of it, planned with its own settings."""
+    Store.open(path)  # raises if there is none; what holds is read below, under the lock
+    with _new_or_existing(path) as directory:
+        store = Store.open(directory)
+        sources = edit(store)
+        kept = store.manifest.provenance["settings"]
+        settings = Settings(kept["policy"], kept["slots"], kept["budget_bytes"])
+        num_slots = _resolve_slots(settings, sources, store.dtype)
         manifest = _assemble(directory, sources, settings, num_slots, store.dtype, store.distances, progress)
         _commit(directory, manifest)
-    return Store.open(store.path)
+    return Store.open(path)
 
 
 def _check_name(name: str) -> None:
@@ -415,7 +427,9 @@ def _new_or_existing(path: Path) -> Iterator[Path]:
                 try:
                     yield path
                 except BaseException:
-                    _sweep(path, Manifest.read(path))
+                    # A store whose manifest is damaged is left alone: what its files are for is not known.
+                    with suppress(StoreError):
+                        _sweep(path, Manifest.read(path))
                     raise
             return
         staging = path.with_name(f".{path.name}.building")

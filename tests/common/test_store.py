@@ -419,6 +419,32 @@ def test_two_writers_at_once_are_refused(store: Store, family: Family, tmp_path:
     assert not staging.exists()
 
 
+def test_a_damaged_store_is_mended_by_building_again(store: Store, family: Family, tmp_path: Path) -> None:
+    manifest = store.path / "store.json"
+    manifest.write_bytes(manifest.read_bytes()[:1000])
+    before = helpers.fingerprint(store.path)
+    with pytest.raises(CheckpointError, match="NaN"):
+        build_store(store.path, {"b": poisoned(family, tmp_path, EXPERTS, float("nan"))})
+    assert set(before) <= set(helpers.fingerprint(store.path))
+    assert build_store(store.path, family.paths, slots=5).verify() == []
+
+
+def test_a_change_starts_from_what_it_finds_under_the_lock(
+    store: Store, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Store.open
+
+    def open_then_overtaken(path: Path) -> Store:
+        found = opened(path)
+        monkeypatch.undo()
+        remove_tenant(path, "bob")
+        return found
+
+    monkeypatch.setattr(Store, "open", open_then_overtaken)
+    assert remove_tenant(store.path, "ana").tenants == ("base",)
+    assert Store.open(store.path).verify() == []
+
+
 def test_leftovers_are_reported_and_swept(store: Store, family: Family) -> None:
     folder = store.path / "objects" / "ab"
     folder.mkdir(exist_ok=True)
