@@ -148,12 +148,14 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
                 if repeat:  # the first round warms up
                     times[side].append(seconds)
         best = min(IMPLEMENTATIONS, key=lambda side: Spread.of(times[side]).median)
+        read = shape.step_weights(hit) * itemsize
+        rates = " / ".join(f"{read / Spread.of(times[side]).median / 1e9:.3g}" for side in ("ours", best))
         if steps:
-            floor = shape.step_weights(hit) * itemsize / bandwidth
+            floor = read / bandwidth
             ours, other = (Spread.of([batch / t for t in times[side]]) for side in ("ours", best))
             limit = f"{batch / floor:.3g}"
         else:
-            floor = max(shape.prefill_flops(prompt) / peak, shape.step_weights(hit) * itemsize / bandwidth)
+            floor = max(shape.prefill_flops(prompt) / peak, read / bandwidth)
             ours, other = (Spread.of(times[side]).scaled(1e3) for side in ("ours", best))
             limit = f"{floor * 1e3:.3g}"
         report.add(
@@ -167,6 +169,7 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
                 "ours / floor": f"{Spread.of(times['ours']).median / floor:.2f}",
                 "transformers / floor": f"{Spread.of(times[best]).median / floor:.2f}",
                 "experts hit": f"{hit:.2f}",
+                "weights, GB/s": rates,
             }
         )
     report.note(f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB")
@@ -193,6 +196,7 @@ COLUMNS = (
     "ours / floor",
     "transformers / floor",
     "experts hit",
+    "weights, GB/s",
 )
 
 

@@ -280,7 +280,7 @@ def find_grouped_mm() -> Callable[..., Tensor] | None:
 
 
 def grouped_mm_fits(hidden_size: int, intermediate_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the grouped product takes these shapes: strides in multiples of 16 bytes, on CUDA bfloat16 (torch 2.11)."""
+    """Whether the grouped product takes these shapes: strides in multiples of 16 bytes, on CUDA bfloat16 alone."""
     step = 16 // dtype.itemsize
     aligned = hidden_size % step == 0 and intermediate_size % step == 0
     return find_grouped_mm() is not None and aligned and (device.type != "cuda" or dtype == torch.bfloat16)

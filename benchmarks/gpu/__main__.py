@@ -4,10 +4,11 @@ docs/results`.
 Real Mixtral-8x7B widths (hidden 4096, intermediate 14336, 8 experts, 32 and 8 heads, vocabulary 32000, bfloat16),
 random weights, no download:
 
-1. reconfiguration: a tenant's 3.2 GB of non-expert weights, all 32 layers, against a plain pinned copy of the same
-size; 2. expert products: the grouped product against the loop, one layer, by number of tokens;
-3. prefill and decode beside transformers on the first layers of the model, with the floor from the card's own
-bandwidth; 4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode step.
+1. reconfiguration: a tenant's 3.2 GB of non-expert weights, all 32 layers, against a plain pinned copy of that size,
+   and what a switch adds to the time until the first token;
+2. expert products: the grouped product against the loop, one layer, by number of tokens;
+3. prefill and decode beside transformers on the first layers of the model, with the floor from its own bandwidth;
+4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode step.
 
 The experts of all layers are written as the same few tensors: the store keeps them once, so it fits on a small disk,
 while on the card every slot is memory of its own, so all reads are real. `--device cpu --tiny` runs the same code on
@@ -92,6 +93,43 @@ def reconfiguration(store: Store, device: torch.device, clock: Clock) -> Report:
         )
     report.note(f"{size / 1e9:.2f} GB a tenant; goal: 0.8 of the pinned rate; nothing is copied back")
     tenants.close()
+    return report
+
+
+def first_token(store: Store, shape: Shape, device: torch.device, clock: Clock) -> Report:
+    """Time until the first token with a switch before it and without, through the engine with one ready tenant.
+
+    The switch is copied layer by layer while earlier layers compute, so it may add less than it takes. Experts here are
+    small, which leaves little to hide it behind; real ones leave more.
+    """
+    report = Report(
+        "What a switch adds to the first token", ("prompt", "same tenant, ms", "after a switch, ms", "added, ms")
+    )
+    engine = load_engine(store, device=str(device), dtype="bfloat16", ready_tenants=1)
+    backend, names = engine._require_backend(), store.tenants
+    rng = np.random.default_rng(0)
+
+    def answer(tenant: str, prompt: tuple[int, ...]) -> Callable[[], Any]:
+        return lambda: backend.start([Row(tenant, prompt, 1)]).prefill(False)
+
+    for length in (20, 256):
+        stay, switch = [], []
+        for repeat in range(8):
+            prompt, name = tuple(rng.integers(3, shape.vocab_size, length).tolist()), names[repeat % 2]
+            if not repeat:
+                clock(answer(names[1], prompt))
+            before = engine.stats()["reconfigurations"]
+            switch_s = clock(answer(name, prompt))
+            if engine.stats()["reconfigurations"] != before + 1:
+                raise AssertionError("this answer must begin with a switch")
+            stay_s = clock(answer(name, prompt))
+            if repeat:
+                switch.append(switch_s)
+                stay.append(stay_s)
+        added = Spread.of([a - b for a, b in zip(switch, stay, strict=True)])
+        cells = [values.scaled(1e3) for values in (Spread.of(stay), Spread.of(switch), added)]
+        report.add(**{"prompt": length, **dict(zip(report.columns[1:], cells, strict=True))})
+    engine.close()
     return report
 
 
@@ -331,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         reports.append(misses(build, device, clock))
-        reports.insert(0, reconfiguration(non_expert_store(root, full), device, clock))
+        thin = non_expert_store(root, full)
+        reports[:0] = [reconfiguration(thin, device, clock), first_token(thin, full, device, clock)]
     reports[0].note(f"{machine()}; whole suite {time.perf_counter() - begun:.0f} s")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -342,8 +381,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def non_expert_store(root: Path, full: Shape) -> Store:
-    """Two tenants with all layers' real non-expert weights and experts of one row: only the former are switched."""
-    thin = replace(full, intermediate_size=1)
+    """Two tenants with all layers' real non-expert weights and small experts: only the former are switched."""
+    thin = replace(full, intermediate_size=64)
     paths = {f"tenant{seed}": write_random(root / f"thin{seed}", thin, torch.bfloat16, seed) for seed in (1, 2)}
     return build_store(root / "thin", paths)
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import cpu_products, mixtral_cpu, store_build
+from benchmarks import cpu_products, mixtral_cpu, reconfiguration, similarity, store_build
 from benchmarks.common import Shape, Spread, ratios
 from benchmarks.gpu import __main__ as gpu
 
@@ -33,10 +34,22 @@ def test_mixtral_cpu(tmp_path: Path) -> None:
 
 
 def test_cpu_products(tmp_path: Path) -> None:
-    options = ["--shapes", "128x64", "--rows", "1", "8", "--chain-bytes=200000", "--repeats=1"]
+    options = ["--shapes", "128x64", "--experts", "64x128", "--rows", "1", "8", "--chain-bytes=200000", "--repeats=1"]
     rows = cpu_products.main([*options, *outputs(tmp_path)])
     assert [(r["dtype"], r["rows"]) for r in rows] == [(d, n) for d in ("bfloat16", "float32") for n in (1, 8)]
     assert all(isinstance(r["plain"], Spread) and r["best"] in r for r in rows)
+    whole = json.loads((tmp_path / "rows.json").read_text())[1]["rows"]
+    assert len(whole) == 4 and all(r["best"] in cpu_products.FEED_FORWARDS for r in whole)
+
+
+def test_a_wrong_feed_forward_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = cpu_products.FeedForwards(64, 128, torch.float32, 200_000)
+    chain.measure(2, 1)
+    right = chain.ways(2)
+    assert "plain" in right
+    monkeypatch.setattr(chain, "ways", lambda rows: right | {"wrong": lambda: [2 * y for y in right["plain"]()]})
+    with pytest.raises(AssertionError, match="wrong differs from plain"):
+        chain.measure(2, 1)
 
 
 def test_store_build(tmp_path: Path) -> None:
@@ -44,11 +57,28 @@ def test_store_build(tmp_path: Path) -> None:
     assert float(row["build, GB/s"]) >= 0 and "memory grown, MB" in (tmp_path / "table.md").read_text()
 
 
+def test_reconfiguration(tmp_path: Path) -> None:
+    every, one = reconfiguration.main([*TINY, "--switches=4", "--prompt=5", *outputs(tmp_path)])
+    assert (every["ready tenants"], one["ready tenants"]) == ("all", 1)
+    assert every["bytes copied a switch"] == 0 and one["bytes copied a switch"] > 0
+    assert "| all |" in (tmp_path / "table.md").read_text()
+    assert len(json.loads((tmp_path / "rows.json").read_text())[0]["rows"]) == 2
+    with pytest.raises(SystemExit):
+        reconfiguration.main([*TINY, "--tenants=1"])
+
+
+def test_similarity(tmp_path: Path) -> None:
+    options = ["--gigabytes=0.002", "--workers", "1", "--repeats=1"]
+    (row,) = similarity.main([*TINY, *options, *outputs(tmp_path)])
+    assert row["distances, GB/s"].median > 0 and row["memory grown, MB"].low >= 0
+    assert "distances / read" in (tmp_path / "table.md").read_text()
+
+
 def test_gpu_suite_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--device=cpu", "--tiny", f"--out={tmp_path}"]) == 0
     (written,) = tmp_path.glob("*-cpu.md")
     text = written.read_text()
-    for title in ("Tenant switch", "Products of one layer", "beside transformers", "Misses"):
+    for title in ("Tenant switch", "What a switch adds", "Products of one layer", "beside transformers", "Misses"):
         assert title in text
     assert "| tenant switch |" in text
 
