@@ -39,5 +39,7 @@ def to_float32(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.float32:
         return array
     if array.dtype == BFLOAT16:
-        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        wide = array.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     return array.astype(np.float32)
