@@ -117,11 +117,11 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def memory_bandwidth(size_bytes: int = 1 << 30, repeats: int = 5) -> float:
-    """Bytes a second of a plain read by all threads (a sum over more than the caches hold)."""
+def memory_bandwidth(size_bytes: int = 1 << 30, repeats: int = 9) -> float:
+    """Bytes a second of a plain read by all threads (a sum over more than the caches hold): the best of several."""
     data = torch.ones(size_bytes // 4)
     data.sum()
-    return size_bytes / Spread.of([seconds(data.sum) for _ in range(repeats)]).median
+    return size_bytes / min(seconds(data.sum) for _ in range(repeats))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--tenants", type=int, default=3, help="at least 2")
     parser.add_argument("--switches", type=int, default=12)
     parser.add_argument("--prompt", type=int, default=20, help="tokens of each prompt")
+    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
     parser.add_argument("--scratch", help="folder for the random tenants and their store")
     args = parser.parse_args(argv)
     if args.tenants < 2:
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     report = Report("Tenant switch (reconfiguration) on a CPU", COLUMNS)
     report.note(machine())
     report.note(f"{args.tenants} tenants, {shape}, {args.dtype}; prompts of {args.prompt} tokens")
-    report.note(f"memory read {memory_bandwidth(1 << 28) / 1e9:.1f} GB/s (torch, this run)")
+    report.note(f"memory read {memory_bandwidth(args.bandwidth_bytes) / 1e9:.1f} GB/s (torch, this run)")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
         dtype = getattr(torch, args.dtype)

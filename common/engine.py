@@ -187,8 +187,8 @@ class Engine:
     """
 
     def __init__(self, store: Store, backend: Backend, max_batch_size: int = 32):
-        if max_batch_size < 1:
-            raise EngineError(f"max_batch_size is {max_batch_size}; give a whole number from 1")
+        if not isinstance(max_batch_size, int) or max_batch_size < 1:
+            raise EngineError(f"max_batch_size is {max_batch_size!r}; give a whole number from 1")
         self.store = store
         self.max_batch_size = max_batch_size
         self._backend: Backend | None = backend
@@ -355,7 +355,10 @@ class Engine:
                 raise RequestError("the prompt is empty; give some text")
             ids: Sequence[int] = text.encode(prompt)
         else:
-            ids = list(prompt)
+            try:
+                ids = list(prompt)
+            except TypeError as error:
+                raise RequestError(f"the prompt is {prompt!r}; give text or a list of token ids") from error
         checked = self._check_ids(tenant, ids, "the prompt")
         room = self.store.config(tenant).max_positions - len(checked)
         if room < 1:
@@ -373,7 +376,7 @@ class Engine:
             text=text,
             stream=TextStream(text, params.stop_strings) if text.has_tokenizer else None,
             rng=np.random.default_rng(params.seed),
-            eos=(frozenset() if params.ignore_eos else text.eos_token_ids) | frozenset(params.stop_token_ids),
+            eos=(frozenset() if params.ignore_eos else text.eos_token_ids) | frozenset(params.stop_token_ids or ()),
             taken_at=taken_at,
         )
 

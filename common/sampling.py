@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class SamplingParams:
     top_k: draw among the k most probable tokens; 0 or -1: all.
     top_p: draw among the most probable tokens whose probabilities sum to at least top_p; 1: all.
     seed: makes the draws of this request repeatable; None draws differently each time.
-    stop: strings that end the answer; they are not part of its text.
+    stop: strings that end the answer (None: none); they are not part of its text.
     stop_token_ids: token ids that end the answer, beside the end-of-sequence ids of the tenant's generation config.
     ignore_eos: go on after an end-of-sequence token.
 
@@ -31,26 +32,28 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: str | Sequence[str] = field(default_factory=tuple)
-    stop_token_ids: Sequence[int] = field(default_factory=tuple)
+    stop: str | Sequence[str] | None = field(default_factory=tuple)
+    stop_token_ids: Sequence[int] | None = field(default_factory=tuple)
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens!r}; give a whole number from 1")
-        if not self.temperature >= 0 or self.temperature == float("inf"):
+        if not isinstance(self.temperature, int | float | np.floating) or not 0 <= self.temperature < float("inf"):
             raise RequestError(f"temperature is {self.temperature!r}; give a number from 0 (greedy)")
         if not isinstance(self.top_k, int) or self.top_k < -1:
             raise RequestError(f"top_k is {self.top_k!r}; give a whole number from 1, or 0 for all")
-        if not 0 < self.top_p <= 1:
+        if not isinstance(self.top_p, int | float | np.floating) or not 0 < self.top_p <= 1:
             raise RequestError(f"top_p is {self.top_p!r}; give a number above 0 and at most 1")
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
             raise RequestError(f"seed is {self.seed!r}; give a whole number from 0, or None")
         if any(not isinstance(s, str) or not s for s in stop):
             raise RequestError("stop holds an empty string or no string; give non-empty strings")
+        if any(not isinstance(i, int | np.integer) for i in self.stop_token_ids or ()):
+            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; give whole numbers")
 
     @property
     def greedy(self) -> bool:
@@ -58,7 +61,15 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return tuple(self.stop)
+        return tuple(self.stop or ())
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    """A list option as a tuple; None is none."""
+    try:
+        return () if value is None else tuple(value)
+    except TypeError as error:
+        raise RequestError(f"{name} is {value!r}; give a list") from error
 
 
 def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:

@@ -6,6 +6,7 @@ No character is split on the way, and no stop string missed.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,13 @@ class TenantText:
             path = self.assets / name
             if not path.is_file():
                 continue
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            try:
+                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (OSError, ValueError, AttributeError) as error:
+                raise StoreError(
+                    f"{path}: of tenant {self.tenant!r}, cannot be read as a JSON object ({error}); "
+                    "mend the checkpoint's file and build again"
+                ) from error
             if value is not None:
                 return frozenset([value] if isinstance(value, int) else value)
         return frozenset()
@@ -79,7 +86,9 @@ class TextStream:
     A piece is held back while it ends in an unfinished character, or in what may become a stop string.
     """
 
-    # Tokens decoded before the unread ones, so that a tokenizer which joins words by their neighbours sees them.
+    # Tokens decoded before the unread ones, so that a tokenizer which joins words by their neighbours sees them: at
+    # least so many, from the end of a character on. A byte-fallback decoder turns a whole run of bytes into
+    # replacements if the run begins inside a character.
     CONTEXT = 6
 
     def __init__(self, text: TenantText, stop: Sequence[str]):
@@ -87,6 +96,7 @@ class TextStream:
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._read = 0
+        self._edges = deque([0])  # numbers of tokens that end with a whole character, those still of use as context
         self._pending = ""
         self.emitted = ""
         self.stopped = False
@@ -94,21 +104,25 @@ class TextStream:
     def push(self, token_id: int, last: bool = False) -> str:
         """Take one more token; returns the text that is now certain. `last` releases everything held back."""
         self._ids.append(token_id)
-        start = max(0, self._read - self.CONTEXT)
+        self._decode(last)
+        return self._release(last)
+
+    def finish(self) -> str:
+        """What is still held back, at the end of an answer that ended otherwise than by `push(last=True)`."""
+        self._decode(last=True)
+        return self._release(last=True)
+
+    def _decode(self, last: bool) -> None:
+        """Move what the unread tokens say to the pending text, unless they end inside a character."""
+        while len(self._edges) > 1 and self._edges[1] <= self._read - self.CONTEXT:
+            self._edges.popleft()
+        start = self._edges[0]
         known = self._text.decode(self._ids[start : self._read]) or ""
         grown = self._text.decode(self._ids[start:]) or ""
         if last or not grown.endswith(REPLACEMENT):
             self._pending += grown[len(known) :]
             self._read = len(self._ids)
-        return self._release(last)
-
-    def finish(self) -> str:
-        """What is still held back, at the end of an answer that ended otherwise than by `push(last=True)`."""
-        start = max(0, self._read - self.CONTEXT)
-        known = self._text.decode(self._ids[start : self._read]) or ""
-        self._pending += (self._text.decode(self._ids[start:]) or "")[len(known) :]
-        self._read = len(self._ids)
-        return self._release(last=True)
+            self._edges.append(self._read)
 
     def _release(self, last: bool) -> str:
         if self.stopped:

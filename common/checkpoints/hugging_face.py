@@ -96,6 +96,8 @@ def open_hugging_face(path: Path) -> Checkpoint:
     regions = family.locate(config, {name: ref.shape for name, ref in files.items()}, str(path))
     tensors = {name: files[region.file_tensor].at(region) for name, region in regions.items()}
     assets = {name: path / name for name in ASSETS if (path / name).is_file()}
+    if "generation_config.json" in assets:
+        read_json(assets["generation_config.json"])  # engines read it: refuse a broken one here
     return Checkpoint(path, family, config, tensors, assets)
 
 

@@ -114,8 +114,15 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors (any of the three float types, or float64 tables) as one file, through the library. Not atomic."""
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, metadata={"format": "pt"})
+    """Write tensors (any of the three float types, or float64 tables) as one file, through the library. Not atomic.
+
+    Raises OSError, a full disk included.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the library makes of every error of the system's
+        raise OSError(str(error)) from error
 
 
 def fsync(path: Path) -> None:

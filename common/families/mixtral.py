@@ -23,9 +23,14 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 # Rotary frequencies were saved as buffers by early versions of transformers; they follow from the config.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 
-# Types whose frequencies are fixed once the config is known; "dynamic" and "longrope" change with the length of the
-# text.
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# Types whose frequencies are fixed once the config is known, with the numbers that each needs beside rope_theta;
+# "dynamic" and "longrope" change with the length of the text.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,14 @@ def _rope_parameters(fields: Fields) -> dict[str, Any]:
         raise fields.error(
             "rope_parameters", f"asks for rope type {rope['rope_type']!r}; supported: {', '.join(ROPE_TYPES)}"
         )
+    for name in ("rope_theta", *ROPE_TYPES[rope["rope_type"]]):
+        value = rope.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise fields.error(
+                "rope_parameters",
+                f"of type {rope['rope_type']!r} needs a number above 0 as {name!r}, found {value!r}; "
+                "take config.json from where the weights come from",
+            )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise fields.error("rope_parameters", "asks for a partial_rotary_factor, which Mixtral does not use")
     return rope

@@ -35,7 +35,7 @@ from common.similarity import Distances, compare, tenant_pairs
 from common.store.lock import FILE as LOCK_FILE
 from common.store.lock import exclusive
 from common.store.manifest import Manifest, Tenant
-from common.store.objects import Objects, check_dtype, save_assets
+from common.store.objects import Objects, asset_damage, check_dtype, save_assets
 from common.store.store import Store, is_store, non_expert_bytes
 from common.units import format_bytes
 from common.version import __version__
@@ -67,6 +67,8 @@ class Settings:
             raise PlanError("give slots or a budget, not both")
         if self.slots is not None and self.slots != "all" and (not isinstance(self.slots, int) or self.slots < 0):
             raise PlanError(f"slots is {self.slots!r}; give a whole number from 0, or 'all'")
+        if self.budget_bytes is not None and not isinstance(self.budget_bytes, int):
+            raise PlanError(f"budget_bytes is {self.budget_bytes!r}; give a whole number of bytes")
 
 
 @dataclass
@@ -98,6 +100,11 @@ class _Source:
         tenant = store.tenant(name)
         refs = {tensor: store.ref(name, tensor) for tensor in tenant.tensors}
         assets = {file: store.assets_dir(name) / file for file in tenant.assets}
+        for file, entry in tenant.assets.items():
+            # They are copied and hashed anew: damage would become what the store says is right.
+            what = asset_damage(assets[file], entry["sha256"])
+            if what is not None:
+                raise StoreError(f"{assets[file]}: {what}; restore it from a backup or build the store again")
         return cls(name, tenant.source, store.family, tenant.config, refs, assets, dict(tenant.tensors), tenant.notes)
 
 
@@ -432,7 +439,10 @@ def _new_or_existing(path: Path) -> Iterator[Path]:
                         _sweep(path, Manifest.read(path))
                     raise
             return
-        staging = path.with_name(f".{path.name}.building")
+        place = path.resolve()  # the directory itself, where a symbolic link leads to it
+        if place == Path.cwd():
+            raise StoreError(f"{path}: the directory you are in cannot become a store; name one in it, such as ./store")
+        staging = place.with_name(f".{place.name}.building")
         staging.mkdir(parents=True, exist_ok=True)
         with exclusive(staging):
             for leftover in staging.iterdir():  # of a build that was killed: its lock is free
@@ -442,8 +452,8 @@ def _new_or_existing(path: Path) -> Iterator[Path]:
                     leftover.unlink()
             try:
                 yield staging
-                os.replace(staging, path)
-                fsync(path.parent)
+                os.replace(staging, place)
+                fsync(place.parent)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise

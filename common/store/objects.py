@@ -110,6 +110,16 @@ def save_assets(root: Path, assets: Mapping[str, Path]) -> tuple[str, dict[str, 
     return folder, files
 
 
+def asset_damage(path: Path, sha256: str) -> str | None:
+    """What is wrong with a tenant's small file, or None."""
+    try:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            return "content does not match its checksum"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    return None
+
+
 def check_dtype(name: str) -> None:
     if name not in BY_NAME:
         raise StoreError(f"dtype {name!r} is not one of auto, {', '.join(BY_NAME)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from common.errors import CheckpointError, StoreError, UnknownTenantError
 from common.families import ExpertSpec, Family, ModelConfig
 from common.similarity import Distances, tenant_pairs
 from common.store.manifest import FILE, Manifest, Tenant
-from common.store.objects import Objects
+from common.store.objects import Objects, asset_damage
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,9 @@ class Store:
             for name, entry in tenant.assets.items()
         }
         for path, checksum in checksums.items():
-            try:
-                if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
-                    problems.append(Problem(path, "content does not match its checksum"))
-            except OSError as error:
-                problems.append(Problem(path, f"cannot be read: {error}"))
+            what = asset_damage(path, checksum)
+            if what is not None:
+                problems.append(Problem(path, what))
         return problems
 
     def owners_of(self, object_id: str) -> list[str]:
@@ -166,10 +163,12 @@ class Store:
         Each expert is the copy that the plan gives the tenant (its own where it misses). The directory must not exist
         or be empty. Raises StoreError.
         """
-        target = Path(target)
+        target = Path(target).resolve()
         tenant = self.tenant(name)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise StoreError(f"{target}: exists and is not an empty directory; name another one")
+        if target == Path.cwd():
+            raise StoreError(f"{target}: the directory you are in cannot be replaced; name one in it, such as ./{name}")
         index = self.tenants.index(name)
         names: list[tuple[str, TensorRef]] = [
             (tensor, self.ref(name, tensor)) for tensor in self.family.non_expert_shapes(tenant.config)

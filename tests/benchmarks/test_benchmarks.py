@@ -58,7 +58,9 @@ def test_store_build(tmp_path: Path) -> None:
 
 
 def test_reconfiguration(tmp_path: Path) -> None:
-    every, one = reconfiguration.main([*TINY, "--switches=4", "--prompt=5", *outputs(tmp_path)])
+    every, one = reconfiguration.main(
+        [*TINY, "--switches=4", "--prompt=5", "--bandwidth-bytes=10000000", *outputs(tmp_path)]
+    )
     assert (every["ready tenants"], one["ready tenants"]) == ("all", 1)
     assert every["bytes copied a switch"] == 0 and one["bytes copied a switch"] > 0
     assert "| all |" in (tmp_path / "table.md").read_text()
