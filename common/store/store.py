@@ -192,7 +192,9 @@ class Store:
                 target.rmdir()
             partial.rename(target)
         except OSError as error:
-            raise StoreError(f"{target}: cannot be written: {error}") from error
+            raise StoreError(
+                f"{target}: cannot be written: {error}; free some space or choose another place"
+            ) from error
         except CheckpointError as error:
             raise StoreError(str(error)) from error
         finally:

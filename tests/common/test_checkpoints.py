@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import struct
 from collections.abc import Callable
@@ -170,6 +171,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         r"'rope_parameters' asks for rope type 'dynamic'; supported: default",
     ),
+    **{
+        f"{kind} rope without {field}": (
+            edit_config(rope_parameters={"rope_type": kind, "rope_theta": 1e4} | others),
+            rf"'rope_parameters' of type '{kind}' needs a number above 0 as '{field}', found {found}",
+        )
+        for kind, others, field, found in (
+            ("linear", {}, "factor", "None"),
+            ("linear", {"factor": "two"}, "factor", "'two'"),
+            ("yarn", {"factor": -1.0}, "factor", "-1.0"),
+            ("llama3", {"factor": 8.0}, "low_freq_factor", "None"),
+            ("default", {"rope_theta": "x"}, "rope_theta", "'x'"),
+        )
+    },
+    "broken generation config": (
+        lambda p: (p / "generation_config.json").write_text("{"),
+        r"generation_config\.json: cannot be read as JSON",
+    ),
     "top-k too large": (edit_config(num_experts_per_tok=9), r"'num_experts_per_tok' is 9, more than the 4 experts"),
     "truncated": (truncate, r"model\.safetensors: not a whole safetensors file .*fetch it again"),
     "empty": (
@@ -221,3 +239,28 @@ def test_a_file_that_shrinks_while_it_is_read(family: Family, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor .* ends after .* fetch it again"):
         for _ in checkpoint.stream():
             pass
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_flipped_bits_in_what_describes_the_weights_never_break_the_reader(file: str, tmp_path: Path) -> None:
+    """A flip is refused with the file's directory named, or changes nothing that the reader can know of."""
+    shards = {"max_shard_size": "40KB"} if "index" in file else {}
+    path = helpers.save(helpers.random_mixtral(0, num_hidden_layers=1), tmp_path / "checkpoint", **shards)
+    whole = (path / file).read_bytes()
+    end = 8 + struct.unpack("<Q", whole[:8])[0] if file.endswith(".safetensors") else len(whole)
+    names = set(open_checkpoint(path).tensors)
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(end)] ^= 1 << rng.randrange(8)
+        (path / file).write_bytes(data)
+        try:
+            found = open_checkpoint(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            if file != "config.json":  # which may now describe other weights, but then they are not these
+                assert set(found.tensors) == names
+    assert refused > 30

@@ -187,6 +187,11 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Engine], Any], type[Exception], str]] = 
     "path-like tenant": (lambda e: e.generate("../x", "a"), UnknownTenantError, r"no tenant '\.\./x'"),
     "empty text": (lambda e: e.generate("plain", ""), RequestError, "the prompt is empty; give some text"),
     "empty ids": (lambda e: e.generate("plain", []), RequestError, "the prompt is empty; give at least one token"),
+    "no prompt": (
+        lambda e: e.generate("plain", None),  # type: ignore[arg-type]
+        RequestError,
+        "the prompt is None; give text or a list of token ids",
+    ),
     "too long": (lambda e: e.generate("plain", [1] * 257), RequestError, "257 tokens.*context of 256; shorten it"),
     "no room": (lambda e: e.generate("plain", "a" * 256), RequestError, "fills the context .*256.*shorten it"),
     "id too large": (
@@ -257,6 +262,7 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(kind: str, engine: Engi
         ({"spare_slots": 0}, "spare_slots is 0; give a whole number from 1"),
         ({"ready_tenants": 0}, "ready_tenants is 0"),
         ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"max_batch_size": "4"}, "max_batch_size is '4'; give a whole number from 1"),
         ({"colour": 1}, "no option 'colour'; it has: device"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -53,6 +54,19 @@ def test_measure_equals_numpy_on_the_files(family: Family) -> None:
     summary = found.layer_summary()[1]
     assert summary["mean"] == pytest.approx(found.matrix[:, 1].mean())
     assert summary["std"] == pytest.approx(found.matrix[:, 1].std())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_measure_in_half_precision(family: Family, tmp_path: Path, dtype: torch.dtype) -> None:
+    models = [copy.deepcopy(m).to(dtype) for m in family.models[:2]]
+    paths = [helpers.save(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    found = measure([(p.name, open_checkpoint(p)) for p in paths])
+    for layer in range(2):
+        experts = [m.model.layers[layer].mlp.experts for m in models]
+        for expert in range(4):
+            parts = [(e.gate_up_proj[expert].double(), e.down_proj[expert].double()) for e in experts]
+            exact = sum((a - b).square().sum().item() for a, b in zip(*parts, strict=True)) ** 0.5
+            assert found.matrix[0, layer, expert] == pytest.approx(exact, rel=1e-6)
 
 
 def test_every_tensor_is_read_once_for_all_pairs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import copy
 import json
 import random
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from common import (
     plan_round_robin,
     remove_tenant,
 )
-from common.checkpoints import open_checkpoint
+from common.checkpoints import TensorRef, open_checkpoint
 from common.dtypes import to_float32
 from common.similarity import measure
 from common.store.lock import exclusive
@@ -174,6 +176,9 @@ def test_the_assets_travel(family: Family, tmp_path: Path) -> None:
     assert sorted(p.name for p in kept.iterdir()) == ["chat_template.jinja", "config.json", "generation_config.json"]
     for file in kept.iterdir():
         assert file.read_bytes() == (path / file.name).read_bytes()
+    store.export("ana", tmp_path / "out")
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (path / name).read_bytes()
 
 
 @pytest.mark.parametrize("slots", [4, None, "all"])
@@ -328,6 +333,7 @@ BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[Moete
     "negative slots": (lambda f, t: {"slots": -1}, PlanError, "slots is -1; give a whole number from 0"),
     "unknown slots": (lambda f, t: {"slots": "many"}, PlanError, "slots is 'many'"),
     "unknown policy": (lambda f, t: {"policy": "best"}, PlanError, "no policy 'best'; there is: round_robin"),
+    "budget as text": (lambda f, t: {"budget_bytes": "1GiB"}, PlanError, "budget_bytes is '1GiB'; give a whole number"),
     "slots and budget": (lambda f, t: {"slots": 1, "budget_bytes": 10**9}, PlanError, "slots or a budget, not both"),
     "budget too small": (lambda f, t: {"budget_bytes": 30_000}, PlanError, "too small for one tenant.*give at least"),
     "unknown dtype": (lambda f, t: {"dtype": "int8"}, StoreError, "dtype 'int8' is not one of auto"),
@@ -461,3 +467,105 @@ def test_the_manifest_is_documented_json(store: Store) -> None:
     value = json.loads((store.path / "store.json").read_text())
     assert (value["format"], value["version"]) == ("moetel-store", 1)
     assert {"checksum", "family", "dtype", "provenance", "tenants", "plan", "similarity", "objects"} <= set(value)
+
+
+def test_every_source_tensor_is_read_once(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[Path, str]] = []
+    read = TensorRef.read
+
+    def counted(self: TensorRef) -> np.ndarray:
+        if tmp_path not in self.path.parents:  # a checkpoint's, not the store's own
+            reads.append((self.path, self.file_tensor))
+        return read(self)
+
+    monkeypatch.setattr(TensorRef, "read", counted)
+    store = build_store(tmp_path / "store", {n: family.paths[n] for n in family.names[:2]})
+    tensors = len(store.tenant("base").tensors)
+    assert len(reads) == len(set(reads)) == 2 * tensors
+    add_tenant(store.path, "bob", family.paths["bob"])
+    assert len(reads) == len(set(reads)) == 3 * tensors
+
+
+def test_a_tenant_joins_in_the_stores_type(family: Family, tmp_path: Path) -> None:
+    half = helpers.save(copy.deepcopy(family.models[0]).to(torch.bfloat16), tmp_path / "half")
+    store = build_store(tmp_path / "store", {"half": half})
+    grown = add_tenant(store.path, "ana", family.paths["ana"])
+    assert grown.dtype == "bfloat16" and grown.tenant("half").notes == ()
+    assert "converted from float32 to bfloat16 (rounded)" in grown.tenant("ana").notes[0]
+    rounded = helpers.load(helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "rounded"))
+    rows = helpers.prompts(0, [9])
+    expected = helpers.hf_logits(helpers.oracle([helpers.load(half), rounded], 1, grown.plan), rows)
+    with load_engine(grown, dtype="float32") as engine:
+        helpers.assert_close(engine.logits("ana", rows), expected)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 2,000 bytes: the kernel fails writes as it does on a full disk."""
+    if sys.platform == "win32":
+        pytest.skip("needs resource limits")
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_things_as_they_were(family: Family, tmp_path: Path) -> None:
+    two = {n: family.paths[n] for n in ("base", "ana")}
+    store = build_store(tmp_path / "store", two)
+    before = helpers.fingerprint(tmp_path)
+    steps: list[Callable[[], Any]] = [
+        lambda: build_store(tmp_path / "new", two),
+        lambda: build_store(store.path, family.paths),
+        lambda: add_tenant(store.path, "bob", family.paths["bob"]),
+        lambda: store.export("ana", tmp_path / "out"),
+    ]
+    for step in steps:
+        with full_disk(), pytest.raises(StoreError, match=r"cannot be written: .*free some space or choose another"):
+            step()
+        assert helpers.fingerprint(tmp_path) == before
+        assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    assert add_tenant(store.path, "bob", family.paths["bob"]).verify() == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_change_never_takes_a_damaged_asset_for_sound(damage: str, store: Store, family: Family) -> None:
+    path = store.assets_dir("ana") / "generation_config.json"
+    if damage == "flipped":
+        path.write_bytes(path.read_bytes().replace(b"2", b"3", 1))
+    else:
+        path.unlink()
+    before = helpers.fingerprint(store.path)
+    for change in (
+        lambda: add_tenant(store.path, "more", family.paths["ana"]),
+        lambda: remove_tenant(store.path, "bob"),
+    ):
+        with pytest.raises(StoreError, match=r"generation_config\.json: (content|cannot).*build the store again"):
+            change()
+        assert helpers.fingerprint(store.path) == before
+    assert [p.file for p in Store.open(store.path).verify()] == [path]
+    assert build_store(store.path, family.paths, slots=5).verify() == []
+
+
+def test_places_by_other_names(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"ana": family.paths["ana"]}
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert build_store(tmp_path / "link", one).verify() == []
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "store.json").is_file()
+    monkeypatch.chdir(tmp_path / "real")
+    assert build_store(".", one, slots=1).plan.num_slots == 1  # a store is changed in place
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(StoreError, match=r"^\.: the directory you are in cannot become a store; name one in it"):
+        build_store(".", one)
+    with pytest.raises(StoreError, match=r"here: the directory you are in cannot be replaced; .* \./ana"):
+        Store.open(tmp_path / "real").export("ana", ".")
+    assert list(Path(".").iterdir()) == []
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["here", "link", "real"]
+    with pytest.raises(StoreError, match=r"config\.json/store: cannot be written"):
+        build_store(family.paths["ana"] / "config.json" / "store", one)

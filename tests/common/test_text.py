@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import RequestError, StoreError
@@ -64,6 +64,48 @@ def test_stop_strings_are_found_wherever_they_begin(text: TenantText, sample: st
     assert stream.stopped == (stop in sample)
 
 
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> TenantText:
+    """As Mixtral's own tokenizer: words joined by a mark, characters beyond the vocabulary as `<0xNN>` bytes.
+
+    Its decoder turns a run of bytes into replacements altogether unless the whole run is valid.
+    """
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abé\n"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    path = tmp_path_factory.mktemp("fallback")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
+    return TenantText("fallback", path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sample=SAMPLE)
+def test_bytes_that_stand_in_for_characters_are_joined(fallback: TenantText, sample: str) -> None:
+    ids = fallback.encode(sample)
+    found, stream = pieces(fallback, ids)
+    assert "".join(found) == stream.emitted == fallback.decode(ids) == sample
+    assert not any("\ufffd" in piece for piece in found)
+
+
+def test_a_long_run_of_bytes_comes_character_by_character(fallback: TenantText) -> None:
+    found, _ = pieces(fallback, fallback.encode("🙂" * 50)[1:])  # without the mark before the first word
+    assert found == ["", "", "", "🙂"] * 50
+
+
+@settings(max_examples=50, deadline=None)
+@given(sample=SAMPLE, stop=st.text(alphabet="ab é漢", min_size=1, max_size=4))
+def test_stop_strings_of_bytes_are_found(fallback: TenantText, sample: str, stop: str) -> None:
+    found, stream = pieces(fallback, fallback.encode(sample), (stop,))
+    assert "".join(found) == sample.split(stop)[0]
+    assert stream.stopped == (stop in sample)
+
+
 def test_what_may_become_a_stop_string_is_held_back(text: TenantText) -> None:
     found, _ = pieces(text, text.encode("xabyabc"), ("abc",))
     assert found == ["x", "", "", "aby", "", "", ""]
@@ -106,4 +148,11 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(StoreError, match=r"the tokenizer of tenant 'x' cannot be loaded.*build again"):
+        TenantText("x", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_a_damaged_generation_config_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(StoreError, match=r"generation_config\.json: of tenant 'x', cannot be read.*build again"):
         TenantText("x", tmp_path)

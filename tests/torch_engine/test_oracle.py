@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from common import SamplingParams, build_store, load_engine
+from common import EngineError, SamplingParams, build_store, load_engine
 from tests import helpers
 from tests.conftest import Family
 from tests.helpers import assert_close, hf_greedy, hf_logits
+from torch_engine.non_expert import TenantsByCopy
+from torch_engine.pool import grouped_mm_fits
 
 NEW = SamplingParams(max_new_tokens=10, ignore_eos=True)
 
@@ -86,6 +90,156 @@ def test_other_architectures_equal_hugging_face(shape: str, tmp_path: Path) -> N
     with load_engine(store) as engine:
         for i, name in enumerate(paths):
             compare(engine, name, helpers.oracle(models, i, store.plan))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_way_to_multiply_equals_hugging_face(shape: str, tmp_path: Path) -> None:
+    """What a processor without our kernels does, and what CUDA does, on every architecture; experts miss."""
+    base = helpers.random_mixtral(3, **SHAPES[shape])
+    models = [base, helpers.tuned(base, 4)]
+    paths = {n: helpers.save(m, tmp_path / n) for n, m in zip(("a", "b"), models, strict=True)}
+    store = build_store(tmp_path / "store", paths, slots=2)
+    model = helpers.oracle(models, 1, store.plan)
+    rows = helpers.prompts(1, (11, 4), model.config.vocab_size)
+    expected = [hf_logits(model, [row])[0] for row in rows]
+    greedy = [hf_greedy(model, row, 10) for row in rows]
+    spec = store.experts
+    ways: list[dict[str, Any]] = [{"products": "plain"}, {"products": "packed"}]
+    if grouped_mm_fits(spec.hidden_size, spec.intermediate_size, torch.float32, torch.device("cpu")):
+        ways.append({"products": "plain", "experts": "grouped"})
+    else:
+        with pytest.raises(EngineError, match=r"experts='grouped' does not take torch\.float32 with sizes .*use auto"):
+            load_engine(store, experts="grouped")
+    for way in ways:
+        with load_engine(store, spare_slots=1, **way) as engine:
+            found = engine.logits("b", rows)
+            for i, row in enumerate(rows):
+                assert_close(found[i, : len(row)], expected[i], what=f"{way}, {len(row)} tokens")
+            answers = engine.generate_batch([("b", row) for row in rows], NEW)
+            assert [list(a.token_ids) for a in answers] == greedy, way
+
+
+def random_architecture(rng: random.Random) -> dict[str, Any]:
+    heads, experts = rng.choice([2, 3, 4, 6]), rng.choice([2, 3, 4, 5, 8, 16])
+    return {
+        "num_hidden_layers": rng.choice([1, 2, 3]),
+        "hidden_size": heads * rng.choice([4, 6, 8, 10]),
+        "intermediate_size": rng.choice([8, 24, 30, 41, 64]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([h for h in (1, 2, 3, 4, 6) if heads % h == 0]),
+        "head_dim": rng.choice([None, 4, 16]),
+        "num_local_experts": experts,
+        "num_experts_per_tok": rng.randint(1, min(3, experts)),
+        "vocab_size": rng.choice([40, 77, 96]),
+        "sliding_window": rng.choice([None, None, 3, 9, 64]),
+        "tie_word_embeddings": rng.random() < 0.3,
+        "rms_norm_eps": rng.choice([1e-5, 1e-2]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": rng.choice([100.0, 1e4, 1e6])},
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mixture_of_all_that_may_vary(seed: int, tmp_path: Path) -> None:
+    """Sizes, layouts on disk, number of tenants, slots and options of the engine, drawn at random."""
+    rng = random.Random(seed)
+    base = helpers.random_mixtral(seed, **random_architecture(rng))
+    models = [base, *(helpers.tuned(base, i) for i in range(rng.randrange(4)))]
+    layouts: list[dict[str, Any]] = [{}, {"save_original_format": False}, {"max_shard_size": "20KB"}]
+    paths = {f"t{i}": helpers.save(m, tmp_path / f"t{i}", **rng.choice(layouts)) for i, m in enumerate(models)}
+    positions = base.config.num_hidden_layers * base.config.num_local_experts
+    store = build_store(tmp_path / "store", paths, slots=rng.choice(["all", None, rng.randint(0, positions)]))
+    options = {
+        "products": rng.choice(["auto", "plain", "packed"]),
+        "spare_slots": rng.choice([1, 2, 16]),
+        "ready_tenants": rng.choice([None, 1]),
+        "max_batch_size": rng.choice([1, 3, 32]),
+    }
+    requests = [
+        (rng.randrange(len(models)), row)
+        for row in helpers.prompts(seed, [rng.randint(1, 30) for _ in range(6)], base.config.vocab_size)
+    ]
+    oracles = [helpers.oracle(models, i, store.plan) for i in range(len(models))]
+    with load_engine(store, **options) as engine:
+        answers = engine.generate_batch([(f"t{i}", row) for i, row in requests], NEW)
+        for (index, row), answer in zip(requests, answers, strict=True):
+            assert_close(engine.logits(f"t{index}", [row]), hf_logits(oracles[index], [row]), what=str(options))
+            assert list(answer.token_ids) == hf_greedy(oracles[index], row, NEW.max_new_tokens), options
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 4.0}], ids=["theta", "theta and scaling"])
+def test_older_configs_equal_hugging_face(scaling: Any, tmp_path: Path) -> None:
+    path = helpers.save(helpers.random_mixtral(0), tmp_path / "old")
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_parameters"]
+    (path / "config.json").write_text(json.dumps(config | {"rope_theta": 50.0, "rope_scaling": scaling}))
+    model = helpers.load(path)
+    assert model.config.rope_parameters["rope_theta"] == 50.0
+    with load_engine(build_store(tmp_path / "store", {"old": path})) as engine:
+        compare(engine, "old", model)
+
+
+# What belongs to a tenant alone: everything that experts do not see.
+OWN: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "heads": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 40},
+    "window": {"sliding_window": 4, "rms_norm_eps": 1e-3, "max_position_embeddings": 64},
+    "tied": {
+        "tie_word_embeddings": True,
+        "vocab_size": 120,
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e3},
+    },
+}
+
+
+@pytest.fixture
+def unlike(tmp_path: Path) -> Family:
+    """Four tenants that differ in all but their experts' shape, in one type or another."""
+    models = [helpers.random_mixtral(i, **changes) for i, changes in enumerate(OWN.values())]
+    return Family({n: helpers.save(m, tmp_path / n) for n, m in zip(OWN, models, strict=True)}, models)
+
+
+@pytest.mark.parametrize("way", ["in place", "in place, one ready", "by copy", "by copy, one ready", "by copy, two"])
+def test_tenants_may_differ_in_all_but_their_experts(
+    unlike: Family, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`by copy` is the path that CUDA takes, here on the host's memory: one buffer serves tenants of any size."""
+    if "copy" in way:
+        monkeypatch.setattr(
+            "torch_engine.backend.TenantsInPlace",
+            lambda store, dtype, capacity, product: TenantsByCopy(store, dtype, torch.device("cpu"), capacity),
+        )
+    capacity = 1 if "one" in way else 2 if "two" in way else None
+    store = build_store(tmp_path / "store", unlike.paths, slots=6)
+    oracles = [helpers.oracle(unlike.models, i, store.plan) for i in range(4)]
+    names = unlike.names
+    rng = random.Random(0)
+    with load_engine(store, ready_tenants=capacity) as engine:
+        for index in [*range(4), *(rng.randrange(4) for _ in range(8))]:
+            row = helpers.prompts(index, [13], oracles[index].config.vocab_size)[0]
+            assert_close(engine.logits(names[index], [row]), hf_logits(oracles[index], [row]), what=names[index])
+        requests = [
+            (i, helpers.prompts(n, [3 + n], oracles[i].config.vocab_size)[0])
+            for n, i in enumerate([2, 0, 1, 3, 3, 1, 0, 2])
+        ]
+        answers = engine.generate_batch([(names[i], row) for i, row in requests], NEW)
+        for (index, row), answer in zip(requests, answers, strict=True):
+            assert list(answer.token_ids) == hf_greedy(oracles[index], row, NEW.max_new_tokens), names[index]
+        assert (engine.stats()["reconfigured_bytes"] > 0) == ("copy" in way or capacity is not None)
+
+
+@pytest.mark.parametrize("products", ["auto", "plain"])
+def test_a_window_slides_over_a_long_answer(tmp_path: Path, products: str) -> None:
+    """Beyond the first room for keys and values, and beside a shorter row that ends early."""
+    model = helpers.random_mixtral(2, sliding_window=7)
+    rows = helpers.prompts(2, [20, 3])
+    counts = (150, 40)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in counts]
+    with load_engine(
+        build_store(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")}), products=products
+    ) as engine:
+        answers = engine.generate_batch([("only", row) for row in rows], params)
+    for row, count, answer in zip(rows, counts, answers, strict=True):
+        assert list(answer.token_ids) == hf_greedy(model, row, count)
 
 
 @pytest.mark.parametrize("fixture", ["base", "base_fused", "tenant1", "tenant2"])
@@ -210,6 +364,28 @@ def test_bfloat16_is_close_to_hugging_face(tmp_path: Path) -> None:
         assert error <= 1.5 * allowed, (options, error, allowed)
     with load_engine(store, dtype="float32") as engine:
         assert_close(engine.logits("only", rows), exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"products": "plain"}, {"experts": "grouped"}], ids=str)
+def test_bfloat16_picks_the_tokens_that_hugging_face_picks(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Wherever the choice is clearer than the rounding of Hugging Face's own bfloat16."""
+    path = helpers.save(helpers.random_mixtral(1).to(torch.bfloat16), tmp_path / "only")
+    model, exact_model = helpers.load(path, torch.bfloat16), helpers.load(path)
+    (prompt,) = helpers.prompts(1, [8])
+    row = prompt + hf_greedy(exact_model, prompt, 60)
+    expected, exact = hf_logits(model, [row])[0], hf_logits(exact_model, [row])[0]
+    best = np.sort(exact, axis=-1)
+    clear = best[:, -1] - best[:, -2] > 3 * np.abs(expected - exact).max()
+    assert clear.mean() > 0.5
+    # The longest run of clear choices, to be decoded step by step.
+    unclear = [6, *(7 + np.flatnonzero(~clear[7:-1])), len(row) - 1]
+    start, count = max(((int(a) + 1, int(b - a) - 1) for a, b in pairwise(unclear)), key=lambda run: run[1])
+    assert count >= 8
+    with load_engine(build_store(tmp_path / "store", {"only": path}), **options) as engine:
+        found = engine.logits("only", [row])[0]
+        answer = engine.generate("only", row[: start + 1], SamplingParams(max_new_tokens=count, ignore_eos=True))
+    assert (found.argmax(-1) == exact.argmax(-1))[clear].all()
+    assert list(answer.token_ids) == row[start + 1 : start + 1 + count]
 
 
 @pytest.mark.gpu
