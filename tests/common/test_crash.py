@@ -49,17 +49,27 @@ def change():
 
 def dies_at(step):
     count = 0
+    dying = False
 
     def hook(event, arguments):
-        nonlocal count
+        nonlocal count, dying
+        if dying:
+            return
+        emptied = None
         if event == "open":  # fsync opens what it flushes, so what the library wrote has its step too
-            touches = isinstance(arguments[0], str) and str(place) in arguments[0]
+            file, mode, _ = arguments
+            touches = str(place) in str(file)
+            emptied = file if mode and "w" in mode else None
         else:
             touches = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
         if touches:
             if count == step:
                 os._exit(9)
-            count += 1
+            if emptied is not None and count + 1 == step:  # it was opened, and nothing written yet
+                dying = True
+                open(emptied, "w").close()
+                os._exit(9)
+            count += 1 if emptied is None else 2
 
     return hook
 
