@@ -8,8 +8,9 @@ from typing import Any
 from common.errors import CheckpointError
 from common.families.base import ExpertSpec, Family, ModelConfig, Region, Shape
 from common.families.mixtral import MixtralConfig, MixtralFamily
+from common.families.switch_transformers import SwitchTransformersConfig, SwitchTransformersFamily
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MixtralFamily(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (MixtralFamily(), SwitchTransformersFamily())}
 
 
 def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
@@ -31,5 +32,7 @@ __all__ = [
     "ModelConfig",
     "Region",
     "Shape",
+    "SwitchTransformersConfig",
+    "SwitchTransformersFamily",
     "family_of",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from common.errors import CheckpointError
 
@@ -55,7 +55,7 @@ class ExpertSpec:
         for field in self.__dataclass_fields__:
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
-                if field == "expert_layers":
+                if field == "expert_layers" and len(mine) != len(theirs):
                     mine, theirs, field = len(mine), len(theirs), "num_layers"
                 found.append(f"{field}: {mine} != {theirs}")
         return found
@@ -69,6 +69,9 @@ class ModelConfig(ABC):
     vocab_size: int
     max_positions: int
     raw: Mapping[str, Any]
+
+    is_encoder_decoder: ClassVar[bool] = False
+    """Whether a prompt is read by an encoder, so that it takes no room from the answer."""
 
 
 @dataclass(frozen=True)

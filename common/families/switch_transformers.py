@@ -1,0 +1,289 @@
+"""Switch Transformer: T5's encoder and decoder, some layers with a top-1 router and experts in place of the feed-forward.
+
+Canonical names are those of transformers' `SwitchTransformersForConditionalGeneration`
+(models/switch_transformers/modeling_switch_transformers.py). A gated feed-forward, which T5X's Switch configs allow
+and transformers' Switch has no module for, has the names of transformers' T5: wi_0, wi_1, wo.
+
+Positions count the sparse layers of the encoder, then those of the decoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from common.errors import CheckpointError
+from common.families.base import ExpertSpec, Family, Fields, ModelConfig, Region, Shape
+
+Side = Literal["encoder", "decoder"]
+SIDES: tuple[Side, Side] = ("encoder", "decoder")
+
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
+
+# Not a field of Hugging Face's: which layers are sparse, where its rule of every n-th layer cannot say it.
+SPARSE_LAYERS = "moetel_sparse_layers"
+
+# Relative positions have no end; this bounds what one request can take (attention grows with the square).
+MAX_POSITIONS = 4096
+
+# Saved by transformers before 4.0 and never used: cross-attention has no position bias.
+UNUSED = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$")
+
+
+@dataclass(frozen=True)
+class SwitchTransformersConfig(ModelConfig):
+    """The fields of a Switch config.json that change the maths; names as in `transformers.SwitchTransformersConfig`.
+
+    sparse_layers: numbers of the sparse layers of each side. expert_capacity is what transformers drops tokens by;
+    serving is dropless unless asked otherwise.
+    """
+
+    d_kv: int
+    d_ff: int
+    num_heads: int
+    num_layers: int
+    num_decoder_layers: int
+    sparse_layers: Mapping[Side, tuple[int, ...]]
+    gated: bool
+    expert_capacity: int
+    router_bias: bool
+    router_dtype: str
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int
+    layer_norm_epsilon: float
+    tie_word_embeddings: bool
+    decoder_start_token_id: int
+
+    is_encoder_decoder: ClassVar[bool] = True
+
+    def layers(self, side: Side) -> int:
+        """Number of layers of one side."""
+        return self.num_layers if side == "encoder" else self.num_decoder_layers
+
+    @property
+    def architecture(self) -> tuple[Any, ...]:
+        """What decides the compiled computation, the vocabulary's size apart: equal for tenants that can share it."""
+        skipped = ("raw", "vocab_size", "experts", "sparse_layers", "decoder_start_token_id")
+        rest = tuple(getattr(self, f) for f in self.__dataclass_fields__ if f not in skipped)
+        return (self.experts, tuple(self.sparse_layers[s] for s in SIDES), *rest)
+
+
+class SwitchTransformersFamily(Family):
+    """See the module's docstring."""
+
+    name = "switch_transformers"
+
+    def parse_config(self, raw: Mapping[str, Any], where: str) -> SwitchTransformersConfig:
+        fields = Fields(raw, where)
+        d_model, d_ff = fields.positive_int("d_model"), fields.positive_int("d_ff")
+        num_layers = fields.positive_int("num_layers")
+        num_decoder_layers = fields.positive_int("num_decoder_layers", default=num_layers)
+        num_experts = fields.positive_int("num_experts", default=8)
+        if raw.get("quantization_config"):
+            raise fields.error(
+                "quantization_config", "is set; quantised checkpoints are not supported, give the original"
+            )
+        activation, gated = _activation(fields)
+        sparse = {
+            side: _sparse_layers(fields, side, count)
+            for side, count in zip(SIDES, (num_layers, num_decoder_layers), strict=True)
+        }
+        if not any(sparse.values()):
+            raise fields.error(
+                "num_sparse_encoder_layers", "leaves no sparse layer; a model without experts has none to share"
+            )
+        wi, wo = (d_ff, d_model), (d_model, d_ff)
+        router_dtype = fields.text("router_dtype", "float32")
+        if router_dtype not in ("float32", "bfloat16", "float16"):
+            raise fields.error("router_dtype", f"is {router_dtype!r}; supported: float32, bfloat16, float16")
+        experts = ExpertSpec(
+            family=self.name,
+            expert_layers=tuple(_mlp(side, n) for side in SIDES for n in sparse[side]),
+            num_experts=num_experts,
+            hidden_size=d_model,
+            intermediate_size=d_ff,
+            activation=activation,
+            top_k=1,
+            projections=(("wi_0", wi), ("wi_1", wi), ("wo", wo)) if gated else (("wi", wi), ("wo", wo)),
+        )
+        start = raw.get("decoder_start_token_id")
+        vocab_size = fields.positive_int("vocab_size")
+        if start is None:
+            start = raw.get("pad_token_id") or 0  # T5's: decoding starts from padding
+        if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < vocab_size:
+            raise fields.error("decoder_start_token_id", f"is {start!r}; expected a token id below {vocab_size}")
+        buckets = fields.positive_int("relative_attention_num_buckets", default=32)
+        distance = fields.positive_int("relative_attention_max_distance", default=128)
+        if buckets < 4 or buckets % 2 or distance <= buckets // 2:
+            raise fields.error(
+                "relative_attention_num_buckets",
+                f"is {buckets} with relative_attention_max_distance {distance}; "
+                "buckets must be even, at least 4, and less than twice the distance",
+            )
+        return SwitchTransformersConfig(
+            experts=experts,
+            vocab_size=vocab_size,
+            max_positions=MAX_POSITIONS,
+            raw=dict(raw),
+            d_kv=fields.positive_int("d_kv", default=64),
+            d_ff=d_ff,
+            num_heads=fields.positive_int("num_heads"),
+            num_layers=num_layers,
+            num_decoder_layers=num_decoder_layers,
+            sparse_layers=sparse,
+            gated=gated,
+            expert_capacity=fields.positive_int("expert_capacity", default=64),
+            router_bias=bool(raw.get("router_bias", False)),
+            router_dtype=router_dtype,
+            relative_attention_num_buckets=buckets,
+            relative_attention_max_distance=distance,
+            layer_norm_epsilon=fields.number("layer_norm_epsilon", 1e-6),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
+            decoder_start_token_id=start,
+        )
+
+    def expert_tensor(self, config: ModelConfig, layer: int, expert: int, projection: str) -> str:
+        return f"{config.experts.expert_layers[layer]}.experts.expert_{expert}.{projection}.weight"
+
+    def non_expert_shapes(self, config: ModelConfig) -> dict[str, Shape]:
+        c = as_switch(config)
+        d, inner, embedding = c.experts.hidden_size, c.num_heads * c.d_kv, (c.vocab_size, c.experts.hidden_size)
+        shapes: dict[str, Shape] = {"shared.weight": embedding}
+        for side in SIDES:
+            if not c.tie_word_embeddings:
+                shapes[f"{side}.embed_tokens.weight"] = embedding
+            attentions = ("SelfAttention",) if side == "encoder" else ("SelfAttention", "EncDecAttention")
+            for n in range(c.layers(side)):
+                for number, attention in enumerate(attentions):
+                    place = f"{side}.block.{n}.layer.{number}"
+                    shapes[f"{place}.layer_norm.weight"] = (d,)
+                    for p in "qkv":
+                        shapes[f"{place}.{attention}.{p}.weight"] = (inner, d)
+                    shapes[f"{place}.{attention}.o.weight"] = (d, inner)
+                    if n == 0 and attention == "SelfAttention":
+                        table = (c.relative_attention_num_buckets, c.num_heads)
+                        shapes[f"{place}.{attention}.relative_attention_bias.weight"] = table
+                shapes[f"{_mlp(side, n).removesuffix('.mlp')}.layer_norm.weight"] = (d,)
+                if n in c.sparse_layers[side]:
+                    shapes[f"{_mlp(side, n)}.router.classifier.weight"] = (c.experts.num_experts, d)
+                    if c.router_bias:
+                        shapes[f"{_mlp(side, n)}.router.classifier.bias"] = (c.experts.num_experts,)
+                else:
+                    for projection, shape in c.experts.projections:
+                        shapes[f"{_mlp(side, n)}.{projection}.weight"] = shape
+            shapes[f"{side}.final_layer_norm.weight"] = (d,)
+        if not c.tie_word_embeddings:
+            shapes["lm_head.weight"] = embedding
+        return shapes
+
+    def locate(self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str) -> dict[str, Region]:
+        c = as_switch(config)
+        regions: dict[str, Region] = {}
+        # Tied, transformers uses the shared table whatever else the file holds; untied, older versions saved that once.
+        embeddings = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+        used = {*embeddings, "lm_head.weight"} if c.tie_word_embeddings else set()
+        for name, shape in self.all_shapes(c).items():
+            source = name
+            if name in embeddings and name not in file_shapes:
+                source = next((n for n in embeddings if n in file_shapes), name)
+            if source not in file_shapes:
+                raise CheckpointError(
+                    f"{where}: tensor {name} is missing; the checkpoint is incomplete or config.json is another model's"
+                )
+            found = tuple(file_shapes[source])
+            if found != shape:
+                raise CheckpointError(
+                    f"{where}: tensor {source} is {list(found)}, config.json implies {list(shape)}; "
+                    "does config.json belong to this checkpoint?"
+                )
+            regions[name] = Region(source, shape)
+            used.add(source)
+        unused = sorted(n for n in file_shapes if n not in used and not UNUSED.search(n))
+        if unused:
+            raise CheckpointError(
+                f"{where}: {len(unused)} tensors that a Switch Transformer of this config does not have, first "
+                f"{unused[0]!r}; does config.json belong to this checkpoint?"
+            )
+        return regions
+
+    def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
+        c = as_switch(config)
+        raw = {k: v for k, v in c.raw.items() if k not in ("torch_dtype", "_name_or_path", SPARSE_LAYERS)}
+        for side in SIDES:
+            if _by_step(Fields(raw, "config"), side, c.layers(side)) != c.sparse_layers[side]:
+                raise CheckpointError(
+                    f"sparse {side} layers {list(c.sparse_layers[side])} of {c.layers(side)} are not every n-th from "
+                    "the second, which is all that Hugging Face's config can say; keep this model as T5X or Orbax"
+                )
+        return raw | {
+            "architectures": ["SwitchTransformersForConditionalGeneration"],
+            "model_type": self.name,
+            "is_encoder_decoder": True,
+            "dtype": dtype,
+        }
+
+
+def as_switch(config: ModelConfig) -> SwitchTransformersConfig:
+    """The config of a Switch tenant; anything else is our own mistake."""
+    assert isinstance(config, SwitchTransformersConfig)
+    return config
+
+
+def iter_blocks(config: SwitchTransformersConfig) -> Iterator[tuple[Side, int, int | None]]:
+    """(side, layer, number of the sparse layer as plans count them, or None for a dense one), encoder first."""
+    sparse = 0
+    for side in SIDES:
+        for n in range(config.layers(side)):
+            if n in config.sparse_layers[side]:
+                yield side, n, sparse
+                sparse += 1
+            else:
+                yield side, n, None
+
+
+def _mlp(side: str, n: int) -> str:
+    return f"{side}.block.{n}.layer.{1 if side == 'encoder' else 2}.mlp"
+
+
+def _activation(fields: Fields) -> tuple[str, bool]:
+    """(activation, gated) from dense_act_fn and from the fields by which T5 configs say it (models/t5)."""
+    name = fields.text("dense_act_fn", "relu")
+    proj = fields.text("feed_forward_proj", "")
+    gated = fields.raw.get("is_gated_act") is True or name.startswith("gated-") or proj.startswith("gated-")
+    name = name.removeprefix("gated-")
+    if gated and name == "relu" and proj.startswith("gated-"):
+        name = proj.removeprefix("gated-")
+    if gated and name == "gelu":
+        name = "gelu_new"  # what T5 v1.1 and transformers mean by gated-gelu
+    if name not in ACTIVATIONS:
+        raise fields.error("dense_act_fn", f"is {name!r}; supported: {', '.join(ACTIVATIONS)}, each also gated-")
+    return {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}.get(name, name), gated
+
+
+def _by_step(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
+    """Sparse layers by transformers' rule: those with `i % step == 1`, all if the step is 1 (SwitchTransformersStack).
+
+    A step in the file holds; without one it is layers // sparse layers, or layers where that is 0.
+    """
+    step = fields.raw.get(f"{side}_sparse_step")
+    if step is None:
+        sparse = fields.raw.get(f"num_sparse_{side}_layers", 3)
+        if not isinstance(sparse, int) or isinstance(sparse, bool) or sparse < 0:
+            raise fields.error(f"num_sparse_{side}_layers", f"is {sparse!r}; expected a whole number from 0")
+        step = num_layers // sparse if sparse else num_layers
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise fields.error(f"{side}_sparse_step", f"is {step!r}; expected a whole number from 0")
+    return tuple(i for i in range(num_layers) if step and (step == 1 or i % step == 1))
+
+
+def _sparse_layers(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
+    given = fields.raw.get(SPARSE_LAYERS)
+    if given is None:
+        return _by_step(fields, side, num_layers)
+    layers: Any = given.get(side) if isinstance(given, Mapping) else None
+    ok = isinstance(layers, list | tuple) and all(type(i) is int and 0 <= i < num_layers for i in layers)
+    if not ok or sorted(set(layers)) != list(layers):
+        raise fields.error(SPARSE_LAYERS, f"is {given!r}; expected ascending layer numbers for 'encoder' and 'decoder'")
+    return tuple(layers)
