@@ -5,11 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from common.checkpoints.safetensors_file import TensorRef
-from common.families import Family, ModelConfig
+from common.families import Family, ModelConfig, Shape
+
+
+class TensorSource(Protocol):
+    """Where one canonical tensor comes from; nothing is read before `read`.
+
+    path, file_tensor: the file or directory, and the tensor's name in it, for errors.
+    dtype: float32, float16 or bfloat16, as on disk. shape: canonical, matrices [out, in].
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def file_tensor(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def read(self) -> np.ndarray:
+        """A C-contiguous copy in memory. Raises CheckpointError that names file and tensor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -18,13 +41,15 @@ class Checkpoint:
 
     tensors: canonical name (see `common.families`) -> where it lies.
     assets: tokenizer, chat template, configs: files that travel with the tenant, by file name.
+    notes: for people: what the checkpoint does not state and was taken by default.
     """
 
     path: Path
     family: Family
     config: ModelConfig
-    tensors: Mapping[str, TensorRef]
+    tensors: Mapping[str, TensorSource]
     assets: Mapping[str, Path]
+    notes: tuple[str, ...] = ()
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
         """(canonical name, array) one by one; memory for one tensor at a time."""

@@ -1,4 +1,4 @@
-"""Switch Transformer: T5's encoder and decoder, some layers with a top-1 router and experts in place of the feed-forward.
+"""Switch Transformer: T5 in which some layers have a top-1 router and experts in place of the feed-forward.
 
 Canonical names are those of transformers' `SwitchTransformersForConditionalGeneration`
 (models/switch_transformers/modeling_switch_transformers.py). A gated feed-forward, which T5X's Switch configs allow

@@ -1,0 +1,396 @@
+"""Switch Transformer in Flax NNX.
+
+Two variable types: `nnx.Param` for what a tenant has of its own, `Expert` for copies in the pool. `nnx.split` by type
+gives (graphdef, pool, tenant); a step is compiled once for the graphdef and takes both as arguments.
+
+Every variable says in its metadata which canonical tensors it is made of (`sources`, stacked along their first axis),
+and whether it is a matrix that `Products` packs. One description so serves shapes, loading, initialisation and saving.
+
+Source: Switch Transformers (arXiv 2101.03961) and T5 (arXiv 1910.10683); order of operations as in transformers,
+models/switch_transformers/modeling_switch_transformers.py.
+Legend: rows B, tokens of a row T (decoder) or S (encoder), cache length L, hidden H, heads N, head size D, experts E,
+vocabulary V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from common.families.switch_transformers import Side, SwitchTransformersConfig
+from jax_engine.dispatch import Copy, Dispatch, FeedForward
+from jax_engine.positions import relative_buckets
+from jax_engine.products import Products
+
+Array = jax.Array
+KeyValues = tuple[Array, Array]
+"""Keys and values of a layer, each [B, N, length, D]."""
+
+MASKED = -1e30  # finite, so that a row without any token gives no NaN
+
+
+class Expert(nnx.Variable[Array]):
+    """Weights in the expert pool, shared by all tenants. Metadata: layer, slot (None: all slots stacked), projection."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model is built from beside a tenant's config.
+
+    slots: number of slots of each sparse layer. vocab_size: the widest of all tenants, so that a switch meets the same
+    shapes. capacity: tokens an expert takes of each row (None: all), as `expert_capacity` in transformers.
+    """
+
+    config: SwitchTransformersConfig
+    products: Products
+    dispatch: Dispatch
+    slots: tuple[int, ...]
+    vocab_size: int
+    capacity: int | None = None
+
+    @property
+    def ff(self) -> FeedForward:
+        return FeedForward(self.config.experts.activation, self.config.gated)
+
+
+class Linear(nnx.Module):
+    """Matrices [out, in], stacked along their outputs, without bias."""
+
+    def __init__(self, s: Settings, sources: Sequence[str], shape: tuple[int, int], std: float, rngs: nnx.Rngs):
+        self.products, self.out_features = s.products, shape[0] * len(sources)
+        value = jax.random.normal(rngs.params(), (self.out_features, shape[1]), s.products.weights) * std
+        self.weight = nnx.Param(s.products.pack(value), sources=tuple(sources), packed=True)
+
+    def __call__(self, x: Array) -> Array:
+        return self.products.linear(x, self.weight[...], self.out_features)
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm without bias or mean, in float32."""
+
+    def __init__(self, s: Settings, source: str):
+        self.epsilon = s.config.layer_norm_epsilon
+        self.weight = nnx.Param(jnp.ones(s.config.experts.hidden_size, jnp.float32), sources=(source,), packed=False)
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        scaled = wide * lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (scaled * self.weight[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; scores are not scaled (T5 folds the scale into its initialisation)."""
+
+    def __init__(self, s: Settings, place: str, cross: bool, rngs: nnx.Rngs):
+        c = s.config
+        self.heads, self.head_dim = c.num_heads, c.d_kv
+        hidden, inner = c.experts.hidden_size, c.num_heads * c.d_kv
+        std = hidden**-0.5
+        self.cross = cross
+        if cross:
+            self.q = Linear(s, [f"{place}.q.weight"], (inner, hidden), std * c.d_kv**-0.5, rngs)
+            self.kv = Linear(s, [f"{place}.{p}.weight" for p in "kv"], (inner, hidden), std, rngs)
+        else:
+            self.qkv = Linear(s, [f"{place}.{p}.weight" for p in "qkv"], (inner, hidden), std, rngs)
+        self.o = Linear(s, [f"{place}.o.weight"], (hidden, inner), inner**-0.5, rngs)
+
+    def split(self, x: Array, parts: int) -> list[Array]:
+        """[B, T, parts * N * D] -> parts of [B, N, T, D]."""
+        whole = x.reshape(*x.shape[:2], parts, self.heads, self.head_dim)
+        return [whole[:, :, i].transpose(0, 2, 1, 3) for i in range(parts)]
+
+    def key_values(self, encoded: Array) -> KeyValues:
+        """What a decoder layer attends to of the encoder's output [B, S, H]."""
+        k, v = self.split(self.kv(encoded), 2)
+        return k, v
+
+    def attend(self, q: Array, keys: Array, values: Array, bias: Array) -> Array:
+        """q: [B, N, T, D]; bias: float32, broadcast to [B, N, T, L], mask included. Returns [B, T, H]."""
+        scores = jnp.einsum("bntd,bnld->bntl", q, keys, preferred_element_type=jnp.float32) + bias
+        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+        mixed = jnp.einsum("bntl,bnld->bntd", weights, values)
+        return self.o(mixed.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1))
+
+
+class RelativeBias(nnx.Module):
+    """T5's position bias, one number a head and bucket of distance; the layers of a side share it."""
+
+    def __init__(self, s: Settings, side: Side, rngs: nnx.Rngs):
+        c = s.config
+        self.buckets, self.distance = c.relative_attention_num_buckets, c.relative_attention_max_distance
+        self.bidirectional = side == "encoder"
+        value = jax.random.normal(rngs.params(), (self.buckets, c.num_heads), jnp.float32) * (
+            c.experts.hidden_size**-0.5
+        )
+        source = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        self.table = nnx.Param(value, sources=(source,), packed=False)
+
+    def __call__(self, queries: Array, num_keys: int, num_queries: int) -> Array:
+        """queries: int32 [T], positions; keys are at 0..num_keys-1. Returns float32 [1, N, T, keys].
+
+        num_queries: how many positions queries can come from, from 0 on: bounds the table of offsets.
+        """
+        offsets = np.arange(-(num_queries - 1), num_keys)
+        buckets = relative_buckets(offsets, self.bidirectional, self.buckets, self.distance)
+        by_offset = self.table[...][buckets]
+        index = jnp.arange(num_keys)[None] - queries[:, None] + (num_queries - 1)
+        return by_offset[index].transpose(2, 0, 1)[None]
+
+
+class Dense(nnx.Module):
+    """A feed-forward of the tenant's own; it runs as an expert of a pool with one slot."""
+
+    def __init__(self, s: Settings, place: str, rngs: nnx.Rngs):
+        self.ff, self.dispatch = s.ff, s.dispatch
+        self.matrices = nnx.List(
+            [
+                Linear(s, [f"{place}.{name}.weight"], (shape[0], shape[1]), shape[1] ** -0.5, rngs)
+                for name, shape in s.config.experts.projections
+            ]
+        )
+
+    def __call__(self, x: Array) -> Array:
+        """[B, T, H] -> [B, T, H]."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.dispatch.stacked:
+            return self.ff(flat, tuple(m.weight[...] for m in self.matrices)).reshape(x.shape)
+        copy = tuple(m.weight[...] for m in self.matrices)
+        return self.dispatch(flat, jnp.zeros(len(flat), jnp.int32), (copy,), self.ff).reshape(x.shape)
+
+
+class Router(nnx.Module):
+    """Top-1 choice of an expert, and of the slot that holds its copy for the tenant at hand."""
+
+    def __init__(self, s: Settings, place: str, rngs: nnx.Rngs):
+        c = s.config
+        self.dtype, self.capacity = c.router_dtype, s.capacity
+        shape = (c.experts.num_experts, c.experts.hidden_size)
+        weight = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
+        self.weight = nnx.Param(weight, sources=(f"{place}.router.classifier.weight",), packed=False)
+        self.bias = None
+        if c.router_bias:
+            zeros = jnp.zeros(shape[0], jnp.float32)
+            self.bias = nnx.Param(zeros, sources=(f"{place}.router.classifier.bias",), packed=False)
+
+    def logits(self, x: Array) -> Array:
+        """[B, T, H] -> [B, T, E] in the router's type."""
+        found = jnp.einsum("bth,eh->bte", x.astype(self.dtype), self.weight[...].astype(self.dtype))
+        return found if self.bias is None else found + self.bias[...].astype(self.dtype)
+
+    def __call__(self, x: Array, slot_of: Array, live: Array) -> tuple[Array, Array]:
+        """x: [B, T, H]; slot_of: int32 [E]; live: bool [B, T], False at padding.
+
+        Returns slots int32 [B, T] (-1: no expert, for padding and tokens over capacity) and gates [B, T].
+        """
+        probabilities = jax.nn.softmax(self.logits(x), axis=-1).astype(x.dtype)
+        expert = jnp.argmax(probabilities, axis=-1)
+        if self.capacity is not None:
+            # Each row's tokens fill its experts in order; what comes too late keeps its residual alone.
+            chosen = jax.nn.one_hot(expert, probabilities.shape[-1], dtype=jnp.int32) * live[..., None]
+            place = (jnp.cumsum(chosen, axis=1) * chosen).sum(axis=-1)
+            live = live & (place <= self.capacity)
+        return jnp.where(live, slot_of[expert], -1).astype(jnp.int32), probabilities.max(axis=-1)
+
+
+class Pool(nnx.Module):
+    """The copies of one sparse layer."""
+
+    def __init__(self, s: Settings, layer: int, rngs: nnx.Rngs):
+        self.ff, self.dispatch = s.ff, s.dispatch
+        count, names = s.slots[layer], [name for name, _ in s.config.experts.projections]
+        lead = (count,) if s.dispatch.stacked else ()
+
+        def one(slot: int | None) -> nnx.List[Expert]:
+            made = []
+            for name, shape in s.config.experts.projections:
+                value = jax.random.normal(rngs.params(), (*lead, *shape), s.products.weights) * shape[1] ** -0.5
+                value = value if s.dispatch.stacked else s.products.pack(value)
+                made.append(Expert(value, layer=layer, slot=slot, projection=name))
+            return nnx.List(made)
+
+        self.names = tuple(names)
+        self.copies = nnx.List([one(None)] if s.dispatch.stacked else [one(slot) for slot in range(count)])
+
+    def __call__(self, x: Array, slots: Array) -> Array:
+        """x: [B, T, H]; slots: int32 [B, T]. Zeros where a slot is not of this pool."""
+        copies: list[Copy] = [tuple(w[...] for w in copy) for copy in self.copies]
+        if not copies:
+            return jnp.zeros_like(x)
+        return self.dispatch(x.reshape(-1, x.shape[-1]), slots.reshape(-1), copies, self.ff).reshape(x.shape)
+
+
+class Block(nnx.Module):
+    """One layer: self-attention, in the decoder cross-attention, then a feed-forward of one kind or the other."""
+
+    def __init__(self, s: Settings, side: Side, n: int, layer: int | None, rngs: nnx.Rngs):
+        """layer: number of the sparse layer, None for a dense one."""
+        place = f"{side}.block.{n}.layer"
+        self.layer, self.cross = layer, side == "decoder"
+        self.attention_norm = Norm(s, f"{place}.0.layer_norm.weight")
+        self.attention = Attention(s, f"{place}.0.SelfAttention", False, rngs)
+        if self.cross:
+            self.cross_norm = Norm(s, f"{place}.1.layer_norm.weight")
+            self.cross_attention = Attention(s, f"{place}.1.EncDecAttention", True, rngs)
+        last = f"{place}.{2 if self.cross else 1}"
+        self.ff_norm = Norm(s, f"{last}.layer_norm.weight")
+        if layer is None:
+            self.dense = Dense(s, f"{last}.mlp", rngs)
+        else:
+            self.router = Router(s, f"{last}.mlp", rngs)
+            self.pool = Pool(s, layer, rngs)
+
+    def encode(self, x: Array, bias: Array) -> Array:
+        """Self-attention over whole rows [B, S, H]."""
+        q, k, v = self.attention.split(self.attention.qkv(self.attention_norm(x)), 3)
+        return x + self.attention.attend(q, k, v, bias)
+
+    def decode(
+        self, x: Array, bias: Array, cache: KeyValues, position: Array, encoded: KeyValues, encoder_bias: Array
+    ) -> tuple[Array, KeyValues]:
+        """Self-attention over the cache, with x's keys and values put in at `position`; then cross-attention."""
+        q, k, v = self.attention.split(self.attention.qkv(self.attention_norm(x)), 3)
+        zero = jnp.zeros_like(position)
+        keys, values = (
+            lax.dynamic_update_slice(old, new.astype(old.dtype), (zero, zero, position, zero))
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        x = x + self.attention.attend(q, keys, values, bias)
+        (q,) = self.cross_attention.split(self.cross_attention.q(self.cross_norm(x)), 1)
+        x = x + self.cross_attention.attend(q, *encoded, encoder_bias)
+        return x, (keys, values)
+
+    def route(self, x: Array, slot_of: Array, live: Array) -> tuple[Array, Array, Array]:
+        """Normed tokens [B, T, H], their slots and gates [B, T]."""
+        normed = self.ff_norm(x)
+        return normed, *self.router(normed, slot_of, live)
+
+    def feed(self, x: Array, slot_of: Array, live: Array) -> Array:
+        """The feed-forward with its residual. slot_of: int32 [layers, E], the tenant's row of the plan."""
+        if self.layer is None:
+            return x + self.dense(self.ff_norm(x))
+        normed, slots, gates = self.route(x, slot_of[self.layer], live)
+        return combine(x, self.pool(normed, slots), gates)
+
+
+def combine(x: Array, found: Array, gates: Array) -> Array:
+    """Residual plus the experts' outputs, each scaled by its router's probability."""
+    return x + found * gates[..., None]
+
+
+class SwitchTransformer(nnx.Module):
+    """Encoder, decoder, embeddings and head."""
+
+    def __init__(self, s: Settings, rngs: nnx.Rngs):
+        c = s.config
+        self.settings = s
+        table, hidden = (s.vocab_size, c.experts.hidden_size), c.experts.hidden_size
+        self.tied = c.tie_word_embeddings
+        if self.tied:
+            self.shared = Linear(s, ["shared.weight"], table, 1.0, rngs)
+        else:
+            self.encoder_embedding = Linear(s, ["encoder.embed_tokens.weight"], table, 1.0, rngs)
+            self.decoder_embedding = Linear(s, ["decoder.embed_tokens.weight"], table, 1.0, rngs)
+            self.head = Linear(s, ["lm_head.weight"], table, hidden**-0.5, rngs)
+        self.encoder_bias = RelativeBias(s, "encoder", rngs)
+        self.decoder_bias = RelativeBias(s, "decoder", rngs)
+        layers = {side: dict.fromkeys(range(c.layers(side))) for side in ("encoder", "decoder")}
+        numbers = iter(range(c.experts.num_layers))
+        for side in ("encoder", "decoder"):
+            layers[side] |= {n: next(numbers) for n in c.sparse_layers[side]}
+        self.encoder = nnx.List([Block(s, "encoder", n, layer, rngs) for n, layer in layers["encoder"].items()])
+        self.decoder = nnx.List([Block(s, "decoder", n, layer, rngs) for n, layer in layers["decoder"].items()])
+        self.encoder_norm = Norm(s, "encoder.final_layer_norm.weight")
+        self.decoder_norm = Norm(s, "decoder.final_layer_norm.weight")
+
+    # The parts that a step is made of; `jax_engine.steps` runs them in one compiled call, or one by one where a token
+    # may need an expert that is not resident.
+
+    def embed(self, side: Side, ids: Array) -> Array:
+        """int32 [B, T] -> [B, T, H]."""
+        tables = {True: "shared", False: f"{side}_embedding"}
+        table: Linear = getattr(self, tables[self.tied])
+        return self.settings.products.rows(table.weight[...], ids)
+
+    def bias_of_encoder(self, live: Array) -> Array:
+        """live: bool [B, S]. Position bias and mask, float32 [B, N, S, S]."""
+        size = live.shape[1]
+        return jnp.where(live[:, None, None], self.encoder_bias(jnp.arange(size), size, size), MASKED)
+
+    def bias_of_decoder(self, position: Array, tokens: int, cache: int) -> Array:
+        """Position bias and causal mask of tokens at position.. over a cache: float32 [1, N, T, L]."""
+        queries = position + jnp.arange(tokens)
+        bias = self.decoder_bias(queries, cache, cache)
+        return jnp.where(jnp.arange(cache)[None, None, None] <= queries[None, None, :, None], bias, MASKED)
+
+    def bias_to_encoder(self, live: Array) -> Array:
+        """live: bool [B, S]. Mask of the cross-attention, float32 [B, 1, 1, S]."""
+        return jnp.where(live[:, None, None], 0.0, MASKED).astype(jnp.float32)
+
+    def encoded(self, x: Array) -> list[KeyValues]:
+        """The encoder's last hidden states -> what each decoder layer attends to."""
+        normed = self.encoder_norm(x)
+        return [block.cross_attention.key_values(normed) for block in self.decoder]
+
+    def logits(self, x: Array, vocab_size: Array | int) -> Array:
+        """Hidden states [B, T, H] -> float32 [B, T, V]; ids from vocab_size on are padding and get MASKED."""
+        x = self.decoder_norm(x)
+        if self.tied:
+            found = self.shared(x * self.settings.config.experts.hidden_size**-0.5)
+        else:
+            found = self.head(x)
+        found = found.astype(jnp.float32)
+        return jnp.where(jnp.arange(found.shape[-1]) < vocab_size, found, MASKED)
+
+    # Whole passes.
+
+    def encode(self, ids: Array, live: Array, slot_of: Array) -> list[KeyValues]:
+        """Prompts int32 [B, S] -> each decoder layer's keys and values."""
+        x, bias = self.embed("encoder", ids), self.bias_of_encoder(live)
+        for block in self.encoder:
+            x = block.feed(block.encode(x, bias), slot_of, live)
+        return self.encoded(x)
+
+    def decode(
+        self,
+        ids: Array,
+        live: Array,
+        slot_of: Array,
+        cache: Sequence[KeyValues],
+        position: Array,
+        encoded: Sequence[KeyValues],
+        encoder_live: Array,
+        vocab_size: Array | int,
+    ) -> tuple[Array, list[KeyValues]]:
+        """Tokens int32 [B, T] at position.. of every row -> logits float32 [B, T, V] and the grown cache."""
+        x = self.embed("decoder", ids)
+        bias = self.bias_of_decoder(position, ids.shape[1], cache[0][0].shape[2])
+        encoder_bias = self.bias_to_encoder(encoder_live)
+        grown = []
+        for block, mine, theirs in zip(self.decoder, cache, encoded, strict=True):
+            x, kept = block.decode(x, bias, mine, position, theirs, encoder_bias)
+            grown.append(kept)
+            x = block.feed(x, slot_of, live)
+        return self.logits(x, vocab_size), grown
+
+    def new_cache(self, rows: int, length: int) -> list[KeyValues]:
+        """Zeros [B, N, L, D] for each decoder layer."""
+        c = self.settings.config
+        shape = (rows, c.num_heads, length, c.d_kv)
+        return [
+            (jnp.zeros(shape, self.settings.products.compute), jnp.zeros(shape, self.settings.products.compute))
+            for _ in range(c.num_decoder_layers)
+        ]
+
+
+def abstract_model(settings: Settings) -> SwitchTransformer:
+    """The model's shapes without any memory: every variable holds a `jax.ShapeDtypeStruct`."""
+    make: Callable[[], Any] = lambda: SwitchTransformer(settings, nnx.Rngs(0))  # noqa: E731
+    model: SwitchTransformer = nnx.eval_shape(make)
+    return model

@@ -1,0 +1,424 @@
+// Products with few rows, and a whole layer of top-1 experts, for x86-64 with AVX-512; called by XLA on the CPU through
+// its foreign function interface.
+//
+// With few rows a product is bound by reading the weights, with many by arithmetic. One micro-kernel serves both: it walks
+// a panel of packed weights front to back and adds outer products, the sums of up to six rows staying in registers. While
+// it does, it asks for the panel that comes next, so that memory is never idle, not even when rows fill several tiles.
+//
+// Packed layout (native/__init__.py, `pack`): [blocks, K, 64], 64 outputs in a block, zeros behind the last output.
+// Each output is one chain of float32 sums over k = 0..K-1, however rows, panels and threads are cut: its bits depend on
+// its own row and weights only.
+// Letters: T rows of a call, M rows of a tile, K inputs, N outputs, B blocks of outputs, S slots.
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kBlock = 64;   // outputs in a block of the packed layout
+constexpr int kTile = 6;         // rows whose sums stay in registers: 6 x 4 of 32
+constexpr int64_t kPanel = 512;  // inputs of a panel: 128 KiB of float32, so this panel and the next fit a core's L2
+constexpr int64_t kChunk = 192;  // rows of a work item: more would push the panel out of L2
+#ifndef AHEAD
+#define AHEAD 1
+#endif
+
+inline __m512 widen(const float *w) { return _mm512_loadu_ps(w); }
+
+// bfloat16 is the upper half of a float32.
+inline __m512 widen(const uint16_t *w) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// Cache lines to ask for while a tile is computed: `lines` every four inputs.
+struct Ahead {
+    const char *at;
+    int lines;
+};
+
+// y[m][0..63] = (first ? 0 : y[m][0..63]) + x[m][0..K-1] w[K][64], where mask says which outputs exist.
+template <typename W, int M>
+void tile(const float *const *x, float *const *y, const W *w, int64_t K, const __mmask16 *mask, bool first, Ahead ahead) {
+    __m512 sum[M][4];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[m][j] = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask[j], y[m] + 16 * j);
+    const auto step = [&](int64_t k) {
+        __m512 weights[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) weights[j] = widen(w + k * kBlock + 16 * j);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+            const __m512 value = _mm512_set1_ps(x[m][k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sum[m][j] = _mm512_fmadd_ps(weights[j], value, sum[m][j]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 4 <= K; k += 4) {
+        for (int line = 0; line < ahead.lines; line++, ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
+        step(k), step(k + 1), step(k + 2), step(k + 3);
+    }
+    for (; k < K; k++) step(k);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y[m] + 16 * j, mask[j], sum[m][j]);
+}
+
+template <typename W>
+void tile_of(int M, const float *const *x, float *const *y, const W *w, int64_t K, const __mmask16 *mask, bool first,
+             Ahead ahead) {
+    switch (M) {
+        case 1: return tile<W, 1>(x, y, w, K, mask, first, ahead);
+        case 2: return tile<W, 2>(x, y, w, K, mask, first, ahead);
+        case 3: return tile<W, 3>(x, y, w, K, mask, first, ahead);
+        case 4: return tile<W, 4>(x, y, w, K, mask, first, ahead);
+        case 5: return tile<W, 5>(x, y, w, K, mask, first, ahead);
+        default: return tile<W, 6>(x, y, w, K, mask, first, ahead);
+    }
+}
+
+// Rows of a work item when `count` rows are shared out: whole tiles, items of about the same size.
+int64_t chunk_of(int64_t count) {
+    const int64_t chunks = (count + kChunk - 1) / kChunk, tiles = (count + kTile * chunks - 1) / (kTile * chunks);
+    return tiles * kTile;
+}
+
+// Rows of a matrix, taken through an index where they are not adjacent.
+template <typename T>
+struct Rows {
+    T *base;
+    int64_t stride;
+    const int32_t *index = nullptr;
+
+    T *operator[](int64_t row) const { return base + (index ? index[row] : row) * stride; }
+};
+
+// Outputs b * 64 .. of rows first .. first + count: y = x w^T for one block of packed weights.
+template <typename W>
+void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, const W *packed, int64_t K, int64_t N,
+             int64_t b) {
+    __mmask16 mask[4];
+    for (int j = 0; j < 4; j++) {
+        const int64_t left = N - b * kBlock - 16 * j;
+        mask[j] = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
+    }
+    const int64_t tiles = (count + kTile - 1) / kTile;
+    alignas(64) float wide[sizeof(W) == 2 ? kPanel * kBlock : 1];
+    for (int64_t k = 0; k < K; k += kPanel) {
+        const int64_t length = std::min(kPanel, K - k);
+        const W *panel = packed + (b * K + k) * kBlock;
+        // The panel that follows in memory is the one this thread most likely reads next, in this block or the next.
+        const int64_t lines = (4 * sizeof(W) + tiles - 1) / tiles;  // every four inputs, over all tiles
+        const bool widened = sizeof(W) == 2 && tiles > 2;  // then once here costs less than in every tile
+        if (widened)
+            for (int64_t i = 0; i < length * kBlock; i += 16) _mm512_store_ps(wide + i, widen(panel + i));
+        for (int64_t t = 0; t < tiles; t++) {
+            const float *from[kTile];
+            float *to[kTile];
+            const int M = static_cast<int>(std::min<int64_t>(kTile, count - t * kTile));
+            for (int m = 0; m < M; m++) {
+                from[m] = x[first + t * kTile + m] + k;
+                to[m] = y[first + t * kTile + m] + b * kBlock;
+            }
+            const Ahead ahead = {reinterpret_cast<const char *>(panel + length * kBlock) + t * lines * 16 * length,
+                                 AHEAD && t * lines < static_cast<int64_t>(4 * sizeof(W)) ? static_cast<int>(lines) : 0};
+            if (widened)
+                tile_of<float>(M, from, to, wide, length, mask, k == 0, ahead);
+            else
+                tile_of<W>(M, from, to, panel, length, mask, k == 0, ahead);
+        }
+    }
+}
+
+// ---- activations
+
+// e^x to about one unit in the last place: 2^n times a Taylor polynomial on |r| <= ln(2) / 2.
+inline __m512 exp_ps(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.7f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln(2) in two parts: the first is exact
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 5040.0f);
+    for (const float c : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, n);
+}
+
+// The numbers are those of ACTIVATIONS in native/__init__.py.
+enum Activation : int64_t { kRelu = 0, kGeluTanh = 1, kGeluErf = 2, kSilu = 3 };
+
+inline __m512 activate(__m512 v, int64_t kind) {
+    if (kind == kRelu) {
+        // Not max(v, 0): that would turn NaN into 0.
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), v, _mm512_setzero_ps());
+    }
+    if (kind == kGeluErf) {
+        alignas(64) float lane[16];
+        _mm512_store_ps(lane, v);
+        for (float &u : lane) u = 0.5f * u * (1.0f + erff(u * 0.70710678f));
+        return _mm512_load_ps(lane);
+    }
+    // (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)), so both are v times a sigmoid.
+    __m512 u = v;
+    if (kind == kGeluTanh) {
+        const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(v, v), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+        u = _mm512_mul_ps(_mm512_mul_ps(v, cubic), _mm512_set1_ps(1.59576912f));
+    }
+    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), u));
+    return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+// ---- threads
+
+// Work items 0..items-1, a range for each thread to begin with: neighbours in memory are read by one thread. A thread
+// whose range is done goes on with the others', so the caller alone can finish if the pool is busy.
+class Phase {
+   public:
+    Phase(int64_t items, int64_t threads) : ranges_(threads), left_(items) {
+        for (int64_t t = 0; t < threads; t++) {
+            ranges_[t].next = items * t / threads;
+            ranges_[t].end = items * (t + 1) / threads;
+        }
+    }
+
+    template <typename F>
+    void work(int64_t rank, const F &item_of) {
+        const int64_t threads = static_cast<int64_t>(ranges_.size());
+        for (int64_t i = 0; i < threads; i++) {
+            Range &range = ranges_[(rank + i) % threads];
+            for (int64_t item; (item = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+                item_of(item);
+                left_.fetch_sub(1, std::memory_order_release);
+            }
+        }
+    }
+
+    // Only after `work`: what is left has been begun by a running thread.
+    void wait() const {
+        for (int spins = 0; left_.load(std::memory_order_acquire) > 0; spins++) {
+            if (spins < 2000)
+                _mm_pause();
+            else
+                sched_yield();
+        }
+    }
+
+   private:
+    struct alignas(64) Range {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+    std::vector<Range> ranges_;
+    alignas(64) std::atomic<int64_t> left_;
+};
+
+// f(phase, item) for the items of one phase, then of the next. threads: at most so many, 0 for all that the pool has.
+template <typename F>
+void run(ffi::ThreadPool &pool, int64_t threads, const std::vector<int64_t> &items, const F &f) {
+    if (threads <= 0) threads = pool.num_threads();
+    threads = std::clamp<int64_t>(threads, 1, *std::max_element(items.begin(), items.end()));
+    // Tasks may start after this call has returned: they own what they look at then. f lives as long as items are left.
+    auto phases = std::make_shared<std::deque<Phase>>();
+    for (const int64_t count : items) phases->emplace_back(count, threads);
+    const auto work = [phases, &f](int64_t rank) {
+        for (size_t p = 0; p < phases->size(); p++) {
+            (*phases)[p].work(rank, [&](int64_t item) { f(p, item); });
+            (*phases)[p].wait();
+        }
+    };
+    for (int64_t rank = 1; rank < threads; rank++) pool.Schedule([work, rank] { work(rank); });
+    work(0);
+}
+
+// ---- handlers
+
+ffi::Error invalid(const std::string &message) { return ffi::Error::InvalidArgument("moetel kernels: " + message); }
+
+std::string shape_of(const ffi::AnyBuffer &buffer) {
+    std::string text = "[";
+    for (const int64_t size : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+    return text + "]";
+}
+
+bool is_packed(const ffi::AnyBuffer &weight, ffi::DataType type, int64_t N, int64_t K) {
+    const auto sizes = weight.dimensions();
+    return weight.element_type() == type && sizes.size() == 3 && sizes[0] == (N + kBlock - 1) / kBlock && sizes[1] == K &&
+           sizes[2] == kBlock;
+}
+
+std::string expected(int64_t N, int64_t K) {
+    return "expected [" + std::to_string((N + kBlock - 1) / kBlock) + ", " + std::to_string(K) + ", 64], all float32 or all bfloat16";
+}
+
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Slots = ffi::Buffer<ffi::S32, 1>;
+using Scratch = ffi::Buffer<ffi::F32, 3>;
+
+template <typename W>
+void linear_of(ffi::ThreadPool &pool, int64_t threads, const Matrix &x, const W *packed, Matrix &y) {
+    const int64_t T = x.dimensions()[0], K = x.dimensions()[1], N = y.dimensions()[1];
+    const int64_t chunk = chunk_of(T), chunks = (T + chunk - 1) / chunk, blocks = (N + kBlock - 1) / kBlock;
+    run(pool, threads, {blocks * chunks}, [&](size_t, int64_t item) {
+        const int64_t b = item / chunks, first = item % chunks * chunk;
+        product<W>({x.typed_data(), K}, {y.typed_data(), N}, first, std::min(chunk, T - first), packed, K, N, b);
+    });
+}
+
+// y[T][N] = x[T][K] w[N][K]^T
+ffi::Error linear(ffi::ThreadPool pool, int64_t threads, Matrix x, ffi::AnyBuffer packed, ffi::Result<Matrix> y) {
+    const int64_t K = x.dimensions()[1], N = y->dimensions()[1];
+    const ffi::DataType type = packed.element_type();
+    if (y->dimensions()[0] != x.dimensions()[0]) return invalid("x and the result differ in rows");
+    if ((type != ffi::F32 && type != ffi::BF16) || !is_packed(packed, type, N, K))
+        return invalid("packed weight is " + shape_of(packed) + ", " + expected(N, K));
+    if (y->element_count() == 0) return ffi::Error::Success();
+    if (type == ffi::F32)
+        linear_of<float>(pool, threads, x, packed.typed_data<float>(), *y);
+    else
+        linear_of<uint16_t>(pool, threads, x, packed.reinterpret_data<uint16_t>(), *y);
+    return ffi::Error::Success();
+}
+
+struct Group {
+    int64_t slot, first, count;  // rows first .. first + count in the order of slots
+    int64_t chunk, chunks;       // rows of a work item, and how many for one block
+    int64_t chunks_before;       // of the groups before this one
+};
+
+// The rows of each slot that is named, in `order`; rows of no slot are left out.
+std::vector<Group> group_rows(const int32_t *slots, int64_t T, int64_t S, std::vector<int32_t> &order) {
+    std::vector<int64_t> starts(S + 1, 0);
+    const auto is_slot = [&](int64_t t) { return slots[t] >= 0 && slots[t] < S; };
+    for (int64_t t = 0; t < T; t++)
+        if (is_slot(t)) starts[slots[t] + 1]++;
+    std::vector<Group> groups;
+    int64_t chunks_before = 0;
+    for (int64_t s = 0; s < S; s++) {
+        const int64_t count = starts[s + 1];
+        if (count > 0) {
+            const int64_t chunk = chunk_of(count), chunks = (count + chunk - 1) / chunk;
+            groups.push_back({s, starts[s], count, chunk, chunks, chunks_before});
+            chunks_before += chunks;
+        }
+        starts[s + 1] += starts[s];
+    }
+    order.resize(starts[S]);
+    for (int64_t t = 0; t < T; t++)
+        if (is_slot(t)) order[starts[slots[t]]++] = static_cast<int32_t>(t);
+    return groups;
+}
+
+template <typename W>
+void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool gated, const Matrix &x,
+                const std::vector<Group> &groups, const std::vector<int32_t> &order, const std::vector<const W *> &weights,
+                int64_t I, Matrix &y, float *inner) {
+    const int64_t K = x.dimensions()[1], N = y.dimensions()[1], T = x.dimensions()[0];
+    const int64_t projections = gated ? 3 : 2, blocks[2] = {(I + kBlock - 1) / kBlock, (N + kBlock - 1) / kBlock};
+    const int64_t width = blocks[0] * kBlock, chunks = groups.back().chunks_before + groups.back().chunks;
+    const Rows<const float> in = {x.typed_data(), K, order.data()};
+    const Rows<float> out = {y.typed_data(), N, order.data()}, gate = {inner, width}, up = {inner + T * width, width};
+    run(pool, threads, {chunks * blocks[0], chunks * blocks[1]}, [&](size_t phase, int64_t item) {
+        const auto after = std::upper_bound(groups.begin(), groups.end(), item, [&](int64_t value, const Group &group) {
+            return value < group.chunks_before * blocks[phase];
+        });
+        const Group &group = *(after - 1);
+        item -= group.chunks_before * blocks[phase];
+        const int64_t b = item / group.chunks, offset = item % group.chunks * group.chunk;
+        const int64_t first = group.first + offset, count = std::min(group.chunk, group.count - offset);
+        const W *const *packed = &weights[group.slot * projections];
+        if (phase == 1) {
+            product<W>({inner, width}, out, first, count, packed[projections - 1], I, N, b);
+            return;
+        }
+        // The padding of the last block is computed too: zeros, which no one reads.
+        product<W>(in, gate, first, count, packed[0], K, width, b);
+        if (gated) product<W>(in, up, first, count, packed[1], K, width, b);
+        for (int64_t row = first; row < first + count; row++)
+            for (int64_t n = b * kBlock; n < (b + 1) * kBlock; n += 16) {
+                __m512 value = activate(_mm512_loadu_ps(gate[row] + n), activation);
+                if (gated) value = _mm512_mul_ps(value, _mm512_loadu_ps(up[row] + n));
+                _mm512_storeu_ps(gate[row] + n, value);
+            }
+    });
+}
+
+// y[t] = feed-forward of slot slots[t], zeros where that is no slot. pool: the packed projections of slot 0, of slot 1, ...
+// inner: scratch [projections - 1, T, I up to a whole block].
+ffi::Error experts(ffi::ThreadPool pool, int64_t threads, int64_t activation, bool gated, int64_t I, Matrix x,
+                   Slots slots, ffi::RemainingArgs arrays, ffi::Result<Matrix> y,
+                   ffi::Result<Scratch> inner) {
+    const int64_t T = x.dimensions()[0], K = x.dimensions()[1], N = y->dimensions()[1], projections = gated ? 3 : 2;
+    const int64_t num_slots = static_cast<int64_t>(arrays.size()) / projections;
+    if (slots.dimensions()[0] != T || y->dimensions()[0] != T) return invalid("x, slots and the result differ in rows");
+    if (static_cast<int64_t>(inner->element_count()) < (projections - 1) * T * ((I + kBlock - 1) / kBlock * kBlock))
+        return invalid("scratch is too small: " + std::to_string(inner->element_count()) + " numbers");
+    if (num_slots == 0 || static_cast<int64_t>(arrays.size()) % projections != 0)
+        return invalid(std::to_string(arrays.size()) + " arrays in the pool, expected a multiple of " + std::to_string(projections));
+    if (activation < kRelu || activation > kSilu) return invalid("no activation " + std::to_string(activation));
+    ffi::DataType type = ffi::DataType::INVALID;
+    std::vector<const float *> singles;
+    std::vector<const uint16_t *> halves;
+    for (int64_t i = 0; i < num_slots * projections; i++) {
+        const auto array = arrays.get<ffi::AnyBuffer>(i);
+        if (array.has_error()) return array.error();
+        if (i == 0) type = array->element_type();
+        const bool last = i % projections == projections - 1;
+        if ((type != ffi::F32 && type != ffi::BF16) || !is_packed(*array, type, last ? N : I, last ? I : K))
+            return invalid("slot " + std::to_string(i / projections) + ", projection " + std::to_string(i % projections) + " is " +
+                           shape_of(*array) + ", " + expected(last ? N : I, last ? I : K));
+        if (type == ffi::F32)
+            singles.push_back(array->typed_data<float>());
+        else
+            halves.push_back(array->reinterpret_data<uint16_t>());
+    }
+    std::vector<int32_t> order;
+    const std::vector<Group> groups = group_rows(slots.typed_data(), T, num_slots, order);
+    if (static_cast<int64_t>(order.size()) < T) std::memset(y->typed_data(), 0, y->size_bytes());
+    if (groups.empty() || N == 0) return ffi::Error::Success();
+    if (type == ffi::F32)
+        experts_of<float>(pool, threads, activation, gated, x, groups, order, singles, I, *y, inner->typed_data());
+    else
+        experts_of<uint16_t>(pool, threads, activation, gated, x, groups, order, halves, I, *y, inner->typed_data());
+    return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moetel_linear, linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Arg<Matrix>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<Matrix>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moetel_experts, experts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<int64_t>("activation")
+                                  .Attr<bool>("gated")
+                                  .Attr<int64_t>("intermediate_size")
+                                  .Arg<Matrix>()
+                                  .Arg<Slots>()
+                                  .RemainingArgs()
+                                  .Ret<Matrix>()
+                                  .Ret<Scratch>());
