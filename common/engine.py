@@ -27,6 +27,9 @@ FinishReason = Literal["stop", "length"]
 
 GREEDY = SamplingParams()
 
+# The engine of each family.
+BACKENDS = {"mixtral": "torch", "switch_transformers": "jax"}
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -249,7 +252,7 @@ class Engine:
 
         input_ids: int [batch, seq], or rows of different lengths. attention_mask: int [batch, seq], 1 at the tokens,
         padding on either side; padded positions are not computed and come back as 0.
-        decoder_input_ids: for encoder-decoder families.
+        decoder_input_ids: int [batch, seq], for encoder-decoder families, whose logits are at its positions.
         """
         backend = self._require_backend()
         rows = _rows(input_ids, "input_ids")
@@ -263,6 +266,11 @@ class Engine:
                 raise RequestError(
                     "attention_mask has a gap; give 1 at adjacent tokens of a row and 0 before or after them"
                 )
+        if tenant not in self.tenants:
+            raise UnknownTenantError(tenant, self.tenants)
+        if self.store.config(tenant).is_encoder_decoder != (decoder_input_ids is not None):
+            what = "needs decoder_input_ids as well" if decoder_input_ids is None else "reads input_ids alone"
+            raise RequestError(f"family {self.store.family.name!r} {what}; give what its Hugging Face model takes")
         prompts = [
             self._check_ids(tenant, [row[i] for i in place], "input_ids")
             for row, place in zip(rows, places, strict=True)
@@ -272,6 +280,8 @@ class Engine:
             decoder_rows = [
                 self._check_ids(tenant, r, "decoder_input_ids") for r in _rows(decoder_input_ids, "decoder_input_ids")
             ]
+            if len(decoder_rows) != len(rows):
+                raise RequestError(f"{len(decoder_rows)} rows of decoder_input_ids for {len(rows)} of input_ids")
         found = backend.logits(tenant, prompts, decoder_rows)
         if decoder_rows is not None:
             places = [np.arange(len(r)) for r in decoder_rows]
@@ -360,7 +370,8 @@ class Engine:
             except TypeError as error:
                 raise RequestError(f"the prompt is {prompt!r}; give text or a list of token ids") from error
         checked = self._check_ids(tenant, ids, "the prompt")
-        room = self.store.config(tenant).max_positions - len(checked)
+        config = self.store.config(tenant)
+        room = config.max_positions - (0 if config.is_encoder_decoder else len(checked))
         if room < 1:
             raise RequestError(
                 f"the prompt has {len(checked)} tokens and fills the context of tenant {tenant!r} "
@@ -444,21 +455,33 @@ def load_engine(
 ) -> Engine:
     """Load a store for inference.
 
-    backend: auto picks by family (mixtral: torch). device: auto takes CUDA if there is one.
+    backend: auto picks by family (mixtral: torch, switch_transformers: jax). device: auto takes a GPU if there is one.
     dtype: auto is the store's; float32 or bfloat16 to override.
-    options: the backend's own, see `torch_engine.TorchOptions`.
+    options: the backend's own, see `torch_engine.TorchOptions` and `jax_engine.JaxOptions`.
 
     Raises StoreError, EngineError.
     """
     opened = store if isinstance(store, Store) else Store.open(store)
-    backends = {"mixtral": "torch"}
-    wanted = backends[opened.family.name] if backend == "auto" else backend
-    if wanted != backends[opened.family.name]:
+    wanted = BACKENDS[opened.family.name] if backend == "auto" else backend
+    if wanted != BACKENDS[opened.family.name]:
         raise EngineError(
-            f"backend {backend!r} does not serve family {opened.family.name!r}; use {backends[opened.family.name]!r}"
+            f"backend {backend!r} does not serve family {opened.family.name!r}; use {BACKENDS[opened.family.name]!r}"
         )
+    load = _torch_backend if wanted == "torch" else _jax_backend
+    return Engine(opened, load(opened, device=device, dtype=dtype, **options), max_batch_size)
+
+
+def _torch_backend(store: Store, **options: Any) -> Backend:
     try:
         import torch_engine.backend
     except ImportError as error:
         raise EngineError(f"the torch backend is not installed ({error}); run: pip install 'moetel[torch]'") from error
-    return Engine(opened, torch_engine.load_backend(opened, device=device, dtype=dtype, **options), max_batch_size)
+    return torch_engine.load_backend(store, **options)
+
+
+def _jax_backend(store: Store, **options: Any) -> Backend:
+    try:
+        import jax_engine.backend
+    except ImportError as error:
+        raise EngineError(f"the jax backend is not installed ({error}); run: pip install 'moetel[jax]'") from error
+    return jax_engine.load_backend(store, **options)

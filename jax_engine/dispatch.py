@@ -43,6 +43,7 @@ class FeedForward:
 
     activation: str
     gated: bool
+    intermediate_size: int
 
     def __call__(self, x: Array, copy: Copy) -> Array:
         """[T, H] -> [T, H] through one copy of plain [out, in] matrices."""
@@ -61,6 +62,10 @@ class Dispatch(ABC):
     def __call__(self, x: Array, slots: Array, copies: Sequence[Copy], ff: FeedForward) -> Array:
         """x: [T, H]; slots: int32 [T]; copies: one a slot, or a single stacked one. Returns [T, H]."""
 
+    def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
+        """All tokens [T, H] through one copy, such as a dense layer's."""
+        return ff(x, copy)
+
 
 @dataclass(frozen=True)
 class NativeDispatch(Dispatch):
@@ -70,7 +75,13 @@ class NativeDispatch(Dispatch):
     stacked = False
 
     def __call__(self, x: Array, slots: Array, copies: Sequence[Copy], ff: FeedForward) -> Array:
-        return self.kernels.experts(x, slots, tuple(copies), ff.activation, ff.gated)
+        return self.kernels.experts(
+            x, slots, copies, ff.activation, intermediate_size=ff.intermediate_size, gated=ff.gated
+        )
+
+
+    def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
+        return self(x, jnp.zeros(len(x), jnp.int32), (copy,), ff)
 
 
 @dataclass(frozen=True)
@@ -114,9 +125,7 @@ class MeshDispatch(Dispatch):
             return lax.psum(found, "expert")
 
         tokens, experts = PartitionSpec("data"), PartitionSpec("expert")
-        run = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(tokens, tokens, *[experts] * len(stack)), out_specs=tokens
-        )
+        run = jax.shard_map(local, mesh=self.mesh, in_specs=(tokens, tokens, *[experts] * len(stack)), out_specs=tokens)
         return run(x, slots, *stack)
 
     def sharding(self, *axes: str | None) -> NamedSharding:

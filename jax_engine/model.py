@@ -37,7 +37,10 @@ MASKED = -1e30  # finite, so that a row without any token gives no NaN
 
 
 class Expert(nnx.Variable[Array]):
-    """Weights in the expert pool, shared by all tenants. Metadata: layer, slot (None: all slots stacked), projection."""
+    """Weights in the expert pool, shared by all tenants.
+
+    Metadata: layer, slot (None: all slots stacked), projection.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Settings:
 
     @property
     def ff(self) -> FeedForward:
-        return FeedForward(self.config.experts.activation, self.config.gated)
+        return FeedForward(self.config.experts.activation, self.config.gated, self.config.d_ff)
 
 
 class Linear(nnx.Module):
@@ -145,7 +148,7 @@ class RelativeBias(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """A feed-forward of the tenant's own; it runs as an expert of a pool with one slot."""
+    """A feed-forward of the tenant's own."""
 
     def __init__(self, s: Settings, place: str, rngs: nnx.Rngs):
         self.ff, self.dispatch = s.ff, s.dispatch
@@ -158,11 +161,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, T, H] -> [B, T, H]."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self.dispatch.stacked:
-            return self.ff(flat, tuple(m.weight[...] for m in self.matrices)).reshape(x.shape)
         copy = tuple(m.weight[...] for m in self.matrices)
-        return self.dispatch(flat, jnp.zeros(len(flat), jnp.int32), (copy,), self.ff).reshape(x.shape)
+        return self.dispatch.single(x.reshape(-1, x.shape[-1]), copy, self.ff).reshape(x.shape)
 
 
 class Router(nnx.Module):

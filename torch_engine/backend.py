@@ -105,8 +105,7 @@ class TorchBackend(Backend):
     def logits(
         self, tenant: str, rows: Sequence[Sequence[int]], decoder_rows: Sequence[Sequence[int]] | None
     ) -> list[np.ndarray]:
-        if decoder_rows is not None:
-            raise EngineError("decoder_input_ids are for encoder-decoder families; mixtral reads input_ids alone")
+        assert decoder_rows is None
         found: list[np.ndarray] = []
         start = 0
         while start < len(rows):

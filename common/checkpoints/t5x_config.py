@@ -1,4 +1,4 @@
-"""A config.json for a T5X tree, which stores none: what the shapes tell, T5's defaults for the rest, and which is which."""
+"""A config.json for a T5X tree, which stores none: what the shapes tell, and T5's defaults for the rest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "pad_token_id": 0,
 }
 # T5 1.0 and Switch use ReLU; T5 1.1's gated feed-forward uses GELU (gelu_new, as transformers reads "gated-gelu").
-PLAIN = {"dense_act_fn": "relu", "feed_forward_proj": "relu"}
+PLAIN = {"dense_act_fn": "relu"}
 GATED = {"dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
 GATING_FIELDS = ("feed_forward_proj", "is_gated_act", "dense_act_fn")
 
@@ -43,6 +43,11 @@ def config_for(
     """
     told = _Told(shapes, where)
     raw: dict[str, Any] = dict(given or {})
+    if raw.get("model_type", FAMILY.name) != FAMILY.name:
+        raise CheckpointError(
+            f"{given_where}: model_type is {raw['model_type']!r}, but the checkpoint holds a Switch Transformer "
+            f"({FAMILY.name}); give the config.json that belongs to it"
+        )
     for alias, field in ALIASES.items():
         if raw.get(alias) is not None:
             raw.setdefault(field, raw[alias])
@@ -55,7 +60,8 @@ def config_for(
                 f"{given_where}: field {field!r} is {stated!r}, but the checkpoint has {value!r} ({reason}); "
                 "give the config.json that belongs to it"
             )
-    defaulted = {f: v for f, v in (DEFAULTS | _activation(raw, told, given_where)).items() if raw.get(f) is None}
+    # A field that the file has as null stays so: that is how it says that there is no such token.
+    defaulted = {f: v for f, v in (DEFAULTS | _activation(raw, told, given_where)).items() if f not in raw}
     raw |= defaulted
     raw |= {"model_type": FAMILY.name, "is_encoder_decoder": True}
     notes = []

@@ -85,7 +85,7 @@ class InlineArray:
         return 1
 
     def read(self, rows: slice | None = None) -> np.ndarray:
-        return self.data if rows is None else self.data[rows]
+        return (self.data if rows is None else self.data[rows]).copy()
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,13 @@ class StoredArray:
                 "a file is missing or damaged, copy the checkpoint again"
             ) from error
         array = np.asarray(data)
-        return array.view(BFLOAT16) if self.bits else array
+        found: np.ndarray = array.view(BFLOAT16) if self.bits else array
+        return found
 
 
-def open_array(spec: Mapping[str, Any], path: Path, name: str, *, bits: bool = False, context: Any = None) -> StoredArray:
+def open_array(
+    spec: Mapping[str, Any], path: Path, name: str, *, bits: bool = False, context: Any = None
+) -> StoredArray:
     """Open an array that exists. `spec`: driver and kvstore, as TensorStore takes them.
 
     path, name: for errors. bits: take uint16 for the bits of bfloat16. Raises CheckpointError if it is absent, its
