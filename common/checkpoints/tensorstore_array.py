@@ -183,7 +183,8 @@ class ExpertBlocks:
     def expert(self, array: ArrayOnDisk, index: int) -> np.ndarray:
         """[in, out], possibly a view of a block: copy it before keeping it."""
         if array.chunk_rows == 1:
-            return array.read(slice(index, index + 1))[0]
+            alone: np.ndarray = array.read(slice(index, index + 1))[0]
+            return alone
         each = math.prod(array.shape[1:]) * BY_NAME[array.dtype].itemsize
         rows = max(1, min(array.shape[0], BLOCK_BYTES // max(1, each)))
         start = index // rows * rows
