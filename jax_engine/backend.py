@@ -45,7 +45,7 @@ def _devices(options: JaxOptions) -> list[jax.Device]:
 
 def _use_compilation_cache(wanted: str | None) -> None:
     """Let jax keep compiled steps in a folder. What the user has set already, in jax or its environment, stays."""
-    if wanted is None or (wanted == "auto" and jax.config.jax_compilation_cache_dir):
+    if wanted is None or (wanted == "auto" and jax.config.read("jax_compilation_cache_dir")):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "moetel" / "jax") if wanted == "auto" else wanted)
@@ -95,7 +95,7 @@ class JaxBackend(Backend):
                 min(len(store.tenants), options.ready_tenants or len(store.tenants)),
                 self._architecture_of,
                 slot_of,
-                (store.plan.serving < 0).any(axis=(1, 2)),
+                np.any(store.plan.serving < 0, axis=(1, 2)),
                 self._put(everywhere),
             )
         except CheckpointError as error:
@@ -143,11 +143,12 @@ class JaxBackend(Backend):
     def rows_bucket(self, rows: int) -> int:
         """Rows of the arrays that hold so many: a power of two, and a multiple of the mesh's data axis."""
         data = self.mesh.shape["data"]
-        return -(-power_of_two(rows) // data) * data
+        return int(-(-power_of_two(rows) // data) * data)
 
     def by_row(self, array: np.ndarray) -> jax.Array:
         """Onto the device, rows along the mesh's data axis."""
-        return jax.device_put(array, self._by_row)
+        placed: jax.Array = jax.device_put(array, self._by_row)
+        return placed
 
     def start(self, rows: Sequence[Row]) -> JaxBatch:
         return JaxBatch(self, rows)

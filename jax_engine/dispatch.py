@@ -79,7 +79,6 @@ class NativeDispatch(Dispatch):
             x, slots, copies, ff.activation, intermediate_size=ff.intermediate_size, gated=ff.gated
         )
 
-
     def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
         return self(x, jnp.zeros(len(x), jnp.int32), (copy,), ff)
 
@@ -114,15 +113,17 @@ class MeshDispatch(Dispatch):
         def local(x: Array, slots: Array, *stack: Array) -> Array:
             count = stack[0].shape[0]
             mine = slots - lax.axis_index("expert") * count
+            x = lax.pcast(x, ("expert",), to="varying")  # what is summed differs along this axis
             if on_cpu:
 
                 def product(rows: Array, slot: Array) -> Array:
                     return ff(rows, tuple(lax.dynamic_index_in_dim(w, slot, keepdims=False) for w in stack))
 
-                found = over_blocks(x, mine, count, product, vary=("data", "expert"))
+                found = over_blocks(x, mine, count, product)
             else:
                 found = _ragged(x, mine, stack, ff)
-            return lax.psum(found, "expert")
+            summed: Array = lax.psum(found, "expert")
+            return summed
 
         tokens, experts = PartitionSpec("data"), PartitionSpec("expert")
         run = jax.shard_map(local, mesh=self.mesh, in_specs=(tokens, tokens, *[experts] * len(stack)), out_specs=tokens)
@@ -163,12 +164,8 @@ def over_blocks(
     slots: Array,
     num_slots: int,
     product: Callable[[Array, Array], Array],
-    vary: tuple[str, ...] = (),
 ) -> Array:
-    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; only slots with tokens are touched.
-
-    vary: mesh axes that the result differs along, inside a shard_map.
-    """
+    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; only slots with tokens are touched."""
     tokens, size = x.shape[0], block_rows(x.shape[0], num_slots)
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)
     order = jnp.argsort(slots, stable=True)
@@ -190,8 +187,6 @@ def over_blocks(
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product(rows, slot_of[i]), old), start, 0)
 
     out = jnp.zeros_like(padded)
-    if vary:
-        out = lax.pcast(out, tuple(a for a in vary if a not in jax.typeof(out).vma), to="varying")
     return jnp.zeros_like(x).at[order].set(lax.fori_loop(0, ends[-1], body, out)[:tokens])
 
 

@@ -174,22 +174,23 @@ class Router(nnx.Module):
         shape = (c.experts.num_experts, c.experts.hidden_size)
         weight = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
         self.weight = nnx.Param(weight, sources=(f"{place}.router.classifier.weight",), packed=False)
-        self.bias = None
-        if c.router_bias:
+        self.biased = c.router_bias
+        if self.biased:
             zeros = jnp.zeros(shape[0], jnp.float32)
             self.bias = nnx.Param(zeros, sources=(f"{place}.router.classifier.bias",), packed=False)
 
     def logits(self, x: Array) -> Array:
         """[B, T, H] -> [B, T, E] in the router's type."""
         found = jnp.einsum("bth,eh->bte", x.astype(self.dtype), self.weight[...].astype(self.dtype))
-        return found if self.bias is None else found + self.bias[...].astype(self.dtype)
+        return found + self.bias[...].astype(self.dtype) if self.biased else found
 
     def __call__(self, x: Array, slot_of: Array, live: Array) -> tuple[Array, Array]:
         """x: [B, T, H]; slot_of: int32 [E]; live: bool [B, T], False at padding.
 
         Returns slots int32 [B, T] (-1: no expert, for padding and tokens over capacity) and gates [B, T].
         """
-        probabilities = jax.nn.softmax(self.logits(x), axis=-1).astype(x.dtype)
+        logits = self.logits(x).astype(jnp.float32)  # torch's softmax, too, rounds once, at its end
+        probabilities = jax.nn.softmax(logits, axis=-1).astype(self.dtype).astype(x.dtype)
         expert = jnp.argmax(probabilities, axis=-1)
         if self.capacity is not None:
             # Each row's tokens fill its experts in order; what comes too late keeps its residual alone.
@@ -387,6 +388,13 @@ class SwitchTransformer(nnx.Module):
             (jnp.zeros(shape, self.settings.products.compute), jnp.zeros(shape, self.settings.products.compute))
             for _ in range(c.num_decoder_layers)
         ]
+
+
+def split(module: nnx.Module) -> tuple[Any, Any, Any]:
+    """(graphdef, pool state, tenant state)."""
+    parts: Any = nnx.split(module, Expert, nnx.Param)
+    graphdef, pool, tenant = parts
+    return graphdef, pool, tenant
 
 
 def abstract_model(settings: Settings) -> SwitchTransformer:

@@ -51,7 +51,7 @@ class JaxOptions:
                 raise EngineError(f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}")
         for name in ("spare_slots", "ready_tenants", "expert_capacity"):
             value = getattr(options, name)
-            if value is None and name != "spare_slots" or (name == "expert_capacity" and value == "config"):
+            if (value is None and name != "spare_slots") or (name == "expert_capacity" and value == "config"):
                 continue
             if type(value) is not int or value < 1:
                 raise EngineError(f"{name} is {value!r}; give a whole number from 1")

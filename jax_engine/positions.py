@@ -17,7 +17,7 @@ def relative_buckets(offsets: np.ndarray, bidirectional: bool, num_buckets: int,
     Small distances have a bucket each, larger ones share buckets that grow logarithmically up to max_distance. In a
     decoder (bidirectional=False) offsets above 0 count as 0; they are masked anyway.
     """
-    found = np.zeros(offsets.shape, dtype=np.int32)
+    found: np.ndarray = np.zeros(offsets.shape, dtype=np.int32)
     if bidirectional:
         num_buckets //= 2
         found += (offsets > 0) * num_buckets
@@ -30,4 +30,5 @@ def relative_buckets(offsets: np.ndarray, bidirectional: bool, num_buckets: int,
         math.log(max_distance / exact)
     )
     large = exact + (ratio * np.float32(num_buckets - exact)).astype(np.int32)
-    return (found + np.where(distance < exact, distance, np.minimum(large, num_buckets - 1))).astype(np.int32)
+    found += np.where(distance < exact, distance, np.minimum(large, num_buckets - 1)).astype(np.int32)
+    return found

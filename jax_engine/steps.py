@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from common.families.switch_transformers import Side
-from jax_engine.model import Block, Expert, KeyValues, abstract_model, combine
+from jax_engine.model import Block, KeyValues, abstract_model, combine, split
 from jax_engine.pool import ExpertPool
 from jax_engine.tenants import Architecture, Leaves, ReadyTenant
 
@@ -88,7 +88,7 @@ class Steps:
         logits, cache = model.decode(ids, live, slot_of, cache, position, encoded, encoder_live, vocab_size)
         return jnp.argmax(logits[:, -1], axis=-1), logits, cache
 
-    def encode(self, tenant: ReadyTenant, ids: np.ndarray, live: Array) -> tuple[list[KeyValues], np.ndarray]:
+    def encode(self, tenant: ReadyTenant, ids: Array, live: Array) -> tuple[list[KeyValues], np.ndarray]:
         """Prompts int32 [B, S] -> what the decoder's layers attend to, and misses int64 [B]."""
         if tenant.can_miss:
             return self._layered.encode(tenant, ids, live)
@@ -100,7 +100,7 @@ class Steps:
         tenant: ReadyTenant,
         cache: list[KeyValues],
         position: int,
-        ids: np.ndarray,
+        ids: Array,
         live: Array,
         encoded: list[KeyValues],
         encoder_live: Array,
@@ -139,7 +139,7 @@ class _Parts:
         self._settings = architecture.settings
         self._layers = self._settings.config.sparse_layers
         skeleton = abstract_model(self._settings)
-        whole = {
+        whole: dict[str, Callable[..., Any]] = {
             "start_encoder": lambda m, ids, live: (m.embed("encoder", ids), m.bias_of_encoder(live)),
             "end_encoder": lambda m, x: m.encoded(x),
             "start_decoder": self._start_decoder,
@@ -174,7 +174,7 @@ class _Parts:
 
     def _with_block(self, block: Block, body: Callable[..., Any]) -> Callable[..., Any]:
         """A function of one block's own leaves; blocks of a kind differ in nothing else that matters here."""
-        graphdef, pool, tenant = nnx.split(block, Expert, nnx.Param)
+        graphdef, pool, tenant = split(block)
         tree = jax.tree.structure(tenant)
 
         def run(leaves: Leaves, *args: Any) -> Any:
@@ -234,7 +234,7 @@ class _Parts:
         combined: Array = self._combine(x, found, gates)
         return combined
 
-    def encode(self, tenant: ReadyTenant, ids: np.ndarray, live: Array) -> tuple[list[KeyValues], np.ndarray]:
+    def encode(self, tenant: ReadyTenant, ids: Array, live: Array) -> tuple[list[KeyValues], np.ndarray]:
         misses = np.zeros(len(ids), dtype=np.int64)
         x, bias = self._whole["start_encoder"](tenant.leaves, ids, live)
         for n in range(self._settings.config.num_layers):
@@ -248,7 +248,7 @@ class _Parts:
         tenant: ReadyTenant,
         cache: Sequence[KeyValues],
         position: np.int32,
-        ids: np.ndarray,
+        ids: Array,
         live: Array,
         encoded: Sequence[KeyValues],
         encoder_live: Array,

@@ -14,7 +14,7 @@ from flax import nnx
 
 from common.families.switch_transformers import Side, SwitchTransformersConfig, as_switch
 from common.store import Store
-from jax_engine.model import Expert, Settings, abstract_model
+from jax_engine.model import Settings, abstract_model, split
 from jax_engine.weights import fill_tenant
 
 Leaves = tuple[jax.Array, ...]
@@ -33,7 +33,7 @@ class Architecture:
 
     @classmethod
     def of(cls, settings: Settings) -> Architecture:
-        graphdef, pool, tenant = nnx.split(abstract_model(settings), Expert, nnx.Param)
+        graphdef, pool, tenant = split(abstract_model(settings))
         return cls(settings, graphdef, jax.tree.structure(pool), jax.tree.structure(tenant), tenant, pool)
 
     def block_leaves(self, tenant: Leaves, side: Side, n: int) -> Leaves:

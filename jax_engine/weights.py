@@ -14,7 +14,7 @@ from common.checkpoints import Checkpoint
 from common.families import FAMILIES, SwitchTransformersFamily
 from common.families.switch_transformers import as_switch
 from jax_engine.dispatch import DenseDispatch
-from jax_engine.model import Expert, Settings, SwitchTransformer, abstract_model
+from jax_engine.model import Settings, SwitchTransformer, abstract_model, split
 from jax_engine.products import PlainProducts, Products, to_numpy
 
 Read = Callable[[str], np.ndarray]
@@ -77,7 +77,7 @@ def load_model(checkpoint: Checkpoint) -> SwitchTransformer:
     spec = config.experts
     slots = (spec.num_experts,) * spec.num_layers
     s = Settings(config, PlainProducts("float32", "float32"), DenseDispatch(), slots, config.vocab_size)
-    graphdef, pool, tenant = nnx.split(abstract_model(s), Expert, nnx.Param)
+    graphdef, pool, tenant = split(abstract_model(s))
 
     def own(layer: int, expert: int, projection: str) -> np.ndarray:
         return checkpoint.tensors[family().expert_tensor(config, layer, expert, projection)].read()
@@ -90,7 +90,7 @@ def load_model(checkpoint: Checkpoint) -> SwitchTransformer:
 def canonical_tensors(model: SwitchTransformer) -> Iterator[tuple[str, np.ndarray]]:
     """(canonical name, float32 [out, in]) of every tensor of a model as `load_model` makes it."""
     config = model.settings.config
-    _, pool, tenant = nnx.split(model, Expert, nnx.Param)
+    _, pool, tenant = split(model)
     for _, variable in nnx.to_flat_state(tenant):
         names = variable.get_metadata()["sources"]
         yield from zip(names, np.split(np.asarray(variable[...]), len(names)), strict=True)

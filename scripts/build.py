@@ -47,7 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME=CHECKPOINT",
-        help="a tenant's name and its Hugging Face directory; repeat for each, in the order that plans count them",
+        help="a tenant's name and its Hugging Face, T5X or Orbax directory; repeat, in the order that plans count them",
+    )
+    parser.add_argument(
+        "--config",
+        type=tenant,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="config.json of a tenant whose T5X or Orbax checkpoint has none beside it",
     )
     parser.add_argument("--policy", choices=POLICIES, default="round_robin", help="how copies are chosen")
     amount = parser.add_mutually_exclusive_group()
@@ -89,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         slots=args.slots,
         budget_bytes=args.budget,
         dtype=args.dtype,
+        configs=dict(args.config),
         progress=bars,
     )
     report(store, Console(highlight=False, soft_wrap=True))

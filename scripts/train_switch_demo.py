@@ -3,7 +3,7 @@
 The base learns to spell numbers out without being told in which language; each fine-tune goes on from the base with
 all weights free and one language. Scores are those of Hugging Face's Switch Transformer on the files written.
 
-    python -m scripts.train_switch_demo                       # what examples/switch_tenants holds
+    python -m scripts.train_switch_demo                       # what examples/tenants/switch holds
     python -m scripts.train_switch_demo --out /tmp/tiny --base-steps 50 --tune-steps 20 --d-model 32 --layers 2
     python -m scripts.train_switch_demo --from CHECKPOINT --pairs pairs.tsv --out my_tenant    # fine-tune one tenant
 
@@ -166,7 +166,8 @@ def loss(model: SwitchTransformer, prompts: jax.Array, answers: jax.Array) -> tu
         x = feed(block, x, answer_live)
     each = optax.softmax_cross_entropy_with_integer_labels(model.logits(x, config.vocab_size), answers)
     entropy = (each * answer_live).sum() / answer_live.sum()
-    return entropy + 0.01 * sum(balance) / len(balance), entropy
+    total: jax.Array = entropy + 0.01 * jnp.stack(balance).mean()
+    return total, entropy
 
 
 def train(
@@ -192,7 +193,7 @@ def train(
     losses = []
     for _ in range(steps):
         drawn = pairs.batch(batch, rng)
-        losses.append(step(model, optimizer, drawn.prompts, drawn.answers))
+        losses.append(step(model, optimizer, jnp.asarray(drawn.prompts), jnp.asarray(drawn.answers)))
         advance()
     return [float(v) for v in losses]
 
@@ -350,7 +351,7 @@ def tune(source: Path, pairs_file: Path, out: Path, steps: int, batch: int, lr: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_out = Path(__file__).resolve().parent.parent / "examples" / "switch_tenants"
+    default_out = Path(__file__).resolve().parent.parent / "examples" / "tenants" / "switch"
     parser.add_argument("--out", type=Path, default=default_out, help=f"default: {default_out}")
     parser.add_argument("--from", dest="source", type=Path, help="fine-tune this checkpoint instead (with --pairs)")
     parser.add_argument("--pairs", type=Path, help="file of `prompt TAB answer` lines")

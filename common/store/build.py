@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.checkpoints import Checkpoint, TensorRef, open_checkpoint
+from common.checkpoints import Checkpoint, TensorSource, open_checkpoint
 from common.checkpoints.safetensors_file import fsync
 from common.consolidation import Plan, plan_all, plan_round_robin
 from common.dtypes import BY_NAME, common_dtype, is_lossless
@@ -73,16 +73,20 @@ class Settings:
 
 @dataclass
 class _Source:
-    """A tenant on its way into a store; `ids` holds what is stored already."""
+    """A tenant on its way into a store; `ids` holds what is stored already.
+
+    notes: of a tenant that was stored before, all that was said of it; read_notes: what its checkpoint's reader says.
+    """
 
     name: str
     origin: str
     family: Family
     config: ModelConfig
-    refs: Mapping[str, TensorRef]
+    refs: Mapping[str, TensorSource]
     assets: Mapping[str, Path]
     ids: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    read_notes: tuple[str, ...] = ()
 
     @classmethod
     def from_checkpoint(cls, name: str, checkpoint: Checkpoint) -> _Source:
@@ -93,12 +97,13 @@ class _Source:
             checkpoint.config,
             checkpoint.tensors,
             checkpoint.assets,
+            read_notes=checkpoint.notes,
         )
 
     @classmethod
     def from_store(cls, store: Store, name: str) -> _Source:
         tenant = store.tenant(name)
-        refs = {tensor: store.ref(name, tensor) for tensor in tenant.tensors}
+        refs: dict[str, TensorSource] = {tensor: store.ref(name, tensor) for tensor in tenant.tensors}
         assets = {file: store.assets_dir(name) / file for file in tenant.assets}
         for file, entry in tenant.assets.items():
             # They are copied and hashed anew: damage would become what the store says is right.
@@ -116,6 +121,7 @@ def build_store(
     slots: Slots = None,
     budget_bytes: int | None = None,
     dtype: str = "auto",
+    configs: Mapping[str, str | Path] | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Build a store from checkpoints, replacing the store at `path` if there is one.
@@ -123,6 +129,7 @@ def build_store(
     tenants: name -> checkpoint directory, in the order that the plan counts them.
     slots: resident copies; "all" shares nothing but identical experts; None, without a budget: one copy a position.
     budget_bytes: device bytes for the pool and one tenant's non-expert weights, in the store's type.
+    configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see `open_checkpoint`.
     dtype: the store's type; auto keeps the tenants' own if they agree, else float32, so that nothing is lost.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
@@ -139,7 +146,11 @@ def build_store(
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
-    sources = [_Source.from_checkpoint(name, open_checkpoint(directory)) for name, directory in pairs]
+    configs = configs or {}
+    strangers = sorted(set(configs) - set(names))
+    if strangers:
+        raise StoreError(f"a config is given for {strangers[0]!r}, which is no tenant of this build")
+    sources = [_Source.from_checkpoint(name, open_checkpoint(place, configs.get(name))) for name, place in pairs]
     _check_agreement(sources)
     if dtype == "auto":
         dtype = common_dtype([_expert_dtype(s) for s in sources])
@@ -153,8 +164,15 @@ def build_store(
     return Store.open(path)
 
 
-def add_tenant(path: str | Path, name: str, checkpoint: str | Path, *, progress: Progress = silent) -> Store:
-    """Add a tenant and plan again with the settings that the store was built with.
+def add_tenant(
+    path: str | Path,
+    name: str,
+    checkpoint: str | Path,
+    *,
+    config: str | Path | None = None,
+    progress: Progress = silent,
+) -> Store:
+    """Add a tenant and plan again with the settings that the store was built with. config: as for `build_store`.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
@@ -164,7 +182,7 @@ def add_tenant(path: str | Path, name: str, checkpoint: str | Path, *, progress:
         if name in store.tenants:
             raise StoreError(f"tenant {name!r} is in this store already; remove it first or choose another name")
         sources = [_Source.from_store(store, tenant) for tenant in store.tenants]
-        sources.append(_Source.from_checkpoint(name, open_checkpoint(checkpoint)))
+        sources.append(_Source.from_checkpoint(name, open_checkpoint(checkpoint, config)))
         _check_agreement(sources)
         return sources
 
@@ -414,11 +432,12 @@ def _notes(source: _Source, dtype: str) -> tuple[str, ...]:
     for ref in source.refs.values():
         if ref.dtype != dtype:
             counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
-    notes = []
+    notes = list(source.read_notes)
     for found, count in sorted(counts.items()):
         loss = "without loss" if is_lossless(found, dtype) else "rounded"
         notes.append(f"{count} tensors converted from {found} to {dtype} ({loss})")
-        logger.info("tenant %s: %s", source.name, notes[-1])
+    for note in notes:
+        logger.info("tenant %s: %s", source.name, note)
     return tuple(notes)
 
 

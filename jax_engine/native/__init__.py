@@ -1,9 +1,9 @@
-"""Our own CPU kernels for the JAX engine (kernels.cc): compiled once with the machine's C++ compiler, called from jitted
-code through XLA's foreign function interface, used where they prove right.
+"""Our own CPU kernels for the JAX engine (kernels.cc): compiled once with the machine's C++ compiler, called from
+jitted code through XLA's foreign function interface, used where they prove right.
 
 XLA multiplies few rows at a fraction of the memory's rate. These kernels read weights packed in blocks of 64 outputs,
-for decoding and for prompts alike, and a layer of experts is one call. Nothing depends on them: without Linux on x86-64,
-AVX-512 or a compiler, `load` returns None and XLA does all products.
+for decoding and for prompts alike, and a layer of experts is one call. Nothing depends on them: without Linux on
+x86-64, AVX-512 or a compiler, `load` returns None and XLA does all products.
 
 Letters in shapes: T rows, K inputs, N outputs, B = ceil(N / 64) blocks of outputs, S slots, I intermediate size.
 """
@@ -23,12 +23,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,8 @@ class Kernels:
         rows = _rows(x)
         if rows.shape[0] == 0 or out_features == 0:
             return jnp.zeros((*x.shape[:-1], out_features), jnp.float32)
-        call = jax.ffi.ffi_call(
-            self.linear_target, jax.ShapeDtypeStruct((rows.shape[0], out_features), np.dtype(np.float32))
-        )
-        out = call(rows, packed, threads=np.int64(self.threads or 0))
+        call: Any = jax.ffi.ffi_call(self.linear_target, _result(rows.shape[0], out_features))
+        out: jax.Array = call(rows, packed, threads=np.int64(self.threads or 0))
         return out.reshape(*x.shape[:-1], out_features)
 
     def experts(
@@ -104,7 +102,7 @@ class Kernels:
         out_features: int | None = None,
         gated: bool = False,
     ) -> jax.Array:
-        """The feed-forward of each row's slot: float32 [..., K] -> float32 [..., N], zeros where a slot is not in 0..S-1.
+        """The feed-forward of each row's slot: float32 [..., K] -> float32 [..., N], zeros where it is not in 0..S-1.
 
         slots: int32 [...], as x without its last axis. pool: for each slot its packed projections, all float32 or all
         bfloat16: wi [B_I, K, 64], for gated ones a second, and wo [B_N, I, 64]. Ungated `act(x @ wi.T) @ wo.T`, gated
@@ -125,10 +123,7 @@ class Kernels:
             return jnp.zeros((*x.shape[:-1], out_features), jnp.float32)
         # The scratch is a result, so that XLA plans its memory with everything else's instead of a call asking for it.
         width = -(-intermediate_size // BLOCK) * BLOCK
-        results = (
-            jax.ShapeDtypeStruct((rows.shape[0], out_features), np.dtype(np.float32)),
-            jax.ShapeDtypeStruct((projections - 1, rows.shape[0], width), np.dtype(np.float32)),
-        )
+        results = (_result(rows.shape[0], out_features), _result(projections - 1, rows.shape[0], width))
         out, _ = jax.ffi.ffi_call(self.experts_target, results)(
             rows,
             slots.reshape(-1).astype(jnp.int32),
@@ -148,6 +143,11 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _result(*shape: int) -> Any:
+    make: Any = jax.ShapeDtypeStruct  # not annotated in jax
+    return make(shape, np.dtype(np.float32))
+
+
 def _cpu_flags() -> frozenset[str]:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -164,7 +164,7 @@ def _compile() -> ctypes.CDLL:
     if compiler is None:
         raise OSError("no C++ compiler (g++ or c++) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = repr((SOURCE.read_bytes(), FLAGS, version, sorted(_cpu_flags()), jaxlib.__version__))
+    key = repr((SOURCE.read_bytes(), FLAGS, version, sorted(_cpu_flags()), version_of("jaxlib")))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"jax-kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
@@ -204,9 +204,9 @@ def load() -> Kernels | None:
             library = _compile()
             number = next(_loads)  # XLA refuses a name that it knows for another function
             kernels = Kernels(f"moetel_linear_{number}", f"moetel_experts_{number}")
-            for target, symbol in ((kernels.linear_target, "linear"), (kernels.experts_target, "experts")):
-                handler = jax.ffi.pycapsule(getattr(library, f"moetel_{symbol}"))
-                jax.ffi.register_ffi_target(target, handler, platform="cpu")
+            capsule_of: Any = jax.ffi.pycapsule  # not annotated in jax
+            jax.ffi.register_ffi_target(kernels.linear_target, capsule_of(library.moetel_linear), platform="cpu")
+            jax.ffi.register_ffi_target(kernels.experts_target, capsule_of(library.moetel_experts), platform="cpu")
             if _proves_right(kernels):
                 return kernels
             reason = "a product differs from numpy's"

@@ -1,13 +1,13 @@
 // Products with few rows, and a whole layer of top-1 experts, for x86-64 with AVX-512; called by XLA on the CPU through
 // its foreign function interface.
 //
-// With few rows a product is bound by reading the weights, with many by arithmetic. One micro-kernel serves both: it walks
-// a panel of packed weights front to back and adds outer products, the sums of up to six rows staying in registers. While
-// it does, it asks for the panel that comes next, so that memory is never idle, not even when rows fill several tiles.
+// With few rows a product is bound by reading the weights, with many by arithmetic. One micro-kernel serves both: it
+// walks a panel of packed weights front to back and adds outer products, the sums of up to six rows staying in
+// registers. Where rows fill several tiles it asks for the next panel meanwhile, so that memory is never idle.
 //
 // Packed layout (native/__init__.py, `pack`): [blocks, K, 64], 64 outputs in a block, zeros behind the last output.
-// Each output is one chain of float32 sums over k = 0..K-1, however rows, panels and threads are cut: its bits depend on
-// its own row and weights only.
+// Each output is one chain of float32 sums over k = 0..K-1, however rows, panels and threads are cut: its bits depend
+// on its own row and weights only.
 // Letters: T rows of a call, M rows of a tile, K inputs, N outputs, B blocks of outputs, S slots.
 
 #include <immintrin.h>
@@ -31,11 +31,10 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kBlock = 64;   // outputs in a block of the packed layout
 constexpr int kTile = 6;         // rows whose sums stay in registers: 6 x 4 of 32
-constexpr int64_t kPanel = 512;  // inputs of a panel: 128 KiB of float32, so this panel and the next fit a core's L2
-constexpr int64_t kChunk = 192;  // rows of a work item: more would push the panel out of L2
-#ifndef AHEAD
-#define AHEAD 1
-#endif
+constexpr int64_t kPanel = 256;  // inputs of a panel: 64 KiB of float32; this one and the next lie in a core's L2
+constexpr int64_t kChunk = 192;  // rows of a work item: more work for one thread at the end costs more than it saves
+
+int64_t blocks_of(int64_t N) { return (N + kBlock - 1) / kBlock; }
 
 inline __m512 widen(const float *w) { return _mm512_loadu_ps(w); }
 
@@ -53,12 +52,14 @@ struct Ahead {
 
 // y[m][0..63] = (first ? 0 : y[m][0..63]) + x[m][0..K-1] w[K][64], where mask says which outputs exist.
 template <typename W, int M>
-void tile(const float *const *x, float *const *y, const W *w, int64_t K, const __mmask16 *mask, bool first, Ahead ahead) {
+void tile(const float *const *x, float *const *y, const W *w, int64_t K, const __mmask16 *mask, bool first,
+          Ahead ahead) {
     __m512 sum[M][4];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sum[m][j] = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask[j], y[m] + 16 * j);
+        for (int j = 0; j < 4; j++)
+            sum[m][j] = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask[j], y[m] + 16 * j);
     const auto step = [&](int64_t k) {
         __m512 weights[4];
 #pragma GCC unroll 4
@@ -121,29 +122,25 @@ void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, c
         mask[j] = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
     }
     const int64_t tiles = (count + kTile - 1) / kTile;
-    alignas(64) float wide[sizeof(W) == 2 ? kPanel * kBlock : 1];
     for (int64_t k = 0; k < K; k += kPanel) {
         const int64_t length = std::min(kPanel, K - k);
         const W *panel = packed + (b * K + k) * kBlock;
-        // The panel that follows in memory is the one this thread most likely reads next, in this block or the next.
-        const int64_t lines = (4 * sizeof(W) + tiles - 1) / tiles;  // every four inputs, over all tiles
-        const bool widened = sizeof(W) == 2 && tiles > 2;  // then once here costs less than in every tile
-        if (widened)
-            for (int64_t i = 0; i < length * kBlock; i += 16) _mm512_store_ps(wide + i, widen(panel + i));
-        for (int64_t t = 0; t < tiles; t++) {
+        // The panel that follows in memory is what this thread reads next, in this block or the next. One tile alone
+        // reads as the processor's own prefetcher likes it.
+        const char *next = reinterpret_cast<const char *>(panel + length * kBlock);
+        const char *end = next + length * kBlock * sizeof(W);
+        const int lines = tiles > 1 ? static_cast<int>((4 * sizeof(W) + tiles - 1) / tiles) : 0;
+        for (int64_t t = 0, row = first; t < tiles; t++) {
+            const int M = static_cast<int>((first + count - row) / (tiles - t));
             const float *from[kTile];
             float *to[kTile];
-            const int M = static_cast<int>(std::min<int64_t>(kTile, count - t * kTile));
-            for (int m = 0; m < M; m++) {
-                from[m] = x[first + t * kTile + m] + k;
-                to[m] = y[first + t * kTile + m] + b * kBlock;
+            for (int m = 0; m < M; m++, row++) {
+                from[m] = x[row] + k;
+                to[m] = y[row] + b * kBlock;
             }
-            const Ahead ahead = {reinterpret_cast<const char *>(panel + length * kBlock) + t * lines * 16 * length,
-                                 AHEAD && t * lines < static_cast<int64_t>(4 * sizeof(W)) ? static_cast<int>(lines) : 0};
-            if (widened)
-                tile_of<float>(M, from, to, wide, length, mask, k == 0, ahead);
-            else
-                tile_of<W>(M, from, to, panel, length, mask, k == 0, ahead);
+            const Ahead ahead = {next, next < end ? lines : 0};
+            next += length * lines * 16;
+            tile_of<W>(M, from, to, panel, length, mask, k == 0, ahead);
         }
     }
 }
@@ -231,10 +228,13 @@ class Phase {
 };
 
 // f(phase, item) for the items of one phase, then of the next. threads: at most so many, 0 for all that the pool has.
+// multiplications: of the whole call; waking a thread costs as much time as some ten thousands of them.
 template <typename F>
-void run(ffi::ThreadPool &pool, int64_t threads, const std::vector<int64_t> &items, const F &f) {
+void run(ffi::ThreadPool &pool, int64_t threads, int64_t multiplications, const std::vector<int64_t> &items,
+         const F &f) {
     if (threads <= 0) threads = pool.num_threads();
-    threads = std::clamp<int64_t>(threads, 1, *std::max_element(items.begin(), items.end()));
+    threads = std::min({threads, multiplications >> 16, *std::max_element(items.begin(), items.end())});
+    threads = std::max<int64_t>(threads, 1);
     // Tasks may start after this call has returned: they own what they look at then. f lives as long as items are left.
     auto phases = std::make_shared<std::deque<Phase>>();
     for (const int64_t count : items) phases->emplace_back(count, threads);
@@ -260,12 +260,13 @@ std::string shape_of(const ffi::AnyBuffer &buffer) {
 
 bool is_packed(const ffi::AnyBuffer &weight, ffi::DataType type, int64_t N, int64_t K) {
     const auto sizes = weight.dimensions();
-    return weight.element_type() == type && sizes.size() == 3 && sizes[0] == (N + kBlock - 1) / kBlock && sizes[1] == K &&
-           sizes[2] == kBlock;
+    return (type == ffi::F32 || type == ffi::BF16) && weight.element_type() == type && sizes.size() == 3 &&
+           sizes[0] == blocks_of(N) && sizes[1] == K && sizes[2] == kBlock && K > 0;
 }
 
 std::string expected(int64_t N, int64_t K) {
-    return "expected [" + std::to_string((N + kBlock - 1) / kBlock) + ", " + std::to_string(K) + ", 64], all float32 or all bfloat16";
+    return "expected [" + std::to_string(blocks_of(N)) + ", " + std::to_string(K) +
+           ", 64], all float32 or all bfloat16";
 }
 
 using Matrix = ffi::Buffer<ffi::F32, 2>;
@@ -275,8 +276,8 @@ using Scratch = ffi::Buffer<ffi::F32, 3>;
 template <typename W>
 void linear_of(ffi::ThreadPool &pool, int64_t threads, const Matrix &x, const W *packed, Matrix &y) {
     const int64_t T = x.dimensions()[0], K = x.dimensions()[1], N = y.dimensions()[1];
-    const int64_t chunk = chunk_of(T), chunks = (T + chunk - 1) / chunk, blocks = (N + kBlock - 1) / kBlock;
-    run(pool, threads, {blocks * chunks}, [&](size_t, int64_t item) {
+    const int64_t chunk = chunk_of(T), chunks = (T + chunk - 1) / chunk, blocks = blocks_of(N);
+    run(pool, threads, T * K * N, {blocks * chunks}, [&](size_t, int64_t item) {
         const int64_t b = item / chunks, first = item % chunks * chunk;
         product<W>({x.typed_data(), K}, {y.typed_data(), N}, first, std::min(chunk, T - first), packed, K, N, b);
     });
@@ -287,7 +288,7 @@ ffi::Error linear(ffi::ThreadPool pool, int64_t threads, Matrix x, ffi::AnyBuffe
     const int64_t K = x.dimensions()[1], N = y->dimensions()[1];
     const ffi::DataType type = packed.element_type();
     if (y->dimensions()[0] != x.dimensions()[0]) return invalid("x and the result differ in rows");
-    if ((type != ffi::F32 && type != ffi::BF16) || !is_packed(packed, type, N, K))
+    if (!is_packed(packed, type, N, K))
         return invalid("packed weight is " + shape_of(packed) + ", " + expected(N, K));
     if (y->element_count() == 0) return ffi::Error::Success();
     if (type == ffi::F32)
@@ -328,14 +329,15 @@ std::vector<Group> group_rows(const int32_t *slots, int64_t T, int64_t S, std::v
 
 template <typename W>
 void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool gated, const Matrix &x,
-                const std::vector<Group> &groups, const std::vector<int32_t> &order, const std::vector<const W *> &weights,
-                int64_t I, Matrix &y, float *inner) {
+                const std::vector<Group> &groups, const std::vector<int32_t> &order,
+                const std::vector<const W *> &weights, int64_t I, Matrix &y, float *inner) {
     const int64_t K = x.dimensions()[1], N = y.dimensions()[1], T = x.dimensions()[0];
-    const int64_t projections = gated ? 3 : 2, blocks[2] = {(I + kBlock - 1) / kBlock, (N + kBlock - 1) / kBlock};
+    const int64_t projections = gated ? 3 : 2, blocks[2] = {blocks_of(I), blocks_of(N)};
     const int64_t width = blocks[0] * kBlock, chunks = groups.back().chunks_before + groups.back().chunks;
     const Rows<const float> in = {x.typed_data(), K, order.data()};
     const Rows<float> out = {y.typed_data(), N, order.data()}, gate = {inner, width}, up = {inner + T * width, width};
-    run(pool, threads, {chunks * blocks[0], chunks * blocks[1]}, [&](size_t phase, int64_t item) {
+    const int64_t multiplications = static_cast<int64_t>(order.size()) * I * (K * (projections - 1) + N);
+    run(pool, threads, multiplications, {chunks * blocks[0], chunks * blocks[1]}, [&](size_t phase, int64_t item) {
         const auto after = std::upper_bound(groups.begin(), groups.end(), item, [&](int64_t value, const Group &group) {
             return value < group.chunks_before * blocks[phase];
         });
@@ -360,18 +362,19 @@ void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool
     });
 }
 
-// y[t] = feed-forward of slot slots[t], zeros where that is no slot. pool: the packed projections of slot 0, of slot 1, ...
-// inner: scratch [projections - 1, T, I up to a whole block].
+// y[t] = feed-forward of slot slots[t], zeros where that is no slot. arrays: the packed projections of slot 0, of slot
+// 1, ... inner: scratch [projections - 1, T, I up to a whole block].
 ffi::Error experts(ffi::ThreadPool pool, int64_t threads, int64_t activation, bool gated, int64_t I, Matrix x,
                    Slots slots, ffi::RemainingArgs arrays, ffi::Result<Matrix> y,
                    ffi::Result<Scratch> inner) {
     const int64_t T = x.dimensions()[0], K = x.dimensions()[1], N = y->dimensions()[1], projections = gated ? 3 : 2;
     const int64_t num_slots = static_cast<int64_t>(arrays.size()) / projections;
     if (slots.dimensions()[0] != T || y->dimensions()[0] != T) return invalid("x, slots and the result differ in rows");
-    if (static_cast<int64_t>(inner->element_count()) < (projections - 1) * T * ((I + kBlock - 1) / kBlock * kBlock))
+    if (static_cast<int64_t>(inner->element_count()) < (projections - 1) * T * blocks_of(I) * kBlock)
         return invalid("scratch is too small: " + std::to_string(inner->element_count()) + " numbers");
     if (num_slots == 0 || static_cast<int64_t>(arrays.size()) % projections != 0)
-        return invalid(std::to_string(arrays.size()) + " arrays in the pool, expected a multiple of " + std::to_string(projections));
+        return invalid(std::to_string(arrays.size()) + " arrays in the pool, expected a multiple of " +
+                       std::to_string(projections));
     if (activation < kRelu || activation > kSilu) return invalid("no activation " + std::to_string(activation));
     ffi::DataType type = ffi::DataType::INVALID;
     std::vector<const float *> singles;
@@ -381,9 +384,10 @@ ffi::Error experts(ffi::ThreadPool pool, int64_t threads, int64_t activation, bo
         if (array.has_error()) return array.error();
         if (i == 0) type = array->element_type();
         const bool last = i % projections == projections - 1;
-        if ((type != ffi::F32 && type != ffi::BF16) || !is_packed(*array, type, last ? N : I, last ? I : K))
-            return invalid("slot " + std::to_string(i / projections) + ", projection " + std::to_string(i % projections) + " is " +
-                           shape_of(*array) + ", " + expected(last ? N : I, last ? I : K));
+        if (!is_packed(*array, type, last ? N : I, last ? I : K))
+            return invalid("slot " + std::to_string(i / projections) + ", projection " +
+                           std::to_string(i % projections) + " is " + shape_of(*array) + ", " +
+                           expected(last ? N : I, last ? I : K));
         if (type == ffi::F32)
             singles.push_back(array->typed_data<float>());
         else

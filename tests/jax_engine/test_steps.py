@@ -1,0 +1,148 @@
+"""Reconfiguration and compilation: nothing is compiled on a switch, the pool stays where it is, shapes are few."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from common import Engine, SamplingParams, build_store, load_engine
+from jax_engine.backend import JaxBackend, JaxBatch
+from jax_engine.steps import cache_bucket, power_of_two, prompt_bucket
+from tests.helpers import prompts
+from tests.jax_engine.conftest import SwitchFamily
+
+FREE = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+
+def backend_of(engine: Engine) -> JaxBackend:
+    backend = engine._require_backend()
+    assert isinstance(backend, JaxBackend)
+    return backend
+
+
+def pointers(backend: JaxBackend) -> list[int]:
+    return [leaf.unsafe_buffer_pointer() for leaf in backend.pool.leaves]
+
+
+@pytest.mark.parametrize("products", ["plain", "auto"])
+@pytest.mark.parametrize("slots", [None, "all", 5])
+def test_a_switch_compiles_and_copies_nothing(
+    switch_family: SwitchFamily, tmp_path: Path, slots: Any, products: str
+) -> None:
+    with load_engine(build_store(tmp_path / "store", switch_family.paths, slots=slots), products=products) as engine:
+        backend, row = backend_of(engine), prompts(0, [9])[0]
+        engine.generate("base", row, FREE)
+        before, places = engine.stats()["compilations"], pointers(backend)
+        assert before > 0
+        for name in ("ana", "bob", "base", "bob", "ana"):
+            engine.generate(name, row, FREE)
+        after = engine.stats()
+        assert after["compilations"] == before
+        assert pointers(backend) == places
+        assert after["reconfigured_bytes"] == 0 and after["reconfigurations"] == 6
+
+
+@pytest.mark.parametrize("products", ["plain", "auto"])
+def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path: Path, products: str) -> None:
+    """Its temporary memory is smaller than a single copy; a step that copied the pool would need all of it."""
+    sizes = {"d_ff": 512, "d_model": 128}
+    from tests import helpers, switch_models
+
+    path = helpers.save(switch_models.random_switch(0, **sizes), tmp_path / "large")
+    store = build_store(tmp_path / "store", {"base": path})
+    with load_engine(store, products=products) as engine:
+        backend = backend_of(engine)
+        batch = JaxBatch(backend, backend_rows(engine, [[5, 6, 7]]))
+        batch.prefill(want_logits=False)
+        steps, tenant = batch._steps, batch._tenant
+        ids, live = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
+        lowered = steps._decode.lower(
+            batch._cache,
+            backend.pool.leaves,
+            tenant.leaves,
+            tenant.slot_of,
+            tenant.vocab_size,
+            ids,
+            live,
+            np.int32(1),
+            batch._encoded,
+            batch._encoder_live,
+        )
+        memory = lowered.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < store.copy_bytes < store.plan.num_slots * store.copy_bytes / 4
+        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(batch._cache))  # donated
+
+
+def backend_rows(engine: Engine, rows: list[list[int]]) -> Any:
+    from common.engine import Row
+
+    return [Row(engine.tenants[0], tuple(r), 4) for r in rows]
+
+
+def test_shapes_are_rounded_up_so_that_compilations_are_few(switch_family: SwitchFamily, tmp_path: Path) -> None:
+    with load_engine(build_store(tmp_path / "store", switch_family.paths)) as engine:
+        for length in (3, 16, 9, 1):
+            engine.generate("base", prompts(0, [length])[0], SamplingParams(max_new_tokens=30, ignore_eos=True))
+        assert engine.stats()["compilations"] == 2  # the encoder at 16, the decoder at 16 and a cache of 32
+        engine.generate("base", prompts(0, [17])[0], SamplingParams(max_new_tokens=40, ignore_eos=True))
+        assert engine.stats()["compilations"] == 5  # the encoder at 32, the decoder at 32 with caches of 32 and 64
+        rows = [("base", r) for r in prompts(0, [4, 5, 6])]
+        engine.generate_batch(rows, SamplingParams(max_new_tokens=4, ignore_eos=True))
+        engine.generate_batch([*rows, rows[0]], SamplingParams(max_new_tokens=4, ignore_eos=True))
+        assert engine.stats()["compilations"] == 7  # both for four rows
+
+
+def test_buckets() -> None:
+    assert [prompt_bucket(n) for n in (1, 16, 17, 32, 33, 48, 49, 64, 65, 97, 129, 193, 257, 385)] == [
+        16, 16, 32, 32, 48, 48, 64, 64, 96, 128, 192, 256, 384, 512
+    ]  # fmt: skip
+    assert [cache_bucket(n) for n in (1, 32, 33, 65)] == [32, 32, 64, 128]
+    assert [power_of_two(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
+    for bucket in (prompt_bucket, cache_bucket, power_of_two):
+        sizes = [bucket(n) for n in range(1, 4097)]
+        assert all(size >= n for n, size in enumerate(sizes, 1)) and len(set(sizes)) <= 2 * 12
+        assert all(a <= b for a, b in itertools.pairwise(sizes))
+
+
+def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path) -> None:
+    before = (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        store = build_store(tmp_path / "store", switch_family.paths)
+        with load_engine(store, compilation_cache=str(tmp_path / "cache")) as engine:
+            engine.generate("base", [5, 6], FREE)
+        assert len(list((tmp_path / "cache").glob("*decode*"))) >= 0 and any((tmp_path / "cache").iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
+    switch_family: SwitchFamily, tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    from common import StoreError
+    from tests.switch_models import hf_greedy
+
+    other = tmp_path / "other"
+    shutil.copytree(switch_family.paths["ana"], other)
+    (other / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 7}))
+    with load_engine(build_store(tmp_path / "store", {"ana": other})) as engine:
+        model = switch_family.models[1]
+        before = model.generation_config.decoder_start_token_id
+        model.generation_config.decoder_start_token_id = 7
+        try:
+            expected = hf_greedy(model, [5, 6, 9], 6)
+        finally:
+            model.generation_config.decoder_start_token_id = before
+        assert list(engine.generate("ana", [5, 6, 9], FREE).token_ids) == expected
+    (other / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 700}))
+    with pytest.raises(StoreError, match="decoder_start_token_id of tenant 'ana' is 700; expected a token id below 96"):
+        load_engine(build_store(tmp_path / "store", {"ana": other}))
