@@ -96,6 +96,8 @@ def write_random_switch(path: Path, shape: SwitchShape, dtype: str, seed: int = 
                 values = values + moved * np.resize(np.roll(other, start), count)
             wide = "shared" in name or "router" in name
             std = 1.0 if wide else size[-1] ** -0.5 * (shape.d_kv**-0.5 if ".q." in name else 1)
+            if ".wo." in name or ".o." in name:
+                std *= 0.2  # else what all tokens share grows with depth, and routers send them to few experts
             yield name, (values * np.float32(std)).astype(BY_NAME[dtype]).reshape(size)
 
     write_hugging_face(path, family.hf_config(config, dtype), tensors())

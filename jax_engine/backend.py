@@ -45,7 +45,7 @@ def _devices(options: JaxOptions) -> list[jax.Device]:
 
 def _use_compilation_cache(wanted: str | None) -> None:
     """Let jax keep compiled steps in a folder. What the user has set already, in jax or its environment, stays."""
-    if wanted is None or (wanted == "auto" and jax.config.read("jax_compilation_cache_dir")):
+    if wanted is None or (wanted == "auto" and getattr(jax.config, "jax_compilation_cache_dir", None)):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "moetel" / "jax") if wanted == "auto" else wanted)

@@ -165,7 +165,7 @@ def over_blocks(
     num_slots: int,
     product: Callable[[Array, Array], Array],
 ) -> Array:
-    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; only slots with tokens are touched."""
+    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; other slots are not touched."""
     tokens, size = x.shape[0], block_rows(x.shape[0], num_slots)
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)
     order = jnp.argsort(slots, stable=True)

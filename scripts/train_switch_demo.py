@@ -184,7 +184,7 @@ def train(
     every = nnx.DiffState(0, nnx.Any(nnx.Param, Expert))
 
     @nnx.jit
-    def step(model: Any, optimizer: Any, prompts: jax.Array, answers: jax.Array) -> jax.Array:
+    def step(model: Any, optimizer: Any, prompts: jax.Array, answers: jax.Array) -> Any:
         (_, entropy), grads = nnx.value_and_grad(loss, argnums=every, has_aux=True)(model, prompts, answers)
         optimizer.update(model, grads)
         return entropy
