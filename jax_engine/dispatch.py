@@ -150,13 +150,14 @@ class DenseDispatch(Dispatch):
 
 
 def block_rows(tokens: int, slots: int) -> int:
-    """Rows of a block: what a slot gets on average, up to the next power of two, at most 64.
+    """Rows of a block: 1 up to two tokens a slot, then what a slot gets on average, up to the next power of two, at
+    most 32.
 
-    Larger blocks read a slot's weights fewer times, smaller ones compute fewer rows of padding; measured in
-    benchmarks/switch_dispatch.py.
+    Larger blocks read a slot's weights fewer times, smaller ones compute fewer rows of padding, and XLA's product of
+    one row runs at several times the rate of its products of 2 to 16; measured in benchmarks/switch_dispatch.py.
     """
     share = -(-tokens // slots)
-    return min(64, 1 << (share - 1).bit_length())
+    return 1 if share <= 2 else min(32, 1 << (share - 1).bit_length())
 
 
 def over_blocks(
@@ -164,9 +165,13 @@ def over_blocks(
     slots: Array,
     num_slots: int,
     product: Callable[[Array, Array], Array],
+    size: int | None = None,
 ) -> Array:
-    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; other slots are not touched."""
-    tokens, size = x.shape[0], block_rows(x.shape[0], num_slots)
+    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; others are not touched.
+
+    size: b; None: by `block_rows`.
+    """
+    tokens, size = x.shape[0], size or block_rows(x.shape[0], num_slots)
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)
     order = jnp.argsort(slots, stable=True)
     counts = jnp.bincount(slots, length=num_slots + 1)[:num_slots]
