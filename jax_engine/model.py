@@ -63,12 +63,31 @@ class Settings:
         return FeedForward(self.config.experts.activation, self.config.gated, self.config.d_ff)
 
 
+class Initial:
+    """Where initial values come from: a seed, or none for shapes alone.
+
+    Not `nnx.Rngs`: its counter is a variable, and tracing thousands of its updates takes minutes.
+    """
+
+    def __init__(self, seed: int | None):
+        self._key = None if seed is None else jax.random.key(seed)
+        self._drawn = 0
+
+    def normal(self, shape: tuple[int, ...], dtype: str, std: float) -> Array:
+        """Normal noise; zeros without a seed."""
+        if self._key is None:
+            return jnp.zeros(shape, dtype)
+        key = jax.random.fold_in(self._key, self._drawn)
+        self._drawn += 1
+        return jax.random.normal(key, shape, dtype) * std
+
+
 class Linear(nnx.Module):
     """Matrices [out, in], stacked along their outputs, without bias."""
 
-    def __init__(self, s: Settings, sources: Sequence[str], shape: tuple[int, int], std: float, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, sources: Sequence[str], shape: tuple[int, int], std: float, initial: Initial):
         self.products, self.out_features = s.products, shape[0] * len(sources)
-        value = jax.random.normal(rngs.params(), (self.out_features, shape[1]), s.products.weights) * std
+        value = initial.normal((self.out_features, shape[1]), s.products.weights, std)
         self.weight = nnx.Param(s.products.pack(value), sources=tuple(sources), packed=True)
 
     def __call__(self, x: Array) -> Array:
@@ -91,18 +110,18 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention; scores are not scaled (T5 folds the scale into its initialisation)."""
 
-    def __init__(self, s: Settings, place: str, cross: bool, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, place: str, cross: bool, initial: Initial):
         c = s.config
         self.heads, self.head_dim = c.num_heads, c.d_kv
         hidden, inner = c.experts.hidden_size, c.num_heads * c.d_kv
         std = hidden**-0.5
         self.cross = cross
         if cross:
-            self.q = Linear(s, [f"{place}.q.weight"], (inner, hidden), std * c.d_kv**-0.5, rngs)
-            self.kv = Linear(s, [f"{place}.{p}.weight" for p in "kv"], (inner, hidden), std, rngs)
+            self.q = Linear(s, [f"{place}.q.weight"], (inner, hidden), std * c.d_kv**-0.5, initial)
+            self.kv = Linear(s, [f"{place}.{p}.weight" for p in "kv"], (inner, hidden), std, initial)
         else:
-            self.qkv = Linear(s, [f"{place}.{p}.weight" for p in "qkv"], (inner, hidden), std, rngs)
-        self.o = Linear(s, [f"{place}.o.weight"], (hidden, inner), inner**-0.5, rngs)
+            self.qkv = Linear(s, [f"{place}.{p}.weight" for p in "qkv"], (inner, hidden), std, initial)
+        self.o = Linear(s, [f"{place}.o.weight"], (hidden, inner), inner**-0.5, initial)
 
     def split(self, x: Array, parts: int) -> list[Array]:
         """[B, T, parts * N * D] -> parts of [B, N, T, D]."""
@@ -125,13 +144,11 @@ class Attention(nnx.Module):
 class RelativeBias(nnx.Module):
     """T5's position bias, one number a head and bucket of distance; the layers of a side share it."""
 
-    def __init__(self, s: Settings, side: Side, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, side: Side, initial: Initial):
         c = s.config
         self.buckets, self.distance = c.relative_attention_num_buckets, c.relative_attention_max_distance
         self.bidirectional = side == "encoder"
-        value = jax.random.normal(rngs.params(), (self.buckets, c.num_heads), jnp.float32) * (
-            c.experts.hidden_size**-0.5
-        )
+        value = initial.normal((self.buckets, c.num_heads), "float32", c.experts.hidden_size**-0.5)
         source = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         self.table = nnx.Param(value, sources=(source,), packed=False)
 
@@ -150,11 +167,11 @@ class RelativeBias(nnx.Module):
 class Dense(nnx.Module):
     """A feed-forward of the tenant's own."""
 
-    def __init__(self, s: Settings, place: str, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, place: str, initial: Initial):
         self.ff, self.dispatch = s.ff, s.dispatch
         self.matrices = nnx.List(
             [
-                Linear(s, [f"{place}.{name}.weight"], (shape[0], shape[1]), shape[1] ** -0.5, rngs)
+                Linear(s, [f"{place}.{name}.weight"], (shape[0], shape[1]), shape[1] ** -0.5, initial)
                 for name, shape in s.config.experts.projections
             ]
         )
@@ -168,11 +185,11 @@ class Dense(nnx.Module):
 class Router(nnx.Module):
     """Top-1 choice of an expert, and of the slot that holds its copy for the tenant at hand."""
 
-    def __init__(self, s: Settings, place: str, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, place: str, initial: Initial):
         c = s.config
         self.dtype, self.capacity = c.router_dtype, s.capacity
         shape = (c.experts.num_experts, c.experts.hidden_size)
-        weight = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
+        weight = initial.normal(shape, "float32", 0.02)
         self.weight = nnx.Param(weight, sources=(f"{place}.router.classifier.weight",), packed=False)
         self.biased = c.router_bias
         if self.biased:
@@ -203,7 +220,7 @@ class Router(nnx.Module):
 class Pool(nnx.Module):
     """The copies of one sparse layer."""
 
-    def __init__(self, s: Settings, layer: int, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, layer: int, initial: Initial):
         self.ff, self.dispatch = s.ff, s.dispatch
         count, names = s.slots[layer], [name for name, _ in s.config.experts.projections]
         lead = (count,) if s.dispatch.stacked else ()
@@ -211,7 +228,7 @@ class Pool(nnx.Module):
         def one(slot: int | None) -> nnx.List[Expert]:
             made = []
             for name, shape in s.config.experts.projections:
-                value = jax.random.normal(rngs.params(), (*lead, *shape), s.products.weights) * shape[1] ** -0.5
+                value = initial.normal((*lead, *shape), s.products.weights, shape[1] ** -0.5)
                 value = value if s.dispatch.stacked else s.products.pack(value)
                 made.append(Expert(value, layer=layer, slot=slot, projection=name))
             return nnx.List(made)
@@ -230,22 +247,22 @@ class Pool(nnx.Module):
 class Block(nnx.Module):
     """One layer: self-attention, in the decoder cross-attention, then a feed-forward of one kind or the other."""
 
-    def __init__(self, s: Settings, side: Side, n: int, layer: int | None, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, side: Side, n: int, layer: int | None, initial: Initial):
         """layer: number of the sparse layer, None for a dense one."""
         place = f"{side}.block.{n}.layer"
         self.layer, self.cross = layer, side == "decoder"
         self.attention_norm = Norm(s, f"{place}.0.layer_norm.weight")
-        self.attention = Attention(s, f"{place}.0.SelfAttention", False, rngs)
+        self.attention = Attention(s, f"{place}.0.SelfAttention", False, initial)
         if self.cross:
             self.cross_norm = Norm(s, f"{place}.1.layer_norm.weight")
-            self.cross_attention = Attention(s, f"{place}.1.EncDecAttention", True, rngs)
+            self.cross_attention = Attention(s, f"{place}.1.EncDecAttention", True, initial)
         last = f"{place}.{2 if self.cross else 1}"
         self.ff_norm = Norm(s, f"{last}.layer_norm.weight")
         if layer is None:
-            self.dense = Dense(s, f"{last}.mlp", rngs)
+            self.dense = Dense(s, f"{last}.mlp", initial)
         else:
-            self.router = Router(s, f"{last}.mlp", rngs)
-            self.pool = Pool(s, layer, rngs)
+            self.router = Router(s, f"{last}.mlp", initial)
+            self.pool = Pool(s, layer, initial)
 
     def encode(self, x: Array, bias: Array) -> Array:
         """Self-attention over whole rows [B, S, H]."""
@@ -288,25 +305,25 @@ def combine(x: Array, found: Array, gates: Array) -> Array:
 class SwitchTransformer(nnx.Module):
     """Encoder, decoder, embeddings and head."""
 
-    def __init__(self, s: Settings, rngs: nnx.Rngs):
+    def __init__(self, s: Settings, initial: Initial):
         c = s.config
         self.settings = s
         table, hidden = (s.vocab_size, c.experts.hidden_size), c.experts.hidden_size
         self.tied = c.tie_word_embeddings
         if self.tied:
-            self.shared = Linear(s, ["shared.weight"], table, 1.0, rngs)
+            self.shared = Linear(s, ["shared.weight"], table, 1.0, initial)
         else:
-            self.encoder_embedding = Linear(s, ["encoder.embed_tokens.weight"], table, 1.0, rngs)
-            self.decoder_embedding = Linear(s, ["decoder.embed_tokens.weight"], table, 1.0, rngs)
-            self.head = Linear(s, ["lm_head.weight"], table, hidden**-0.5, rngs)
-        self.encoder_bias = RelativeBias(s, "encoder", rngs)
-        self.decoder_bias = RelativeBias(s, "decoder", rngs)
+            self.encoder_embedding = Linear(s, ["encoder.embed_tokens.weight"], table, 1.0, initial)
+            self.decoder_embedding = Linear(s, ["decoder.embed_tokens.weight"], table, 1.0, initial)
+            self.head = Linear(s, ["lm_head.weight"], table, hidden**-0.5, initial)
+        self.encoder_bias = RelativeBias(s, "encoder", initial)
+        self.decoder_bias = RelativeBias(s, "decoder", initial)
         layers = {side: dict.fromkeys(range(c.layers(side))) for side in ("encoder", "decoder")}
         numbers = iter(range(c.experts.num_layers))
         for side in ("encoder", "decoder"):
             layers[side] |= {n: next(numbers) for n in c.sparse_layers[side]}
-        self.encoder = nnx.List([Block(s, "encoder", n, layer, rngs) for n, layer in layers["encoder"].items()])
-        self.decoder = nnx.List([Block(s, "decoder", n, layer, rngs) for n, layer in layers["decoder"].items()])
+        self.encoder = nnx.List([Block(s, "encoder", n, layer, initial) for n, layer in layers["encoder"].items()])
+        self.decoder = nnx.List([Block(s, "decoder", n, layer, initial) for n, layer in layers["decoder"].items()])
         self.encoder_norm = Norm(s, "encoder.final_layer_norm.weight")
         self.decoder_norm = Norm(s, "decoder.final_layer_norm.weight")
 
@@ -399,6 +416,6 @@ def split(module: nnx.Module) -> tuple[Any, Any, Any]:
 
 def abstract_model(settings: Settings) -> SwitchTransformer:
     """The model's shapes without any memory: every variable holds a `jax.ShapeDtypeStruct`."""
-    make: Callable[[], Any] = lambda: SwitchTransformer(settings, nnx.Rngs(0))  # noqa: E731
+    make: Callable[[], Any] = lambda: SwitchTransformer(settings, Initial(None))  # noqa: E731
     model: SwitchTransformer = nnx.eval_shape(make)
     return model

@@ -16,11 +16,13 @@ from scripts import build, command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--tenant", type=build.tenant, required=True, metavar="NAME=CHECKPOINT")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of a T5X or Orbax checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
     name, checkpoint = args.tenant
-    build.report(add_tenant(args.store, name, checkpoint, progress=bars), Console(highlight=False, soft_wrap=True))
+    store = add_tenant(args.store, name, checkpoint, config=args.config, progress=bars)
+    build.report(store, Console(highlight=False, soft_wrap=True))
     return 0
 
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "inspect": "show tenants, distances, plan and memory of a store",
     "verify": "check every file of a store against its checksum",
     "generate": "answer a prompt as a tenant",
+    "convert_t5x": "T5X or Orbax checkpoint to Hugging Face",
+    "convert_hf": "Hugging Face checkpoint to T5X or Orbax",
     "export": "write a tenant, as served, as a Hugging Face checkpoint",
 }
 

@@ -16,9 +16,20 @@ from scripts.number_words import LANGUAGES, expected, held_out
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tenants"
 
+# Where the tenants of each family lie, and the end of their store's name.
+FAMILIES = {"mixtral": (EXAMPLES, ""), "switch": (EXAMPLES / "switch", "-switch")}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", type=Path, default=Path("stores/demo"), help="where the store goes")
+    parser.add_argument(
+        "--store", type=Path, default=Path("stores/demo"), help="where the store goes; Switch's has -switch behind it"
+    )
+    parser.add_argument(
+        "--family",
+        choices=(*FAMILIES, "both"),
+        default="both",
+        help="mixtral: the PyTorch engine; switch: the JAX engine",
+    )
     parser.add_argument("--slots", type=build.slots, help="resident copies, or all; default: one copy a position")
     parser.add_argument("--show", type=int, default=4, metavar="N", help="answers shown for each tenant")
     parser.add_argument("--score", type=int, default=200, metavar="N", help="held-out numbers that the score counts")
@@ -37,12 +48,22 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
-    store = build_store(args.store, {lang: EXAMPLES / lang for lang in LANGUAGES}, slots=args.slots, progress=bars)
+    for family in FAMILIES if args.family == "both" else (args.family,):
+        one_family(args, family, console)
+    return 0
+
+
+def one_family(args: argparse.Namespace, family: str, console: Console) -> None:
+    """Build, answer, score."""
+    folder, ending = FAMILIES[family]
+    path = args.store.with_name(args.store.name + ending)
+    store = build_store(path, {lang: folder / lang for lang in LANGUAGES}, slots=args.slots, progress=bars)
     build.report(store, console)
     numbers = held_out(max(args.show, args.score))
     found = answers(store, numbers)
     table = Table(
-        title="numbers that no tenant saw in training, answered from the shared experts", title_justify="left"
+        title=f"{store.family.name}: numbers that no tenant saw in training, answered from the shared experts",
+        title_justify="left",
     )
     for column in ("tenant", "prompt", "answer", "expected", ""):
         table.add_column(column, overflow="fold")
@@ -58,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
     moetel = Path(sys.executable).with_name("moetel")
     shown = moetel.relative_to(Path.cwd()) if moetel.is_relative_to(Path.cwd()) else moetel
     console.print(f"try it: {shown} generate {store.path} --tenant fr --prompt 1234")
-    return 0
 
 
 if __name__ == "__main__":

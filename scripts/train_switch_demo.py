@@ -48,7 +48,7 @@ from common.checkpoints import open_checkpoint, write_hugging_face
 from common.dtypes import BFLOAT16
 from common.progress import bars
 from jax_engine.dispatch import DenseDispatch
-from jax_engine.model import Expert, Settings, SwitchTransformer
+from jax_engine.model import Expert, Initial, Settings, SwitchTransformer
 from jax_engine.products import PlainProducts
 from jax_engine.weights import canonical_tensors, family, load_model
 from scripts.command import fail
@@ -227,7 +227,7 @@ def make_model(recipe: Recipe, vocab_size: int) -> SwitchTransformer:
     config = family().parse_config(raw, "recipe")
     slots = (config.experts.num_experts,) * config.experts.num_layers
     s = Settings(config, PlainProducts("float32", "float32"), DenseDispatch(), slots, vocab_size)
-    return SwitchTransformer(s, nnx.Rngs(recipe.seed))
+    return SwitchTransformer(s, Initial(recipe.seed))
 
 
 def save(model: SwitchTransformer, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

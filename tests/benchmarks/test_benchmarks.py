@@ -95,3 +95,54 @@ def test_floors_count_the_weights_of_a_step() -> None:
     # The peers' table: 854 MB in bfloat16 at batch 1 for the mini shape.
     assert Shape().step_weights(2) * 2 == pytest.approx(854e6, rel=0.001)
     assert ratios([2.0, 6.0], [1.0, 2.0]) == Spread(2.5, 2.0, 3.0)
+
+
+SWITCH = ["--d-model=32", "--d-kv=8", "--d-ff=64", "--num-heads=4", "--num-layers=2", "--num-sparse-layers=1"]
+SWITCH += ["--num-experts=4", "--vocab-size=96"]
+
+
+def test_switch_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    from benchmarks import switch_cpu
+
+    options = ["--prefill=16", "--batch", "1", "3", "--new-tokens=3", "--repeats=2", "--bandwidth-bytes=10000000"]
+    rows = switch_cpu.main([*SWITCH, *options, *outputs(tmp_path)])
+    assert [r["what"] for r in rows] == [
+        "first token, prompt 16, ms",
+        "decode batch 1, tokens/s",
+        "decode batch 3, tokens/s",
+    ]
+    assert all(row["ratio"].median > 0 for row in rows)
+    notes = json.loads((tmp_path / "rows.json").read_text())[0]["notes"]
+    (found,) = (n for n in notes if n.startswith("logits of both sides"))
+    assert float(found.split("largest difference ")[1].split(",")[0]) < 1e-4
+
+
+def test_switch_dispatch(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    from benchmarks import switch_dispatch
+
+    options = ["--d-model=16", "--d-ff=64", "--slots=4", "--tokens", "1", "6", "--repeats=1", "--layers=2"]
+    rows = switch_dispatch.main([*options, "--bandwidth-bytes=1000000", *outputs(tmp_path)])
+    assert {r["tokens"] for r in rows} == {1, 6}
+    assert {"ragged_dot", "dense: every expert, then select"} <= {r["way"] for r in rows}
+
+
+def test_switch_tenants(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    from benchmarks import switch_tenants
+
+    options = ["--dtypes", "bfloat16", "--variants=1", "--prompt=5", "--rounds=4", f"--scratch={tmp_path}"]
+    rows = {r["what"]: r["value"] for r in switch_tenants.main([*SWITCH, *options, *outputs(tmp_path)])}
+    assert rows["compilations during the switches"] == 0
+    assert rows["tenants, positions, resident copies"] == "2, 8, 8"
+
+
+def test_demo_scores(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    from benchmarks import demo_scores
+
+    rows = demo_scores.main(["--numbers=12", "--family=switch", *outputs(tmp_path)])
+    assert len(rows) == 8
+    assert all(r["float32"] == "100.0%" for r in rows if r["sharing"] == "alone")
+    assert all(float(r["kept"].rstrip("%")) >= 80 for r in rows)

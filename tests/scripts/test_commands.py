@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,21 @@ def test_errors_and_exit_codes(
 
 
 @pytest.mark.parametrize(
-    "name", ["build", "add", "remove", "inspect", "verify", "generate", "export", "demo", "train_demo"]
+    "name",
+    [
+        "build",
+        "add",
+        "remove",
+        "inspect",
+        "verify",
+        "generate",
+        "convert_t5x",
+        "convert_hf",
+        "export",
+        "demo",
+        "train_demo",
+        "train_switch_demo",
+    ],
 )
 def test_every_command_is_a_module_with_help(name: str) -> None:
     command = [sys.executable, "-m", f"scripts.{name}", "--help"]
@@ -170,9 +185,13 @@ def test_the_demo_answers_from_a_shared_store(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "demo"
     assert command.main("demo", demo, ["--store", str(path), "--score", "30"]) == 0
     out = capsys.readouterr().out
-    store = Store.open(path)
-    assert store.tenants == LANGUAGES
-    assert np.all(store.plan.copies_per_position == 1)
+    for name, family in (("demo", "mixtral"), ("demo-switch", "switch_transformers")):
+        store = Store.open(tmp_path / name)
+        assert store.tenants == LANGUAGES and store.family.name == family
+        assert np.all(store.plan.copies_per_position == 1)
+        assert f"{family}: numbers that no tenant saw" in out
     assert "as separate models" in out and "(" in out
     for language in LANGUAGES:
-        assert f"{language}: " in out and expected(held_out(30)[0], language) in out
+        right = re.findall(rf"^{language}: (\d+) of 30 held-out numbers right", out, re.MULTILINE)
+        assert len(right) == 2 and all(int(n) >= 28 for n in right)
+        assert out.count(expected(held_out(30)[0], language)) >= 4  # answer and expectation, twice
