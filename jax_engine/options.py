@@ -22,7 +22,7 @@ class JaxOptions:
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all.
     compilation_cache: folder for compiled steps, so that a later start compiles nothing; auto: ~/.cache/moetel/jax
-        unless jax has one set already; None: no cache.
+        unless jax has one set already; None: none of ours. jax opens its cache once, when it first compiles anything.
     """
 
     device: str = "auto"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from common import Engine, SamplingParams, build_store, load_engine
+from common import Engine, SamplingParams, StoreError, build_store, load_engine
+from common.engine import Row
 from jax_engine.backend import JaxBackend, JaxBatch
 from jax_engine.steps import cache_bucket, power_of_two, prompt_bucket
+from tests import helpers, switch_models
 from tests.helpers import prompts
 from tests.jax_engine.conftest import SwitchFamily
 
@@ -51,8 +58,6 @@ def test_a_switch_compiles_and_copies_nothing(
 def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path: Path, products: str) -> None:
     """Its temporary memory is smaller than a single copy; a step that copied the pool would need all of it."""
     sizes = {"d_ff": 512, "d_model": 128}
-    from tests import helpers, switch_models
-
     path = helpers.save(switch_models.random_switch(0, **sizes), tmp_path / "large")
     store = build_store(tmp_path / "store", {"base": path})
     with load_engine(store, products=products) as engine:
@@ -79,8 +84,6 @@ def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path
 
 
 def backend_rows(engine: Engine, rows: list[list[int]]) -> Any:
-    from common.engine import Row
-
     return [Row(engine.tenants[0], tuple(r), 4) for r in rows]
 
 
@@ -109,27 +112,33 @@ def test_buckets() -> None:
         assert all(a <= b for a, b in itertools.pairwise(sizes))
 
 
-def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    before = (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    try:
-        store = build_store(tmp_path / "store", switch_family.paths)
-        with load_engine(store, compilation_cache=str(tmp_path / "cache")) as engine:
-            engine.generate("base", [5, 6], FREE)
-        assert len(list((tmp_path / "cache").glob("*decode*"))) >= 0 and any((tmp_path / "cache").iterdir())
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+CACHED = """
+import sys
+from common import SamplingParams, load_engine
+options = {} if sys.argv[2] == "auto" else {"compilation_cache": None if sys.argv[2] == "none" else sys.argv[2]}
+with load_engine(sys.argv[1], products="plain", **options) as engine:
+    engine.generate("base", [5, 6], SamplingParams(max_new_tokens=2))
+"""
+
+
+@pytest.mark.parametrize("where", ["auto", "named", "none"])
+def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path, where: str) -> None:
+    """In a process of its own: jax opens its cache once."""
+    build_store(tmp_path / "store", switch_family.paths)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    folder = tmp_path / ("mine" if where == "named" else "home/moetel/jax")
+    arguments = [str(tmp_path / "store"), str(folder) if where == "named" else where]
+    subprocess.run(
+        [sys.executable, "-c", CACHED, *arguments], check=True, cwd=helpers.REPOSITORY, env=environment, timeout=120
+    )
+    kept = [p.name for p in folder.glob("*")] if folder.exists() else []
+    assert bool(kept) == (where != "none")
 
 
 def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
     switch_family: SwitchFamily, tmp_path: Path
 ) -> None:
-    import json
-    import shutil
-
-    from common import StoreError
-    from tests.switch_models import hf_greedy
 
     other = tmp_path / "other"
     shutil.copytree(switch_family.paths["ana"], other)
@@ -139,7 +148,7 @@ def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
         before = model.generation_config.decoder_start_token_id
         model.generation_config.decoder_start_token_id = 7
         try:
-            expected = hf_greedy(model, [5, 6, 9], 6)
+            expected = switch_models.hf_greedy(model, [5, 6, 9], 6)
         finally:
             model.generation_config.decoder_start_token_id = before
         assert list(engine.generate("ana", [5, 6, 9], FREE).token_ids) == expected
