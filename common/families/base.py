@@ -51,6 +51,8 @@ class ExpertSpec:
 
     def differences(self, other: ExpertSpec) -> list[str]:
         """The fields in which two specs differ, as `field: mine != theirs`."""
+        if self.family != other.family:  # then nothing else compares
+            return [f"family: {self.family} != {other.family}"]
         found = []
         for field in self.__dataclass_fields__:
             mine, theirs = getattr(self, field), getattr(other, field)
