@@ -7,23 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from common.errors import PlanError
+from common.residuals import Residual
 
 MISS = -1
+MERGED = -2
+"""Owner of a copy that is no tenant's own: its weights were made from several tenants'."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One resident copy: the weights that tenant number `owner` has at (layer, expert)."""
+    """One resident copy: the weights that tenant number `owner` has at (layer, expert), or merged ones.
+
+    mix: of a merged copy that is a weighted sum of tenants' weights, the weight of each tenant; else empty.
+    """
 
     layer: int
     expert: int
     owner: int
+    mix: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +41,7 @@ class Plan:
     tenants: in the order they were given to build; `owner` and the first axis of `serving` index them.
     copies: the resident copies; a copy's index is its slot in the whole pool.
     serving: int32 [tenants, layers, experts], index into `copies`, -1 where the tenant misses.
+    residuals: what tenants add to the copies that serve them, at most one for a tenant and position.
     """
 
     policy: str
@@ -41,6 +50,7 @@ class Plan:
     num_experts: int
     copies: tuple[Copy, ...]
     serving: np.ndarray
+    residuals: tuple[Residual, ...] = ()
 
     def __post_init__(self) -> None:
         serving = np.array(self.serving, dtype=np.int32)
@@ -51,9 +61,11 @@ class Plan:
             if not (
                 0 <= copy.layer < self.num_layers
                 and 0 <= copy.expert < self.num_experts
-                and 0 <= copy.owner < len(self.tenants)
+                and (0 <= copy.owner < len(self.tenants) or copy.owner == MERGED)
             ):
                 raise PlanError(f"copy {i} {copy} lies outside {expected}")
+            if copy.mix and (copy.owner != MERGED or len(copy.mix) != len(self.tenants)):
+                raise PlanError(f"copy {i} {copy} mixes {len(copy.mix)} tenants of {len(self.tenants)}")
         if serving.size and (serving.min() < MISS or serving.max() >= len(self.copies)):
             raise PlanError(f"serving names a copy outside 0..{len(self.copies) - 1}")
         places = np.array([(c.layer, c.expert) for c in self.copies], dtype=np.int64).reshape(-1, 2)
@@ -63,14 +75,30 @@ class Plan:
             tenant, layer, expert = served[wrong][0]
             copy = self.copies[serving[tenant, layer, expert]]
             raise PlanError(f"tenant {self.tenants[tenant]!r} at {(int(layer), int(expert))} is served by {copy}")
+        self._check_residuals(serving)
         serving.setflags(write=False)
         object.__setattr__(self, "serving", serving)
+
+    def _check_residuals(self, serving: np.ndarray) -> None:
+        places: set[tuple[int, int, int]] = set()
+        for residual in self.residuals:
+            place = (residual.tenant, residual.layer, residual.expert)
+            inside = all(0 <= i < n for i, n in zip(place, serving.shape, strict=True))
+            if not inside or serving[place] == MISS:
+                raise PlanError(f"a residual for (tenant, layer, expert) {place}, which no copy serves")
+            if place in places:
+                raise PlanError(f"two residuals for (tenant, layer, expert) {place}")
+            if not residual.parts:
+                raise PlanError(f"the residual for (tenant, layer, expert) {place} has no parts")
+            for part in residual.parts:
+                part.check()
+            places.add(place)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
-        return hash((self.policy, self.tenants, self.copies, self.serving.tobytes()))
+        return hash((self.policy, self.tenants, self.copies, self.serving.tobytes(), self.residuals))
 
     @property
     def num_slots(self) -> int:
@@ -79,7 +107,7 @@ class Plan:
 
     @property
     def owner(self) -> np.ndarray:
-        """int [layers, experts]: the tenant whose copy is resident, -1 where none is.
+        """int [layers, experts]: the tenant whose copy is resident, -1 where none is, -2 (`MERGED`) for a merged one.
 
         Raises PlanError if a position has several copies; `copies` and `serving` are the general form.
         """
@@ -107,9 +135,20 @@ class Plan:
         return tuple(int(t) for t in np.flatnonzero(self.serving[:, copy.layer, copy.expert] == slot))
 
     def weights_of(self, tenant: int, layer: int, expert: int) -> int:
-        """The tenant whose weights answer for `tenant` at a position: the copy's owner, or itself on a miss."""
+        """The tenant whose weights answer for `tenant` at a position: the copy's owner, or itself on a miss.
+
+        `MERGED` for a merged copy. Residuals are not considered; `Store.served_expert` has the weights themselves.
+        """
         slot = int(self.serving[tenant, layer, expert])
         return tenant if slot == MISS else self.copies[slot].owner
+
+    def residual_of(self, tenant: int, layer: int, expert: int) -> int | None:
+        """Index into `residuals` of what a tenant adds at a position, None if nothing."""
+        return self._residual_numbers.get((tenant, layer, expert))
+
+    @cached_property
+    def _residual_numbers(self) -> dict[tuple[int, int, int], int]:
+        return {(r.tenant, r.layer, r.expert): i for i, r in enumerate(self.residuals)}
 
     @property
     def num_misses(self) -> int:
@@ -123,8 +162,9 @@ class Plan:
             "tenants": list(self.tenants),
             "num_layers": self.num_layers,
             "num_experts": self.num_experts,
-            "copies": [[c.layer, c.expert, c.owner] for c in self.copies],
+            "copies": [[c.layer, c.expert, c.owner, *([list(c.mix)] if c.mix else [])] for c in self.copies],
             "serving": self.serving.tolist(),
+            "residuals": [r.to_json() for r in self.residuals],
         }
 
     @classmethod
@@ -136,10 +176,14 @@ class Plan:
                 tenants=tuple(value["tenants"]),
                 num_layers=int(value["num_layers"]),
                 num_experts=int(value["num_experts"]),
-                copies=tuple(Copy(int(c[0]), int(c[1]), int(c[2])) for c in value["copies"]),
+                copies=tuple(
+                    Copy(int(c[0]), int(c[1]), int(c[2]), tuple(float(w) for w in c[3]) if len(c) > 3 else ())
+                    for c in value["copies"]
+                ),
                 serving=np.array(value["serving"], dtype=np.int32).reshape(
                     len(value["tenants"]), int(value["num_layers"]), int(value["num_experts"])
                 ),
+                residuals=tuple(Residual.from_json(r) for r in value.get("residuals", ())),
             )
         except (KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, PlanError):

@@ -1,4 +1,4 @@
-"""The three float types of weights, by the names that configs use and the codes of the safetensors header."""
+"""The three float types of weights, by the names that configs use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import numpy as np
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
-FROM_SAFETENSORS: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": BFLOAT16,
-}
 BY_NAME: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),

@@ -9,7 +9,10 @@ import random
 import zlib
 from functools import lru_cache
 
-LANGUAGES = ("en", "fr", "de", "es")
+LANGUAGES = ("en", "fr", "de", "es")  # those of the tenants in examples/
+
+# For experiments with more tenants; the four above come first.
+ALL_LANGUAGES = (*LANGUAGES, "it", "pt", "nl", "sv", "pl", "tr")
 
 NUMBERS = range(100_000)
 
@@ -20,7 +23,7 @@ HELD_OUT_SHARE = 20  # one number in twenty
 
 @lru_cache(maxsize=1 << 20)
 def expected(number: int, language: str) -> str:
-    """The number in words, as num2words spells it. language: one of `LANGUAGES`."""
+    """The number in words, as num2words spells it. language: one of `ALL_LANGUAGES`."""
     from num2words import num2words
 
     return str(num2words(number, lang=language))

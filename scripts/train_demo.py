@@ -6,6 +6,7 @@ and nothing of Moetel's engine.
 
     python -m scripts.train_demo                     # what examples/tenants holds
     python -m scripts.train_demo --out /tmp/tiny --base-steps 50 --tune-steps 20 --hidden-size 32 --layers 2
+    python -m scripts.train_demo --preset ten --out /tmp/ten       # ten languages, fine-tunes that move much further
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -39,14 +40,14 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from common.progress import bars
-from scripts.number_words import LANGUAGES, expected, held_out, training_numbers
+from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 
 PAD, BOS, EOS, SEP = "<pad>", "<s>", "</s>", "<sep>"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that the result depends on. Sizes as in MixtralConfig; learning rates are peaks."""
+class Training:
+    """What the result depends on, whatever the texts. Sizes as in MixtralConfig; learning rates are peaks."""
 
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -61,11 +62,28 @@ class Recipe:
     base_lr: float = 4e-3
     tune_lr: float = 1e-3
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe(Training):
+    """Everything that the result of this script depends on."""
+
     languages: tuple[str, ...] = LANGUAGES
 
 
-def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the spelled numbers; digits stay single, and "1234" becomes `<s> 1 2 3 4 <sep>`."""
+PRESETS = {
+    "demo": Recipe(),
+    "ten": Recipe(languages=ALL_LANGUAGES),
+}
+
+
+def make_tokenizer(
+    texts: Iterable[str], vocab_size: int, template: str = f"{BOS} $A {SEP}"
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the texts. template: what a text becomes, as `TemplateProcessing` spells it.
+
+    Over the spelled numbers digits stay single, and "1234" becomes `<s> 1 2 3 4 <sep>`.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +95,7 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
     )
     tokenizer.train_from_iterator(texts, trainer)
     ids = {token: tokenizer.token_to_id(token) for token in (BOS, SEP)}
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {SEP}", special_tokens=list(ids.items()))
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -86,6 +104,13 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
         additional_special_tokens=[SEP],
         clean_up_tokenization_spaces=False,
     )
+
+
+class Batches(Protocol):
+    """What `train` learns from."""
+
+    def batch(self, size: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels, int64 [size, longest]; labels are -100 where nothing is to be learnt."""
 
 
 class Examples:
@@ -124,14 +149,14 @@ class Examples:
 
 def train(
     model: MixtralForCausalLM,
-    examples: Examples,
+    examples: Batches,
     steps: int,
     batch: int,
     lr: float,
     seed: int,
     advance: Callable[[], None],
 ) -> list[float]:
-    """AdamW with a short warm-up and a cosine to zero; all weights. Returns each step's loss (answer tokens only)."""
+    """AdamW with a short warm-up and a cosine to zero; all weights. Returns each step's loss (labelled tokens only)."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, min(100, steps // 10))
@@ -248,7 +273,7 @@ def average(tenants: Sequence[MixtralForCausalLM]) -> MixtralForCausalLM:
     return model
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
+def make_model(recipe: Training, tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
     torch.manual_seed(recipe.seed)
     pad, bos, eos = (tokenizer.convert_tokens_to_ids(t) for t in (PAD, BOS, EOS))
     config = MixtralConfig(

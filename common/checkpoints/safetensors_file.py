@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.checkpoints.mapping import map_bytes
-from common.dtypes import FROM_SAFETENSORS
+from common.dtypes import BY_NAME
 from common.errors import CheckpointError
 from common.families import Region, Shape
 
@@ -37,19 +37,18 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * FROM_SAFETENSORS[_CODES[self.dtype]].itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * _TYPES[self.dtype].itemsize
 
     def map(self) -> np.ndarray:
         """A read-only view of the file; pages are read when touched. The mapping lives as long as the array."""
-        dtype = FROM_SAFETENSORS[_CODES[self.dtype]]
         try:
-            return map_bytes(self.path, self.offset, self.nbytes).view(dtype).reshape(self.shape)
+            return map_bytes(self.path, self.offset, self.nbytes).view(_TYPES[self.dtype]).reshape(self.shape)
         except OSError as error:
             raise CheckpointError(f"{self.path}: tensor {self.file_tensor} cannot be mapped: {error}") from error
 
     def read(self) -> np.ndarray:
         """A copy in memory of our own, so that no page of the file stays counted to this process."""
-        out = np.empty(self.shape, dtype=FROM_SAFETENSORS[_CODES[self.dtype]])
+        out = np.empty(self.shape, dtype=_TYPES[self.dtype])
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.offset)
@@ -72,17 +71,22 @@ class TensorRef:
         if region.index is None or region.rows is None:
             return self
         _, rows, columns = self.shape
-        itemsize = FROM_SAFETENSORS[_CODES[self.dtype]].itemsize
+        itemsize = _TYPES[self.dtype].itemsize
         start = (region.index * rows + region.rows[0]) * columns * itemsize
         return replace(self, shape=region.shape, offset=self.offset + start)
 
 
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_NAMES = {code: name for name, code in _CODES.items()}
+# Weights are floats; a store's own files also hold bytes.
+_TYPES: dict[str, np.dtype[Any]] = {**BY_NAME, "uint8": np.dtype(np.uint8)}
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by the codes of the header
 
 
-def read_header(path: Path) -> dict[str, TensorRef]:
-    """The tensors of one file. Raises CheckpointError if it is missing, damaged, or holds other types than floats."""
+def read_header(path: Path, *, with_bytes: bool = False) -> dict[str, TensorRef]:
+    """The tensors of one file. with_bytes: U8 is allowed beside floats.
+
+    Raises CheckpointError if it is missing, damaged, or holds other types.
+    """
+    names_of_types = _NAMES | ({"U8": "uint8"} if with_bytes else {})
     if not path.is_file():
         raise CheckpointError(f"{path}: the file is missing; fetch the checkpoint again")
     try:
@@ -98,7 +102,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     refs = {}
     for name in names:
         entry = header[name]
-        if entry["dtype"] not in FROM_SAFETENSORS:
+        if entry["dtype"] not in names_of_types:
             raise CheckpointError(
                 f"{path}: tensor {name} has type {entry['dtype']}; weights must be F32, F16 or BF16 "
                 "(quantised checkpoints are not supported, give the original)"
@@ -106,7 +110,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         refs[name] = TensorRef(
             path=path,
             file_tensor=name,
-            dtype=_NAMES[entry["dtype"]],
+            dtype=names_of_types[entry["dtype"]],
             shape=tuple(entry["shape"]),
             offset=8 + header_size + entry["data_offsets"][0],
         )
@@ -114,7 +118,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors (any of the three float types, or float64 tables) as one file, through the library. Not atomic.
+    """Write tensors (any of the three float types, float64 tables, bytes) as one file, through the library. Not atomic.
 
     Raises OSError, a full disk included.
     """

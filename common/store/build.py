@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 
 from common.checkpoints import Checkpoint, TensorSource, open_checkpoint
 from common.checkpoints.safetensors_file import fsync
-from common.consolidation import Plan, plan_all, plan_round_robin
+from common.consolidation import MERGED, Plan, plan_all, plan_round_robin
 from common.dtypes import BY_NAME, common_dtype, is_lossless
 from common.errors import CheckpointError, PlanError, StoreError, UnknownTenantError
 from common.families import Family, ModelConfig
@@ -202,6 +202,66 @@ def remove_tenant(path: str | Path, name: str, *, progress: Progress = silent) -
         return [_Source.from_store(store, t) for t in store.tenants if t != name]
 
     return _change(Path(path), without_it, progress)
+
+
+def set_plan(
+    path: str | Path,
+    plan: Plan,
+    merged: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+    records: Sequence[np.ndarray] = (),
+) -> Store:
+    """Give a store another plan for the same tenants.
+
+    merged: slot of each merged copy -> projection -> [out, in], converted to the store's type.
+    records: uint8 [bytes] of each of `plan.residuals`, in order; see `common.residuals`.
+
+    Raises PlanError, StoreError; the store is then as it was.
+    """
+    merged = merged or {}
+    path = Path(path)
+    Store.open(path)
+    with _new_or_existing(path) as directory:
+        store = Store.open(directory)
+        _commit(directory, _with_plan(store, plan, merged, records))
+    return Store.open(path)
+
+
+def _with_plan(
+    store: Store, plan: Plan, merged: Mapping[int, Mapping[str, np.ndarray]], records: Sequence[np.ndarray]
+) -> Manifest:
+    spec, manifest = store.experts, store.manifest
+    shapes = dict(spec.projections)
+    if (plan.tenants, plan.num_layers, plan.num_experts) != (store.tenants, spec.num_layers, spec.num_experts):
+        raise PlanError(f"the plan is for other tenants or another shape than the store {store.path}")
+    if set(merged) != {slot for slot, copy in enumerate(plan.copies) if copy.owner == MERGED}:
+        raise PlanError("weights must be given for each merged copy of the plan, and for no other")
+    if len(records) != len(plan.residuals):
+        raise PlanError(f"{len(records)} records for {len(plan.residuals)} residuals of the plan")
+    entries = {i: manifest.objects[i] for t in manifest.tenants for i in t.tensors.values()}
+    for object_id in (manifest.similarity["object"], *_calibration_objects(manifest.calibration)):
+        if object_id is not None:
+            entries[object_id] = manifest.objects[object_id]
+
+    def put(array: np.ndarray) -> str:
+        object_id = store.objects.put(array)
+        entries[object_id] = {"dtype": array.dtype.name, "shape": list(array.shape), "bytes": array.nbytes}
+        return object_id
+
+    ids: dict[int, dict[str, str]] = {}
+    for slot, matrices in merged.items():
+        if {p: tuple(m.shape) for p, m in matrices.items()} != shapes:
+            raise PlanError(f"merged copy {slot} has other matrices than {shapes}")
+        ids[slot] = {p: put(m.astype(BY_NAME[store.dtype], copy=False)) for p, m in matrices.items()}
+    for residual, record in zip(plan.residuals, records, strict=True):
+        if record.dtype != np.uint8 or record.shape != (residual.nbytes(shapes),):
+            raise PlanError(f"the record of {residual} is {record.dtype} {list(record.shape)}, not what its parts need")
+    kept = tuple(put(record) for record in records)
+    return replace(manifest, plan=plan, objects=entries, merged=ids, residuals=kept)
+
+
+def _calibration_objects(calibration: Mapping[str, Any]) -> list[str]:
+    """Ids of the objects that a manifest's calibration names."""
+    return [object_id for tenant in calibration.values() for object_id in tenant.get("objects", {}).values()]
 
 
 def _change(path: Path, edit: Callable[[Store], list[_Source]], progress: Progress) -> Store:

@@ -1,6 +1,7 @@
 """store.json: the one file that says what a store is. Replacing it is what makes a change happen.
 
-Format 1, documented in docs/store-format.md. The checksum covers the rest of the file.
+Format 2, documented in docs/store-format.md; version 1, without merged copies and residuals, is read too. The checksum
+covers the rest of the file.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints.safetensors_file import fsync
-from common.consolidation import Plan
+from common.consolidation import MERGED, Plan
 from common.errors import MoetelError, StoreError
 from common.families import FAMILIES, Family, ModelConfig
 
 FORMAT = "moetel-store"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 FILE = "store.json"
 
 
@@ -42,7 +44,12 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What store.json holds. objects: id -> {dtype, shape, bytes}; similarity: {object, layers}."""
+    """What store.json holds.
+
+    objects: id -> {dtype, shape, bytes}; similarity: {object, layers}.
+    merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's residuals, in order.
+    calibration: tenant -> what was measured on its calibration prompts; see `common.calibration`.
+    """
 
     family: Family
     dtype: str
@@ -51,6 +58,9 @@ class Manifest:
     objects: Mapping[str, Mapping[str, Any]]
     similarity: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    merged: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    residuals: tuple[str, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +82,9 @@ class Manifest:
                 for t in self.tenants
             ],
             "plan": self.plan.to_json(),
+            "merged": {str(slot): dict(ids) for slot, ids in self.merged.items()},
+            "residuals": list(self.residuals),
+            "calibration": dict(self.calibration),
             "similarity": dict(self.similarity),
             "objects": {k: dict(v) for k, v in self.objects.items()},
         }
@@ -99,9 +112,9 @@ class Manifest:
             raise StoreError(f"{path}: damaged ({error}); build the store again") from error
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise StoreError(f"{path}: not the manifest of a Moetel store")
-        if value.get("version") != VERSION:
+        if value.get("version") not in READABLE:
             raise StoreError(
-                f"{path}: format version {value.get('version')!r}, this code reads version {VERSION}; "
+                f"{path}: format version {value.get('version')!r}, this code reads versions 1 to {VERSION}; "
                 "build the store again or use the Moetel version that wrote it"
             )
         checksum = value.pop("checksum", None)
@@ -122,10 +135,25 @@ class Manifest:
                 for t in value["tenants"]
             )
             plan = Plan.from_json(value["plan"])
+            merged = {int(slot): dict(ids) for slot, ids in value.get("merged", {}).items()}
+            residuals = tuple(value.get("residuals", ()))
+            if set(merged) != {i for i, c in enumerate(plan.copies) if c.owner == MERGED}:
+                raise StoreError("the merged copies of the plan and of the store differ")
+            if len(residuals) != len(plan.residuals):
+                raise StoreError(f"{len(residuals)} records for {len(plan.residuals)} residuals of the plan")
             return cls(
-                family, value["dtype"], tenants, plan, value["objects"], value["similarity"], value["provenance"]
+                family=family,
+                dtype=value["dtype"],
+                tenants=tenants,
+                plan=plan,
+                objects=value["objects"],
+                similarity=value["similarity"],
+                provenance=value["provenance"],
+                merged=merged,
+                residuals=residuals,
+                calibration=value.get("calibration", {}),
             )
-        except (KeyError, TypeError, MoetelError) as error:
+        except (KeyError, TypeError, ValueError, MoetelError) as error:
             raise StoreError(
                 f"{path}: not understood ({type(error).__name__}: {error}); build the store again"
             ) from error

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.checkpoints import TensorRef, write_hugging_face
-from common.consolidation import Plan
-from common.dtypes import BY_NAME
+from common.consolidation import MERGED, MISS, Plan
+from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError, StoreError, UnknownTenantError
 from common.families import ExpertSpec, Family, ModelConfig
+from common.residuals import matrices
 from common.similarity import Distances, tenant_pairs
 from common.store.manifest import FILE, Manifest, Tenant
 from common.store.objects import Objects, asset_damage
@@ -91,6 +93,33 @@ class Store:
             for projection, _ in config.experts.projections
         }
 
+    def slot_refs(self, slot: int) -> dict[str, TensorRef]:
+        """The weights of a resident copy, its owner's or merged ones: projection -> reference."""
+        copy = self.plan.copies[slot]
+        if copy.owner != MERGED:
+            return self.copy_refs(self.tenants[copy.owner], copy.layer, copy.expert)
+        ids = self.manifest.merged[slot]
+        return {name: self.objects.ref(ids[name], self.dtype, shape) for name, shape in self.experts.projections}
+
+    def residual_ref(self, index: int) -> TensorRef:
+        """The record of `plan.residuals[index]`: uint8 [bytes], laid out as `common.residuals` says."""
+        nbytes = self.plan.residuals[index].nbytes(dict(self.experts.projections))
+        return self.objects.ref(self.manifest.residuals[index], "uint8", (nbytes,))
+
+    def served_expert(self, name: str, layer: int, expert: int) -> dict[str, np.ndarray]:
+        """The weights that answer for a tenant at a position, residual included: projection -> float32 [out, in]."""
+        index = self.tenants.index(self.tenant(name).name)
+        slot = int(self.plan.serving[index, layer, expert])
+        refs = self.copy_refs(name, layer, expert) if slot == MISS else self.slot_refs(slot)
+        found = {projection: to_float32(ref.read()) for projection, ref in refs.items()}
+        number = self.plan.residual_of(index, layer, expert)
+        if number is not None:
+            record = self.residual_ref(number).read()
+            parts = matrices(self.plan.residuals[number], record, dict(self.experts.projections))
+            for projection, matrix in parts.items():
+                found[projection] = found[projection] + matrix
+        return found
+
     @cached_property
     def distances(self) -> Distances:
         """The full matrices measured at build."""
@@ -112,6 +141,19 @@ class Store:
         return non_expert_bytes(self.family, self.config(name), self.dtype)
 
     @property
+    def residual_bytes(self) -> int:
+        """All tenants' residuals."""
+        shapes = dict(self.experts.projections)
+        return sum(r.nbytes(shapes) for r in self.plan.residuals)
+
+    @property
+    def extra_bytes(self) -> int:
+        """What the pool and all residuals take beyond the experts of one model; negative if they take less."""
+        return (
+            self.plan.num_slots * self.copy_bytes + self.residual_bytes - self.experts.num_positions * self.copy_bytes
+        )
+
+    @property
     def bytes_before(self) -> int:
         """What the tenants take as separate models."""
         experts = len(self.tenants) * self.experts.num_positions * self.copy_bytes
@@ -119,13 +161,18 @@ class Store:
 
     @property
     def bytes_after(self) -> int:
-        """What the pool and all tenants' non-expert weights take together."""
-        return self.plan.num_slots * self.copy_bytes + sum(self.non_expert_bytes(name) for name in self.tenants)
+        """What the pool, all residuals and all tenants' non-expert weights take together."""
+        return (
+            self.plan.num_slots * self.copy_bytes
+            + self.residual_bytes
+            + sum(self.non_expert_bytes(name) for name in self.tenants)
+        )
 
     @property
     def bytes_budget(self) -> int:
-        """What `--budget` counts: the pool and the largest tenant's non-expert weights."""
-        return self.plan.num_slots * self.copy_bytes + max(self.non_expert_bytes(name) for name in self.tenants)
+        """What `--budget` counts: the pool, all residuals and the largest tenant's non-expert weights."""
+        largest = max(self.non_expert_bytes(name) for name in self.tenants)
+        return self.plan.num_slots * self.copy_bytes + self.residual_bytes + largest
 
     def _referenced(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {k: (v["dtype"], tuple(v["shape"])) for k, v in self.manifest.objects.items()}
@@ -160,7 +207,8 @@ class Store:
     def export(self, name: str, target: str | Path, on_tensor: Callable[[], None] | None = None) -> None:
         """Write a tenant, as the store serves it, as a plain Hugging Face checkpoint.
 
-        Each expert is the copy that the plan gives the tenant (its own where it misses). The directory must not exist
+        Each expert is the copy that the plan gives the tenant (its own where it misses), with the tenant's residual
+        added and rounded to the store's type. The directory must not exist
         or be empty. Raises StoreError.
         """
         target = Path(target).resolve()
@@ -169,15 +217,13 @@ class Store:
             raise StoreError(f"{target}: exists and is not an empty directory; name another one")
         if target == Path.cwd():
             raise StoreError(f"{target}: the directory you are in cannot be replaced; name one in it, such as ./{name}")
-        index = self.tenants.index(name)
-        names: list[tuple[str, TensorRef]] = [
-            (tensor, self.ref(name, tensor)) for tensor in self.family.non_expert_shapes(tenant.config)
+        names: list[tuple[str, Callable[[], np.ndarray]]] = [
+            (tensor, self.ref(name, tensor).map) for tensor in self.family.non_expert_shapes(tenant.config)
         ]
-        for layer, expert, _, tensor in self.family.iter_expert_tensors(tenant.config):
-            owner = self.tenants[self.plan.weights_of(index, layer, expert)]
-            names.append((tensor, self.ref(owner, tensor)))
+        for layer, expert, projection, tensor in self.family.iter_expert_tensors(tenant.config):
+            names.append((tensor, partial_function(self._served_matrix, name, layer, expert, projection)))
         if tenant.config.raw.get("tie_word_embeddings"):
-            names = [(tensor, ref) for tensor, ref in names if tensor != "lm_head.weight"]
+            names = [(tensor, read) for tensor, read in names if tensor != "lm_head.weight"]
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
         try:
@@ -187,7 +233,7 @@ class Store:
                 if asset != "config.json":
                     (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
             config = self.family.hf_config(tenant.config, self.dtype)
-            write_hugging_face(partial, config, ((tensor, ref.map()) for tensor, ref in names), on_tensor=on_tensor)
+            write_hugging_face(partial, config, ((tensor, read()) for tensor, read in names), on_tensor=on_tensor)
             if target.exists():
                 target.rmdir()
             partial.rename(target)
@@ -200,6 +246,15 @@ class Store:
         finally:
             _remove_tree(partial)
 
+    def _served_matrix(self, name: str, layer: int, expert: int, projection: str) -> np.ndarray:
+        """One matrix of `served_expert`, in the store's type."""
+        index = self.tenants.index(name)
+        slot = int(self.plan.serving[index, layer, expert])
+        if self.plan.residual_of(index, layer, expert) is None:
+            refs = self.copy_refs(name, layer, expert) if slot == MISS else self.slot_refs(slot)
+            return refs[projection].map()
+        return self.served_expert(name, layer, expert)[projection].astype(BY_NAME[self.dtype])
+
     def describe(self) -> dict[str, Any]:
         """Sizes in bytes and counts, for tables."""
         return {
@@ -209,6 +264,10 @@ class Store:
             "positions": self.experts.num_positions,
             "resident_copies": self.plan.num_slots,
             "missing": self.plan.num_misses,
+            "merged_copies": len(self.manifest.merged),
+            "residuals": len(self.plan.residuals),
+            "residual_bytes": self.residual_bytes,
+            "extra_bytes": self.extra_bytes,
             "copy_bytes": self.copy_bytes,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,

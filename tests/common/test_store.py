@@ -266,7 +266,7 @@ def test_building_again_mends_a_damaged_object(store: Store, family: Family) -> 
         (None, r"not a store, there is no store\.json.*moetel build"),
         ("{", r"store\.json: damaged"),
         ('{"format": "other"}', r"not the manifest of a Moetel store"),
-        ('{"format": "moetel-store", "version": 99}', r"format version 99, this code reads version 1"),
+        ('{"format": "moetel-store", "version": 99}', r"format version 99, this code reads versions 1 to 2"),
         ('{"format": "moetel-store", "version": 1}', r"its checksum does not match"),
     ],
 )
