@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +102,14 @@ class Batch(Protocol):
         ...
 
 
+Observer = Callable[[str, int, np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
+"""Sees every layer's routing: (tenant, layer, x float32 [T, H], expert_ids int64 [T, K], gates float32 [T, K]).
+
+x is what the experts read; padding, and tokens that no expert takes, are left out. What it returns, float32 [T, H], is
+added to the weighted sum of the experts' outputs.
+"""
+
+
 class Backend(ABC):
     """Turns tokens into logits for the tenants of one store; keeps weights and caches on its device."""
 
@@ -117,6 +125,17 @@ class Backend(ABC):
         self, tenant: str, rows: Sequence[Sequence[int]], decoder_rows: Sequence[Sequence[int]] | None
     ) -> list[np.ndarray]:
         """float32 [tokens, vocab] for every row, at every position."""
+
+    def start_id(self, name: str) -> int | None:
+        """The token that a tenant's answers are decoded from; None where they go on from the prompt."""
+        return None
+
+    @abstractmethod
+    def observe(self, observer: Observer | None) -> None:
+        """Show every step's routing to `observer`, after the router and before the experts; None: stop.
+
+        For calibration; slower than serving.
+        """
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:
@@ -301,9 +320,24 @@ class Engine:
         """Token ids of a text, with the tokenizer's special tokens."""
         return self._text(tenant).encode(text)
 
+    def answer_ids(self, tenant: str, text: str) -> list[int]:
+        """Token ids of a text as the tenant would answer it: of special tokens only the end-of-sequence one."""
+        return self._text(tenant).encode_answer(text)
+
+    def start_id(self, tenant: str) -> int:
+        """The token that answers of an encoder-decoder tenant are decoded from. Raises RequestError for others."""
+        found = self._require_backend().start_id(tenant) if tenant in self.tenants else None
+        if found is None:
+            raise RequestError(f"tenant {tenant!r} has no decoder start token; its answers go on from the prompt")
+        return found
+
     def apply_chat_template(self, tenant: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the tenant's chat template: a prompt for `generate`."""
         return self._text(tenant).chat(messages)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show every layer's routing to `observer` from now on, None to stop; see `Observer`."""
+        self._require_backend().observe(observer)
 
     def stats(self) -> dict[str, Any]:
         """What the engine holds and has done: bytes by kind, hits, misses, fetches, reconfigurations."""

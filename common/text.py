@@ -66,6 +66,13 @@ class TenantText:
             raise RequestError(f"tenant {self.tenant!r} has no tokenizer; give the prompt as a list of token ids")
         return list(self._tokenizer(text)["input_ids"])
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer: no special tokens but, at its end, the end-of-sequence one if there is one."""
+        if self._tokenizer is None:
+            raise RequestError(f"tenant {self.tenant!r} has no tokenizer; give the answer as a list of token ids")
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*ids, min(self.eos_token_ids)] if self.eos_token_ids else ids
+
     def decode(self, token_ids: Sequence[int]) -> str | None:
         """Text without special tokens, None without a tokenizer."""
         if self._tokenizer is None:

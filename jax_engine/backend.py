@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.checkpoints.hugging_face import read_json
 from common.dtypes import BFLOAT16
-from common.engine import Backend, Row, Step
+from common.engine import Backend, Observer, Row, Step
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families.switch_transformers import SwitchTransformersConfig, as_switch
 from common.store import Store
@@ -23,6 +23,7 @@ from jax_engine.model import KeyValues, Settings
 from jax_engine.options import JaxOptions
 from jax_engine.pool import ExpertPool, slots_of_plan
 from jax_engine.products import NativeProducts, PlainProducts, Products
+from jax_engine.residuals import LoadedResiduals
 from jax_engine.steps import Steps, cache_bucket, power_of_two, prompt_bucket
 from jax_engine.tenants import Architecture, ReadyTenant, ReadyTenants
 
@@ -82,6 +83,7 @@ class JaxBackend(Backend):
         self._vocab_size = max(store.config(name).vocab_size for name in store.tenants)
         self._architectures: dict[Any, Architecture] = {}
         self._steps: dict[Any, Steps] = {}
+        self._observer: Observer | None = None
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         sharded = NamedSharding(self.mesh, PartitionSpec("expert") if self.dispatch.stacked else PartitionSpec())
         self._by_row = NamedSharding(self.mesh, PartitionSpec("data"))
@@ -90,11 +92,14 @@ class JaxBackend(Backend):
             self.pool = ExpertPool(
                 store, first, self._layers, options.spare_slots, self._put(sharded), self._put(everywhere)
             )
+            blocked = isinstance(self.dispatch, NativeDispatch)
+            self.residuals = LoadedResiduals(store, slot_of, self._slots, self._put(everywhere), blocked)
             self.ready = ReadyTenants(
                 store,
                 min(len(store.tenants), options.ready_tenants or len(store.tenants)),
                 self._architecture_of,
                 slot_of,
+                self.residuals,
                 np.any(store.plan.serving < 0, axis=(1, 2)),
                 self._put(everywhere),
             )
@@ -137,7 +142,7 @@ class JaxBackend(Backend):
         """The compiled computation for a tenant; tenants of one architecture share it."""
         key = tenant.config.architecture
         if key not in self._steps:
-            self._steps[key] = Steps(tenant.architecture, self.pool)
+            self._steps[key] = Steps(tenant.architecture, self.pool, self._observer)
         return self._steps[key]
 
     def rows_bucket(self, rows: int) -> int:
@@ -173,6 +178,11 @@ class JaxBackend(Backend):
         vocab_size = self.store.config(tenant).vocab_size
         return [v[: len(r), :vocab_size] for v, r in zip(values, decoder_rows, strict=False)]
 
+    def observe(self, observer: Observer | None) -> None:
+        self._observer = observer
+        for steps in self._steps.values():
+            steps.observer = observer
+
     def stats(self) -> dict[str, Any]:
         pool = self.pool
         return {
@@ -183,6 +193,7 @@ class JaxBackend(Backend):
             "products": "native" if isinstance(self.products, NativeProducts) else "plain",
             "pool_slots": self.store.plan.num_slots,
             "pool_bytes": pool.device_bytes,
+            "residual_bytes": self.residuals.device_bytes,
             "spare_slots": pool.spare_slots,
             "spare_filled": pool.spare_filled,
             "non_expert_bytes": self.ready.device_bytes,
@@ -199,6 +210,7 @@ class JaxBackend(Backend):
     def close(self) -> None:
         self.pool.close()
         self.ready.close()
+        self.residuals.close()
         self._steps.clear()
 
 

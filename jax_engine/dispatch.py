@@ -7,6 +7,9 @@ Ways to do it behind one face; what each is for was measured (benchmarks/switch_
 - MeshDispatch: stacked slots sharded over the mesh axis `expert`, tokens over `data`; also one accelerator;
 - DenseDispatch: every expert on every token, then a selection; differentiable and simple, for training small models.
 
+Where the tenant at hand has residuals beside the copies of a layer, their products are added before the activation and
+to the output (`jax_engine.residuals`). DenseDispatch does without.
+
 Legend: tokens T, slots S, hidden H, intermediate I. A slot outside 0..S-1 gives zeros.
 """
 
@@ -21,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_engine.residuals import LayerResiduals
 
 if TYPE_CHECKING:
     from jax_engine.native import Kernels
@@ -47,10 +52,19 @@ class FeedForward:
 
     def __call__(self, x: Array, copy: Copy) -> Array:
         """[T, H] -> [T, H] through one copy of plain [out, in] matrices."""
+        return self.last(self.hidden(self.inner(x, copy)), copy)
+
+    def inner(self, x: Array, copy: Copy) -> list[Array]:
+        """What comes before the activation: [T, H] -> one [T, I], or two of a gated expert."""
+        return [jnp.einsum("tk,nk->tn", x, w.astype(x.dtype)) for w in copy[:-1]]
+
+    def hidden(self, inner: Sequence[Array]) -> Array:
         act = ACTIVATIONS[self.activation]
-        inner = [jnp.einsum("tk,nk->tn", x, w.astype(x.dtype)) for w in copy[:-1]]
-        hidden = act(inner[0]) * inner[1] if self.gated else act(inner[0])
-        return jnp.einsum("tk,nk->tn", hidden, copy[-1].astype(x.dtype))
+        return act(inner[0]) * inner[1] if self.gated else act(inner[0])
+
+    def last(self, hidden: Array, copy: Copy) -> Array:
+        """[T, I] -> [T, H]."""
+        return jnp.einsum("tk,nk->tn", hidden, copy[-1].astype(hidden.dtype))
 
 
 class Dispatch(ABC):
@@ -59,8 +73,18 @@ class Dispatch(ABC):
     stacked: bool
 
     @abstractmethod
-    def __call__(self, x: Array, slots: Array, copies: Sequence[Copy], ff: FeedForward) -> Array:
-        """x: [T, H]; slots: int32 [T]; copies: one a slot, or a single stacked one. Returns [T, H]."""
+    def __call__(
+        self,
+        x: Array,
+        slots: Array,
+        copies: Sequence[Copy],
+        ff: FeedForward,
+        residuals: LayerResiduals | None = None,
+    ) -> Array:
+        """x: [T, H]; slots: int32 [T]; copies: one a slot, or a single stacked one. Returns [T, H].
+
+        residuals: what the tenant adds to the copies of this layer; None: nothing is compiled for them.
+        """
 
     def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
         """All tokens [T, H] through one copy, such as a dense layer's."""
@@ -74,9 +98,22 @@ class NativeDispatch(Dispatch):
     kernels: Kernels
     stacked = False
 
-    def __call__(self, x: Array, slots: Array, copies: Sequence[Copy], ff: FeedForward) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        slots: Array,
+        copies: Sequence[Copy],
+        ff: FeedForward,
+        residuals: LayerResiduals | None = None,
+    ) -> Array:
         return self.kernels.experts(
-            x, slots, copies, ff.activation, intermediate_size=ff.intermediate_size, gated=ff.gated
+            x,
+            slots,
+            copies,
+            ff.activation,
+            intermediate_size=ff.intermediate_size,
+            gated=ff.gated,
+            residuals=None if residuals is None else (residuals.words, residuals.table),
         )
 
     def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
@@ -89,9 +126,27 @@ class LoopDispatch(Dispatch):
 
     stacked = False
 
-    def __call__(self, x: Array, slots: Array, copies: Sequence[Copy], ff: FeedForward) -> Array:
-        branches = [lambda rows, copy=copy: ff(rows, copy) for copy in copies]
-        return over_blocks(x, slots, len(copies), lambda rows, slot: lax.switch(slot, branches, rows))
+    def __call__(
+        self,
+        x: Array,
+        slots: Array,
+        copies: Sequence[Copy],
+        ff: FeedForward,
+        residuals: LayerResiduals | None = None,
+    ) -> Array:
+        if residuals is None:
+            branches = [lambda rows, copy=copy: ff(rows, copy) for copy in copies]
+            return over_blocks(x, slots, len(copies), lambda rows, slot: lax.switch(slot, branches, rows))
+        # A residual's product is the same code for all slots, so it stands beside the branches, not in each.
+        first = [lambda rows, copy=copy: ff.inner(rows, copy) for copy in copies]
+        last = [lambda hidden, copy=copy: ff.last(hidden, copy) for copy in copies]
+
+        def product(rows: Array, slot: Array) -> Array:
+            inner = with_residuals(residuals, lax.switch(slot, first, rows), rows, slot)
+            hidden = ff.hidden(inner)
+            return with_residual(residuals, lax.switch(slot, last, hidden), hidden, slot, len(inner))
+
+        return over_blocks(x, slots, len(copies), product)
 
 
 @dataclass(frozen=True)
@@ -101,33 +156,48 @@ class MeshDispatch(Dispatch):
     Every device computes, for its own tokens, what its own slots contribute, and the contributions are summed over
     `expert`. With static shapes and nothing dropped, an all-to-all would have to provide for all of a device's tokens
     going to one other device, so it would move at least as much as this sum does. Weights stay where they are.
+    Residuals are on every device: they are a few per cent of the copies.
     """
 
     mesh: Mesh
     stacked = True
 
-    def __call__(self, x: Array, slots: Array, copies: Sequence[Copy], ff: FeedForward) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        slots: Array,
+        copies: Sequence[Copy],
+        ff: FeedForward,
+        residuals: LayerResiduals | None = None,
+    ) -> Array:
         (stack,) = copies
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
 
-        def local(x: Array, slots: Array, *stack: Array) -> Array:
+        def local(x: Array, slots: Array, residuals: LayerResiduals | None, *stack: Array) -> Array:
             count = stack[0].shape[0]
-            mine = slots - lax.axis_index("expert") * count
+            first = lax.axis_index("expert") * count
+            mine = slots - first
             x = lax.pcast(x, ("expert",), to="varying")  # what is summed differs along this axis
             if on_cpu:
 
                 def product(rows: Array, slot: Array) -> Array:
-                    return ff(rows, tuple(lax.dynamic_index_in_dim(w, slot, keepdims=False) for w in stack))
+                    copy = tuple(lax.dynamic_index_in_dim(w, slot, keepdims=False) for w in stack)
+                    if residuals is None:
+                        return ff(rows, copy)
+                    inner = with_residuals(residuals, ff.inner(rows, copy), rows, first + slot)
+                    hidden = ff.hidden(inner)
+                    return with_residual(residuals, ff.last(hidden, copy), hidden, first + slot, len(inner))
 
                 found = over_blocks(x, mine, count, product)
             else:
-                found = _ragged(x, mine, stack, ff)
+                found = _ragged(x, mine, stack, ff, residuals, first)
             summed: Array = lax.psum(found, "expert")
             return summed
 
         tokens, experts = PartitionSpec("data"), PartitionSpec("expert")
-        run = jax.shard_map(local, mesh=self.mesh, in_specs=(tokens, tokens, *[experts] * len(stack)), out_specs=tokens)
-        return run(x, slots, *stack)
+        specs = (tokens, tokens, PartitionSpec(), *[experts] * len(stack))
+        run = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=tokens)
+        return run(x, slots, residuals, *stack)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """Sharding of an array whose leading dimensions lie along these axes."""
@@ -140,13 +210,32 @@ class DenseDispatch(Dispatch):
 
     stacked = True
 
-    def __call__(self, x: Array, slots: Array, copies: Sequence[Copy], ff: FeedForward) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        slots: Array,
+        copies: Sequence[Copy],
+        ff: FeedForward,
+        residuals: LayerResiduals | None = None,
+    ) -> Array:
+        assert residuals is None, "training has no residuals"
         (stack,) = copies
         act = ACTIVATIONS[ff.activation]
         inner = [jnp.einsum("tk,snk->stn", x, w) for w in stack[:-1]]
         hidden = act(inner[0]) * inner[1] if ff.gated else act(inner[0])
         chosen = jax.nn.one_hot(slots, stack[0].shape[0], dtype=x.dtype)
         return jnp.einsum("stn,smn,ts->tm", hidden, stack[-1], chosen)
+
+
+def with_residual(residuals: LayerResiduals, found: Array, x: Array, slot: Array, projection: int) -> Array:
+    """The product of x [T, K] with a projection, found [T, N], and what the slot's residual adds to it."""
+    added = residuals.product(x, slot, projection, found.shape[1])
+    return found if added is None else (found + added).astype(found.dtype)
+
+
+def with_residuals(residuals: LayerResiduals, inner: Sequence[Array], x: Array, slot: Array) -> list[Array]:
+    """The same for every projection before the activation."""
+    return [with_residual(residuals, found, x, slot, i) for i, found in enumerate(inner)]
 
 
 def block_rows(tokens: int, slots: int) -> int:
@@ -166,10 +255,11 @@ def over_blocks(
     num_slots: int,
     product: Callable[[Array, Array], Array],
     size: int | None = None,
+    outputs: int | None = None,
 ) -> Array:
-    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; others are not touched.
+    """`product(rows [b, H], slot)` for every block of up to b tokens of one slot; others get zeros.
 
-    size: b; None: by `block_rows`.
+    size: b; None: by `block_rows`. outputs: columns of the products; None: H.
     """
     tokens, size = x.shape[0], size or block_rows(x.shape[0], num_slots)
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)
@@ -191,21 +281,43 @@ def over_blocks(
         old = lax.dynamic_slice_in_dim(out, start, size)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product(rows, slot_of[i]), old), start, 0)
 
-    out = jnp.zeros_like(padded)
-    return jnp.zeros_like(x).at[order].set(lax.fori_loop(0, ends[-1], body, out)[:tokens])
+    out = jnp.zeros_like(padded, shape=(len(padded), outputs or x.shape[1]))
+    zeros = jnp.zeros_like(x, shape=(tokens, out.shape[1]))
+    return zeros.at[order].set(lax.fori_loop(0, ends[-1], body, out)[:tokens])
 
 
-def _ragged(x: Array, slots: Array, stack: Copy, ff: FeedForward) -> Array:
-    """Grouped products of sorted tokens (`lax.ragged_dot`), for accelerators that have a kernel for them."""
+def _ragged(
+    x: Array,
+    slots: Array,
+    stack: Copy,
+    ff: FeedForward,
+    residuals: LayerResiduals | None = None,
+    first: Array | int = 0,
+) -> Array:
+    """Grouped products of sorted tokens (`lax.ragged_dot`), for accelerators that have a kernel for them.
+
+    Residuals' products are a loop over blocks here, too. first: the slot in the whole layer that slot 0 is.
+    """
     num_slots = stack[0].shape[0]
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)
     order = jnp.argsort(slots, stable=True)
     sizes = jnp.bincount(slots, length=num_slots + 1)[:num_slots].astype(jnp.int32)
-    rows = x[order]
-    act = ACTIVATIONS[ff.activation]
-    inner = [lax.ragged_dot(rows, jnp.swapaxes(w, 1, 2).astype(x.dtype), sizes) for w in stack[:-1]]
-    hidden = act(inner[0]) * inner[1] if ff.gated else act(inner[0])
-    found = lax.ragged_dot(hidden, jnp.swapaxes(stack[-1], 1, 2).astype(x.dtype), sizes)
+    rows, sorted_slots = x[order], slots[order]
+
+    def product(rows: Array, projection: int) -> Array:
+        weight = stack[projection]
+        found = lax.ragged_dot(rows, jnp.swapaxes(weight, 1, 2).astype(x.dtype), sizes)
+        if residuals is None or not residuals.forms[projection]:
+            return found
+
+        def add(rows: Array, slot: Array) -> Array:
+            zeros = jnp.zeros_like(rows, shape=(len(rows), weight.shape[1]))
+            return with_residual(residuals, zeros, rows, slot + first, projection)
+
+        return found + over_blocks(rows, sorted_slots, num_slots, add, outputs=weight.shape[1])
+
+    inner = [product(rows, i) for i in range(len(stack) - 1)]
+    found = product(ff.hidden(inner), len(stack) - 1)
     # Rows past the last group belong to no slot here; what a kernel leaves there is not defined.
     found = jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], found, 0)
     return jnp.zeros_like(x).at[order].set(found)

@@ -28,6 +28,7 @@ from common.families.switch_transformers import Side, SwitchTransformersConfig
 from jax_engine.dispatch import Copy, Dispatch, FeedForward
 from jax_engine.positions import relative_buckets
 from jax_engine.products import Products
+from jax_engine.residuals import LayerResiduals, Residuals
 
 Array = jax.Array
 KeyValues = tuple[Array, Array]
@@ -236,12 +237,13 @@ class Pool(nnx.Module):
         self.names = tuple(names)
         self.copies = nnx.List([one(None)] if s.dispatch.stacked else [one(slot) for slot in range(count)])
 
-    def __call__(self, x: Array, slots: Array) -> Array:
+    def __call__(self, x: Array, slots: Array, residuals: LayerResiduals | None) -> Array:
         """x: [B, T, H]; slots: int32 [B, T]. Zeros where a slot is not of this pool."""
         copies: list[Copy] = [tuple(w[...] for w in copy) for copy in self.copies]
         if not copies:
             return jnp.zeros_like(x)
-        return self.dispatch(x.reshape(-1, x.shape[-1]), slots.reshape(-1), copies, self.ff).reshape(x.shape)
+        flat = x.reshape(-1, x.shape[-1])
+        return self.dispatch(flat, slots.reshape(-1), copies, self.ff, residuals).reshape(x.shape)
 
 
 class Block(nnx.Module):
@@ -289,16 +291,19 @@ class Block(nnx.Module):
         normed = self.ff_norm(x)
         return normed, *self.router(normed, slot_of, live)
 
-    def feed(self, x: Array, slot_of: Array, live: Array) -> Array:
-        """The feed-forward with its residual. slot_of: int32 [layers, E], the tenant's row of the plan."""
+    def feed(self, x: Array, slot_of: Array, live: Array, residuals: Residuals) -> Array:
+        """The feed-forward, added to its input.
+
+        slot_of: int32 [layers, E], the tenant's row of the plan. residuals: what the tenant adds to the copies.
+        """
         if self.layer is None:
             return x + self.dense(self.ff_norm(x))
         normed, slots, gates = self.route(x, slot_of[self.layer], live)
-        return combine(x, self.pool(normed, slots), gates)
+        return combine(x, self.pool(normed, slots, residuals[self.layer] if residuals else None), gates)
 
 
 def combine(x: Array, found: Array, gates: Array) -> Array:
-    """Residual plus the experts' outputs, each scaled by its router's probability."""
+    """The residual stream plus the experts' outputs, each scaled by its router's probability."""
     return x + found * gates[..., None]
 
 
@@ -368,11 +373,11 @@ class SwitchTransformer(nnx.Module):
 
     # Whole passes.
 
-    def encode(self, ids: Array, live: Array, slot_of: Array) -> list[KeyValues]:
+    def encode(self, ids: Array, live: Array, slot_of: Array, residuals: Residuals = ()) -> list[KeyValues]:
         """Prompts int32 [B, S] -> each decoder layer's keys and values."""
         x, bias = self.embed("encoder", ids), self.bias_of_encoder(live)
         for block in self.encoder:
-            x = block.feed(block.encode(x, bias), slot_of, live)
+            x = block.feed(block.encode(x, bias), slot_of, live, residuals)
         return self.encoded(x)
 
     def decode(
@@ -385,6 +390,7 @@ class SwitchTransformer(nnx.Module):
         encoded: Sequence[KeyValues],
         encoder_live: Array,
         vocab_size: Array | int,
+        residuals: Residuals = (),
     ) -> tuple[Array, list[KeyValues]]:
         """Tokens int32 [B, T] at position.. of every row -> logits float32 [B, T, V] and the grown cache."""
         x = self.embed("decoder", ids)
@@ -394,7 +400,7 @@ class SwitchTransformer(nnx.Module):
         for block, mine, theirs in zip(self.decoder, cache, encoded, strict=True):
             x, kept = block.decode(x, bias, mine, position, theirs, encoder_bias)
             grown.append(kept)
-            x = block.feed(x, slot_of, live)
+            x = block.feed(x, slot_of, live, residuals)
         return self.logits(x, vocab_size), grown
 
     def new_cache(self, rows: int, length: int) -> list[KeyValues]:

@@ -17,17 +17,17 @@ from jax_engine.tenants import Architecture, Leaves
 from jax_engine.weights import fill_pool, pack_copy
 
 
-def slots_of_plan(plan: Plan) -> tuple[list[list[tuple[int, int]]], np.ndarray]:
+def slots_of_plan(plan: Plan) -> tuple[list[list[int]], np.ndarray]:
     """Where each copy lies, and who uses which.
 
-    Returns, a list for each layer, (owner, expert) of every slot; and int32 [tenants, layers, experts]: the slot in
-    its layer that serves, or, for a miss, the layer's number of slots + expert.
+    Returns, a list for each layer, the index into `plan.copies` of every slot; and int32 [tenants, layers, experts]:
+    the slot in its layer that serves, or, for a miss, the layer's number of slots + expert.
     """
-    layers: list[list[tuple[int, int]]] = [[] for _ in range(plan.num_layers)]
+    layers: list[list[int]] = [[] for _ in range(plan.num_layers)]
     place = np.zeros(len(plan.copies) + 1, dtype=np.int32)
     for number, copy in enumerate(plan.copies):
         place[number] = len(layers[copy.layer])
-        layers[copy.layer].append((copy.owner, copy.expert))
+        layers[copy.layer].append(number)
     misses = np.array([len(slots) for slots in layers], dtype=np.int32)[:, None] + np.arange(plan.num_experts)
     return layers, np.where(plan.serving == MISS, misses[None], place[plan.serving]).astype(np.int32)
 
@@ -39,7 +39,7 @@ class ExpertPool:
         self,
         store: Store,
         architecture: Architecture,
-        layers: list[list[tuple[int, int]]],
+        layers: list[list[int]],
         spare_slots: int,
         put: Callable[[Any], jax.Array],
         put_spare: Callable[[Any], jax.Array],
@@ -51,8 +51,7 @@ class ExpertPool:
         def read(layer: int, slot: int, projection: str) -> np.ndarray:
             if slot >= len(layers[layer]):  # stacked slots are padded to a multiple of the mesh's axis
                 return np.zeros(dict(store.experts.projections)[projection], np.float32)
-            owner, expert = layers[layer][slot]
-            return store.copy_refs(store.tenants[owner], layer, expert)[projection].map()
+            return store.slot_refs(layers[layer][slot])[projection].map()
 
         self.leaves: Leaves = tuple(jax.tree.leaves(fill_pool(architecture.pool_state, read, self._settings, put)))
         # Mapped now, so that a damaged store is found before the first request, and a replaced one does no harm.
@@ -69,6 +68,12 @@ class ExpertPool:
     def num_slots(self, layer: int) -> int:
         """Resident copies of a layer; a slot number from here on is a miss."""
         return len(self._layers[layer])
+
+    def expert_of_slot(self, layer: int) -> np.ndarray:
+        """int64 [slots + experts]: the expert that each slot number of a layer stands for, misses included."""
+        plan = self._store.plan
+        resident = [plan.copies[number].expert for number in self._layers[layer]]
+        return np.array([*resident, *range(plan.num_experts)], dtype=np.int64)
 
     def fetch(self, tenant: int, layer: int, expert: int) -> tuple[jax.Array, ...]:
         """A tenant's own expert, from a spare slot or from the store into one."""

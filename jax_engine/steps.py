@@ -1,8 +1,8 @@
 """The compiled computation of one architecture, and the shapes that it is compiled for.
 
 A tenant that can miss no expert runs in whole steps: one call for the encoder, one for each token. A tenant that can
-runs layer by layer, because which experts a layer needs is known only once its router has run. Both are made of the
-same methods of the model.
+runs layer by layer, because which experts a layer needs is known only once its router has run; so does every tenant
+while an observer looks on. Both are made of the same methods of the model.
 
 How often anything is compiled: shapes are rounded up, the number of rows to a power of two, the prompt to one of
 `prompt_bucket`, the cache to 32 * 2^n. A whole step is compiled once for each triple of them that occurs, whichever
@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from common.engine import Observer
+from common.errors import EngineError
 from common.families.switch_transformers import Side
 from jax_engine.model import Block, KeyValues, abstract_model, combine, split
 from jax_engine.pool import ExpertPool
+from jax_engine.residuals import LayerResiduals, Residuals
 from jax_engine.tenants import Architecture, Leaves, ReadyTenant
 
 Array = jax.Array
@@ -49,10 +52,14 @@ def cache_bucket(tokens: int) -> int:
 
 
 class Steps:
-    """Compiled functions for one architecture over one pool."""
+    """Compiled functions for one architecture over one pool.
 
-    def __init__(self, architecture: Architecture, pool: ExpertPool):
+    observer: sees every layer's routing, see `common.engine.Observer`; None: nothing is shown.
+    """
+
+    def __init__(self, architecture: Architecture, pool: ExpertPool, observer: Observer | None = None):
         self._architecture, self._pool = architecture, pool
+        self.observer = observer
         self.traces: Counter[str] = Counter()
         self._encode = self._compiled("encode", self._encode_body)
         self._decode = self._compiled("decode", self._decode_body, donate_argnums=0)
@@ -67,8 +74,10 @@ class Steps:
 
         return jax.jit(counted, **options)
 
-    def _encode_body(self, pool: Leaves, tenant: Leaves, slot_of: Array, ids: Array, live: Array) -> list[KeyValues]:
-        found: list[KeyValues] = self._architecture.model(pool, tenant).encode(ids, live, slot_of)
+    def _encode_body(
+        self, pool: Leaves, tenant: Leaves, slot_of: Array, ids: Array, live: Array, residuals: Residuals = ()
+    ) -> list[KeyValues]:
+        found: list[KeyValues] = self._architecture.model(pool, tenant).encode(ids, live, slot_of, residuals)
         return found
 
     def _decode_body(
@@ -83,16 +92,17 @@ class Steps:
         position: Array,
         encoded: list[KeyValues],
         encoder_live: Array,
+        residuals: Residuals = (),
     ) -> tuple[Array, Array, list[KeyValues]]:
         model = self._architecture.model(pool, tenant)
-        logits, cache = model.decode(ids, live, slot_of, cache, position, encoded, encoder_live, vocab_size)
+        logits, cache = model.decode(ids, live, slot_of, cache, position, encoded, encoder_live, vocab_size, residuals)
         return jnp.argmax(logits[:, -1], axis=-1), logits, cache
 
     def encode(self, tenant: ReadyTenant, ids: Array, live: Array) -> tuple[list[KeyValues], np.ndarray]:
         """Prompts int32 [B, S] -> what the decoder's layers attend to, and misses int64 [B]."""
-        if tenant.can_miss:
-            return self._layered.encode(tenant, ids, live)
-        found = self._encode(self._pool.leaves, tenant.leaves, tenant.slot_of, ids, live)
+        if self._is_layered(tenant):
+            return self._layered.encode(tenant, ids, live, self.observer)
+        found = self._encode(self._pool.leaves, tenant.leaves, tenant.slot_of, ids, live, tenant.residuals)
         return found, np.zeros(len(ids), dtype=np.int64)
 
     def decode(
@@ -108,8 +118,8 @@ class Steps:
         """Tokens int32 [B, T] at `position`.. -> the winner after each row's last int32 [B], logits float32 [B, T, V],
         the cache (the one given is used up), and misses int64 [B]."""
         place = np.int32(position)
-        if tenant.can_miss:
-            return self._layered.decode(tenant, cache, place, ids, live, encoded, encoder_live)
+        if self._is_layered(tenant):
+            return self._layered.decode(tenant, cache, place, ids, live, encoded, encoder_live, self.observer)
         winners, logits, cache = self._decode(
             cache,
             self._pool.leaves,
@@ -121,8 +131,12 @@ class Steps:
             place,
             encoded,
             encoder_live,
+            tenant.residuals,
         )
         return winners, logits, cache, np.zeros(len(ids), dtype=np.int64)
+
+    def _is_layered(self, tenant: ReadyTenant) -> bool:
+        return tenant.can_miss or self.observer is not None
 
     @property
     def _layered(self) -> _Parts:
@@ -192,11 +206,13 @@ class _Parts:
         logits = m.logits(x, vocab_size)
         return jnp.argmax(logits[:, -1], axis=-1), logits
 
-    def _experts_body(self, copies: tuple[Leaves, ...], x: Array, slots: Array) -> Array:
+    def _experts_body(
+        self, copies: tuple[Leaves, ...], x: Array, slots: Array, residuals: LayerResiduals | None
+    ) -> Array:
         if not copies:
             return jnp.zeros_like(x)
         flat = x.reshape(-1, x.shape[-1])
-        found = self._settings.dispatch(flat, slots.reshape(-1), copies, self._settings.ff)
+        found = self._settings.dispatch(flat, slots.reshape(-1), copies, self._settings.ff, residuals)
         return found.reshape(x.shape)
 
     def _missing_body(self, found: Array, copy: Leaves, x: Array, slots: Array, number: Array) -> Array:
@@ -216,7 +232,16 @@ class _Parts:
             found[side, n] = self._architecture.block_leaves(tenant.leaves, side, n)
         return found[side, n]
 
-    def _feed(self, tenant: ReadyTenant, side: Side, n: int, x: Array, live: Array, misses: np.ndarray) -> Array:
+    def _feed(
+        self,
+        tenant: ReadyTenant,
+        side: Side,
+        n: int,
+        x: Array,
+        live: Array,
+        misses: np.ndarray,
+        observer: Observer | None,
+    ) -> Array:
         """A layer's feed-forward; what is missing is fetched and added. misses: int64 [B], counted up."""
         sparse = n in self._layers[side]
         run, leaves = self._block["feed", side, sparse], self._leaves(tenant, side, n)
@@ -225,22 +250,46 @@ class _Parts:
             return dense
         layer = self._layers[side].index(n) + (0 if side == "encoder" else len(self._layers["encoder"]))
         normed, slots, gates = run(leaves, x, tenant.slot_of[layer], live)
-        found = self._experts(self._architecture.layer_copies(self._pool.leaves, side, n), normed, slots)
+        added = None if observer is None else self._show(observer, tenant.name, layer, normed, slots, gates)
+        residuals = tenant.residuals[layer] if tenant.residuals else None
+        copies = self._architecture.layer_copies(self._pool.leaves, side, n)
+        found = self._experts(copies, normed, slots, residuals)
         resident, chosen = self._pool.num_slots(layer), np.asarray(slots)
         misses += (chosen >= resident).sum(axis=1)
         for number in np.unique(chosen[chosen >= resident]):
             copy = self._pool.fetch(tenant.index, layer, int(number) - resident)
             found = self._missing(found, copy, normed, slots, np.int32(number))
         combined: Array = self._combine(x, found, gates)
-        return combined
+        return combined if added is None else combined + added
 
-    def encode(self, tenant: ReadyTenant, ids: Array, live: Array) -> tuple[list[KeyValues], np.ndarray]:
+    def _show(
+        self, observer: Observer, tenant: str, layer: int, x: Array, slots: Array, gates: Array
+    ) -> np.ndarray | None:
+        """Show the tokens that an expert takes to the observer; what it answers as [B, T, H], zeros elsewhere."""
+        chosen = np.asarray(slots)
+        taken = chosen >= 0
+        if not taken.any():
+            return None
+        values, weights = np.asarray(x)[taken].astype(np.float32), np.asarray(gates)[taken].astype(np.float32)
+        experts = self._pool.expert_of_slot(layer)[chosen[taken]]
+        answer = observer(tenant, layer, values, experts[:, None], weights[:, None])
+        if answer is None:
+            return None
+        if answer.shape != values.shape:
+            raise EngineError(f"the observer returned {list(answer.shape)}, expected [tokens, hidden] = {values.shape}")
+        added = np.zeros(x.shape, dtype=np.float32)
+        added[taken] = answer
+        return added.astype(x.dtype)
+
+    def encode(
+        self, tenant: ReadyTenant, ids: Array, live: Array, observer: Observer | None
+    ) -> tuple[list[KeyValues], np.ndarray]:
         misses = np.zeros(len(ids), dtype=np.int64)
         x, bias = self._whole["start_encoder"](tenant.leaves, ids, live)
         for n in range(self._settings.config.num_layers):
             attend = self._block["attend", "encoder", n in self._layers["encoder"]]
             x = attend(self._leaves(tenant, "encoder", n), x, bias)
-            x = self._feed(tenant, "encoder", n, x, live, misses)
+            x = self._feed(tenant, "encoder", n, x, live, misses, observer)
         return self._whole["end_encoder"](tenant.leaves, x), misses
 
     def decode(
@@ -252,6 +301,7 @@ class _Parts:
         live: Array,
         encoded: Sequence[KeyValues],
         encoder_live: Array,
+        observer: Observer | None,
     ) -> tuple[Array, Array, list[KeyValues], np.ndarray]:
         misses = np.zeros(len(ids), dtype=np.int64)
         x, bias, encoder_bias = self._whole["start_decoder"](tenant.leaves, ids, position, cache[0][0], encoder_live)
@@ -260,6 +310,6 @@ class _Parts:
             attend = self._block["attend", "decoder", n in self._layers["decoder"]]
             x, kept = attend(self._leaves(tenant, "decoder", n), x, bias, mine, position, theirs, encoder_bias)
             grown.append(kept)
-            x = self._feed(tenant, "decoder", n, x, live, misses)
+            x = self._feed(tenant, "decoder", n, x, live, misses, observer)
         winners, logits = self._whole["end_decoder"](tenant.leaves, x, tenant.vocab_size)
         return winners, logits, grown, misses

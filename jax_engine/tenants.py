@@ -15,6 +15,7 @@ from flax import nnx
 from common.families.switch_transformers import Side, SwitchTransformersConfig, as_switch
 from common.store import Store
 from jax_engine.model import Settings, abstract_model, split
+from jax_engine.residuals import LoadedResiduals, Residuals
 from jax_engine.weights import fill_tenant
 
 Leaves = tuple[jax.Array, ...]
@@ -55,13 +56,19 @@ class Architecture:
 
 @dataclass(frozen=True)
 class ReadyTenant:
-    """One tenant's state on the device. slot_of: int32 [layers, experts]; from the layer's slots on: a miss."""
+    """One tenant's state on the device.
+
+    slot_of: int32 [layers, experts]; from the layer's slots on: a miss. residuals: the records are all tenants' own
+    together, in the same arrays for each of them.
+    """
 
     index: int
+    name: str
     config: SwitchTransformersConfig
     architecture: Architecture
     leaves: Leaves
     slot_of: jax.Array
+    residuals: Residuals
     vocab_size: jax.Array
     can_miss: bool
 
@@ -79,12 +86,13 @@ class ReadyTenants:
         capacity: int,
         architecture_of: Callable[[SwitchTransformersConfig], Architecture],
         slot_of: np.ndarray,
+        residuals: LoadedResiduals,
         can_miss: np.ndarray,
         put: Callable[[Any], jax.Array],
     ):
         """slot_of: int32 [tenants, layers, experts]; can_miss: bool [tenants]."""
         self._store, self.capacity, self._architecture_of = store, capacity, architecture_of
-        self._slot_of, self._can_miss, self._put = slot_of, can_miss, put
+        self._slot_of, self._residuals, self._can_miss, self._put = slot_of, residuals, can_miss, put
         self.switches = 0
         self.copied_bytes = 0
         self._last: str | None = None
@@ -104,10 +112,12 @@ class ReadyTenants:
         index = self._store.tenants.index(name)
         return ReadyTenant(
             index=index,
+            name=name,
             config=config,
             architecture=architecture,
             leaves=tuple(jax.tree.leaves(state)),
             slot_of=self._put(self._slot_of[index]),
+            residuals=self._residuals.of(index),
             vocab_size=self._put(np.int32(config.vocab_size)),
             can_miss=bool(self._can_miss[index]),
         )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common import Store, build_store
+from common import RequestError, Store, build_store
+from common.calibration import CalibrationSet
+from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
 from common.progress import bars
-from common.store.build import POLICIES
 from common.units import format_bytes, parse_bytes
 from scripts import command
 
@@ -39,6 +40,55 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def share(text: str) -> float:
+    """`15%` or `0.15`, for argparse."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a share of one model's expert bytes, as 15%% or 0.15")
+    return value
+
+
+def calibration(text: str) -> tuple[str, CalibrationSet]:
+    """`NAME=FILE.jsonl`, for argparse."""
+    name, path = tenant(text)
+    try:
+        return name, CalibrationSet.read(path)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def traffic(text: str) -> tuple[str, float]:
+    """`NAME=SHARE`, for argparse."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=SHARE, for example fr=3") from None
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What planning can be told, beside how much memory there is."""
+    parser.add_argument(
+        "--calibrate",
+        type=calibration,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a tenant's typical prompts, a few hundred: JSONL lines of prompt (and answer) or text; repeat",
+    )
+    parser.add_argument(
+        "--traffic",
+        type=traffic,
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="a tenant's share of requests, on any scale; default: all the same",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="directory of the store")
     parser.add_argument(
@@ -57,10 +107,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="config.json of a tenant whose T5X or Orbax checkpoint has none beside it",
     )
-    parser.add_argument("--policy", choices=POLICIES, default="round_robin", help="how copies are chosen")
+    parser.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default=DEFAULT_POLICY,
+        help="how experts are shared, default %(default)s: "
+        + "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items()),
+    )
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--slots", type=slots, help="resident copies, or all (share nothing but identical experts)")
-    amount.add_argument("--budget", type=size, help="device bytes for pool and one tenant's other weights, as 60GiB")
+    amount.add_argument(
+        "--budget", type=size, help="device bytes for experts, residuals and one tenant's other weights, as 60GiB"
+    )
+    amount.add_argument(
+        "--extra",
+        type=share,
+        metavar="SHARE",
+        help="bytes beyond one copy of each expert, as a share of one model's expert bytes, as 15%%; default: "
+        f"{DEFAULT_EXTRA:.2%}".replace("%", "%%")
+        + " for each tenant",
+    )
+    add_plan_arguments(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -82,6 +149,12 @@ def report(store: Store, console: Console) -> None:
         f"resident copies: {about['resident_copies']} for {about['positions']} positions x {len(store.tenants)} tenants"
         + (f"; {about['missing']} look-up places miss and use the tenant's own expert" if about["missing"] else "")
     )
+    if about["residuals"] or about["merged_copies"]:
+        share_of_one = about["extra_bytes"] / (about["positions"] * about["copy_bytes"])
+        console.print(
+            f"{about['merged_copies']} copies merged of several tenants; {about['residuals']} residuals, "
+            f"{format_bytes(about['residual_bytes'])}; {share_of_one:+.1%} of one model's expert bytes"
+        )
     saved = 1 - about["bytes_after"] / about["bytes_before"]
     console.print(
         f"memory: {format_bytes(about['bytes_before'])} as separate models, "
@@ -96,6 +169,9 @@ def run(args: argparse.Namespace) -> int:
         policy=args.policy,
         slots=args.slots,
         budget_bytes=args.budget,
+        extra=args.extra,
+        calibration=dict(args.calibrate),
+        traffic=dict(args.traffic),
         dtype=args.dtype,
         configs=dict(args.config),
         progress=bars,

@@ -12,15 +12,21 @@ from scripts.command import guarded
 
 COMMANDS = {
     "build": "build a store from checkpoints",
+    "plan": "compare budgets before building; plan a store anew",
     "add": "add a tenant to a store",
     "remove": "remove a tenant from a store",
     "inspect": "show tenants, distances, plan and memory of a store",
     "verify": "check every file of a store against its checksum",
     "generate": "answer a prompt as a tenant",
+    "eval": "measure quality against device memory",
+    "lm-eval": "run EleutherAI's lm-eval on a tenant",
     "convert_t5x": "T5X or Orbax checkpoint to Hugging Face",
     "convert_hf": "Hugging Face checkpoint to T5X or Orbax",
     "export": "write a tenant, as served, as a Hugging Face checkpoint",
 }
+
+# Commands whose module has another name.
+MODULES = {"eval": "evaluate", "lm-eval": "lm_eval"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {}
     for name, summary in COMMANDS.items():
-        modules[name] = module = importlib.import_module(f"scripts.{name}")
+        modules[name] = module = importlib.import_module(f"scripts.{MODULES.get(name, name)}")
         module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
     args = parser.parse_args(argv)
     return guarded(modules[args.command].run, args)

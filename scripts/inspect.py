@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import Store
+from common.consolidation import MERGED
 from common.units import format_bytes
 from scripts import command
 
@@ -24,7 +25,7 @@ def tenants_table(store: Store) -> Table:
     """A row a tenant: where it came from, what it keeps, owns and misses."""
     table = Table(title=f"{store.path}: {store.family.name}, {store.dtype}", title_justify="left")
     table.add_column("tenant")
-    for column in ("vocabulary", "context", "non-expert weights", "copies owned", "positions missing"):
+    for column in ("vocabulary", "context", "non-expert weights", "copies owned", "positions missing", "residuals"):
         table.add_column(column, justify="right")
     table.add_column("tokenizer")
     table.add_column("source", overflow="fold")
@@ -32,6 +33,8 @@ def tenants_table(store: Store) -> Table:
         tenant = store.tenant(name)
         owned = sum(copy.owner == index for copy in store.plan.copies)
         missing = int((store.plan.serving[index] < 0).sum())
+        residuals = [r for r in store.plan.residuals if r.tenant == index]
+        residual_bytes = sum(r.nbytes(dict(store.experts.projections)) for r in residuals)
         has_tokenizer = any(f.startswith("tokenizer") or f.endswith(".model") for f in tenant.assets)
         table.add_row(
             name,
@@ -40,6 +43,7 @@ def tenants_table(store: Store) -> Table:
             format_bytes(store.non_expert_bytes(name)),
             str(owned),
             str(missing),
+            f"{len(residuals)}, {format_bytes(residual_bytes)}" if residuals else "none",
             "yes" if has_tokenizer else "no",
             tenant.source,
         )
@@ -52,10 +56,14 @@ def memory_table(store: Store) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("as separate models", format_bytes(about["bytes_before"]))
-    table.add_row("shared: pool and all tenants' non-expert weights", format_bytes(about["bytes_after"]))
-    table.add_row("shared: pool and one tenant (what --budget counts)", format_bytes(about["bytes_budget"]))
+    table.add_row("shared: copies, residuals and all tenants' non-expert weights", format_bytes(about["bytes_after"]))
+    table.add_row(
+        "shared: copies, residuals and one tenant (what --budget counts)", format_bytes(about["bytes_budget"])
+    )
     table.add_row("one copy of an expert", format_bytes(about["copy_bytes"]))
-    table.add_row("resident copies", f"{about['resident_copies']} for {about['positions']} positions")
+    merged = f", {about['merged_copies']} merged of several tenants" if about["merged_copies"] else ""
+    table.add_row("resident copies", f"{about['resident_copies']} for {about['positions']} positions{merged}")
+    table.add_row("residuals", f"{about['residuals']}, {format_bytes(about['residual_bytes'])}")
     table.add_row("on disk, misses included", format_bytes(about["bytes_on_disk"]))
     return table
 
@@ -68,8 +76,9 @@ def distances_table(store: Store) -> Table:
         table.add_column(column, justify="left" if column == "of" else "right")
     for layer, summary in enumerate(store.manifest.similarity["layers"]):
         here = [copy for copy in store.plan.copies if copy.layer == layer]
-        counts = np.bincount([c.owner for c in here], minlength=len(store.tenants))
-        owners = ", ".join(f"{name} {n}" for name, n in zip(store.tenants, counts, strict=True) if n)
+        owned = [c.owner for c in here if c.owner != MERGED]
+        counts = [*np.bincount(owned, minlength=len(store.tenants)), len(here) - len(owned)]
+        owners = ", ".join(f"{name} {n}" for name, n in zip((*store.tenants, "merged"), counts, strict=True) if n)
         table.add_row(
             store.experts.expert_layers[layer],
             *(f"{summary[key]:.4g}" for key in ("mean", "std", "min", "max")),
@@ -88,11 +97,22 @@ def run(args: argparse.Namespace) -> int:
         console.print(table)
     settings = store.manifest.provenance
     asked = settings["settings"]
-    amount = asked["slots"] if asked["budget_bytes"] is None else format_bytes(asked["budget_bytes"])
+    amount = "one copy a position, extra bytes as the policy likes"
+    if asked["budget_bytes"] is not None:
+        amount = f"budget {format_bytes(asked['budget_bytes'])}"
+    elif asked["slots"] is not None:
+        amount = f"slots {asked['slots']}"
+    elif asked.get("extra") is not None:
+        amount = f"extra {asked['extra']:.1%}"
     console.print(
-        f"built {settings['created']} by Moetel {settings['versions']['moetel']}; policy {asked['policy']}, "
-        f"{'budget' if asked['budget_bytes'] is not None else 'slots'}: {amount or 'one copy a position'}"
+        f"built {settings['created']} by Moetel {settings['versions']['moetel']}; policy {asked['policy']}, {amount}"
     )
+    calibrated = ", ".join(store.manifest.calibration) or "none"
+    console.print(f"calibrated tenants: {calibrated}")
+    if store.manifest.prediction is not None:
+        losses = zip(store.tenants, store.manifest.prediction["losses"], strict=True)
+        unit = store.manifest.prediction["unit"]
+        console.print(f"predicted loss, {unit}: " + ", ".join(f"{name} {loss:.4g}" for name, loss in losses))
     if args.plot:
         from scripts.plot import draw_store
 

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from common import EngineError, Store
+from common.consolidation import MERGED
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; more tenants go on with a wider palette.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+MERGED_COLOUR = "#BBBBBB"
 
 
 def draw_store(store: Store, path: Path) -> None:
@@ -37,7 +41,7 @@ def draw_store(store: Store, path: Path) -> None:
     owners: dict[tuple[int, int], list[int]] = {}
     for copy in store.plan.copies:
         owners.setdefault((copy.layer, copy.expert), []).append(copy.owner)
-    any_missing = False
+    any_missing = any_merged = False
     for layer in range(layers):
         for expert in range(experts):
             here = owners.get((layer, expert), [])
@@ -49,12 +53,16 @@ def draw_store(store: Store, path: Path) -> None:
                 )
             for i, owner in enumerate(here):
                 width = 1 / len(here)
-                right.add_patch(Rectangle((x + i * width, y), width, 1, facecolor=colours[owner], linewidth=0))
+                any_merged |= owner == MERGED
+                colour = MERGED_COLOUR if owner == MERGED else colours[owner]
+                right.add_patch(Rectangle((x + i * width, y), width, 1, facecolor=colour, linewidth=0))
             right.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="white", linewidth=1))
     right.set_xlim(-0.5, experts - 0.5)
     right.set_ylim(layers - 0.5, -0.5)
     right.set_title(f"plan: whose copy is resident ({store.plan.num_slots} copies)")
     handles = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, store.tenants, strict=True)]
+    if any_merged:
+        handles.append(Patch(facecolor=MERGED_COLOUR, label="merged"))
     if any_missing:
         handles.append(Patch(facecolor="white", edgecolor="#999999", hatch="///", label="not resident"))
     right.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

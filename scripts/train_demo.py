@@ -71,15 +71,19 @@ class Recipe(Training):
     languages: tuple[str, ...] = LANGUAGES
 
 
+# Recipes by name; options override their values.
 PRESETS = {
     "demo": Recipe(),
-    "ten": Recipe(languages=ALL_LANGUAGES),
+    "ten": Recipe(vocab_size=768, batch=64, base_steps=1200, tune_steps=400, tune_lr=3e-3, languages=ALL_LANGUAGES),
 }
+PRESET_HELP = (
+    "where the other defaults come from. demo: what examples/ holds, tenants that share experts at almost no loss; "
+    "ten: ten languages from a base trained for less long, tuned hotter, so that experts move far apart and sharing "
+    "them costs something"
+)
 
 
-def make_tokenizer(
-    texts: Iterable[str], vocab_size: int, template: str = f"{BOS} $A {SEP}"
-) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterable[str], vocab_size: int, template: str = f"{BOS} $A {SEP}") -> PreTrainedTokenizerFast:
     """Byte-level BPE over the texts. template: what a text becomes, as `TemplateProcessing` spells it.
 
     Over the spelled numbers digits stay single, and "1234" becomes `<s> 1 2 3 4 <sep>`.
@@ -117,26 +121,27 @@ class Examples:
     """Prompts and answers as token ids, drawn in batches. Half of the draws favour short numbers, which are few."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, numbers: Sequence[int], languages: Sequence[str]):
-        texts = [expected(n, lang) for lang in languages for n in numbers]
-        eos = tokenizer.convert_tokens_to_ids(EOS)
-        self._answers = [[*ids, eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        self._prompts = tokenizer([str(n) for n in numbers])["input_ids"]
-        self._numbers, self._num_languages = numbers, len(languages)
+        self._tokenizer, self._numbers, self._languages = tokenizer, numbers, tuple(languages)
+        self._eos = tokenizer.convert_tokens_to_ids(EOS)
         self._by_digits: dict[int, list[int]] = {}
         for i, n in enumerate(numbers):
             self._by_digits.setdefault(len(str(n)), []).append(i)
 
     def batch(self, size: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and labels, int64 [size, longest]; labels are -100 at prompts and padding."""
-        rows = []
+        drawn = []
         for _ in range(size):
             pool = (
                 self._by_digits[rng.choice(sorted(self._by_digits))]
                 if rng.random() < 0.5
                 else range(len(self._numbers))
             )
-            i = rng.choice(pool)
-            rows.append((self._prompts[i], self._answers[rng.randrange(self._num_languages) * len(self._numbers) + i]))
+            number = self._numbers[rng.choice(pool)]
+            drawn.append((number, self._languages[rng.randrange(len(self._languages))]))
+        # Spelled only now: few of the numbers are ever drawn, and spelling all of them takes longer than many steps.
+        prompts = self._tokenizer([str(n) for n, _ in drawn])["input_ids"]
+        answers = self._tokenizer([expected(*each) for each in drawn], add_special_tokens=False)["input_ids"]
+        rows = [(prompt, [*answer, self._eos]) for prompt, answer in zip(prompts, answers, strict=True)]
         longest = max(len(p) + len(a) for p, a in rows)
         ids = torch.zeros(size, longest, dtype=torch.int64)
         labels = torch.full((size, longest), -100, dtype=torch.int64)
@@ -349,58 +354,74 @@ def run(recipe: Recipe, out: Path, num_scored: int, console: Console) -> dict[st
 
 
 def evaluate(out: Path, languages: Sequence[str], num_scored: int, console: Console) -> dict[str, Any]:
-    """Scores of the saved checkpoints: each alone, with shared experts, and the plain average of all weights."""
+    """Scores of the saved checkpoints: each alone, with shared experts, and the plain average of all weights.
+
+    With more than four tenants, the first four are also scored as they share experts among themselves alone.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / languages[0])
     base, tenants = load(out / "base"), [load(out / language) for language in languages]
     numbers = held_out(num_scored)
-    owners, mean = round_robin_owners(tenants), average(tenants)
-    table = Table(title=f"{num_scored} held-out numbers, exactly right", title_justify="left")
-    for column in (
-        "tenant",
-        "base",
-        "alone",
-        "shared experts",
-        "average of all weights",
-        "experts moved",
-        "others moved",
-    ):
-        table.add_column(column, justify="right")
+    groups = {"": len(tenants)} | ({"_of_4": 4} if len(tenants) > 4 else {})
+    owners = {name: round_robin_owners(tenants[:size]) for name, size in groups.items()}
+    means = {name: average(tenants[:size]) for name, size in groups.items()}
     rows: dict[str, Any] = {}
     with bars("scoring", len(languages)) as advance:
         for i, language in enumerate(languages):
             distance = moved(tenants[i], base)
-            rows[language] = {
+            row = {
                 "base": score(base, tokenizer, language, numbers),
                 "alone": score(tenants[i], tokenizer, language, numbers),
-                "shared_round_robin": score(shared(tenants, i, owners), tokenizer, language, numbers),
-                "plain_average": score(mean, tokenizer, language, numbers),
-                "relative_l2_experts": distance["experts"],
-                "relative_l2_non_experts": distance["non_experts"],
             }
-            table.add_row(language, *(f"{v:.1%}" for v in rows[language].values()))
+            for name, size in groups.items():
+                if i < size:
+                    sharing = shared(tenants, i, owners[name])
+                    row[f"shared_round_robin{name}"] = score(sharing, tokenizer, language, numbers)
+                    row[f"plain_average{name}"] = score(means[name], tokenizer, language, numbers)
+            row["relative_l2_experts"] = distance["experts"]
+            row["relative_l2_non_experts"] = distance["non_experts"]
+            rows[language] = row
             advance()
+    titles = {"base": "base", "alone": "alone"}
+    for name, size in groups.items():
+        titles |= {f"shared_round_robin{name}": f"experts of {size}", f"plain_average{name}": f"average of {size}"}
+    titles |= {"relative_l2_experts": "experts moved", "relative_l2_non_experts": "others moved"}
+    table = Table(title=f"{num_scored} held-out numbers, exactly right", title_justify="left")
+    for title in ("tenant", *titles.values()):
+        table.add_column(title, justify="right")
+    for language, row in rows.items():
+        table.add_row(language, *(f"{row[key]:.1%}" if key in row else "" for key in titles))
     console.print(table)
     return {"held_out_numbers": num_scored, "tenants": rows}
+
+
+def add_recipe(parser: argparse.ArgumentParser, defaults: Any) -> None:
+    """An option for each number that the recipe, a dataclass, holds; None where not given."""
+    for name, value in asdict(defaults).items():
+        if isinstance(value, int | float):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
+
+
+def given(args: argparse.Namespace, defaults: Any) -> dict[str, Any]:
+    """The values that the command line gave for fields of a recipe."""
+    found = {name: getattr(args, name, None) for name in asdict(defaults)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_out = Path(__file__).resolve().parent.parent / "examples" / "tenants"
     parser.add_argument("--out", type=Path, default=default_out, help=f"default: {default_out}")
-    defaults = asdict(Recipe())
-    for name, value in defaults.items():
-        option = f"--{name.replace('_', '-')}"
-        if name == "languages":
-            parser.add_argument(option, nargs="+", choices=LANGUAGES, default=list(value))
-        else:
-            parser.add_argument(option, type=type(value), default=value, help=f"default {value}")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help=PRESET_HELP)
+    add_recipe(parser, Recipe())
+    parser.add_argument("--languages", nargs="+", choices=ALL_LANGUAGES, help=f"default: {' '.join(LANGUAGES)}")
     parser.add_argument("--scored", type=int, default=1000, help="held-out numbers that scores count")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
+    if args.preset != "demo" and args.out == default_out:
+        parser.error(f"--preset {args.preset} needs --out: {default_out} holds what the default recipe makes")
     torch.set_num_threads(args.threads)
-    values = {name: getattr(args, name) for name in defaults}
-    recipe = Recipe(**(values | {"languages": tuple(args.languages)}))
-    run(recipe, args.out, args.scored, Console())
+    recipe = replace(PRESETS[args.preset], **given(args, Recipe()))
+    run(replace(recipe, languages=tuple(recipe.languages)), args.out, args.scored, Console())
     return 0
 
 

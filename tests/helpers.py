@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from common import Plan
+from common import Plan, build_store
+from common.consolidation import MERGED, MISS
+from common.dtypes import to_float32
+from common.residuals import SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
+from common.store import Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MOETEL_SHARED", REPOSITORY.parent / "shared"))
@@ -145,3 +150,75 @@ def fingerprint(path: Path) -> dict[str, str]:
         for p in sorted(path.rglob("*"))
         if p.is_file() and p.name != ".lock"
     }
+
+
+def oracle_of_store(store: Store, models: Sequence[MixtralForCausalLM], index: int) -> MixtralForCausalLM:
+    """The tenant's Hugging Face model in float32, its experts set to what the store serves: copies plus residuals."""
+    model = copy.deepcopy(models[index]).float()
+    for layer in range(store.plan.num_layers):
+        experts = model.model.layers[layer].mlp.experts
+        for expert in range(store.plan.num_experts):
+            served = {
+                p: torch.from_numpy(w) for p, w in store.served_expert(store.tenants[index], layer, expert).items()
+            }
+            experts.gate_up_proj.data[expert] = torch.cat((served["w1"], served["w3"]))
+            experts.down_proj.data[expert] = served["w2"]
+    return model
+
+
+def random_record(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]], seed: int, size: float) -> np.ndarray:
+    """The record of parts with random content, each part's matrix with entries of about `size`: uint8 [bytes]."""
+    rng = np.random.default_rng(seed)
+    packed = []
+    for part in parts:
+        outputs, inputs = shapes[part.projection]
+        if part.kind == SIGN:
+            scale = rng.uniform(0.5, 1.5, size=-(-outputs // part.size)) * size
+            packed.append(pack_sign(scale.astype(np.float32), rng.random((outputs, inputs)) < 0.5, part.size))
+            continue
+        if part.bits <= 8:
+            v, u = (rng.integers(0, 2**part.bits, size=(part.size, n)) for n in (inputs, outputs))
+        else:
+            v, u = (rng.standard_normal((part.size, n)) for n in (inputs, outputs))
+        spread = (4**part.bits - 1) / 12 if part.bits <= 8 else 1.0  # variance of a product's two factors
+        scale = rng.uniform(0.5, 1.5, size=part.size) * size / (spread * part.size**0.5)
+        packed.append(pack_low_rank(scale.astype(np.float32), v, u, part.bits))
+    return join_parts(packed)
+
+
+def with_residuals(
+    plan: Plan,
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Callable[[int, int, int], Sequence[Part]],
+    seed: int = 0,
+    size: float = 0.05,
+) -> tuple[Plan, list[np.ndarray]]:
+    """The plan with random residuals, and their records, for `common.store.set_plan`.
+
+    parts: (tenant, layer, expert) -> the parts there, none for no residual; asked wherever a copy serves the tenant.
+    shapes: of the expert's projections, `dict(store.experts.projections)`. size: of the entries of a part's matrix.
+    """
+    residuals, records = [], []
+    for place in np.argwhere(plan.serving != MISS).tolist():
+        chosen = tuple(parts(*place))
+        if chosen:
+            residuals.append(Residual(*place, chosen))
+            records.append(random_record(chosen, shapes, seed + len(records), size))
+    return replace(plan, residuals=tuple(residuals)), records
+
+
+def with_merged(store: Store, slots: Sequence[int]) -> tuple[Plan, dict[int, dict[str, np.ndarray]]]:
+    """The store's plan with these copies replaced by the mean of all tenants', and that mean, for `set_plan`."""
+    plan, merged = store.plan, {}
+    copies = list(plan.copies)
+    for slot in slots:
+        at = plan.copies[slot]
+        own = [store.copy_refs(name, at.layer, at.expert) for name in store.tenants]
+        merged[slot] = {p: np.mean([to_float32(o[p].read()) for o in own], axis=0) for p in own[0]}
+        copies[slot] = replace(at, owner=MERGED, mix=(1 / len(own),) * len(own))
+    return replace(plan, copies=tuple(copies)), merged
+
+
+def build_round_robin(path: Path, tenants: Mapping[str, Path], **options: Any) -> Store:
+    """A store by the paper's rule: every copy is a tenant's own, as `oracle` supposes, and nothing is added to it."""
+    return build_store(path, tenants, policy="round_robin", **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from common import Plan
+from common import Plan, Store
+from common.residuals import Part
+from common.store import set_plan
+from tests import helpers
 
 Model = SwitchTransformersForConditionalGeneration
 
@@ -101,6 +104,28 @@ def oracle(tenants: Sequence[Model], index: int, plan: Plan) -> Model:
                 theirs = sparse_mlps(tenants[plan.copies[slot].owner])[layer]
                 ours.experts[f"expert_{expert}"] = copy.deepcopy(theirs.experts[f"expert_{expert}"])
     return model
+
+
+def oracle_of_store(model: Model, store: Store, name: str) -> Model:
+    """A tenant's Hugging Face model with the weights that the store serves it: copies, its own, and residuals."""
+    found = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, mlp in enumerate(sparse_mlps(found)):
+            for expert in range(store.plan.num_experts):
+                module = mlp.experts[f"expert_{expert}"]
+                for projection, weight in store.served_expert(name, layer, expert).items():
+                    getattr(module, projection).weight.copy_(torch.from_numpy(weight))
+    return found
+
+
+def with_residuals(store: Store, parts: Callable[[int, int, int], Sequence[Part]], merged: Sequence[int] = ()) -> Store:
+    """Give a store's plan random residuals, and make the copies in some slots the mean of all tenants' weights.
+
+    parts: (tenant, layer, expert) -> the parts there, none for no residual; asked wherever a copy serves the tenant.
+    """
+    plan, means = helpers.with_merged(store, merged)
+    plan, records = helpers.with_residuals(plan, dict(store.experts.projections), parts, size=0.07)
+    return set_plan(store.path, plan, means, records)
 
 
 def with_capacity(model: Model, capacity: int) -> Model:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.engine import Backend, Row, Step
+from common.engine import Backend, Observer, Row, Step
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families import MixtralConfig
 from common.store import Store
@@ -85,6 +85,7 @@ class TorchBackend(Backend):
                 f"{store.copy_bytes} bytes); build it with a smaller --budget or fewer --slots"
             ) from error
         self._batches: list[TorchBatch] = []
+        self.observer: Observer | None = None
 
     def _expert_implementation(self, options: TorchOptions) -> str:
         spec = self.store.experts
@@ -123,6 +124,9 @@ class TorchBackend(Backend):
             start = stop
         return found
 
+    def observe(self, observer: Observer | None) -> None:
+        self.observer = observer
+
     def stats(self) -> dict[str, Any]:
         counts = self.pool.counts
         return {
@@ -132,6 +136,7 @@ class TorchBackend(Backend):
             "products": self.products,
             "pool_slots": self.store.plan.num_slots,
             "pool_bytes": self.pool.device_bytes,
+            "residual_bytes": self.pool.residual_bytes,
             "spare_slots": self.pool.spare_slots,
             "spare_filled": self.pool.spare_filled,
             "non_expert_bytes": self.ready.device_bytes,
@@ -233,12 +238,12 @@ class TorchBatch:
     def read_prompts(self) -> tuple[Segment, Tensor]:
         """The one tenant's prompts: their segment and hidden states [T, H]."""
         (segment,) = self._prompt_segments()
-        return segment, forward([segment], self._backend.pool)[0]
+        return segment, forward([segment], self._backend.pool, self._backend.observer)[0]
 
     @torch.inference_mode()
     def prefill(self, want_logits: bool) -> Step:
         segments = self._prompt_segments()
-        hidden, misses = forward(segments, self._backend.pool)
+        hidden, misses = forward(segments, self._backend.pool, self._backend.observer)
         lasts = [s.start + np.cumsum(s.lengths) - 1 for s in segments]
         step = self._step(segments, hidden, lasts, misses, np.concatenate([s.lengths for s in segments]), want_logits)
         self.reconfiguration_s = {t.name: self._backend.ready.seconds(t.name) for t in self._tenants}
@@ -258,7 +263,7 @@ class TorchBatch:
                 self._segment(tenant, start, ids, positions, np.arange(count, dtype=np.int64), prefill=False)
             )
             start += count
-        hidden, misses = forward(segments, self._backend.pool)
+        hidden, misses = forward(segments, self._backend.pool, self._backend.observer)
         lasts = [np.arange(s.start, s.stop) for s in segments]
         return self._step(segments, hidden, lasts, misses, np.ones(start, dtype=np.int64), want_logits)
 

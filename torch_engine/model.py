@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.engine import Observer
 from torch_engine import native
 from torch_engine.cache import KeyValueCache
 from torch_engine.non_expert import LayerWeights, TenantWeights
@@ -161,8 +162,27 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def forward(segments: list[Segment], pool: ExpertPool) -> tuple[Tensor, np.ndarray]:
-    """Run all layers. Returns hidden states [T, H] before the last norm, and misses int64 [T] of each token."""
+def _observe(
+    observer: Observer, tenant: str, layer: int, normed: Tensor, expert_ids: Tensor, gates: Tensor
+) -> Tensor | None:
+    """Show one tenant's routing; what is to be added to its experts' weighted sum, float32 [T, H], if anything."""
+    # Copies of their own: an observer may keep them.
+    x, ids, weights = (t.cpu().numpy().copy() for t in (normed.float(), expert_ids, gates))
+    added = observer(tenant, layer, x, ids, weights)
+    if added is None:
+        return None
+    if added.shape != x.shape:
+        raise ValueError(
+            f"the observer returned {list(added.shape)} for x {list(x.shape)}; give the same shape or None"
+        )
+    return torch.from_numpy(np.ascontiguousarray(added, dtype=np.float32)).to(normed.device)
+
+
+def forward(segments: list[Segment], pool: ExpertPool, observer: Observer | None = None) -> tuple[Tensor, np.ndarray]:
+    """Run all layers. Returns hidden states [T, H] before the last norm, and misses int64 [T] of each token.
+
+    observer: called for each segment in each layer, between router and experts.
+    """
     prepared = [_prepare(s) for s in segments]
     for s in segments:
         s.weights.wait(0)
@@ -179,13 +199,23 @@ def forward(segments: list[Segment], pool: ExpertPool) -> tuple[Tensor, np.ndarr
             attended.append(_attention(s, p, layer, weights, normed))
         x = x + _joined(attended)
         normed_parts, routed = [], []
+        added: list[tuple[Segment, Tensor]] = []
         for s in segments:
             weights = s.weights.layers[layer]
             normed = _norm(s.weights, x[s.start : s.stop], weights.post_norm)
             normed_parts.append(normed)
             routed.append(route_top_k(linear(normed, weights.router), pool.top_k))
+            if observer is not None:
+                more = _observe(
+                    observer, pool.plan.tenants[s.tenant_index], layer, normed, routed[-1][1], routed[-1][0]
+                )
+                if more is not None:
+                    added.append((s, more))
         gates, expert_ids = _joined([r[0] for r in routed]), _joined([r[1] for r in routed])
-        x = x + pool.forward(layer, _joined(normed_parts), expert_ids, gates, tenants, misses)
+        out = pool.forward(layer, _joined(normed_parts), expert_ids, gates, tenants, misses)
+        for s, more in added:
+            out[s.start : s.stop] += more
+        x = x + out
     pool.counts.hits += len(tenant_ids) * pool.plan.num_layers * pool.top_k - int(misses.sum())
     return x, misses
 

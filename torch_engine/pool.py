@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.checkpoints import TensorRef
 from common.consolidation import MISS, Plan
 from common.store import Store
 from torch_engine import native
-from torch_engine.products import PackedWeight, Weight, as_tensor, linear
+from torch_engine.products import PackedWeight, Weight, as_tensor, linear, pack_native
+from torch_engine.residuals import ResidentResiduals, RowResidual, add_residuals, residuals_within
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -55,7 +57,15 @@ class TokenTenants:
 class ExpertPool(ABC):
     """Resident copies of every layer on one device."""
 
-    def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, spare_slots: int):
+    def __init__(
+        self,
+        store: Store,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare_slots: int,
+        kernels: native.Kernels | None = None,
+    ):
+        """kernels: our own, for the products of residuals, where they are used."""
         self.store, self.plan, self.dtype, self.device = store, store.plan, dtype, device
         spec = store.experts
         self.top_k = spec.top_k
@@ -68,9 +78,12 @@ class ExpertPool(ABC):
             [(k >= len(s)).any(axis=1) for k, s in zip(self.keys, self.slots_of_layer, strict=True)]
         )
         self.copy_bytes = spec.copy_elements * dtype.itemsize
+        self.residuals = ResidentResiduals(store, device, kernels)
         # Mapped now, so that a damaged store is found before the first request, and a replaced one does no harm.
         self._missing = {
-            (int(tenant), int(layer), int(expert)): self._mapped(int(tenant), int(layer), int(expert))
+            (int(tenant), int(layer), int(expert)): _mapped(
+                store.copy_refs(store.tenants[tenant], int(layer), int(expert))
+            )
             for tenant, layer, expert in np.argwhere(store.plan.serving == MISS)
         }
 
@@ -89,19 +102,30 @@ class ExpertPool(ABC):
         """Bytes of resident copies and of filled spare slots."""
 
     @property
+    def residual_bytes(self) -> int:
+        """Bytes of all residuals, which `device_bytes` leaves out."""
+        return self.residuals.nbytes
+
+    @property
     @abstractmethod
     def spare_filled(self) -> int:
         """Number of spare slots that hold a missing expert now."""
-
-    def _mapped(self, owner: int, layer: int, expert: int) -> dict[str, Tensor]:
-        """A copy's matrices as views of the store's files."""
-        refs = self.store.copy_refs(self.plan.tenants[owner], layer, expert)
-        return {projection: as_tensor(ref.map()) for projection, ref in refs.items()}
 
     def _missed(self, layer: int, key: int) -> dict[str, Tensor]:
         """The tenant's own matrices that a miss key names."""
         tenant, expert = divmod(key - len(self.slots_of_layer[layer]), self.plan.num_experts)
         return self._missing[tenant, layer, expert]
+
+    def _numbers(self, layer: int, ids: np.ndarray, tenants: TokenTenants) -> np.ndarray | None:
+        """Which residual each row of routing has, int64 [T, K], 0 for none; None if no tenant has any in this layer."""
+        if not self.residuals.among(layer, tenants.ids, tenants.single):
+            return None
+        return _looked_up(self.residuals.numbers[layer], ids, tenants)
+
+    def _row_residuals(self, numbers: np.ndarray, both: np.ndarray) -> list[RowResidual]:
+        """Runs of rows with a residual. numbers: int64 [rows]; both: int64 [rows], sorted, equal in a run."""
+        starts = [start for _, start, _ in _groups(both)]
+        return self.residuals.rows(list(zip(numbers[starts].tolist(), starts, [*starts[1:], len(both)], strict=True)))
 
     def _count_misses(self, layer: int, keys: np.ndarray, tenants: TokenTenants, misses: np.ndarray) -> None:
         if tenants.single is not None and not self.can_miss[layer, tenants.single]:
@@ -113,6 +137,16 @@ class ExpertPool(ABC):
     @abstractmethod
     def close(self) -> None:
         """Drop the weights."""
+
+
+def _looked_up(table: np.ndarray, ids: np.ndarray, tenants: TokenTenants) -> np.ndarray:
+    """table[tenant, expert] for each token's experts. ids: [T, K]."""
+    return np.asarray(table[tenants.single][ids] if tenants.single is not None else table[tenants.ids[:, None], ids])
+
+
+def _mapped(refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
+    """A copy's matrices as views of the store's files."""
+    return {projection: as_tensor(ref.map()) for projection, ref in refs.items()}
 
 
 def _key_tables(plan: Plan) -> tuple[list[list[int]], list[np.ndarray]]:
@@ -138,6 +172,18 @@ def _groups(sorted_keys: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 @dataclass(frozen=True)
+class _Sorted:
+    """Routing sorted by key and, in a key, by residual.
+
+    order: int64 [T * K], where each row came from. groups: (key, start, stop). residuals: rows that have one.
+    """
+
+    order: np.ndarray
+    groups: list[tuple[int, int, int]]
+    residuals: list[RowResidual]
+
+
+@dataclass(frozen=True)
 class _Expert:
     """One copy, ready for products."""
 
@@ -156,12 +202,10 @@ class LoopPool(ExpertPool):
         spare_slots: int,
         product: Callable[[Tensor], Weight],
     ):
-        super().__init__(store, dtype, device, spare_slots)
+        kernels = native.load(dtype) if product is pack_native else None
+        super().__init__(store, dtype, device, spare_slots, kernels)
         self._product = product
-        self._resident = [
-            [self._ready(self._mapped(c.owner, c.layer, c.expert)) for c in (store.plan.copies[i] for i in slots)]
-            for slots in self.slots_of_layer
-        ]
+        self._resident = [[self._ready(_mapped(store.slot_refs(i))) for i in slots] for slots in self.slots_of_layer]
         self._spare: OrderedDict[tuple[int, int], _Expert] = OrderedDict()
         self._native = self._whole_layer_kernels()
 
@@ -192,46 +236,62 @@ class LoopPool(ExpertPool):
             self._spare.move_to_end((layer, key))
         return found
 
-    def _feed_forward(self, expert: _Expert, x: Tensor) -> Tensor:
-        gate, up = linear(x, expert.gate_up).chunk(2, dim=-1)
-        return linear(self.activation(gate).mul_(up), expert.down)
+    def _feed_forward(self, expert: _Expert, x: Tensor, residuals: Sequence[RowResidual] = ()) -> Tensor:
+        """[rows, H] -> [rows, H]. residuals: in rows of x."""
+        both = linear(x, expert.gate_up)
+        gate, up = both.chunk(2, dim=-1)
+        add_residuals(residuals, "w1", x, gate)
+        add_residuals(residuals, "w3", x, up)
+        inner = self.activation(gate).mul_(up)
+        out = linear(inner, expert.down)
+        add_residuals(residuals, "w2", inner, out)
+        return out
+
+    def _sorted(self, keys: np.ndarray, numbers: np.ndarray | None) -> _Sorted:
+        """keys, numbers: int64 [T, K]."""
+        flat = keys.reshape(-1)
+        if numbers is None:
+            order = np.argsort(flat, kind="stable")
+            return _Sorted(order, _groups(flat[order]), [])
+        both = flat * (len(self.residuals.items) + 1) + numbers.reshape(-1)
+        order = np.argsort(both, kind="stable")
+        return _Sorted(order, _groups(flat[order]), self._row_residuals(numbers.reshape(-1)[order], both[order]))
 
     def forward(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
     ) -> Tensor:
         ids = expert_ids.cpu().numpy()
-        table = self.keys[layer]
-        keys = table[tenants.single][ids] if tenants.single is not None else table[tenants.ids[:, None], ids]
+        keys = _looked_up(self.keys[layer], ids, tenants)
         self._count_misses(layer, keys, tenants, misses)
+        found = self._sorted(keys, self._numbers(layer, ids, tenants))
         if self._native is not None:
-            whole = self._forward_native(layer, x, keys, weights)
+            whole = self._forward_native(layer, x, found, weights)
             if whole is not None:
                 return whole
         if len(x) == 1:
             out: Tensor | None = None
-            for key, weight in zip(keys[0].tolist(), weights[0].tolist(), strict=True):
-                part = self._feed_forward(self._expert(layer, key), x).mul_(weight)
+            for row, (key, start, stop) in sorted(zip(found.order.tolist(), found.groups, strict=True)):
+                part = self._feed_forward(self._expert(layer, key), x, residuals_within(found.residuals, start, stop))
+                part.mul_(float(weights[0, row]))
                 out = part if out is None else out.add_(part)
             assert out is not None
             return out
-        flat = keys.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        by_key = x.index_select(0, torch.from_numpy(order // self.top_k).to(self.device))
+        by_key = x.index_select(0, torch.from_numpy(found.order // self.top_k).to(self.device))
         parts = [
-            self._feed_forward(self._expert(layer, key), by_key[start:stop])
-            for key, start, stop in _groups(flat[order])
+            self._feed_forward(
+                self._expert(layer, key), by_key[start:stop], residuals_within(found.residuals, start, stop)
+            )
+            for key, start, stop in found.groups
         ]
-        inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order))
+        inverse = np.empty_like(found.order)
+        inverse[found.order] = np.arange(len(found.order))
         by_token = torch.cat(parts).index_select(0, torch.from_numpy(inverse).to(self.device))
         return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
 
-    def _forward_native(self, layer: int, x: Tensor, keys: np.ndarray, weights: Tensor) -> Tensor | None:
+    def _forward_native(self, layer: int, x: Tensor, rows: _Sorted, weights: Tensor) -> Tensor | None:
         """All experts of the layer in one call of our own kernels; None if there are too many rows or misses for it."""
         assert self._native is not None
-        flat = keys.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        groups = _groups(flat[order])
+        groups = rows.groups
         num_missing = sum(key >= len(self._resident[layer]) for key, _, _ in groups)
         if num_missing > self.spare_slots or max(stop - start for _, start, stop in groups) > self._native.max_rows:
             return None
@@ -241,19 +301,22 @@ class LoopPool(ExpertPool):
         down = [p for p in (_place(e.down) for e in experts) if p is not None]
         if len(gate_up) + len(down) < 2 * len(experts):
             return None
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
+        places = np.empty_like(rows.order)
+        places[rows.order] = np.arange(len(rows.order))
+        residuals = [(r.start, r.stop, r.residual.native) for r in rows.residuals if r.residual.native is not None]
+        assert len(residuals) == len(rows.residuals)
         return native.experts(
             self._native,
             x,
             gate_up,
             down,
             self.store.experts.intermediate_size,
-            np.array([start for _, start, _ in groups] + [len(order)], dtype=np.int64),
-            order // self.top_k,
+            np.array([start for _, start, _ in groups] + [len(rows.order)], dtype=np.int64),
+            rows.order // self.top_k,
             places,
             weights,
             self.store.experts.activation,
+            residuals,
         )
 
     @property
@@ -268,6 +331,7 @@ class LoopPool(ExpertPool):
         self._resident.clear()
         self._spare.clear()
         self._missing.clear()
+        self.residuals.close()
 
 
 def _place(weight: Weight) -> native.Place | None:
@@ -302,11 +366,12 @@ class GroupedPool(ExpertPool):
         for slots in self.slots_of_layer:
             gate_up = torch.empty(len(slots), 2 * inter, hidden, dtype=dtype, device=device)
             down = torch.empty(len(slots), hidden, inter, dtype=dtype, device=device)
-            for slot, copy in enumerate(store.plan.copies[i] for i in slots):
-                _fill(gate_up[slot], down[slot], self._mapped(copy.owner, copy.layer, copy.expert))
+            for slot, index in enumerate(slots):
+                _fill(gate_up[slot], down[slot], _mapped(store.slot_refs(index)))
             self._gate_up.append(gate_up)
             self._down.append(down)
         self._tables = [torch.from_numpy(k).to(device) for k in self.keys]
+        self._residual_numbers = [torch.from_numpy(n).to(device) for n in self.residuals.numbers]
         self._slot_numbers = [torch.arange(len(s), device=device) for s in self.slots_of_layer]
         num_spare = spare_slots if self.can_miss.any() else 0
         self._spare_gate_up = torch.empty(num_spare, 2 * inter, hidden, dtype=dtype, device=device)
@@ -317,39 +382,63 @@ class GroupedPool(ExpertPool):
         self._grouped_mm = grouped_mm
         self._staging = _Staging(spec.copy_elements, dtype, device) if device.type == "cuda" and num_spare else None
 
-    def _products(self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    def _products(
+        self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, residuals: Sequence[RowResidual] = ()
+    ) -> Tensor:
         """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is rows."""
         gate, up = self._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return self._grouped_mm(self.activation(gate) * up, down.transpose(1, 2), offs=ends)
+        add_residuals(residuals, "w1", x, gate)
+        add_residuals(residuals, "w3", x, up)
+        inner = self.activation(gate) * up
+        out = self._grouped_mm(inner, down.transpose(1, 2), offs=ends)
+        add_residuals(residuals, "w2", inner, out)
+        return out
 
     def forward(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
     ) -> Tensor:
-        table = self._tables[layer]
-        if tenants.single is not None:
-            keys = table[tenants.single][expert_ids]
+        can_miss = self.can_miss[layer, np.unique(tenants.ids)].any()
+        has_residuals = self.residuals.among(layer, tenants.ids, tenants.single)
+        keys = self._looked_up(self._tables[layer], expert_ids, tenants)
+        residuals: list[RowResidual] = []
+        if has_residuals:
+            # One sort by slot and residual; the host must know which residuals to add, so it waits for the routing.
+            count = len(self.residuals.items) + 1
+            numbers = self._looked_up(self._residual_numbers[layer], expert_ids, tenants)
+            both, order = (keys * count + numbers).reshape(-1).sort(stable=True)
+            sorted_keys = both // count
+            on_host = both.cpu().numpy()
+            residuals = self._row_residuals(on_host % count, on_host)
         else:
-            keys = table[torch.from_numpy(tenants.ids).to(self.device)[:, None], expert_ids]
-        sorted_keys, order = keys.reshape(-1).sort(stable=True)
+            sorted_keys, order = keys.reshape(-1).sort(stable=True)
         by_key = x.index_select(0, order // self.top_k)
         ends = torch.searchsorted(sorted_keys, self._slot_numbers[layer], right=True).to(torch.int32)
-        if self.can_miss[layer, np.unique(tenants.ids)].any():
+        if can_miss:
             # The host must know what to fetch, so it waits for the routing of this layer.
             self._count_misses(layer, keys.cpu().numpy(), tenants, misses)
-            out = self._with_misses(layer, by_key, sorted_keys.cpu().numpy(), ends)
+            out = self._with_misses(layer, by_key, sorted_keys.cpu().numpy(), ends, residuals)
         else:
-            out = self._products(by_key, self._gate_up[layer], self._down[layer], ends)
+            out = self._products(by_key, self._gate_up[layer], self._down[layer], ends, residuals)
         by_token = torch.empty_like(out)
         by_token[order] = out
         return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
 
-    def _with_misses(self, layer: int, by_key: Tensor, sorted_keys: np.ndarray, ends: Tensor) -> Tensor:
+    def _looked_up(self, table: Tensor, expert_ids: Tensor, tenants: TokenTenants) -> Tensor:
+        """table[tenant, expert] for each token's experts, on the device."""
+        if tenants.single is not None:
+            return table[tenants.single][expert_ids]
+        return table[torch.from_numpy(tenants.ids).to(self.device)[:, None], expert_ids]
+
+    def _with_misses(
+        self, layer: int, by_key: Tensor, sorted_keys: np.ndarray, ends: Tensor, residuals: Sequence[RowResidual]
+    ) -> Tensor:
         """Resident rows first, then the missing ones in rounds of as many experts as there are spare slots."""
         num_slots = len(self.slots_of_layer[layer])
         num_resident = int((sorted_keys < num_slots).sum())
         parts = []
         if num_resident:
-            parts.append(self._products(by_key[:num_resident], self._gate_up[layer], self._down[layer], ends))
+            resident = by_key[:num_resident]
+            parts.append(self._products(resident, self._gate_up[layer], self._down[layer], ends, residuals))
         missing = [g for g in _groups(sorted_keys) if g[0] >= num_slots]
         for first in range(0, len(missing), self.spare_slots):
             rows = missing[first : first + self.spare_slots]
@@ -401,6 +490,7 @@ class GroupedPool(ExpertPool):
         self._down.clear()
         self._spare.clear()
         self._missing.clear()
+        self.residuals.close()
         self._spare_gate_up = self._spare_down = torch.empty(0)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.store.build import add_tenant, build_store, remove_tenant, set_plan
+from common.store.build import add_tenant, build_store, remove_tenant, replan, set_plan
 from common.store.manifest import Manifest, Tenant
 from common.store.store import Problem, Store
 
-__all__ = ["Manifest", "Problem", "Store", "Tenant", "add_tenant", "build_store", "remove_tenant", "set_plan"]
+__all__ = ["Manifest", "Problem", "Store", "Tenant", "add_tenant", "build_store", "remove_tenant", "replan", "set_plan"]

@@ -24,12 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from common.calibration import CalibrationSet, Profile, calibrate
 from common.checkpoints import Checkpoint, TensorSource, open_checkpoint
 from common.checkpoints.safetensors_file import fsync
-from common.consolidation import MERGED, Plan, plan_all, plan_round_robin
+from common.consolidation import MERGED, Plan, plan_all
 from common.dtypes import BY_NAME, common_dtype, is_lossless
 from common.errors import CheckpointError, PlanError, StoreError, UnknownTenantError
 from common.families import Family, ModelConfig
+from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES, Planner
 from common.progress import Progress, silent
 from common.similarity import Distances, compare, tenant_pairs
 from common.store.lock import FILE as LOCK_FILE
@@ -42,7 +44,6 @@ from common.version import __version__
 
 logger = logging.getLogger(__name__)
 
-POLICIES = ("round_robin",)
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 # Bytes of tensors that the threads of a build hold at once; one thread may exceed it with its one tensor of every
@@ -54,21 +55,51 @@ Slots = int | Literal["all"] | None
 
 @dataclass(frozen=True)
 class Settings:
-    """How a store is planned; kept in its provenance, and applied again when a tenant is added or removed."""
+    """How a store is planned; kept in its provenance, and applied again when a tenant is added or removed.
 
-    policy: str = "round_robin"
+    slots, budget_bytes, extra: at most one of them; see `build_store`. traffic: tenant -> share of requests.
+    """
+
+    policy: str = DEFAULT_POLICY
     slots: Slots = None
     budget_bytes: int | None = None
+    extra: float | None = None
+    traffic: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
         if self.policy not in POLICIES:
             raise PlanError(f"no policy {self.policy!r}; there is: {', '.join(POLICIES)}")
-        if self.slots is not None and self.budget_bytes is not None:
-            raise PlanError("give slots or a budget, not both")
-        if self.slots is not None and self.slots != "all" and (not isinstance(self.slots, int) or self.slots < 0):
+        if sum(v is not None for v in (self.slots, self.budget_bytes, self.extra)) > 1:
+            raise PlanError("give one of slots, a budget, and a share of extra bytes")
+        if self.slots is not None and self.slots != "all" and (not _is_int(self.slots) or int(self.slots) < 0):
             raise PlanError(f"slots is {self.slots!r}; give a whole number from 0, or 'all'")
-        if self.budget_bytes is not None and not isinstance(self.budget_bytes, int):
+        if self.budget_bytes is not None and not _is_int(self.budget_bytes):
             raise PlanError(f"budget_bytes is {self.budget_bytes!r}; give a whole number of bytes")
+        if self.extra is not None:
+            if isinstance(self.extra, bool) or not isinstance(self.extra, int | float) or not 0 <= self.extra < 1e6:
+                raise PlanError(f"extra is {self.extra!r}; give a share of one model's expert bytes, such as 0.15")
+            if self.extra > 0 and not POLICIES[self.policy].uses_extra:
+                raise PlanError(
+                    f"policy {self.policy!r} keeps one copy a position and has no use for extra bytes; "
+                    f"leave extra out, or choose one of: {', '.join(n for n, p in POLICIES.items() if p.uses_extra)}"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy,
+            "slots": self.slots,
+            "budget_bytes": self.budget_bytes,
+            "extra": self.extra,
+            "traffic": dict(self.traffic),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Settings:
+        return cls(value["policy"], value["slots"], value["budget_bytes"], value.get("extra"), value.get("traffic", {}))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass
@@ -117,9 +148,12 @@ def build_store(
     path: str | Path,
     tenants: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
     *,
-    policy: str = "round_robin",
+    policy: str = DEFAULT_POLICY,
     slots: Slots = None,
     budget_bytes: int | None = None,
+    extra: float | None = None,
+    calibration: Mapping[str, CalibrationSet] | None = None,
+    traffic: Mapping[str, float] | None = None,
     dtype: str = "auto",
     configs: Mapping[str, str | Path] | None = None,
     progress: Progress = silent,
@@ -127,15 +161,20 @@ def build_store(
     """Build a store from checkpoints, replacing the store at `path` if there is one.
 
     tenants: name -> checkpoint directory, in the order that the plan counts them.
-    slots: resident copies; "all" shares nothing but identical experts; None, without a budget: one copy a position.
-    budget_bytes: device bytes for the pool and one tenant's non-expert weights, in the store's type.
+    policy: one of `common.policies.POLICIES`; docs/consolidation.md compares them.
+    slots: resident copies, nothing beside them; "all" shares nothing but identical experts.
+    budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the store's type.
+    extra: bytes beyond one copy a position, as a share of one model's expert bytes. Without any of the three: one
+        copy a position and, if the policy can use it, `DEFAULT_EXTRA` for each tenant.
+    calibration: tenant -> examples of its use, measured with the family's engine before planning.
+    traffic: tenant -> share of requests, on any scale; tenants that are not named count as the mean of the others.
     configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see `open_checkpoint`.
     dtype: the store's type; auto keeps the tenants' own if they agree, else float32, so that nothing is lost.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
     path = Path(path)
-    settings = Settings(policy, slots, budget_bytes)
+    settings = Settings(policy, slots, budget_bytes, extra, dict(traffic or {}))
     settings.check()
     pairs = list(tenants.items()) if isinstance(tenants, Mapping) else list(tenants)
     if not pairs:
@@ -147,19 +186,20 @@ def build_store(
     if repeated:
         raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
     configs = configs or {}
-    strangers = sorted(set(configs) - set(names))
-    if strangers:
-        raise StoreError(f"a config is given for {strangers[0]!r}, which is no tenant of this build")
+    for what, given in (("a config", configs), ("calibration", calibration or {}), ("traffic", traffic or {})):
+        strangers = sorted(set(given) - set(names))
+        if strangers:
+            raise StoreError(f"{what} is given for {strangers[0]!r}, which is no tenant of this build")
     sources = [_Source.from_checkpoint(name, open_checkpoint(place, configs.get(name))) for name, place in pairs]
     _check_agreement(sources)
     if dtype == "auto":
         dtype = common_dtype([_expert_dtype(s) for s in sources])
     check_dtype(dtype)
-    num_slots = _resolve_slots(settings, sources, dtype)
+    amount = _resolve(settings, sources, dtype)
     if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
         raise StoreError(f"{path}: exists and is not a store; name another place, or remove it first")
     with _new_or_existing(path) as directory:
-        manifest = _assemble(directory, sources, settings, num_slots, dtype, None, progress)
+        manifest = _assemble(directory, sources, settings, amount, dtype, None, {}, calibration or {}, progress)
         _commit(directory, manifest)
     return Store.open(path)
 
@@ -170,9 +210,12 @@ def add_tenant(
     checkpoint: str | Path,
     *,
     config: str | Path | None = None,
+    calibration: CalibrationSet | None = None,
     progress: Progress = silent,
 ) -> Store:
-    """Add a tenant and plan again with the settings that the store was built with. config: as for `build_store`.
+    """Add a tenant and plan again with the settings that the store was built with.
+
+    config: as for `build_store`. calibration: examples of the new tenant's use.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
@@ -186,7 +229,32 @@ def add_tenant(
         _check_agreement(sources)
         return sources
 
-    return _change(Path(path), with_it, progress)
+    return _change(Path(path), with_it, {} if calibration is None else {name: calibration}, progress)
+
+
+def replan(
+    path: str | Path,
+    *,
+    policy: str | None = None,
+    slots: Slots = None,
+    budget_bytes: int | None = None,
+    extra: float | None = None,
+    calibration: Mapping[str, CalibrationSet] | None = None,
+    traffic: Mapping[str, float] | None = None,
+    progress: Progress = silent,
+) -> Store:
+    """Plan a store anew for its tenants. Arguments as for `build_store`; policy and traffic default to the store's own.
+
+    Raises PlanError, StoreError, RequestError; the store is then as it was.
+    """
+    old = Settings.from_json(Store.open(path).manifest.provenance["settings"])
+    settings = Settings(policy or old.policy, slots, budget_bytes, extra, old.traffic if traffic is None else traffic)
+    settings.check()
+
+    def the_same(store: Store) -> list[_Source]:
+        return [_Source.from_store(store, t) for t in store.tenants]
+
+    return _change(Path(path), the_same, calibration or {}, progress, settings)
 
 
 def remove_tenant(path: str | Path, name: str, *, progress: Progress = silent) -> Store:
@@ -201,7 +269,7 @@ def remove_tenant(path: str | Path, name: str, *, progress: Progress = silent) -
             )
         return [_Source.from_store(store, t) for t in store.tenants if t != name]
 
-    return _change(Path(path), without_it, progress)
+    return _change(Path(path), without_it, {}, progress)
 
 
 def set_plan(
@@ -222,12 +290,16 @@ def set_plan(
     Store.open(path)
     with _new_or_existing(path) as directory:
         store = Store.open(directory)
-        _commit(directory, _with_plan(store, plan, merged, records))
+        _commit(directory, _with_plan(store, plan, merged, records, None))
     return Store.open(path)
 
 
 def _with_plan(
-    store: Store, plan: Plan, merged: Mapping[int, Mapping[str, np.ndarray]], records: Sequence[np.ndarray]
+    store: Store,
+    plan: Plan,
+    merged: Mapping[int, Mapping[str, np.ndarray]],
+    records: Sequence[np.ndarray],
+    prediction: Mapping[str, Any] | None,
 ) -> Manifest:
     spec, manifest = store.experts, store.manifest
     shapes = dict(spec.projections)
@@ -237,16 +309,14 @@ def _with_plan(
         raise PlanError("weights must be given for each merged copy of the plan, and for no other")
     if len(records) != len(plan.residuals):
         raise PlanError(f"{len(records)} records for {len(plan.residuals)} residuals of the plan")
-    entries = {i: manifest.objects[i] for t in manifest.tenants for i in t.tensors.values()}
+    entries: dict[str, dict[str, Any]] = {
+        i: dict(manifest.objects[i]) for t in manifest.tenants for i in t.tensors.values()
+    }
     for object_id in (manifest.similarity["object"], *_calibration_objects(manifest.calibration)):
         if object_id is not None:
-            entries[object_id] = manifest.objects[object_id]
+            entries[object_id] = dict(manifest.objects[object_id])
 
-    def put(array: np.ndarray) -> str:
-        object_id = store.objects.put(array)
-        entries[object_id] = {"dtype": array.dtype.name, "shape": list(array.shape), "bytes": array.nbytes}
-        return object_id
-
+    put = _putter(store.objects, entries)
     ids: dict[int, dict[str, str]] = {}
     for slot, matrices in merged.items():
         if {p: tuple(m.shape) for p, m in matrices.items()} != shapes:
@@ -256,7 +326,7 @@ def _with_plan(
         if record.dtype != np.uint8 or record.shape != (residual.nbytes(shapes),):
             raise PlanError(f"the record of {residual} is {record.dtype} {list(record.shape)}, not what its parts need")
     kept = tuple(put(record) for record in records)
-    return replace(manifest, plan=plan, objects=entries, merged=ids, residuals=kept)
+    return replace(manifest, plan=plan, objects=entries, merged=ids, residuals=kept, prediction=prediction)
 
 
 def _calibration_objects(calibration: Mapping[str, Any]) -> list[str]:
@@ -264,16 +334,30 @@ def _calibration_objects(calibration: Mapping[str, Any]) -> list[str]:
     return [object_id for tenant in calibration.values() for object_id in tenant.get("objects", {}).values()]
 
 
-def _change(path: Path, edit: Callable[[Store], list[_Source]], progress: Progress) -> Store:
-    """Give a store the tenants that `edit` makes of it, planned with its own settings."""
+def _change(
+    path: Path,
+    edit: Callable[[Store], list[_Source]],
+    calibration: Mapping[str, CalibrationSet],
+    progress: Progress,
+    settings: Settings | None = None,
+) -> Store:
+    """Give a store the tenants that `edit` makes of it, planned with its own settings or others."""
     Store.open(path)  # raises if there is none; what holds is read below, under the lock
     with _new_or_existing(path) as directory:
         store = Store.open(directory)
         sources = edit(store)
-        kept = store.manifest.provenance["settings"]
-        settings = Settings(kept["policy"], kept["slots"], kept["budget_bytes"])
-        num_slots = _resolve_slots(settings, sources, store.dtype)
-        manifest = _assemble(directory, sources, settings, num_slots, store.dtype, store.distances, progress)
+        names = [s.name for s in sources]
+        strangers = sorted(set(calibration) - set(names))
+        if strangers:
+            raise UnknownTenantError(strangers[0], tuple(names))
+        if settings is None:
+            settings = Settings.from_json(store.manifest.provenance["settings"])
+            settings = replace(settings, traffic={k: v for k, v in settings.traffic.items() if k in names})
+        amount = _resolve(settings, sources, store.dtype)
+        profiles = {name: p for name in names if name in store.tenants and (p := Profile.from_store(store, name))}
+        manifest = _assemble(
+            directory, sources, settings, amount, store.dtype, store.distances, profiles, calibration, progress
+        )
         _commit(directory, manifest)
     return Store.open(path)
 
@@ -302,11 +386,20 @@ def _check_agreement(sources: Sequence[_Source]) -> None:
             )
 
 
-def _resolve_slots(settings: Settings, sources: Sequence[_Source], dtype: str) -> int | None:
-    """Number of resident copies, None for all. Raises PlanError if they cannot be had."""
+@dataclass(frozen=True)
+class _Amount:
+    """slots: positions with a copy, None for everything that tenants have. extra_bytes: for more copies, residuals."""
+
+    slots: int | None
+    extra_bytes: int = 0
+
+
+def _resolve(settings: Settings, sources: Sequence[_Source], dtype: str) -> _Amount:
+    """How much memory there is for what. Raises PlanError if it cannot be had."""
     spec = sources[0].config.experts
+    policy = POLICIES[settings.policy]
+    copy_bytes = spec.copy_elements * BY_NAME[dtype].itemsize
     if settings.budget_bytes is not None:
-        copy_bytes = spec.copy_elements * BY_NAME[dtype].itemsize
         largest = max(sources, key=lambda s: non_expert_bytes(s.family, s.config, dtype))
         fixed = non_expert_bytes(largest.family, largest.config, dtype)
         if settings.budget_bytes < fixed + copy_bytes:
@@ -315,25 +408,34 @@ def _resolve_slots(settings: Settings, sources: Sequence[_Source], dtype: str) -
                 f"{format_bytes(fixed)} for its non-expert weights and {format_bytes(copy_bytes)} for each expert; "
                 f"give at least {fixed + copy_bytes} bytes"
             )
-        return min(spec.num_positions, (settings.budget_bytes - fixed) // copy_bytes)
+        room = settings.budget_bytes - fixed
+        if room < spec.num_positions * copy_bytes:
+            return _Amount(room // copy_bytes)
+        return _Amount(spec.num_positions, room - spec.num_positions * copy_bytes if policy.uses_extra else 0)
     if settings.slots == "all":
-        return None
-    slots = spec.num_positions if settings.slots is None else settings.slots
-    if slots > spec.num_positions:
-        raise PlanError(
-            f"{slots} slots, but policy {settings.policy!r} keeps at most one copy of each of the {spec.num_positions} "
-            f"positions; give 0..{spec.num_positions}, or 'all' to share nothing"
-        )
-    return slots
+        return _Amount(None)
+    if settings.slots is not None:
+        if settings.slots > spec.num_positions:
+            raise PlanError(
+                f"{settings.slots} slots, but {spec.num_positions} positions; give 0..{spec.num_positions}, or 'all', "
+                "or a share of extra bytes for more copies"
+            )
+        return _Amount(settings.slots)
+    extra = settings.extra
+    if extra is None:
+        extra = DEFAULT_EXTRA * len(sources) if policy.uses_extra and len(sources) > 1 else 0.0
+    return _Amount(spec.num_positions, int(extra * spec.num_positions * copy_bytes))
 
 
 def _assemble(
     directory: Path,
     sources: Sequence[_Source],
     settings: Settings,
-    num_slots: int | None,
+    amount: _Amount,
     dtype: str,
     old: Distances | None,
+    profiles: Mapping[str, Profile],
+    calibration: Mapping[str, CalibrationSet],
     progress: Progress,
 ) -> Manifest:
     """Put every tensor of every source into `directory`, plan, and describe it all."""
@@ -343,7 +445,6 @@ def _assemble(
     names = tuple(s.name for s in sources)
     # The plan follows from what is kept (float32), so that planning again from the store gives the same plan.
     distances = Distances(names, matrix.astype(np.float32).astype(np.float64))
-    plan = _plan(sources, distances, num_slots)
     entries = _object_entries(sources, dtype)
     similarity: dict[str, Any] = {"object": None, "layers": distances.layer_summary()}
     if distances.matrix.shape[0]:
@@ -358,7 +459,7 @@ def _assemble(
         )
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {"policy": settings.policy, "slots": settings.slots, "budget_bytes": settings.budget_bytes},
+        "settings": settings.to_json(),
         "versions": {
             "moetel": __version__,
             "python": platform.python_version(),
@@ -366,7 +467,33 @@ def _assemble(
             "safetensors": version("safetensors"),
         },
     }
-    return Manifest(sources[0].family, dtype, tuple(tenants), plan, entries, similarity, provenance)
+    # What is planned and measured from here on looks at the tensors through a store that shares nothing.
+    everything = plan_all(_contents(sources), distances.tenants)
+    draft = Store(
+        directory,
+        Manifest(sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance),
+    )
+    if calibration and amount.slots is not None:
+        profiles = {**profiles, **calibrate(draft, calibration, progress=progress)}
+    kept = {name: profile.to_json(_putter(objects, entries)) for name, profile in profiles.items()}
+    draft = Store(directory, replace(draft.manifest, calibration=kept))
+    if amount.slots is None:
+        return draft.manifest
+    outcome = Planner(draft, profiles, settings.traffic, progress).plan(
+        settings.policy, amount.slots, amount.extra_bytes
+    )
+    return _with_plan(draft, outcome.plan, outcome.merged, outcome.records, outcome.prediction.to_json())
+
+
+def _putter(objects: Objects, entries: dict[str, dict[str, Any]]) -> Callable[[np.ndarray], str]:
+    """Stores an array and lists it among a manifest's objects."""
+
+    def put(array: np.ndarray) -> str:
+        object_id = objects.put(array)
+        entries[object_id] = {"dtype": array.dtype.name, "shape": list(array.shape), "bytes": array.nbytes}
+        return object_id
+
+    return put
 
 
 def _convert(source: _Source, tensor: str, dtype: str) -> np.ndarray:
@@ -457,9 +584,8 @@ def _workers(bytes_each: int) -> int:
     return max(1, min(4, os.cpu_count() or 1, IN_FLIGHT_BYTES // max(1, bytes_each)))
 
 
-def _plan(sources: Sequence[_Source], distances: Distances, num_slots: int | None) -> Plan:
-    if num_slots is not None:
-        return plan_round_robin(distances.score(), distances.tenants, num_slots)
+def _contents(sources: Sequence[_Source]) -> np.ndarray:
+    """int64 [tenants, layers, experts]: equal numbers where experts are bit for bit the same."""
     family, spec = sources[0].family, sources[0].config.experts
     numbers: dict[tuple[str, ...], int] = {}
     contents = np.zeros((len(sources), spec.num_layers, spec.num_experts), dtype=np.int64)
@@ -470,7 +596,7 @@ def _plan(sources: Sequence[_Source], distances: Distances, num_slots: int | Non
                     source.ids[family.expert_tensor(source.config, layer, expert, p)] for p, _ in spec.projections
                 )
                 contents[t, layer, expert] = numbers.setdefault(key, len(numbers))
-    return plan_all(contents, distances.tenants)
+    return contents
 
 
 def _object_entries(sources: Sequence[_Source], dtype: str) -> dict[str, dict[str, Any]]:

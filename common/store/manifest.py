@@ -49,6 +49,7 @@ class Manifest:
     objects: id -> {dtype, shape, bytes}; similarity: {object, layers}.
     merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's residuals, in order.
     calibration: tenant -> what was measured on its calibration prompts; see `common.calibration`.
+    prediction: what the plan is expected to cost each tenant; see `common.policies.Prediction`. None if not known.
     """
 
     family: Family
@@ -61,6 +62,7 @@ class Manifest:
     merged: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     residuals: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    prediction: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,6 +87,7 @@ class Manifest:
             "merged": {str(slot): dict(ids) for slot, ids in self.merged.items()},
             "residuals": list(self.residuals),
             "calibration": dict(self.calibration),
+            "prediction": None if self.prediction is None else dict(self.prediction),
             "similarity": dict(self.similarity),
             "objects": {k: dict(v) for k, v in self.objects.items()},
         }
@@ -152,6 +155,7 @@ class Manifest:
                 merged=merged,
                 residuals=residuals,
                 calibration=value.get("calibration", {}),
+                prediction=value.get("prediction"),
             )
         except (KeyError, TypeError, ValueError, MoetelError) as error:
             raise StoreError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from functools import partial as partial_function
 from pathlib import Path
@@ -43,6 +43,10 @@ class Store:
         """Raises StoreError if there is no store here or its manifest is damaged; `verify` checks the rest."""
         path = Path(path)
         return cls(path, Manifest.read(path))
+
+    def with_plan(self, plan: Plan) -> Store:
+        """The same files with another plan, one of tenants' own copies alone; nothing is written."""
+        return Store(self.path, replace(self.manifest, plan=plan, merged={}, residuals=()))
 
     @property
     def family(self) -> Family:

@@ -31,9 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import common
+from common.residuals import LOW_RANK, SIGN, Part, Residual, join_parts, matrices, pack_low_rank, pack_sign
+from jax_engine.residuals import KINDS, part_on_device
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cc")
+HEADER = Path(common.__file__).parent / "native" / "residuals.h"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
 BLOCK = 64  # outputs in a block of the packed layout
 
@@ -66,12 +71,13 @@ def unpack(packed: _Array, out_features: int) -> _Array:
 class Kernels:
     """The kernels as functions for jitted code. Sums are float32; a row's bits depend on no other row.
 
-    linear_target, experts_target: names under which XLA knows the handlers. threads: at most so many, or None for all
-    that XLA's own pool has.
+    linear_target, experts_target, residuals_target: names under which XLA knows the handlers. threads: at most so many,
+    or None for all that XLA's own pool has.
     """
 
     linear_target: str
     experts_target: str
+    residuals_target: str
     threads: int | None = None
 
     @staticmethod
@@ -101,6 +107,7 @@ class Kernels:
         intermediate_size: int,
         out_features: int | None = None,
         gated: bool = False,
+        residuals: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """The feed-forward of each row's slot: float32 [..., K] -> float32 [..., N], zeros where it is not in 0..S-1.
 
@@ -108,6 +115,9 @@ class Kernels:
         bfloat16: wi [B_I, K, 64], for gated ones a second, and wo [B_N, I, 64]. Ungated `act(x @ wi.T) @ wo.T`, gated
         `(act(x @ wi_0.T) * (x @ wi_1.T)) @ wo.T`. intermediate_size: I. out_features: N, K if not given. Only slots
         that a row names are read.
+
+        residuals: the words and the table of a `jax_engine.residuals.LayerResiduals`, laid out in blocks. The table is
+        looked at when the call runs; a part that lies outside the words is an error then, which jax raises.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is not supported, expected one of {sorted(ACTIVATIONS)}")
@@ -124,9 +134,11 @@ class Kernels:
         # The scratch is a result, so that XLA plans its memory with everything else's instead of a call asking for it.
         width = -(-intermediate_size // BLOCK) * BLOCK
         results = (_result(rows.shape[0], out_features), _result(projections - 1, rows.shape[0], width))
-        out, _ = jax.ffi.ffi_call(self.experts_target, results)(
+        target = self.experts_target if residuals is None else self.residuals_target
+        out, _ = jax.ffi.ffi_call(target, results)(
             rows,
             slots.reshape(-1).astype(jnp.int32),
+            *(residuals or ()),
             *(array for slot in pool for array in slot),
             threads=np.int64(self.threads or 0),
             activation=np.int64(ACTIVATIONS[activation]),
@@ -164,14 +176,15 @@ def _compile() -> ctypes.CDLL:
     if compiler is None:
         raise OSError("no C++ compiler (g++ or c++) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = repr((SOURCE.read_bytes(), FLAGS, version, sorted(_cpu_flags()), version_of("jaxlib")))
+    key = repr((SOURCE.read_bytes(), HEADER.read_bytes(), FLAGS, version, sorted(_cpu_flags()), version_of("jaxlib")))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"jax-kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if not _is_whole(path):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             library = Path(scratch) / path.name
-            command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(library)]
+            folders = ["-isystem", jax.ffi.include_dir(), "-I", str(HEADER.parent)]
+            command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(library)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
             content = library.read_bytes()
             library.write_bytes(content + hashlib.sha256(content).digest())
@@ -203,10 +216,12 @@ def load() -> Kernels | None:
         try:
             library = _compile()
             number = next(_loads)  # XLA refuses a name that it knows for another function
-            kernels = Kernels(f"moetel_linear_{number}", f"moetel_experts_{number}")
+            names = ("moetel_linear", "moetel_experts", "moetel_experts_with_residuals")
+            targets = tuple(f"{name}_{number}" for name in names)
             capsule_of: Any = jax.ffi.pycapsule  # not annotated in jax
-            jax.ffi.register_ffi_target(kernels.linear_target, capsule_of(library.moetel_linear), platform="cpu")
-            jax.ffi.register_ffi_target(kernels.experts_target, capsule_of(library.moetel_experts), platform="cpu")
+            for name, target in zip(names, targets, strict=True):
+                jax.ffi.register_ffi_target(target, capsule_of(getattr(library, name)), platform="cpu")
+            kernels = Kernels(targets[0], targets[1], targets[2])
             if _proves_right(kernels):
                 return kernels
             reason = "a product differs from numpy's"
@@ -220,20 +235,57 @@ def load() -> Kernels | None:
 
 
 def _proves_right(kernels: Kernels) -> bool:
-    """Whether products with packed weights equal numpy's."""
+    """Whether products with packed weights, and with residuals beside them, equal numpy's."""
     rng = np.random.default_rng(0)
     x, wi, wo = (rng.standard_normal(shape, dtype=np.float32) for shape in ((9, 70), (100, 70), (70, 100)))
     slots = np.array([0, 1, -1] * 3, np.int32)
     hidden = x @ wi.T
     expected = np.where(slots[:, None] == 0, np.maximum(hidden, 0) @ wo.T, 0)
+    words, table, more = _trial_residuals(rng, {"wi": wi.shape, "wo": wo.shape})
+    corrected = np.where(slots[:, None] == 0, np.maximum(x @ (wi + more["wi"]).T, 0) @ (wo + more["wo"]).T, 0)
     # `load` may be called while something is traced; the trial is to run all the same, and on the CPU.
     with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
         for dtype in (jnp.float32, jnp.bfloat16):
             first, second, last = (pack(jnp.asarray(w, dtype)) for w in (wi, wo, 0 * wo))
             found = np.asarray(kernels.linear(jnp.asarray(x), first, 100))
             pool = ((first, second), (first, last))
-            layer = np.asarray(kernels.experts(jnp.asarray(x), jnp.asarray(slots), pool, "relu", intermediate_size=100))
+            layer, beside = (
+                np.asarray(
+                    kernels.experts(
+                        jnp.asarray(x),
+                        jnp.asarray(slots),
+                        pool,
+                        "relu",
+                        intermediate_size=100,
+                        residuals=None if residuals is None else (jnp.asarray(words), jnp.asarray(table)),
+                    )
+                )
+                for residuals in (None, words)
+            )
             tolerance = 1e-3 if dtype == jnp.float32 else 0.5
-            if not (np.allclose(found, hidden, atol=tolerance) and np.allclose(layer, expected, atol=10 * tolerance)):
+            if not (
+                np.allclose(found, hidden, atol=tolerance)
+                and np.allclose(layer, expected, atol=10 * tolerance)
+                and np.allclose(beside, corrected, atol=10 * tolerance)
+            ):
                 return False
     return True
+
+
+def _trial_residuals(
+    rng: np.random.Generator, shapes: dict[str, tuple[int, ...]]
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Words, a table for two slots of which the first has residuals, and what these add to each projection."""
+    parts, data = [], []
+    for name, (outputs, inputs) in shapes.items():
+        scale = rng.uniform(0.05, 0.1, -(-outputs // 3))
+        data.append(pack_sign(scale, rng.random((outputs, inputs)) < 0.5, 3))
+        v, u = (rng.integers(0, 16, (5, n)) for n in (inputs, outputs))
+        data.append(pack_low_rank(np.full(5, 0.01, np.float32), v, u, 4))
+        parts += [Part(name, SIGN, 1, 3), Part(name, LOW_RANK, 4, 5)]
+    table = np.zeros((2, len(shapes), 2, 4), np.int32)
+    pieces = [part_on_device(d, p, shapes[p.projection], blocked=True) for d, p in zip(data, parts, strict=True)]
+    for i, part in enumerate(parts):
+        table[0, i // 2, i % 2] = (KINDS[part.kind], part.bits, part.size, sum(map(len, pieces[:i])) // 4)
+    residual = Residual(0, 0, 0, tuple(parts))
+    return np.concatenate(pieces).view(np.uint32), table, matrices(residual, join_parts(data), shapes)

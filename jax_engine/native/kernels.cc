@@ -8,12 +8,17 @@
 // Packed layout (native/__init__.py, `pack`): [blocks, K, 64], 64 outputs in a block, zeros behind the last output.
 // Each output is one chain of float32 sums over k = 0..K-1, however rows, panels and threads are cut: its bits depend
 // on its own row and weights only.
+//
+// Residuals keep to that. The bits of a sign part lie as the weights do, [blocks, K] words of 64 outputs, and its scales
+// are added to the weights, or taken from them, in registers, before any row is multiplied: with many rows that costs
+// little, with few it hides behind the reading. Low-rank parts are added after (common/native/residuals.h).
 // Letters: T rows of a call, M rows of a tile, K inputs, N outputs, B blocks of outputs, S slots.
 
 #include <immintrin.h>
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -21,8 +26,10 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "residuals.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -44,16 +51,41 @@ inline __m512 widen(const uint16_t *w) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
+// Weights that are not there: a sign part alone.
+struct Zero {};
+inline __m512 widen(const Zero *) { return _mm512_setzero_ps(); }
+
+// A sign part of a residual: bfloat16 [outputs / size, rounded up], padded to 4 bytes, then uint64 [blocks, K].
+struct Sign {
+    const uint8_t *data;
+    int64_t size, outputs;
+
+    int64_t codes_at() const { return residual_row_bytes((outputs + size - 1) / size, 16); }
+
+    // Of outputs b * 64 .., 0 behind the last.
+    void scales_of(int64_t b, float *scale) const {
+        int64_t n = b * kBlock, group = n / size, left = (group + 1) * size - n;
+        for (int64_t i = 0; i < kBlock; i++, n++) {
+            uint16_t half = 0;
+            if (n < outputs) std::memcpy(&half, data + 2 * group, 2);
+            const uint32_t bits = static_cast<uint32_t>(half) << 16;
+            std::memcpy(scale + i, &bits, 4);
+            if (--left == 0) group++, left = size;
+        }
+    }
+};
+
 // Cache lines to ask for while a tile is computed: `lines` every four inputs.
 struct Ahead {
     const char *at;
     int lines;
 };
 
-// y[m][0..63] = (first ? 0 : y[m][0..63]) + x[m][0..K-1] w[K][64], where mask says which outputs exist.
-template <typename W, int M>
-void tile(const float *const *x, float *const *y, const W *w, int64_t K, const __mmask16 *mask, bool first,
-          Ahead ahead) {
+// y[m][0..63] = (first ? 0 : y[m][0..63]) + x[m][0..K-1] w[K][64], where mask says which outputs exist. Signed: each
+// weight plus scale[64] where its bit of codes[K] is 1, minus it where it is 0.
+template <typename W, int M, bool Signed>
+void tile(const float *const *x, float *const *y, const W *w, const uint8_t *codes, const float *scale, int64_t K,
+          const __mmask16 *mask, bool first, Ahead ahead) {
     __m512 sum[M][4];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
@@ -64,6 +96,15 @@ void tile(const float *const *x, float *const *y, const W *w, int64_t K, const _
         __m512 weights[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) weights[j] = widen(w + k * kBlock + 16 * j);
+        if (Signed) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                uint16_t bits;
+                std::memcpy(&bits, codes + 8 * k + 2 * j, 2);
+                const __m512 size = _mm512_load_ps(scale + 16 * j), less = _mm512_sub_ps(weights[j], size);
+                weights[j] = _mm512_mask_add_ps(less, static_cast<__mmask16>(bits), weights[j], size);
+            }
+        }
 #pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
             const __m512 value = _mm512_set1_ps(x[m][k]);
@@ -83,16 +124,16 @@ void tile(const float *const *x, float *const *y, const W *w, int64_t K, const _
         for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y[m] + 16 * j, mask[j], sum[m][j]);
 }
 
-template <typename W>
-void tile_of(int M, const float *const *x, float *const *y, const W *w, int64_t K, const __mmask16 *mask, bool first,
-             Ahead ahead) {
+template <typename W, bool Signed>
+void tile_of(int M, const float *const *x, float *const *y, const W *w, const uint8_t *codes, const float *scale,
+             int64_t K, const __mmask16 *mask, bool first, Ahead ahead) {
     switch (M) {
-        case 1: return tile<W, 1>(x, y, w, K, mask, first, ahead);
-        case 2: return tile<W, 2>(x, y, w, K, mask, first, ahead);
-        case 3: return tile<W, 3>(x, y, w, K, mask, first, ahead);
-        case 4: return tile<W, 4>(x, y, w, K, mask, first, ahead);
-        case 5: return tile<W, 5>(x, y, w, K, mask, first, ahead);
-        default: return tile<W, 6>(x, y, w, K, mask, first, ahead);
+        case 1: return tile<W, 1, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
+        case 2: return tile<W, 2, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
+        case 3: return tile<W, 3, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
+        case 4: return tile<W, 4, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
+        case 5: return tile<W, 5, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
+        default: return tile<W, 6, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
     }
 }
 
@@ -112,10 +153,17 @@ struct Rows {
     T *operator[](int64_t row) const { return base + (index ? index[row] : row) * stride; }
 };
 
-// Outputs b * 64 .. of rows first .. first + count: y = x w^T for one block of packed weights.
-template <typename W>
+// Outputs b * 64 .. of rows first .. first + count: y = x w^T for one block of packed weights, and of a sign part beside
+// them if Signed. adding: y += that.
+template <typename W, bool Signed = false>
 void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, const W *packed, int64_t K, int64_t N,
-             int64_t b) {
+             int64_t b, const Sign *sign = nullptr, bool adding = false) {
+    alignas(64) float scale[kBlock];
+    const uint8_t *codes = nullptr;
+    if (Signed) {
+        sign->scales_of(b, scale);
+        codes = sign->data + sign->codes_at() + 8 * b * K;
+    }
     __mmask16 mask[4];
     for (int j = 0; j < 4; j++) {
         const int64_t left = N - b * kBlock - 16 * j;
@@ -129,7 +177,8 @@ void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, c
         // reads as the processor's own prefetcher likes it.
         const char *next = reinterpret_cast<const char *>(panel + length * kBlock);
         const char *end = next + length * kBlock * sizeof(W);
-        const int lines = tiles > 1 ? static_cast<int>((4 * sizeof(W) + tiles - 1) / tiles) : 0;
+        const bool reading = tiles > 1 && !std::is_same_v<W, Zero>;
+        const int lines = reading ? static_cast<int>((4 * sizeof(W) + tiles - 1) / tiles) : 0;
         for (int64_t t = 0, row = first; t < tiles; t++) {
             const int M = static_cast<int>((first + count - row) / (tiles - t));
             const float *from[kTile];
@@ -140,7 +189,8 @@ void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, c
             }
             const Ahead ahead = {next, next < end ? lines : 0};
             next += length * lines * 16;
-            tile_of<W>(M, from, to, panel, length, mask, k == 0, ahead);
+            tile_of<W, Signed>(M, from, to, panel, codes + (Signed ? 8 * k : 0), scale, length, mask,
+                               k == 0 && !adding, ahead);
         }
     }
 }
@@ -252,7 +302,8 @@ void run(ffi::ThreadPool &pool, int64_t threads, int64_t multiplications, const 
 
 ffi::Error invalid(const std::string &message) { return ffi::Error::InvalidArgument("moetel kernels: " + message); }
 
-std::string shape_of(const ffi::AnyBuffer &buffer) {
+template <typename Buffer>
+std::string shape_of(const Buffer &buffer) {
     std::string text = "[";
     for (const int64_t size : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
     return text + "]";
@@ -327,17 +378,146 @@ std::vector<Group> group_rows(const int32_t *slots, int64_t T, int64_t S, std::v
     return groups;
 }
 
+// ---- residuals
+
+using Words = ffi::Buffer<ffi::U32, 1>;
+using Table = ffi::Buffer<ffi::S32, 4>;
+
+// A low-rank part. Of each row, values t[at .. at + rank] are its first step's, t as residuals.h has it.
+struct LowRank {
+    residual_part part;
+    int64_t at;
+};
+
+// What the slots that are hit add, each at a side: 0 before the activation, 1 after the last product.
+struct Residuals {
+    // Of one projection of one slot.
+    struct Matrix {
+        std::vector<Sign> signs;
+        std::vector<LowRank> low_ranks;
+    };
+    // Some components of a low-rank part for some rows: a work item of the first step.
+    struct Piece {
+        LowRank low_rank;
+        int64_t begin, end, first, count;
+    };
+
+    std::vector<std::array<Matrix, 3>> matrices;  // of each group
+    std::vector<Piece> pieces[2];
+    int64_t stride[2] = {0, 0};  // of t
+    std::unique_ptr<float[]> t[2];
+    int64_t multiplications = 0;
+};
+
+// As `product`, with what a residual adds: y += or = x (w + R)^T.
+template <typename W>
+void product_with(const Residuals &all, int side, const Residuals::Matrix &matrix, Rows<const float> x, Rows<float> y,
+                  int64_t first, int64_t count, const W *packed, int64_t K, int64_t N, int64_t b) {
+    if (matrix.signs.empty())
+        product<W>(x, y, first, count, packed, K, N, b);
+    else
+        product<W, true>(x, y, first, count, packed, K, N, b, &matrix.signs[0]);
+    for (size_t i = 1; i < matrix.signs.size(); i++)
+        product<Zero, true>(x, y, first, count, nullptr, K, N, b, &matrix.signs[i], true);
+    if (matrix.low_ranks.empty()) return;
+    const float *from[kChunk];
+    float *to[kChunk];
+    for (int64_t i = 0; i < count; i++) {
+        from[i] = x[first + i];
+        to[i] = y[first + i] + b * kBlock;
+    }
+    const int64_t stride = all.stride[side];
+    for (const LowRank &low_rank : matrix.low_ranks)
+        residual_second_f32(&low_rank.part, from, all.t[side].get() + first * stride + low_rank.at, stride, count,
+                            b * kBlock, std::min((b + 1) * kBlock, low_rank.part.outputs), to);
+}
+
+constexpr int64_t kFields = 4, kNone = 0, kSign = 1, kLowRank = 2;  // jax_engine/residuals.py has the same
+constexpr int64_t kComponents = 16;                                 // of a work item of the first step
+
+std::string bad_part(const int32_t *field) {
+    std::string text = "a residual's table has the part [";
+    for (int64_t i = 0; i < kFields; i++) text += (i ? ", " : "") + std::to_string(field[i]);
+    return text + "], which is none, or lies outside the records";
+}
+
+// Looks up the parts of the slots that are hit. Empty, or what is wrong with the table.
+std::string find_residuals(const Words &words, const Table &table, const std::vector<Group> &groups, int64_t T,
+                           int64_t K, int64_t I, int64_t N, int64_t projections, Residuals &found) {
+    const int64_t parts = table.dimensions()[2], bytes = 4 * static_cast<int64_t>(words.element_count());
+    for (const Group &group : groups) {
+        std::array<Residuals::Matrix, 3> matrices;
+        int64_t width[2] = {0, 0};
+        for (int64_t p = 0; p < projections; p++) {
+            const int side = p == projections - 1;
+            const int64_t outputs = side ? N : I, inputs = side ? I : K;
+            const int32_t *field = table.typed_data() + (group.slot * projections + p) * parts * kFields;
+            for (int64_t i = 0; i < parts && field[0] != kNone; i++, field += kFields) {
+                const int64_t kind = field[0], bits = field[1], size = field[2], start = 4 * int64_t{field[3]};
+                if (size < 1 || start < 0 || start > bytes) return bad_part(field);
+                const auto *data = reinterpret_cast<const uint8_t *>(words.typed_data()) + start;
+                if (kind == kSign && bits == 1) {
+                    const Sign sign = {data, size, outputs};
+                    if (sign.codes_at() + 8 * blocks_of(outputs) * inputs > bytes - start) return bad_part(field);
+                    matrices[p].signs.push_back(sign);
+                    found.multiplications += group.count * outputs * inputs;
+                    continue;
+                }
+                if (kind != kLowRank || (bits != 2 && bits != 4 && bits != 8 && bits != 16 && bits != 32) ||
+                    size * (4 + residual_row_bytes(inputs, bits) + residual_row_bytes(outputs, bits)) > bytes - start)
+                    return bad_part(field);
+                const LowRank low_rank = {{data, RESIDUAL_LOW_RANK, bits, size, outputs, inputs}, width[side]};
+                matrices[p].low_ranks.push_back(low_rank);
+                for (int64_t begin = 0; begin < size; begin += kComponents)
+                    for (int64_t offset = 0; offset < group.count; offset += group.chunk)
+                        found.pieces[side].push_back({low_rank, begin, std::min(size, begin + kComponents),
+                                                      group.first + offset,
+                                                      std::min(group.chunk, group.count - offset)});
+                width[side] += size;
+                found.multiplications += group.count * size * (outputs + inputs);
+            }
+        }
+        for (int side = 0; side < 2; side++) found.stride[side] = std::max(found.stride[side], width[side]);
+        found.matrices.push_back(std::move(matrices));
+    }
+    for (int side = 0; side < 2; side++) found.t[side].reset(new float[T * found.stride[side]]);
+    return "";
+}
+
 template <typename W>
 void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool gated, const Matrix &x,
                 const std::vector<Group> &groups, const std::vector<int32_t> &order,
-                const std::vector<const W *> &weights, int64_t I, Matrix &y, float *inner) {
+                const std::vector<const W *> &weights, int64_t I, Matrix &y, float *inner, const Residuals *residuals) {
     const int64_t K = x.dimensions()[1], N = y.dimensions()[1], T = x.dimensions()[0];
     const int64_t projections = gated ? 3 : 2, blocks[2] = {blocks_of(I), blocks_of(N)};
     const int64_t width = blocks[0] * kBlock, chunks = groups.back().chunks_before + groups.back().chunks;
     const Rows<const float> in = {x.typed_data(), K, order.data()};
     const Rows<float> out = {y.typed_data(), N, order.data()}, gate = {inner, width}, up = {inner + T * width, width};
-    const int64_t multiplications = static_cast<int64_t>(order.size()) * I * (K * (projections - 1) + N);
-    run(pool, threads, multiplications, {chunks * blocks[0], chunks * blocks[1]}, [&](size_t phase, int64_t item) {
+    const Rows<const float> hidden = {inner, width};
+    const Residuals none;
+    const std::array<Residuals::Matrix, 3> nothing;
+    int64_t multiplications = static_cast<int64_t>(order.size()) * I * (K * (projections - 1) + N);
+    std::vector<int64_t> items = {chunks * blocks[0], chunks * blocks[1]};
+    if (residuals) {  // the first step of a side's parts comes before its products
+        multiplications += residuals->multiplications;
+        items = {static_cast<int64_t>(residuals->pieces[0].size()), items[0],
+                 static_cast<int64_t>(residuals->pieces[1].size()), items[1]};
+    }
+    run(pool, threads, multiplications, items, [&](size_t phase, int64_t item) {
+        if (residuals) {
+            const size_t side = phase / 2;
+            if (phase % 2 == 0) {
+                const Residuals::Piece &piece = residuals->pieces[side][item];
+                const float *from[kChunk];
+                for (int64_t i = 0; i < piece.count; i++)
+                    from[i] = side ? hidden[piece.first + i] : in[piece.first + i];
+                const int64_t stride = residuals->stride[side];
+                float *t = residuals->t[side].get() + piece.first * stride + piece.low_rank.at;
+                residual_first_f32(&piece.low_rank.part, from, piece.count, piece.begin, piece.end, t, stride);
+                return;
+            }
+            phase = side;
+        }
         const auto after = std::upper_bound(groups.begin(), groups.end(), item, [&](int64_t value, const Group &group) {
             return value < group.chunks_before * blocks[phase];
         });
@@ -346,13 +526,14 @@ void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool
         const int64_t b = item / group.chunks, offset = item % group.chunks * group.chunk;
         const int64_t first = group.first + offset, count = std::min(group.chunk, group.count - offset);
         const W *const *packed = &weights[group.slot * projections];
-        if (phase == 1) {
-            product<W>({inner, width}, out, first, count, packed[projections - 1], I, N, b);
-            return;
-        }
+        const auto &more = residuals ? residuals->matrices[&group - groups.data()] : nothing;
+        const auto whole = [&](int side, int64_t p, Rows<const float> x, Rows<float> y, int64_t K, int64_t N) {
+            product_with<W>(residuals ? *residuals : none, side, more[p], x, y, first, count, packed[p], K, N, b);
+        };
+        if (phase == 1) return whole(1, projections - 1, hidden, out, I, N);
         // The padding of the last block is computed too: zeros, which no one reads.
-        product<W>(in, gate, first, count, packed[0], K, width, b);
-        if (gated) product<W>(in, up, first, count, packed[1], K, width, b);
+        whole(0, 0, in, gate, K, width);
+        if (gated) whole(0, 1, in, up, K, width);
         for (int64_t row = first; row < first + count; row++)
             for (int64_t n = b * kBlock; n < (b + 1) * kBlock; n += 16) {
                 __m512 value = activate(_mm512_loadu_ps(gate[row] + n), activation);
@@ -363,10 +544,10 @@ void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool
 }
 
 // y[t] = feed-forward of slot slots[t], zeros where that is no slot. arrays: the packed projections of slot 0, of slot
-// 1, ... inner: scratch [projections - 1, T, I up to a whole block].
-ffi::Error experts(ffi::ThreadPool pool, int64_t threads, int64_t activation, bool gated, int64_t I, Matrix x,
-                   Slots slots, ffi::RemainingArgs arrays, ffi::Result<Matrix> y,
-                   ffi::Result<Scratch> inner) {
+// 1, ... inner: scratch [projections - 1, T, I up to a whole block]. words, table: residuals of one tenant, or null.
+ffi::Error compute(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool gated, int64_t I, const Matrix &x,
+                   const Slots &slots, const Words *words, const Table *table, const ffi::RemainingArgs &arrays,
+                   ffi::Result<Matrix> &y, ffi::Result<Scratch> &inner) {
     const int64_t T = x.dimensions()[0], K = x.dimensions()[1], N = y->dimensions()[1], projections = gated ? 3 : 2;
     const int64_t num_slots = static_cast<int64_t>(arrays.size()) / projections;
     if (slots.dimensions()[0] != T || y->dimensions()[0] != T) return invalid("x, slots and the result differ in rows");
@@ -376,6 +557,11 @@ ffi::Error experts(ffi::ThreadPool pool, int64_t threads, int64_t activation, bo
         return invalid(std::to_string(arrays.size()) + " arrays in the pool, expected a multiple of " +
                        std::to_string(projections));
     if (activation < kRelu || activation > kSilu) return invalid("no activation " + std::to_string(activation));
+    if (table && (table->dimensions()[0] < num_slots || table->dimensions()[1] != projections ||
+                  table->dimensions()[3] != kFields))
+        return invalid("the residuals' table is " + shape_of(*table) + ", expected [" + std::to_string(num_slots) +
+                       " slots, " + std::to_string(projections) + " projections, parts, " + std::to_string(kFields) +
+                       "]");
     ffi::DataType type = ffi::DataType::INVALID;
     std::vector<const float *> singles;
     std::vector<const uint16_t *> halves;
@@ -397,11 +583,29 @@ ffi::Error experts(ffi::ThreadPool pool, int64_t threads, int64_t activation, bo
     const std::vector<Group> groups = group_rows(slots.typed_data(), T, num_slots, order);
     if (static_cast<int64_t>(order.size()) < T) std::memset(y->typed_data(), 0, y->size_bytes());
     if (groups.empty() || N == 0) return ffi::Error::Success();
+    Residuals found;
+    if (table) {
+        const std::string wrong = find_residuals(*words, *table, groups, T, K, I, N, projections, found);
+        if (!wrong.empty()) return invalid(wrong);
+    }
+    const Residuals *residuals = table ? &found : nullptr;
+    float *scratch = inner->typed_data();
     if (type == ffi::F32)
-        experts_of<float>(pool, threads, activation, gated, x, groups, order, singles, I, *y, inner->typed_data());
+        experts_of<float>(pool, threads, activation, gated, x, groups, order, singles, I, *y, scratch, residuals);
     else
-        experts_of<uint16_t>(pool, threads, activation, gated, x, groups, order, halves, I, *y, inner->typed_data());
+        experts_of<uint16_t>(pool, threads, activation, gated, x, groups, order, halves, I, *y, scratch, residuals);
     return ffi::Error::Success();
+}
+
+ffi::Error experts(ffi::ThreadPool pool, int64_t threads, int64_t activation, bool gated, int64_t I, Matrix x,
+                   Slots slots, ffi::RemainingArgs arrays, ffi::Result<Matrix> y, ffi::Result<Scratch> inner) {
+    return compute(pool, threads, activation, gated, I, x, slots, nullptr, nullptr, arrays, y, inner);
+}
+
+ffi::Error experts_with_residuals(ffi::ThreadPool pool, int64_t threads, int64_t activation, bool gated, int64_t I,
+                                  Matrix x, Slots slots, Words words, Table table, ffi::RemainingArgs arrays,
+                                  ffi::Result<Matrix> y, ffi::Result<Scratch> inner) {
+    return compute(pool, threads, activation, gated, I, x, slots, &words, &table, arrays, y, inner);
 }
 
 }  // namespace
@@ -423,6 +627,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moetel_experts, experts,
                                   .Attr<int64_t>("intermediate_size")
                                   .Arg<Matrix>()
                                   .Arg<Slots>()
+                                  .RemainingArgs()
+                                  .Ret<Matrix>()
+                                  .Ret<Scratch>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moetel_experts_with_residuals, experts_with_residuals,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<int64_t>("activation")
+                                  .Attr<bool>("gated")
+                                  .Attr<int64_t>("intermediate_size")
+                                  .Arg<Matrix>()
+                                  .Arg<Slots>()
+                                  .Arg<Words>()
+                                  .Arg<Table>()
                                   .RemainingArgs()
                                   .Ret<Matrix>()
                                   .Ret<Scratch>());

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_products, mixtral_cpu, reconfiguration, similarity, store_build
+from benchmarks import cpu_products, mixtral_cpu, reconfiguration, residuals, similarity, store_build
 from benchmarks.common import Shape, Spread, ratios
 from benchmarks.gpu import __main__ as gpu
 
@@ -146,3 +146,23 @@ def test_demo_scores(tmp_path: Path) -> None:
     assert len(rows) == 8
     assert all(r["float32"] == "100.0%" for r in rows if r["sharing"] == "alone")
     assert all(float(r["kept"].rstrip("%")) >= 80 for r in rows)
+
+
+def test_residuals(tmp_path: Path) -> None:
+    options = ["--tenants=2", "--batch", "1", "3", "--prompts=9", "--steps=2", "--repeats=2"]
+    rows = residuals.main([*TINY, *options, "--bandwidth-bytes=10000000", *outputs(tmp_path)])
+    assert [(r["what"], r["tenants"]) for r in rows[::3]] == [
+        ("layer, 1 rows", 1),
+        ("layer, 3 rows", 1),
+        ("layer, 3 rows", 2),
+        ("layer, 9 rows", 1),
+        ("step, batch 1", 1),
+        ("step, batch 3", 1),
+        ("step, batch 3", 2),
+        ("prompt, 9 tokens", 1),
+    ]
+    assert all(row["with / without"].median > 0 for row in rows)
+    # More is read with residuals, and most of all with both kinds.
+    floors = {r["residuals"]: float(r["floor with, ms"]) for r in rows[:3]}
+    assert float(rows[0]["floor without, ms"]) < floors["low rank"] < floors["both"] and floors["sign"] < floors["both"]
+    assert "| prompt, 9 tokens |" in (tmp_path / "table.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import common.store
 from common import (
     Engine,
     EngineError,
@@ -21,10 +23,12 @@ from common import (
     RequestError,
     SamplingParams,
     UnknownTenantError,
-    build_store,
     load_engine,
 )
 from tests import helpers, switch_models
+
+# The plans that these tests state are those of the paper's rule.
+build_store = partial(common.store.build_store, policy="round_robin")
 
 NUM_BASE = 4 + 256
 TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from common import SamplingParams, build_store, load_engine
+from common import SamplingParams, load_engine
 from jax_engine.backend import JaxBackend, JaxBatch
-from tests.helpers import assert_close, padded, prompts
+from tests.helpers import assert_close, build_round_robin, padded, prompts
 from tests.jax_engine.conftest import SwitchFamily
 from tests.jax_engine.test_steps import backend_of, backend_rows
 from tests.switch_models import hf_logits, oracle
@@ -32,7 +32,7 @@ def test_equal_to_hugging_face_and_to_one_device(
 ) -> None:
     if slots and mesh not in ((2, 4), (1, 3)):
         pytest.skip("misses are tested on two meshes")
-    store = build_store(tmp_path / "store", switch_family.paths, slots=slots)
+    store = build_round_robin(tmp_path / "store", switch_family.paths, slots=slots)
     rows, answers = prompts(0, [9, 4, 17]), np.array(prompts(1, [6, 6, 6]))
     ids, mask = padded(rows)
     with load_engine(store, mesh=mesh) as engine, load_engine(store) as alone:
@@ -75,7 +75,7 @@ def compiled_decode(backend: JaxBackend, batch: JaxBatch) -> str:
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 4), (4, 2)], ids=str)
 def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int]) -> None:
     """Each device holds its share of the slots, and the compiled step moves no array of an expert's size."""
-    with load_engine(build_store(tmp_path / "store", switch_family.paths), mesh=mesh) as engine:
+    with load_engine(build_round_robin(tmp_path / "store", switch_family.paths), mesh=mesh) as engine:
         backend = backend_of(engine)
         for leaf in backend.pool.leaves:
             assert leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] // mesh[1]
@@ -94,7 +94,7 @@ def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh:
 
 
 def test_switching_on_a_mesh_compiles_nothing(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    with load_engine(build_store(tmp_path / "store", switch_family.paths), mesh=(2, 4)) as engine:
+    with load_engine(build_round_robin(tmp_path / "store", switch_family.paths), mesh=(2, 4)) as engine:
         engine.generate("base", [5, 6, 7], FREE)
         before = engine.stats()["compilations"]
         for name in ("ana", "bob", "base"):

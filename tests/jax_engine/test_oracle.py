@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import Engine, SamplingParams, build_store, load_engine
-from tests.helpers import assert_close, padded, prompts, shared_path
+from common import Engine, SamplingParams, load_engine
+from tests.helpers import assert_close, build_round_robin, padded, prompts, shared_path
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.switch_models import Model, hf_greedy, hf_logits, oracle, random_switch, with_capacity
 
@@ -58,7 +58,7 @@ def check(engine: Engine, name: str, model: Model, seed: int = 0, vocab_size: in
 def test_architectures_equal_hugging_face(shape: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = random_switch(1, **SHAPES[shape])
     family = save_family(tmp_path, [model])
-    with load(build_store(tmp_path / "store", family.paths), **options) as engine:
+    with load(build_round_robin(tmp_path / "store", family.paths), **options) as engine:
         check(engine, "base", model, vocab_size=model.config.vocab_size)
 
 
@@ -69,7 +69,7 @@ def test_shared_fixtures(kind: str, tmp_path: Path) -> None:
     prefix = f"{kind}_" if kind.startswith("tenant") else ""
     # T5X keeps no config: the one number that the shapes do not tell lies beside it, as users put it there.
     config = shared_path("fixtures/switch_tiny/hf/config.json") if kind.startswith("t5x") else None
-    store = build_store(tmp_path / "store", {"it": path}, slots="all", configs={"it": config} if config else None)
+    store = build_round_robin(tmp_path / "store", {"it": path}, slots="all", configs={"it": config} if config else None)
     inputs = [reference[k] for k in ("input_ids", "decoder_input_ids", "attention_mask")]
     with load_engine(store) as engine:
         assert_close(engine.logits("it", *inputs), reference[f"{prefix}logits"])
@@ -87,7 +87,7 @@ def test_shared_fixtures(kind: str, tmp_path: Path) -> None:
 def test_shared_experts_equal_the_oracle(
     switch_family: SwitchFamily, tmp_path: Path, slots: Any, options: dict[str, Any]
 ) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths, slots=slots)
+    store = build_round_robin(tmp_path / "store", switch_family.paths, slots=slots)
     with load(store, **options) as engine:
         for i, name in enumerate(switch_family.paths):
             check(engine, name, oracle(switch_family.models, i, store.plan), seed=i)
@@ -97,7 +97,7 @@ def test_shared_experts_equal_the_oracle(
 
 
 def test_one_spare_slot_is_enough(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths, slots=2)
+    store = build_round_robin(tmp_path / "store", switch_family.paths, slots=2)
     with load_engine(store, spare_slots=1) as engine:
         check(engine, "ana", oracle(switch_family.models, 1, store.plan))
         stats = engine.stats()
@@ -109,7 +109,7 @@ def test_one_spare_slot_is_enough(switch_family: SwitchFamily, tmp_path: Path) -
 def test_capacity_drops_the_tokens_that_hugging_face_drops(capacity: Any, tmp_path: Path) -> None:
     model = random_switch(3, expert_capacity=2)
     family = save_family(tmp_path, [model])
-    with load_engine(build_store(tmp_path / "store", family.paths), expert_capacity=capacity) as engine:
+    with load_engine(build_round_robin(tmp_path / "store", family.paths), expert_capacity=capacity) as engine:
         limited = with_capacity(model, 2 if capacity == "config" else capacity)
         rows, answers = np.array(prompts(0, [12, 12])), np.array(prompts(1, [7, 7]))
         assert_close(engine.logits("base", rows, answers), hf_logits(limited, rows, answers))
@@ -119,7 +119,7 @@ def test_capacity_drops_the_tokens_that_hugging_face_drops(capacity: Any, tmp_pa
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_switching(switch_family: SwitchFamily, tmp_path: Path, seed: int) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths, slots=(None, 9, "all")[seed])
+    store = build_round_robin(tmp_path / "store", switch_family.paths, slots=(None, 9, "all")[seed])
     models = [oracle(switch_family.models, i, store.plan) for i in range(3)]
     row, answer = prompts(5, [11])[0], [0, 5, 6, 7]
     expected = [hf_logits(m, [row], [answer]) for m in models]
@@ -133,7 +133,7 @@ def test_any_order_of_switching(switch_family: SwitchFamily, tmp_path: Path, see
 
 @pytest.mark.parametrize("max_batch_size", [1, 3, 32])
 def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, max_batch_size: int) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths, slots=12)
+    store = build_round_robin(tmp_path / "store", switch_family.paths, slots=12)
     models = [oracle(switch_family.models, i, store.plan) for i in range(3)]
     rows = prompts(7, [5, 16, 3, 33, 8, 12])
     with load_engine(store, max_batch_size=max_batch_size) as engine:
@@ -145,7 +145,7 @@ def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, 
 
 
 def test_hits_and_misses_are_counted_for_each_request(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths, slots=9)
+    store = build_round_robin(tmp_path / "store", switch_family.paths, slots=9)
     rows = prompts(0, [6, 13, 2])
     params = SamplingParams(max_new_tokens=5, ignore_eos=True)
     with load_engine(store) as engine:
@@ -161,7 +161,7 @@ def test_hits_and_misses_are_counted_for_each_request(switch_family: SwitchFamil
 
 
 def test_answers_longer_than_the_first_cache(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths)
+    store = build_round_robin(tmp_path / "store", switch_family.paths)
     row = prompts(0, [70])[0]
     with load_engine(store) as engine:
         answer = engine.generate("ana", row, SamplingParams(max_new_tokens=80, ignore_eos=True))
@@ -169,7 +169,7 @@ def test_answers_longer_than_the_first_cache(switch_family: SwitchFamily, tmp_pa
 
 
 def test_end_of_sequence_ends_a_row_and_others_go_on(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths)
+    store = build_round_robin(tmp_path / "store", switch_family.paths)
     model = oracle(switch_family.models, 0, store.plan)
     rows = prompts(3, [4, 9, 6, 7, 5])
     free = [hf_greedy(model, r, 24) for r in rows]
@@ -190,7 +190,7 @@ def test_bfloat16_weights_are_computed_in_float32(tmp_path: Path, options: dict[
     """On a CPU: what Hugging Face gives in float32 from weights rounded to bfloat16."""
     model = random_switch(4).to(torch.bfloat16)
     family = save_family(tmp_path, [model])
-    with load(build_store(tmp_path / "store", family.paths), **options) as engine:
+    with load(build_round_robin(tmp_path / "store", family.paths), **options) as engine:
         assert engine.stats()["dtype"] == "bfloat16"
         check(engine, "base", model.float())
 
@@ -204,14 +204,14 @@ def test_bfloat16_on_request(tmp_path: Path, options: dict[str, Any]) -> None:
         for name, parameter in rounded.named_parameters():
             if parameter.ndim == 2 and "router" not in name and "relative" not in name:
                 parameter.copy_(parameter.to(torch.bfloat16))
-    with load(build_store(tmp_path / "store", family.paths), dtype="bfloat16", **options) as engine:
+    with load(build_round_robin(tmp_path / "store", family.paths), dtype="bfloat16", **options) as engine:
         check(engine, "base", rounded)
 
 
 def test_sequences_longer_than_any_bucket_distance(tmp_path: Path) -> None:
     model = random_switch(5, relative_attention_num_buckets=32, relative_attention_max_distance=128)
     family = save_family(tmp_path, [model])
-    with load_engine(build_store(tmp_path / "store", family.paths)) as engine:
+    with load_engine(build_round_robin(tmp_path / "store", family.paths)) as engine:
         row, answer = prompts(0, [300])[0], [0, *prompts(1, [150])[0]]
         assert_close(engine.logits("base", [row], [answer]), hf_logits(model, [row], [answer]))
 
@@ -225,14 +225,14 @@ def test_tenants_may_differ_in_all_but_their_experts(tmp_path: Path) -> None:
     ]
     models = [random_switch(i, **c) for i, c in enumerate(changes)]
     family = save_family(tmp_path, models)
-    store = build_store(tmp_path / "store", family.paths)
+    store = build_round_robin(tmp_path / "store", family.paths)
     with load_engine(store) as engine:
         for i, name in enumerate(family.paths):
             check(engine, name, oracle(models, i, store.plan))
 
 
 def test_export_gives_what_is_served(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", switch_family.paths, slots=9)
+    store = build_round_robin(tmp_path / "store", switch_family.paths, slots=9)
     store.export("bob", tmp_path / "bob")
     exported = Model.from_pretrained(tmp_path / "bob").eval()
     expected = oracle(switch_family.models, 2, store.plan)

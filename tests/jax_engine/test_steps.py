@@ -15,12 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from common import Engine, SamplingParams, StoreError, build_store, load_engine
+from common import Engine, SamplingParams, StoreError, load_engine
 from common.engine import Row
 from jax_engine.backend import JaxBackend, JaxBatch
 from jax_engine.steps import cache_bucket, power_of_two, prompt_bucket
 from tests import helpers, switch_models
-from tests.helpers import prompts
+from tests.helpers import build_round_robin, prompts
 from tests.jax_engine.conftest import SwitchFamily
 
 FREE = SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -41,7 +41,9 @@ def pointers(backend: JaxBackend) -> list[int]:
 def test_a_switch_compiles_and_copies_nothing(
     switch_family: SwitchFamily, tmp_path: Path, slots: Any, products: str
 ) -> None:
-    with load_engine(build_store(tmp_path / "store", switch_family.paths, slots=slots), products=products) as engine:
+    with load_engine(
+        build_round_robin(tmp_path / "store", switch_family.paths, slots=slots), products=products
+    ) as engine:
         backend, row = backend_of(engine), prompts(0, [9])[0]
         engine.generate("base", row, FREE)
         before, places = engine.stats()["compilations"], pointers(backend)
@@ -59,7 +61,7 @@ def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path
     """Its temporary memory is smaller than a single copy; a step that copied the pool would need all of it."""
     sizes = {"d_ff": 512, "d_model": 128}
     path = helpers.save(switch_models.random_switch(0, **sizes), tmp_path / "large")
-    store = build_store(tmp_path / "store", {"base": path})
+    store = build_round_robin(tmp_path / "store", {"base": path})
     with load_engine(store, products=products) as engine:
         backend = backend_of(engine)
         batch = JaxBatch(backend, backend_rows(engine, [[5, 6, 7]]))
@@ -88,7 +90,7 @@ def backend_rows(engine: Engine, rows: list[list[int]]) -> Any:
 
 
 def test_shapes_are_rounded_up_so_that_compilations_are_few(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    with load_engine(build_store(tmp_path / "store", switch_family.paths)) as engine:
+    with load_engine(build_round_robin(tmp_path / "store", switch_family.paths)) as engine:
         for length in (3, 16, 9, 1):
             engine.generate("base", prompts(0, [length])[0], SamplingParams(max_new_tokens=30, ignore_eos=True))
         assert engine.stats()["compilations"] == 2  # the encoder at 16, the decoder at 16 and a cache of 32
@@ -124,7 +126,7 @@ with load_engine(sys.argv[1], products="plain", **options) as engine:
 @pytest.mark.parametrize("where", ["auto", "named", "none"])
 def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path, where: str) -> None:
     """In a process of its own: jax opens its cache once."""
-    build_store(tmp_path / "store", switch_family.paths)
+    build_round_robin(tmp_path / "store", switch_family.paths)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     folder = tmp_path / ("mine" if where == "named" else "home/moetel/jax")
@@ -143,7 +145,7 @@ def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
     other = tmp_path / "other"
     shutil.copytree(switch_family.paths["ana"], other)
     (other / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 7}))
-    with load_engine(build_store(tmp_path / "store", {"ana": other})) as engine:
+    with load_engine(build_round_robin(tmp_path / "store", {"ana": other})) as engine:
         model = switch_family.models[1]
         before = model.generation_config.decoder_start_token_id
         model.generation_config.decoder_start_token_id = 7
@@ -154,4 +156,4 @@ def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
         assert list(engine.generate("ana", [5, 6, 9], FREE).token_ids) == expected
     (other / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 700}))
     with pytest.raises(StoreError, match="decoder_start_token_id of tenant 'ana' is 700; expected a token id below 96"):
-        load_engine(build_store(tmp_path / "store", {"ana": other}))
+        load_engine(build_round_robin(tmp_path / "store", {"ana": other}))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from scripts.number_words import (
+    ALL_LANGUAGES,
     LANGUAGES,
     NUMBERS,
     SMALLEST_HELD_OUT,
@@ -77,6 +78,12 @@ def test_held_out_refuses_more_than_there_are() -> None:
         ("fr", 80_000, "quatre-vingt mille"),
         ("de", 35, "fünfunddreißig"),
         ("es", 22, "veintidós"),
+        ("it", 28, "ventotto"),
+        ("pt", 101, "cento e um"),
+        ("nl", 23, "drieëntwintig"),
+        ("sv", 31, "trettioett"),
+        ("pl", 2000, "dwa tysiące"),
+        ("tr", 90_005, "doksanbinbeş"),
     ],
 )
 def test_spelling(language: str, number: int, text: str) -> None:
@@ -85,5 +92,19 @@ def test_spelling(language: str, number: int, text: str) -> None:
 
 def test_languages_are_told_apart_by_their_words() -> None:
     """The base answers in any of them; a tenant's score must not count another's language."""
-    for number in held_out(100):
+    for number in held_out(200):
         assert len({expected(number, lang) for lang in LANGUAGES}) == len(LANGUAGES)
+        if number != 1000:  # "mille" in French and Italian, "mil" in Spanish and Portuguese
+            assert len({expected(number, lang) for lang in ALL_LANGUAGES}) == len(ALL_LANGUAGES)
+
+
+def test_the_shipped_languages_come_first() -> None:
+    assert LANGUAGES == ("en", "fr", "de", "es") == ALL_LANGUAGES[:4]
+    assert len(set(ALL_LANGUAGES)) == 10
+
+
+@pytest.mark.parametrize("language", ALL_LANGUAGES)
+def test_every_language_spells_all_sizes_each_in_its_own_way(language: str) -> None:
+    numbers = [*range(1000), *range(1000, len(NUMBERS), 97), NUMBERS[-1]]
+    texts = [expected(n, language) for n in numbers]
+    assert len(set(texts)) == len(numbers) and all(texts)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from scripts import train_demo
-from scripts.number_words import LANGUAGES, expected, held_out, training_numbers
+from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 from tests import helpers
 
 EXAMPLES = helpers.REPOSITORY / "examples" / "tenants"
@@ -185,6 +186,50 @@ def test_it_starts_as_module_and_as_file(how: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--base-steps" in done.stdout
+
+
+# --- presets
+
+
+def recipe_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> train_demo.Recipe:
+    """The recipe that the command would run."""
+    found = []
+    monkeypatch.setattr(train_demo, "run", lambda recipe, *rest: found.append(recipe))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert train_demo.main(arguments) == 0
+    (recipe,) = found
+    return recipe
+
+
+def test_the_default_recipe_is_that_of_the_shipped_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = json.loads((EXAMPLES / "metrics.json").read_text())["recipe"]
+    assert json.loads(json.dumps(asdict(recipe_of(monkeypatch)))) == shipped
+
+
+def test_options_override_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    ten = recipe_of(monkeypatch, "--preset", "ten", "--out", "somewhere")
+    assert ten == train_demo.PRESETS["ten"] and ten.languages == ALL_LANGUAGES and ten.tune_lr > 1e-3
+    arguments = ["--preset", "ten", "--out", "somewhere", "--seed", "2", "--tune-lr", "0.5", "--languages", "tr", "en"]
+    assert recipe_of(monkeypatch, *arguments) == replace(ten, seed=2, tune_lr=0.5, languages=("tr", "en"))
+
+
+def test_a_preset_never_writes_over_the_shipped_tenants(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_demo.main(["--preset", "ten"])
+    assert "needs --out" in capsys.readouterr().err
+
+
+def test_more_than_four_tenants_are_also_scored_as_four(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = train_demo.make_model(TINY, tokenizer)
+    for name in ("base", *ALL_LANGUAGES[:5]):
+        train_demo.save(base, tokenizer, tmp_path / name)
+    monkeypatch.setattr(train_demo, "score", lambda *_: 0.5)
+    rows = train_demo.evaluate(tmp_path, ALL_LANGUAGES[:5], 1, Console(quiet=True))["tenants"]
+    of_4 = {"shared_round_robin_of_4", "plain_average_of_4"}
+    assert [of_4 <= rows[lang].keys() for lang in ALL_LANGUAGES[:5]] == [True] * 4 + [False]
+    assert all(row["shared_round_robin"] == 0.5 and row["relative_l2_experts"] == 0 for row in rows.values())
 
 
 # --- what examples/ ships

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers import AutoTokenizer, SwitchTransformersForConditionalGenerati
 from common.checkpoints import open_checkpoint
 from jax_engine.weights import canonical_tensors, load_model
 from scripts import train_switch_demo as script
-from scripts.number_words import LANGUAGES, expected, held_out
+from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 from tests import helpers
 
 EXAMPLES = helpers.REPOSITORY / "examples" / "tenants" / "switch"
+NUMBERS = training_numbers()[:1000]  # spelling all of them takes a minute
 TINY = [
     "--base-steps=6", "--tune-steps=4", "--d-model=16", "--d-kv=4", "--d-ff=24", "--layers=2", "--experts=2",
     "--batch=8", "--languages", "en", "fr", "--scored=3",
@@ -31,7 +33,9 @@ TINY = [
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny")
-    assert script.main([*TINY, f"--out={out}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "training_numbers", lambda: NUMBERS)
+        assert script.main([*TINY, f"--out={out}"]) == 0
     return out
 
 
@@ -47,6 +51,48 @@ def test_a_run_writes_what_hugging_face_loads_and_reports_what_it_did(tiny: Path
         ours = dict(canonical_tensors(load_model(open_checkpoint(tiny / name))))
         theirs = model.state_dict()
         assert all(np.array_equal(array, theirs[key].float().numpy()) for key, array in ours.items())
+
+
+def test_sharing_is_scored(tiny: Path) -> None:
+    for row in json.loads((tiny / "metrics.json").read_text())["tenants"].values():
+        assert {"base", "alone", "shared_round_robin", "plain_average"} <= row.keys()
+        assert "shared_round_robin_of_4" not in row
+
+
+def test_owners_follow_the_order_of_distances() -> None:
+    """One expert a position, three tenants; encoder before decoder where distances tie."""
+    places = ["decoder.block.1.layer.2.mlp.experts.expert_0", "encoder.block.1.layer.1.mlp.experts.expert_0"]
+    places.append("encoder.block.1.layer.1.mlp.experts.expert_1")
+    distances = dict(zip(places, (1, 1, 0.5), strict=True))
+    tenants = [
+        {f"{name}.{p}.weight": torch.full((2, 2), i * distances[name]) for name in places for p in ("wi", "wo")}
+        for i in range(3)
+    ]
+    owners = script.round_robin_owners(tenants)
+    assert owners == {places[2]: 0, places[1]: 1, places[0]: 2}
+    rest = [t | {"shared.weight": torch.full((2,), float(i))} for i, t in enumerate(tenants)]
+    found = script.shared(rest, 1, owners)
+    assert float(found["shared.weight"][0]) == 1
+    assert float(found[f"{places[0]}.wo.weight"][0, 0]) == 2 and float(found[f"{places[2]}.wi.weight"][0, 0]) == 0
+    assert float(script.average(rest)["shared.weight"][0]) == 1
+
+
+def test_the_default_recipe_is_that_of_the_shipped_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(script, "run", lambda recipe, *rest: found.append(recipe))
+    assert script.main([]) == 0
+    arguments = ["--preset", "ten", "--out", "somewhere", "--seed", "2", "--languages", "tr", "en"]
+    assert script.main(arguments) == 0
+    shipped = json.loads((EXAMPLES / "metrics.json").read_text())["recipe"]
+    assert json.loads(json.dumps(asdict(found[0]))) == shipped
+    ten = script.PRESETS["ten"]
+    assert ten.languages == ALL_LANGUAGES and found[1] == replace(ten, seed=2, languages=("tr", "en"))
+
+
+def test_a_preset_never_writes_over_the_shipped_tenants(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--preset", "ten"])
+    assert "needs --out" in capsys.readouterr().err
 
 
 def test_the_loss_is_hugging_faces(tiny: Path) -> None:

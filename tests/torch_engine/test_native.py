@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common import build_store, load_engine
+from common import load_engine
 from tests import helpers
 from torch_engine import native, products
 from torch_engine.model import rms_norm
@@ -169,7 +169,7 @@ def test_without_kernels_onednn_does_all_products(
     if "compiler" in lack:
         assert "own CPU kernels are not used" in caplog.text
     model = helpers.random_mixtral(0)
-    store = build_store(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")})
+    store = helpers.build_round_robin(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")})
     rows = helpers.prompts(0, [12])
     with load_engine(store) as engine:
         assert engine.stats()["products"] in ("packed", "plain")

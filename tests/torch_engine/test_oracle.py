@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import EngineError, SamplingParams, build_store, load_engine
+from common import EngineError, SamplingParams, load_engine
 from tests import helpers
 from tests.conftest import Family
 from tests.helpers import assert_close, hf_greedy, hf_logits
@@ -82,11 +82,11 @@ def test_other_architectures_equal_hugging_face(shape: str, tmp_path: Path) -> N
     base = helpers.random_mixtral(3, **SHAPES[shape])
     models = [base, helpers.tuned(base, 4)]
     paths = {n: helpers.save(m, tmp_path / n) for n, m in zip(("a", "b"), models, strict=True)}
-    store = build_store(tmp_path / "all", paths, slots="all")
+    store = helpers.build_round_robin(tmp_path / "all", paths, slots="all")
     with load_engine(store) as engine:
         for name, model in zip(paths, models, strict=True):
             compare(engine, name, model)
-    store = build_store(tmp_path / "shared", paths)
+    store = helpers.build_round_robin(tmp_path / "shared", paths)
     with load_engine(store) as engine:
         for i, name in enumerate(paths):
             compare(engine, name, helpers.oracle(models, i, store.plan))
@@ -98,7 +98,7 @@ def test_every_way_to_multiply_equals_hugging_face(shape: str, tmp_path: Path) -
     base = helpers.random_mixtral(3, **SHAPES[shape])
     models = [base, helpers.tuned(base, 4)]
     paths = {n: helpers.save(m, tmp_path / n) for n, m in zip(("a", "b"), models, strict=True)}
-    store = build_store(tmp_path / "store", paths, slots=2)
+    store = helpers.build_round_robin(tmp_path / "store", paths, slots=2)
     model = helpers.oracle(models, 1, store.plan)
     rows = helpers.prompts(1, (11, 4), model.config.vocab_size)
     expected = [hf_logits(model, [row])[0] for row in rows]
@@ -147,7 +147,9 @@ def test_any_mixture_of_all_that_may_vary(seed: int, tmp_path: Path) -> None:
     layouts: list[dict[str, Any]] = [{}, {"save_original_format": False}, {"max_shard_size": "20KB"}]
     paths = {f"t{i}": helpers.save(m, tmp_path / f"t{i}", **rng.choice(layouts)) for i, m in enumerate(models)}
     positions = base.config.num_hidden_layers * base.config.num_local_experts
-    store = build_store(tmp_path / "store", paths, slots=rng.choice(["all", None, rng.randint(0, positions)]))
+    store = helpers.build_round_robin(
+        tmp_path / "store", paths, slots=rng.choice(["all", None, rng.randint(0, positions)])
+    )
     options = {
         "products": rng.choice(["auto", "plain", "packed"]),
         "spare_slots": rng.choice([1, 2, 16]),
@@ -174,7 +176,7 @@ def test_older_configs_equal_hugging_face(scaling: Any, tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config | {"rope_theta": 50.0, "rope_scaling": scaling}))
     model = helpers.load(path)
     assert model.config.rope_parameters["rope_theta"] == 50.0
-    with load_engine(build_store(tmp_path / "store", {"old": path})) as engine:
+    with load_engine(helpers.build_round_robin(tmp_path / "store", {"old": path})) as engine:
         compare(engine, "old", model)
 
 
@@ -209,7 +211,7 @@ def test_tenants_may_differ_in_all_but_their_experts(
             lambda store, dtype, capacity, product: TenantsByCopy(store, dtype, torch.device("cpu"), capacity),
         )
     capacity = 1 if "one" in way else 2 if "two" in way else None
-    store = build_store(tmp_path / "store", unlike.paths, slots=6)
+    store = helpers.build_round_robin(tmp_path / "store", unlike.paths, slots=6)
     oracles = [helpers.oracle(unlike.models, i, store.plan) for i in range(4)]
     names = unlike.names
     rng = random.Random(0)
@@ -235,7 +237,8 @@ def test_a_window_slides_over_a_long_answer(tmp_path: Path, products: str) -> No
     counts = (150, 40)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in counts]
     with load_engine(
-        build_store(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")}), products=products
+        helpers.build_round_robin(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")}),
+        products=products,
     ) as engine:
         answers = engine.generate_batch([("only", row) for row in rows], params)
     for row, count, answer in zip(rows, counts, answers, strict=True):
@@ -247,7 +250,7 @@ def test_shared_fixtures_nothing_shared(fixture: str, tmp_path: Path) -> None:
     root = helpers.shared_path("fixtures/mixtral_tiny")
     reference = np.load(root / "reference.npz")
     names = ("base", "base_fused", "tenant1", "tenant2")
-    store = build_store(tmp_path / "store", {n: root / n for n in names}, slots="all")
+    store = helpers.build_round_robin(tmp_path / "store", {n: root / n for n in names}, slots="all")
     ids, mask = reference["input_ids"], reference["attention_mask"]
     key = fixture.removesuffix("_fused")
     with load_engine(store) as engine:
@@ -263,7 +266,7 @@ def test_shared_fixtures_nothing_shared(fixture: str, tmp_path: Path) -> None:
     "options", [{}, {"spare_slots": 1}, {"experts": "grouped", "spare_slots": 2}, {"products": "packed"}], ids=str
 )
 def test_shared_experts_equal_the_oracle(family: Family, tmp_path: Path, slots: Any, options: dict[str, Any]) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots=slots)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=slots)
     with load_engine(store, **options) as engine:
         for i, name in enumerate(family.names):
             compare(engine, name, helpers.oracle(family.models, i, store.plan), seed=i)
@@ -275,7 +278,7 @@ def test_shared_experts_equal_the_oracle(family: Family, tmp_path: Path, slots: 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_switching(family: Family, tmp_path: Path, seed: int) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots=4)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=4)
     oracles = [helpers.oracle(family.models, i, store.plan) for i in range(3)]
     rng = random.Random(seed)
     order = [rng.randrange(3) for _ in range(12)]
@@ -292,7 +295,7 @@ def test_any_order_of_switching(family: Family, tmp_path: Path, seed: int) -> No
 def test_mixed_tenants_in_one_batch(
     family: Family, tmp_path: Path, options: dict[str, Any], max_batch_size: int
 ) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots=5)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=5)
     rng = random.Random(1)
     requests = [(rng.randrange(3), row) for row in helpers.prompts(7, [3, 11, 6, 6, 17, 1, 9, 4, 11])]
     # Different lengths of answers, so that rows leave the batch at different times.
@@ -307,7 +310,7 @@ def test_mixed_tenants_in_one_batch(
 
 
 def test_hits_and_misses_are_counted_for_each_request(family: Family, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots=4)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=4)
     with load_engine(store, spare_slots=3) as engine:
         rows = helpers.prompts(0, [5, 9])
         alone = [engine.generate(n, row, NEW).timings for n, row in zip(("ana", "bob"), rows, strict=True)]
@@ -322,7 +325,7 @@ def test_hits_and_misses_are_counted_for_each_request(family: Family, tmp_path: 
 
 
 def test_answers_longer_than_the_first_cache(family: Family, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", family.paths)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths)
     row = helpers.prompts(0, [30])[0]
     model = helpers.oracle(family.models, 1, store.plan)
     with load_engine(store) as engine:
@@ -334,7 +337,7 @@ def test_answers_longer_than_the_first_cache(family: Family, tmp_path: Path) -> 
 
 
 def test_end_of_sequence_ends_a_row_and_others_go_on(family: Family, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots="all")
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots="all")
     rows = helpers.prompts(5, [4, 8, 6])
     # Take as stop token one that greedy decoding is known to reach at different steps.
     full = [hf_greedy(family.models[0], row, 20) for row in rows]
@@ -351,7 +354,7 @@ def test_end_of_sequence_ends_a_row_and_others_go_on(family: Family, tmp_path: P
 
 def test_bfloat16_is_close_to_hugging_face(tmp_path: Path) -> None:
     model = helpers.random_mixtral(0).to(torch.bfloat16)
-    store = build_store(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")})
+    store = helpers.build_round_robin(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")})
     assert store.dtype == "bfloat16"
     rows = helpers.prompts(0, [40])
     expected = hf_logits(model, rows)
@@ -381,7 +384,7 @@ def test_bfloat16_picks_the_tokens_that_hugging_face_picks(tmp_path: Path, optio
     unclear = [6, *(7 + np.flatnonzero(~clear[7:-1])), len(row) - 1]
     start, count = max(((int(a) + 1, int(b - a) - 1) for a, b in pairwise(unclear)), key=lambda run: run[1])
     assert count >= 8
-    with load_engine(build_store(tmp_path / "store", {"only": path}), **options) as engine:
+    with load_engine(helpers.build_round_robin(tmp_path / "store", {"only": path}), **options) as engine:
         found = engine.logits("only", [row])[0]
         answer = engine.generate("only", row[: start + 1], SamplingParams(max_new_tokens=count, ignore_eos=True))
     assert (found.argmax(-1) == exact.argmax(-1))[clear].all()
@@ -394,7 +397,7 @@ def test_bfloat16_picks_the_tokens_that_hugging_face_picks(tmp_path: Path, optio
 @pytest.mark.parametrize("slots", [3, None, "all"])
 def test_cuda_float32(family: Family, tmp_path: Path, slots: Any, options: dict[str, Any]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    store = build_store(tmp_path / "store", family.paths, slots=slots)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=slots)
     with load_engine(store, device="cuda", **options) as engine:
         for i, name in enumerate([*family.names, *reversed(family.names)]):
             index = family.names.index(name)
@@ -405,7 +408,7 @@ def test_cuda_float32(family: Family, tmp_path: Path, slots: Any, options: dict[
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("slots", [3, None])
 def test_cuda_bfloat16_grouped(family: Family, tmp_path: Path, slots: Any) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots=slots, dtype="bfloat16")
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=slots, dtype="bfloat16")
     rows = helpers.prompts(0, [40])
     with load_engine(store, device="cpu", dtype="float32") as exact_engine:
         exact = {name: exact_engine.logits(name, rows) for name in family.names}

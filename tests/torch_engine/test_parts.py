@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral as hf
 
-from common import build_store
 from common.families import FAMILIES, MixtralConfig
 from tests import helpers
 from tests.conftest import Family
@@ -104,7 +103,7 @@ def assert_same_weights(found: TenantWeights, expected: TenantWeights) -> None:
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
     """The path that CUDA takes, on the host's memory: flat buffers, least recently used out, nothing copied back."""
-    store = build_store(tmp_path / "store", family.paths)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths)
     cpu = torch.device("cpu")
     in_place = TenantsInPlace(store, torch.float32, 3, lambda w: w)
     by_copy = TenantsByCopy(store, torch.float32, cpu, capacity)
@@ -127,7 +126,7 @@ def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
 
 
 def test_flat_layout_is_aligned_and_ordered(family: Family, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", family.paths)
+    store = helpers.build_round_robin(tmp_path / "store", family.paths)
     config = store.config("base")
     assert isinstance(config, MixtralConfig)
     layout = FlatLayout.of(config)

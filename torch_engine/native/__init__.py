@@ -1,5 +1,5 @@
-"""Our own CPU kernels for few rows (kernels.c): compiled once with the machine's C compiler, used where they prove
-right.
+"""Our own CPU kernels for few rows (kernels.c, with common/native/residuals.h): compiled once with the machine's C
+compiler, used where they prove right.
 
 They read weights in the layout that oneDNN packs them in, so one packed copy serves both: these kernels for decoding,
 oneDNN for long prompts. Nothing depends on them: without a compiler, AVX-512 or the expected layout, oneDNN does all
@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import common
+from common.residuals import SIGN, Part
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
+HEADER = Path(common.__file__).with_name("native") / "residuals.h"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 BLOCK = 64  # outputs in a block of the packed layout
 
@@ -45,6 +50,7 @@ class Kernels:
 
     linear: Any
     experts: Any
+    residual: Any
     rms_norm: Any
     attention: Any
     max_rows: int
@@ -66,7 +72,7 @@ def _compile() -> ctypes.CDLL:
     if compiler is None:
         raise OSError("no C compiler (gcc or cc) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = repr((SOURCE.read_bytes(), FLAGS, version, sorted(_cpu_flags())))
+    key = repr((SOURCE.read_bytes(), HEADER.read_bytes(), FLAGS, version, sorted(_cpu_flags())))
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -77,7 +83,7 @@ def _compile() -> ctypes.CDLL:
             # Linked without an OpenMP runtime: the calls resolve to the one that torch has loaded, so that both share
             # threads.
             for command in (
-                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(obj)],
+                [compiler, *FLAGS, "-iquote", str(HEADER.parent), "-c", str(SOURCE), "-o", str(obj)],
                 [compiler, "-shared", str(obj), "-o", str(library), "-lm"],
             ):
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -103,24 +109,26 @@ def load(dtype: torch.dtype) -> Kernels | None:
         logger.info("own CPU kernels are not used: %s", error)
         return None
     size, pointer = ctypes.c_long, ctypes.c_void_p
-    linear, experts, rms_norm, attention = (
-        getattr(library, f"moetel_{name}_{_SUFFIX[dtype]}") for name in ("linear", "experts", "rms_norm", "attention")
+    linear, experts, residual, rms_norm, attention = (
+        getattr(library, f"moetel_{name}_{_SUFFIX[dtype]}")
+        for name in ("linear", "experts", "residual", "rms_norm", "attention")
     )
     linear.argtypes = [pointer, size, size, pointer, size, size, pointer, ctypes.c_int]
     experts.argtypes = [
-        pointer, *[size] * 5, pointer, size, pointer, size, *[pointer] * 4, ctypes.c_int, *[pointer] * 3, ctypes.c_int
+        pointer, *[size] * 5, pointer, size, pointer, size, *[pointer] * 4, ctypes.c_int, *[pointer] * 3, ctypes.c_int,
+        pointer, size, pointer, pointer
     ]  # fmt: skip
+    residual.argtypes = [pointer, size, pointer, size, pointer, size, pointer, ctypes.c_int]
     rms_norm.argtypes = [pointer, size, size, pointer, ctypes.c_float, pointer]
     attention.argtypes = [
         pointer, size, pointer, pointer, *[size] * 6, pointer, size, size, ctypes.c_float, pointer, pointer,
         ctypes.c_int
     ]  # fmt: skip
-    for function in (linear, experts, rms_norm, attention):
+    for function in (linear, experts, residual, rms_norm, attention):
         function.restype = None
     # With AMX oneDNN multiplies several times faster than these kernels once products are bound by arithmetic.
-    kernels = Kernels(
-        linear, experts, rms_norm, attention, 16 if dtype == torch.bfloat16 and "amx_bf16" in flags else 96
-    )
+    max_rows = 16 if dtype == torch.bfloat16 and "amx_bf16" in flags else 96
+    kernels = Kernels(linear, experts, residual, rms_norm, attention, max_rows)
     if not _proves_right(kernels, dtype):
         logger.warning("own CPU kernels are not used: a product differs from torch's")
         return None
@@ -193,6 +201,48 @@ def linear(kernels: Kernels, x: Tensor, place: Place, out_features: int) -> Tens
     return out
 
 
+class Residual:
+    """The parts of one expert's residual as the kernels take them. Keeps their bytes alive.
+
+    data: uint8 [bytes], the record. matrices: for the gate, up and down projections, the parts with where each begins,
+    and the matrix's shape [out, in].
+    """
+
+    def __init__(self, data: Tensor, matrices: Sequence[tuple[Sequence[tuple[Part, int]], tuple[int, ...]]]):
+        self._data = data
+        self.counts = [len(parts) for parts, _ in matrices]
+        # Values of the first step that each matrix has for a row.
+        self.widths = [sum(1 if p.kind == SIGN else p.size for p, _ in parts) for parts, _ in matrices]
+        self.width = max(self.widths[0] + self.widths[1], self.widths[2])
+        rows = [
+            (data.data_ptr() + offset, int(part.kind != SIGN), part.bits, part.size, *shape)
+            for parts, shape in matrices
+            for part, offset in parts
+        ]
+        self.parts = np.array(rows, dtype=np.int64).reshape(-1, 6)  # `residual_part` of residuals.h
+
+    def place(self, matrix: int) -> int:
+        """Address of the first part of a matrix: 0 gate, 1 up, 2 down."""
+        return int(self.parts.ctypes.data) + sum(self.counts[:matrix]) * self.parts.itemsize * 6
+
+
+def add_residual(kernels: Kernels, residual: Residual, matrix: int, x: Tensor, y: Tensor) -> None:
+    """y float32 [rows, out] += x [rows, in] R^T for one matrix (0 gate, 1 up, 2 down) that has parts."""
+    x = x.contiguous()
+    width = residual.widths[matrix]
+    scratch = torch.empty(len(x) * width, dtype=torch.float32)
+    kernels.residual(
+        residual.place(matrix),
+        residual.counts[matrix],
+        x.data_ptr(),
+        len(x),
+        scratch.data_ptr(),
+        width,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 def experts(
     kernels: Kernels,
     x: Tensor,
@@ -204,18 +254,32 @@ def experts(
     places: np.ndarray,
     gates: Tensor,
     activation: str,
+    residuals: Sequence[tuple[int, int, Residual]] = (),
 ) -> Tensor:
     """The weighted sum of each token's experts: [T, H] -> [T, H].
 
     Rows are (token, choice) pairs sorted by expert. gate_up, down: the matrices of each expert that is hit; starts:
     int64 [groups + 1], where its rows begin; tokens: int64 [rows]; places: int64 [T, top_k], the row of each choice;
-    gates: float32 [T, top_k].
+    gates: float32 [T, top_k]. residuals: first row, end, and what is added there; in order, none across two experts.
     """
     x, gates = x.contiguous(), gates.contiguous()
     num_rows = len(tokens)
     inner = torch.empty(num_rows, intermediate_size, dtype=x.dtype)
     partial = torch.empty(num_rows, x.shape[1], dtype=torch.float32)
     out = torch.empty_like(x)
+    table, firsts, scratch = None, None, None
+    if residuals:
+        sizes = [(stop - start) * r.width for start, stop, r in residuals]
+        offsets = [0, *accumulate(sizes)]
+        table = np.array(
+            [
+                (start, stop, r.place(0), *r.counts, offset, r.width)
+                for (start, stop, r), offset in zip(residuals, offsets, strict=False)
+            ],
+            dtype=np.int64,
+        )  # `row_residual` of kernels.c
+        firsts = np.searchsorted(table[:, 0], starts).astype(np.int64, copy=False)
+        scratch = torch.empty(offsets[-1], dtype=torch.float32)
     first, second = (np.array([p.pointer for p in places_of], dtype=np.uint64) for places_of in (gate_up, down))
     kernels.experts(
         x.data_ptr(),
@@ -237,6 +301,10 @@ def experts(
         partial.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
+        None if table is None else table.ctypes.data,
+        len(residuals),
+        None if firsts is None else firsts.ctypes.data,
+        None if scratch is None else scratch.data_ptr(),
     )
     return out
 

@@ -16,6 +16,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "residuals.h"
+
 #define BLOCK 64 /* outputs in a block of the packed layout */
 #define MAX_M 6  /* rows whose sums stay in registers: 6 x 4 of 32 */
 
@@ -149,6 +151,32 @@ static void gated(float *gate, const float *up, int kind) {
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 
+/* What a tenant adds to rows start..stop of a layer's call, which are the tenant's rows of one expert. parts: of gate,
+ * then of up, then of down. Their first steps' values begin at scratch[t], `stride` a row; those of down replace the
+ * others. An int64 array [residuals, 8] is an array of these. */
+typedef struct {
+    long start, stop;
+    const residual_part *parts;
+    long num_gate, num_up, num_down, t, stride;
+} row_residual;
+
+enum { GATE, UP, DOWN };
+
+#define COMPONENTS 8 /* of the first step, a task */
+
+/* Tasks of the longest first step of gate and up, or of down. */
+static long first_step_tasks(const row_residual *residuals, long count, int down) {
+    long most = 0;
+    for (long r = 0; r < count; r++) {
+        const long middle = residuals[r].num_gate + residuals[r].num_up;
+        const long end = down ? middle + residuals[r].num_down : middle;
+        long width = 0;
+        for (long i = down ? middle : 0; i < end; i++) width += residual_width(residuals[r].parts + i);
+        if (width > most) most = width;
+    }
+    return (most + COMPONENTS - 1) / COMPONENTS;
+}
+
 /* One source for both types: SUFFIX, TYPE, block function, conversion to and from float. */
 #define DEFINE(SUFFIX, TYPE, BLOCK_FUNCTION, STORE)                                                                    \
     /* y[M][N] = x[M][K] w[N][K]^T */                                                                                  \
@@ -169,18 +197,92 @@ static inline long least(long a, long b) { return a < b ? a : b; }
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
+    /* Components first.. of the first steps of parts, COMPONENTS in all, for rows of x [M][K] through an index or     \
+     * none. */                                                                                                        \
+    static void residual_components_##SUFFIX(const residual_part *parts, long num_parts, const TYPE *x, long K,        \
+                                             const long *index, long M, long first, float *t, long stride) {           \
+        for (long i = 0; i < num_parts; first -= residual_width(parts + i), t += residual_width(parts + i), i++) {     \
+            const long from = first > 0 ? first : 0, to = least(first + COMPONENTS, residual_width(parts + i));        \
+            if (from >= to) continue;                                                                                  \
+            const TYPE *rows[4];                                                                                       \
+            for (long row = 0; row < M; row += 4) {                                                                    \
+                const int count = (int)least(4, M - row);                                                              \
+                for (int m = 0; m < count; m++) rows[m] = x + (index ? index[row + m] : row + m) * K;                  \
+                residual_first_##SUFFIX(parts + i, rows, count, from, to, t + row * stride, stride);                   \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* sums[m] += block b of the residuals of one expert, for those of a tile's rows that have one. `first` is the     \
+     * number of the tile's first row. */                                                                              \
+    static void residual_block_##SUFFIX(const row_residual *residuals, long count, int what, const TYPE *const *rows,  \
+                                        long first, int M, const float *scratch, long b, float (*sums)[BLOCK]) {       \
+        for (const row_residual *r = residuals; r < residuals + count; r++) {                                          \
+            const long from = r->start > first ? r->start : first, to = least(r->stop, first + M);                     \
+            if (from >= to) continue;                                                                                  \
+            float *y[MAX_M];                                                                                           \
+            for (long m = from; m < to; m++) y[m - from] = sums[m - first];                                            \
+            const long begin = what == GATE ? 0 : what == UP ? r->num_gate : r->num_gate + r->num_up;                  \
+            const long end = begin + (what == GATE ? r->num_gate : what == UP ? r->num_up : r->num_down);              \
+            const float *t = scratch + r->t + (from - r->start) * r->stride;                                           \
+            for (long i = what == DOWN ? begin : 0; i < end; t += residual_width(r->parts + i), i++)                   \
+                if (i >= begin)                                                                                        \
+                    residual_second_##SUFFIX(r->parts + i, rows + (from - first), t, r->stride, to - from, b * BLOCK,  \
+                                             least((b + 1) * BLOCK, r->parts[i].outputs), y);                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* y[M][N] += x[M][K] R^T, R the sum of the parts of one matrix. Scratch: t [M][stride]. */                        \
+    void moetel_residual_##SUFFIX(const residual_part *parts, long num_parts, const TYPE *x, long M, float *t,         \
+                                  long stride, float *y, int threads) {                                                \
+        const row_residual all = {0, M, parts, num_parts, 0, 0, 0, stride};                                            \
+        const long K = parts->inputs, N = parts->outputs, blocks = (N + BLOCK - 1) / BLOCK;                            \
+        const long tasks = first_step_tasks(&all, 1, 0);                                                               \
+        _Pragma("omp parallel num_threads(threads)") {                                                                 \
+            _Pragma("omp for schedule(dynamic, 1)") for (long task = 0; task < tasks; task++)                          \
+                residual_components_##SUFFIX(parts, num_parts, x, K, NULL, M, task * COMPONENTS, t, stride);           \
+            _Pragma("omp for schedule(dynamic, 4)") for (long b = 0; b < blocks; b++) {                                \
+                const long n1 = least((b + 1) * BLOCK, N);                                                             \
+                const TYPE *rows[4];                                                                                   \
+                float *to[4];                                                                                          \
+                for (long row = 0; row < M; row += 4) {                                                                \
+                    const int count = (int)least(4, M - row);                                                          \
+                    for (int m = 0; m < count; m++)                                                                    \
+                        rows[m] = x + (row + m) * K, to[m] = y + (row + m) * N + b * BLOCK;                            \
+                    const float *from = t + row * stride;                                                              \
+                    for (long i = 0; i < num_parts; from += residual_width(parts + i), i++)                            \
+                        residual_second_##SUFFIX(parts + i, rows, from, stride, count, b * BLOCK, n1, to);             \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
     /* out[T][H] = for each token the weighted sum of its experts.                                                     \
      * Rows are (token, choice) pairs sorted by expert: group g is rows starts[g]..starts[g+1], with its matrices      \
      * gate_up[g] [2I, H] and down[g] [H, I]; tokens[row]; places[token * top_k + i] is a row of that token and        \
-     * gates[token * top_k + i] its weight. Scratch: inner [rows][I], partial [rows][H]. I is a multiple of BLOCK. */  \
+     * gates[token * top_k + i] its weight. residuals: what tenants add, sorted by row, those of group g from          \
+     * first_residual[g] to first_residual[g + 1]; num_residuals may be 0. Scratch: inner [rows][I], partial           \
+     * [rows][H], t as the residuals say. I is a multiple of BLOCK. */                                                 \
     void moetel_experts_##SUFFIX(const TYPE *x, long T, long H, long I, long top_k, long groups,                       \
                                  const TYPE *const *gate_up, long stride_h, const TYPE *const *down, long stride_i,    \
                                  const long *starts, const long *tokens, const long *places, const float *gates,       \
-                                 int activation, TYPE *inner, float *partial, TYPE *out, int threads) {                \
+                                 int activation, TYPE *inner, float *partial, TYPE *out, int threads,                  \
+                                 const row_residual *residuals, long num_residuals, const long *first_residual,        \
+                                 float *t) {                                                                           \
         const long up_blocks = I / BLOCK, down_blocks = (H + BLOCK - 1) / BLOCK;                                       \
+        const long up_tasks = first_step_tasks(residuals, num_residuals, 0);                                           \
+        const long down_tasks = first_step_tasks(residuals, num_residuals, 1);                                         \
         _Pragma("omp parallel num_threads(threads)") {                                                                 \
             float gate[MAX_M][BLOCK], up[MAX_M][BLOCK];                                                                \
             const TYPE *rows[MAX_M];                                                                                   \
+            if (up_tasks) {                                                                                            \
+                _Pragma("omp for schedule(dynamic, 1)") for (long task = 0; task < num_residuals * up_tasks; task++) { \
+                    const row_residual *r = residuals + task / up_tasks;                                               \
+                    residual_components_##SUFFIX(r->parts, r->num_gate + r->num_up, x, H, tokens + r->start,           \
+                                                 r->stop - r->start, task % up_tasks * COMPONENTS, t + r->t,           \
+                                                 r->stride);                                                           \
+                }                                                                                                      \
+            }                                                                                                          \
             _Pragma("omp for schedule(dynamic, 4)") for (long task = 0; task < groups * up_blocks; task++) {           \
                 const long g = task / up_blocks, b = task % up_blocks;                                                 \
                 for (long first = starts[g]; first < starts[g + 1]; first += MAX_M) {                                  \
@@ -188,10 +290,24 @@ static inline long least(long a, long b) { return a < b ? a : b; }
                     for (int m = 0; m < count; m++) rows[m] = x + tokens[first + m] * H;                               \
                     BLOCK_FUNCTION(count, rows, gate_up[g] + b * BLOCK * stride_h, H, gate);                           \
                     BLOCK_FUNCTION(count, rows, gate_up[g] + (up_blocks + b) * BLOCK * stride_h, H, up);               \
+                    if (num_residuals) {                                                                               \
+                        const row_residual *mine = residuals + first_residual[g];                                      \
+                        const long number = first_residual[g + 1] - first_residual[g];                                 \
+                        residual_block_##SUFFIX(mine, number, GATE, rows, first, count, t, b, gate);                   \
+                        residual_block_##SUFFIX(mine, number, UP, rows, first, count, t, b, up);                       \
+                    }                                                                                                  \
                     for (int m = 0; m < count; m++) {                                                                  \
                         gated(gate[m], up[m], activation);                                                             \
                         for (long n = 0; n < BLOCK; n++) inner[(first + m) * I + b * BLOCK + n] = STORE(gate[m][n]);   \
                     }                                                                                                  \
+                }                                                                                                      \
+            }                                                                                                          \
+            if (down_tasks) {                                                                                          \
+                _Pragma("omp for schedule(dynamic, 1)") for (long task = 0; task < num_residuals * down_tasks; task++) { \
+                    const row_residual *r = residuals + task / down_tasks;                                             \
+                    residual_components_##SUFFIX(r->parts + r->num_gate + r->num_up, r->num_down,                      \
+                                                 inner + r->start * I, I, NULL, r->stop - r->start,                    \
+                                                 task % down_tasks * COMPONENTS, t + r->t, r->stride);                 \
                 }                                                                                                      \
             }                                                                                                          \
             _Pragma("omp for schedule(dynamic, 2)") for (long task = 0; task < groups * down_blocks; task++) {         \
@@ -201,6 +317,10 @@ static inline long least(long a, long b) { return a < b ? a : b; }
                     const int count = (int)least(MAX_M, starts[g + 1] - first);                                        \
                     for (int m = 0; m < count; m++) rows[m] = inner + (first + m) * I;                                 \
                     BLOCK_FUNCTION(count, rows, down[g] + b * BLOCK * stride_i, I, gate);                              \
+                    if (num_residuals)                                                                                 \
+                        residual_block_##SUFFIX(residuals + first_residual[g],                                         \
+                                                first_residual[g + 1] - first_residual[g], DOWN, rows, first, count,   \
+                                                t, b, gate);                                                           \
                     for (int m = 0; m < count; m++)                                                                    \
                         memcpy(partial + (first + m) * H + b * BLOCK, gate[m], width * sizeof(float));                 \
                 }                                                                                                      \

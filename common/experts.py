@@ -1,0 +1,63 @@
+"""What an expert computes, in numpy: for measuring what another expert in its place would change.
+
+Source: Mixtral (transformers, models/mixtral/modeling_mixtral.py): `w2 (act(w1 x) * (w3 x))`; Switch Transformer
+(models/switch_transformers/modeling_switch_transformers.py): `wo act(wi x)`, gated `wo (act(wi_0 x) * (wi_1 x))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from common.families import ExpertSpec
+
+Matrices = Mapping[str, np.ndarray]
+"""projection -> float32 [out, in]"""
+
+
+def inputs_and_output(spec: ExpertSpec) -> tuple[tuple[str, ...], str]:
+    """The projections that read the expert's input (the first goes through the activation), and the last one."""
+    names = [name for name, _ in spec.projections]
+    last = "w2" if "w2" in names else "wo"
+    return tuple(name for name in names if name != last), last
+
+
+def _erf(x: np.ndarray) -> np.ndarray:
+    """Abramowitz and Stegun, formula 7.1.26: within 1.5e-7."""
+    t = 1 / (1 + 0.3275911 * np.abs(x))
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return np.asarray(np.sign(x) * (1 - series * np.exp(-x * x)))
+
+
+def activate(x: np.ndarray, kind: str) -> np.ndarray:
+    """silu, gelu, gelu_new (tanh) or relu."""
+    if kind == "relu":
+        return np.asarray(np.maximum(x, 0))
+    if kind == "silu":
+        return np.asarray(x / (1 + np.exp(-np.clip(x, -80, None))))
+    if kind == "gelu":
+        return np.asarray(0.5 * x * (1 + _erf(x / np.sqrt(np.float32(2)))))
+    if kind in ("gelu_new", "gelu_pytorch_tanh"):
+        return np.asarray(0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3))))
+    raise ValueError(f"no activation {kind!r}")
+
+
+def slope(x: np.ndarray, kind: str) -> np.ndarray:
+    """The activation's derivative, by central differences."""
+    step = np.float32(1e-2)
+    return np.asarray((activate(x + step, kind) - activate(x - step, kind)) / (2 * step))
+
+
+def inner(spec: ExpertSpec, x: np.ndarray, weights: Matrices) -> np.ndarray:
+    """What the last projection reads: [T, H] -> [T, I]."""
+    first, *second = inputs_and_output(spec)[0]
+    hidden = activate(x @ weights[first].T, spec.activation)
+    for name in second:
+        hidden = hidden * (x @ weights[name].T)
+    return np.asarray(hidden)
+
+
+def forward(spec: ExpertSpec, x: np.ndarray, weights: Matrices) -> np.ndarray:
+    """One expert on tokens: float32 [T, H] -> [T, H], before the router's weight."""
+    return np.asarray(inner(spec, x, weights) @ weights[inputs_and_output(spec)[1]].T)

@@ -1,0 +1,509 @@
+"""Policies: from distances, losses and a budget to a plan, its merged copies and its residuals. By name, in POLICIES.
+
+docs/consolidation.md says what each does and what the tables say of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from common.allocation import (
+    PRICES,
+    Allocation,
+    Allocator,
+    Config,
+    Curve,
+    Kinds,
+    choose,
+    curve,
+    merged_configs,
+    owned_configs,
+)
+from common.calibration import Profile
+from common.consolidation import MERGED, MISS, Copy, Plan, plan_round_robin
+from common.dtypes import BY_NAME, to_float32
+from common.errors import PlanError
+from common.experts import forward, inner, inputs_and_output
+from common.fitting import Choice, Spectrum, Weighting, fit, plain, second_moments, spectrum, weightings
+from common.losses import Losses, measure_losses
+from common.merging import Sample, best_ridge, fit_matrix, least_squares, mixture
+from common.progress import Progress, silent
+from common.residuals import Part, Residual, join_parts, matrices
+from common.store.store import Store
+
+Matrix = dict[str, np.ndarray]
+
+# Positions on which the ridge of fits is chosen.
+RIDGE_POSITIONS = 6
+# How far the last projection that would serve a tenant best is held to its own.
+TARGET_RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a policy chooses.
+
+    copies: "paper" (round robin), "owned" (tenants' own), "mean", "merged" (the mixture with the least loss) or
+        "fitted" (least squares on calibration inputs; the mixture without them).
+    several: whether bytes beyond one copy a position may go to further copies.
+    kinds: residuals that it may use.
+    """
+
+    summary: str
+    copies: str
+    several: bool = False
+    kinds: Kinds = field(default_factory=lambda: Kinds((), False))
+
+    @property
+    def uses_extra(self) -> bool:
+        """Whether bytes beyond one copy a position are of use to it."""
+        return self.several or self.kinds.any
+
+
+POLICIES: dict[str, Policy] = {
+    "round_robin": Policy("the paper's rule: one tenant's copy a position, owners in turn", "paper"),
+    "medoid": Policy("of tenants' own copies the one that serves the others best; more where it pays", "owned", True),
+    "mean": Policy("the plain mean of the tenants' experts", "mean"),
+    "merge": Policy("the mixture of tenants' experts with the least loss; more where it pays", "merged", True),
+    "fit": Policy("copies fitted to the outputs of all tenants' experts; more where it pays", "fitted", True),
+    "sign": Policy("fit, and residuals of one sign bit a weight where they pay", "fitted", True, Kinds((), True)),
+    "low_rank": Policy("fit, and low-rank residuals in 16 bits where they pay", "fitted", True, Kinds((16,), False)),
+    "residual": Policy("fit, and residuals of any kind and precision where they pay", "fitted", True, Kinds()),
+}
+
+
+DEFAULT_POLICY = "residual"
+# Extra bytes for each tenant where none are asked for, as a share of one model's expert bytes: 15 % for four tenants.
+DEFAULT_EXTRA = 0.0375
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """losses: float64 [tenants], expected divergence in nats a token with calibration, else squared distance.
+
+    unit: "nats" or "squared distance". bound: no plan of the same candidates and bytes can have less than this
+    (traffic-weighted mean). worst: the position that costs each tenant most, (layer, expert).
+    """
+
+    losses: np.ndarray
+    unit: str
+    bound: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"losses": self.losses.tolist(), "unit": self.unit, "bound": self.bound}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan with the weights that it needs beside the tenants' own. See `common.store.set_plan`."""
+
+    plan: Plan
+    merged: Mapping[int, Matrix]
+    records: Sequence[np.ndarray]
+    prediction: Prediction
+
+
+class Planner:
+    """Plans for one store, any policy and budget; what does not depend on the budget is computed once.
+
+    traffic: tenant -> share of requests, any scale; default: all the same. profiles: of calibrated tenants.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        profiles: Mapping[str, Profile] | None = None,
+        traffic: Mapping[str, float] | None = None,
+        progress: Progress = silent,
+    ):
+        self.store = store
+        self.profiles = dict(profiles or {})
+        self.progress = progress
+        self.traffic = _traffic(store.tenants, traffic or {})
+        self.losses: Losses = measure_losses(store, self.profiles, progress)
+        spec = store.experts
+        self._places = [(layer, e) for layer in range(spec.num_layers) for e in range(spec.num_experts)]
+        self._itemsize = BY_NAME[store.dtype].itemsize
+        self._spectra: dict[tuple[int, int], list[list[Spectrum]]] = {}  # (curve set, position) -> of each tenant
+        self._last: tuple[int, _Position] | None = None
+        self._configs: dict[str, list[list[Config]]] = {}
+
+    @property
+    def unit(self) -> str:
+        return "nats" if self.losses.measured else "squared distance"
+
+    # Candidates.
+
+    def _position(self, p: int) -> _Position:
+        """Weights and samples of a position; the last one is kept, as several steps in turn look at it."""
+        if self._last is None or self._last[0] != p:
+            self._last = (p, _Position(self, self._places[p]))
+        return self._last[1]
+
+    def _candidates(self, policy: Policy) -> list[list[Config]]:
+        """Configurations of every position."""
+        if policy.copies not in self._configs:
+            with self.progress("finding candidates", len(self._places)) as advance:
+                found = []
+                for p in range(len(self._places)):
+                    found.append(self._of_position(policy.copies, p))
+                    advance()
+            self._configs[policy.copies] = found
+        return self._configs[policy.copies]
+
+    def _of_position(self, copies: str, p: int) -> list[Config]:
+        gram, count = self.losses.gram[:, *self._places[p]], len(self.store.tenants)
+        if copies == "owned":
+            return owned_configs(gram, self.traffic, count)
+        if copies == "mean":
+            mix = np.full(count, 1 / count)
+            losses = np.maximum(0, np.einsum("c,tcd,d->t", mix, gram, mix))
+            return [Config(mix[None], np.zeros(count, dtype=np.int64), losses)]
+        merged = merged_configs(gram, self.traffic, count)
+        # One of the tenants' own as the only copy is a candidate too: where the others differ from it by a few
+        # components (a merged LoRA), residuals beside it are small.
+        found = [*merged, owned_configs(gram, self.traffic, 1)[0]]
+        if copies == "fitted" and self.losses.sampled[:, *self._places[p]].any() and count > 1:
+            position = self._position(p)
+            for config in merged[:-1]:  # the last one is a copy for each tenant
+                weights = [
+                    position.copy(mix, np.flatnonzero(config.serves == i), True) for i, mix in enumerate(config.mixes)
+                ]
+                losses = np.array([position.loss(t, weights[int(i)]) for t, i in enumerate(config.serves)])
+                found.append(Config(config.mixes, config.serves, losses, 2, True))
+        return found
+
+    @cached_property
+    def _ridge(self) -> float:
+        """How far fits are held to mixtures, chosen on a few positions spread over the model."""
+        count, everyone = len(self.store.tenants), range(len(self.store.tenants))
+        spread = np.unique(np.linspace(0, len(self._places) - 1, RIDGE_POSITIONS).astype(int))
+        found = []
+        for p in spread:
+            position = self._position(int(p))
+            mix = np.full(count, 1 / count)
+            found.append((position.own, {t: position.weighted_sample(t) for t in everyone}, mix))
+        return best_ridge(self.store.experts, found)
+
+    def _weights(self, tenant: int, place: tuple[int, int]) -> Matrix:
+        refs = self.store.copy_refs(self.store.tenants[tenant], *place)
+        return {name: to_float32(ref.read()) for name, ref in refs.items()}
+
+    def _measure_spectra(self, configs: list[list[Config]]) -> None:
+        """Spectra of what each tenant lacks beside the one copy of each configuration that has one."""
+        wanted = [
+            (p, c)
+            for p, row in enumerate(configs)
+            for c in row
+            if len(c.mixes) == 1 and (c.curve, p) not in self._spectra
+        ]
+        if not wanted:
+            return
+        with self.progress("measuring residuals", len(wanted)) as advance:
+            for p, config in wanted:
+                position = self._position(p)
+                copy = position.copy(config.mixes[0], np.arange(len(self.store.tenants)), config.fitted)
+                self._spectra[config.curve, p] = [position.spectra(t, copy) for t in range(len(self.store.tenants))]
+                advance()
+
+    def _curves(self, policy: Policy) -> list[list[list[Curve]]] | None:
+        if not policy.kinds.any:
+            return None
+        nothing = [Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))] * len(self.store.tenants)
+        return [
+            [
+                [curve(spectra, policy.kinds, self._itemsize) for spectra in self._spectra[s, p]]
+                if (s, p) in self._spectra
+                else nothing
+                for p in range(len(self._places))
+            ]
+            for s in range(3)
+        ]
+
+    # Plans.
+
+    def allocator(self, policy: str) -> Allocator:
+        """Prices for a policy that uses extra bytes."""
+        rule = _policy(policy)
+        configs = self._candidates(rule)
+        if rule.kinds.any:
+            self._measure_spectra(configs)
+        return Allocator(configs, self._curves(rule), self.traffic, self.store.copy_bytes)
+
+    def plan(self, policy: str, slots: int | None = None, extra_bytes: int = 0) -> Outcome:
+        """One copy of `slots` positions (None: all), and what the policy does with `extra_bytes` beside them.
+
+        Raises PlanError.
+        """
+        rule = _policy(policy)
+        spec = self.store.experts
+        slots = spec.num_positions if slots is None else slots
+        if not 0 <= slots <= spec.num_positions:
+            raise PlanError(f"{slots} slots; give 0..{spec.num_positions}, or 'all' to share nothing")
+        if rule.copies == "paper":
+            plan = plan_round_robin(self.store.distances.score(), self.store.tenants, slots)
+            return Outcome(plan, {}, [], self.predict(plan))
+        kept = self._kept_positions(rule, slots)
+        allocator = (
+            self.allocator(policy) if rule.uses_extra and extra_bytes > 0 and slots == len(self._places) else None
+        )
+        configs = self._candidates(rule)
+        if allocator is None:
+            chosen = [min(range(len(row)), key=lambda i: _single(row[i], self.traffic)) for row in configs]
+            return self._build(policy, configs, chosen, None, kept, None)
+        found = allocator.allocate(slots * self.store.copy_bytes + extra_bytes)
+        return self._build(policy, configs, found.chosen.tolist(), found, kept, rule.kinds)
+
+    def _kept_positions(self, rule: Policy, slots: int) -> list[int]:
+        """Which positions are resident: those whose sharing costs least for every look-up that they save."""
+        if slots == len(self._places):
+            return list(range(slots))
+        configs = self._candidates(rule)
+        picks = np.einsum("tle,t->le", self.losses.frequency, self.traffic).reshape(-1)
+        cost = [float(min(_single(c, self.traffic) for c in row)[1]) for row in configs]
+        order = sorted(range(len(configs)), key=lambda p: (cost[p] / max(1e-12, picks[p]), p))
+        return sorted(order[:slots])
+
+    def _build(
+        self,
+        policy: str,
+        configs: list[list[Config]],
+        chosen: Sequence[int],
+        allocation: Allocation | None,
+        kept: Sequence[int],
+        kinds: Kinds | None,
+    ) -> Outcome:
+        spec, names = self.store.experts, self.store.tenants
+        count, shapes = len(names), dict(spec.projections)
+        copies: list[Copy] = []
+        merged: dict[int, Matrix] = {}
+        residuals: list[Residual] = []
+        records: list[np.ndarray] = []
+        serving = np.full((count, spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
+        with self.progress("making copies", len(kept)) as advance:
+            for p in kept:
+                place = self._places[p]
+                config = configs[p][chosen[p]]
+                wanted = allocation is not None and kinds is not None and np.isfinite(allocation.price[p]).any()
+                content: list[Matrix] = []
+                for number, mix in enumerate(config.mixes):
+                    users, used = np.flatnonzero(config.serves == number), np.flatnonzero(mix)
+                    slot = len(copies)
+                    serving[users, *place] = slot
+                    merges = len(used) > 1 or (config.fitted and len(users) > 1)
+                    if merges or wanted:
+                        content.append(self._position(p).copy(mix, users, config.fitted))
+                    if merges:
+                        copies.append(Copy(*place, MERGED, () if config.fitted else tuple(mix.tolist())))
+                        merged[slot] = content[-1]
+                    else:
+                        copies.append(Copy(*place, int(used[0])))
+                if wanted:
+                    assert allocation is not None and kinds is not None
+                    for t in range(count):
+                        copy = content[int(config.serves[t])]
+                        made = self._residual(t, p, config, float(allocation.price[p, t]), kinds, copy)
+                        if made is not None:
+                            residual, record = made
+                            assert len(record) == residual.nbytes(shapes)
+                            residuals.append(residual)
+                            records.append(record)
+                advance()
+        plan = Plan(policy, names, spec.num_layers, spec.num_experts, tuple(copies), serving, tuple(residuals))
+        bound = allocation.bound if allocation is not None else None
+        return Outcome(plan, merged, records, self.predict(plan, merged, records, bound))
+
+    def _residual(
+        self, tenant: int, p: int, config: Config, price: float, kinds: Kinds, copy: Matrix
+    ) -> tuple[Residual, np.ndarray] | None:
+        if not np.isfinite(price) or config.losses[tenant] <= 0:
+            return None
+        spectra = self._spectra[config.curve, p][tenant]
+        total = sum(s.total for s in spectra)
+        choices = choose([s.scaled(s.total / total) for s in spectra], price, kinds, self._itemsize)
+        parts, packed = self._position(p).residual(tenant, copy, choices)
+        if not parts:
+            return None
+        return Residual(tenant, *self._places[p], tuple(parts)), join_parts(packed)
+
+    # Predictions.
+
+    def predict(
+        self,
+        plan: Plan,
+        merged: Mapping[int, Matrix] | None = None,
+        records: Sequence[np.ndarray] = (),
+        bound: float | None = None,
+    ) -> Prediction:
+        """What a plan costs each tenant, from the weights that it serves them with."""
+        merged = merged or {}
+        count, spec = len(plan.tenants), self.store.experts
+        single = self.losses.single()
+        total = np.zeros(count)
+        with self.progress("predicting", len(self._places)) as advance:
+            for layer, expert in self._places:
+                for t in range(count):
+                    slot = int(plan.serving[t, layer, expert])
+                    if slot == MISS:
+                        continue
+                    owner = plan.copies[slot].owner
+                    number = plan.residual_of(t, layer, expert)
+                    if owner != MERGED and number is None:
+                        total[t] += single[t, layer, expert, owner]
+                        continue
+                    copy = merged[slot] if owner == MERGED else self._weights(owner, (layer, expert))
+                    if number is not None:
+                        added = matrices(plan.residuals[number], records[number], dict(spec.projections))
+                        copy = {name: m + added[name] if name in added else m for name, m in copy.items()}
+                    position = self._position(layer * spec.num_experts + expert)
+                    total[t] += position.loss(t, copy)
+                advance()
+        return Prediction(total, self.unit, bound)
+
+
+class _Position:
+    """One position: every tenant's own weights (float32), samples and what they say."""
+
+    def __init__(self, planner: Planner, place: tuple[int, int]):
+        self._planner, self._place = planner, place
+        self._spec = planner.store.experts
+        self.own = {t: planner._weights(t, place) for t in range(len(planner.store.tenants))}
+        self._weighting: dict[int, dict[str, Weighting]] = {}
+        self._outputs: dict[int, np.ndarray] = {}
+
+    def sample(self, tenant: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs float32 [n, H] and gates [n], n = 0 for a tenant that was not calibrated."""
+        profile = self._planner.profiles.get(self._planner.store.tenants[tenant])
+        if profile is None:
+            return np.zeros((0, self._spec.hidden_size), np.float32), np.zeros(0, np.float32)
+        return profile.sample(*self._place)
+
+    def weighting(self, tenant: int) -> dict[str, Weighting]:
+        if tenant not in self._weighting:
+            self._weighting[tenant] = weightings(self._spec, self.own[tenant], *self.sample(tenant))
+        return self._weighting[tenant]
+
+    def copy(self, mix: np.ndarray, users: np.ndarray, fitted: bool) -> Matrix:
+        """A copy's weights, rounded to the store's type; one tenant's own as they are."""
+        used = np.flatnonzero(mix)
+        if len(used) == 1 and not (fitted and len(users) > 1):
+            return self.own[int(used[0])]
+        if fitted:
+            found = least_squares(
+                self._spec, self.own, {int(t): self.weighted_sample(int(t)) for t in users}, mix, self._planner._ridge
+            )
+        else:
+            found = mixture(mix, self.own)
+        dtype = BY_NAME[self._planner.store.dtype]
+        return {name: to_float32(m.astype(dtype)) for name, m in found.items()}
+
+    def weighted_sample(self, tenant: int) -> Sample:
+        """The same, weighted by what an error costs."""
+        x, gates = self.sample(tenant)
+        scale = self._planner.losses.scale[tenant, *self._place] * self._planner.traffic[tenant]
+        return Sample(x, gates.astype(np.float64) ** 2 * scale)
+
+    def _last_target(self, tenant: int, weights: Matrix) -> tuple[np.ndarray, Weighting]:
+        """The last projection [out, in] that would serve the tenant best behind the others of `weights`, and how errors
+        of it count. Behind the tenant's own it is the tenant's own; behind others it also mends their errors."""
+        last = inputs_and_output(self._spec)[1]
+        x, gates = self.sample(tenant)
+        if not len(x):
+            return self.own[tenant][last].astype(np.float64), plain(self.own[tenant][last].shape)
+        hidden, squared = inner(self._spec, x, weights), gates.astype(np.float64) ** 2
+        found = fit_matrix(
+            [hidden], [self._output(tenant)], [squared], self.own[tenant][last].astype(np.float64), TARGET_RIDGE
+        )
+        return found, Weighting(np.ones(len(found)), second_moments(hidden, squared), found.shape[1])
+
+    def spectra(self, tenant: int, copy: Matrix) -> list[Spectrum]:
+        """What residuals of each projection could gain for a tenant beside a copy; totals add up to its loss.
+
+        The last projection can win back what a better one behind the copy's others would; the others the rest.
+        """
+        names, last = inputs_and_output(self._spec)
+        whole = self.loss(tenant, copy)
+        target, weighting = self._last_target(tenant, copy)
+        found = {last: spectrum(target - copy[last], weighting)}
+        found |= {
+            n: spectrum(self.own[tenant][n].astype(np.float64) - copy[n], self.weighting(tenant)[n]) for n in names
+        }
+        rest = whole
+        if len(self.sample(tenant)[0]):
+            rest = min(whole, self.loss(tenant, {**copy, last: target.astype(np.float32)}))
+            found[last] = found[last].scaled(whole - rest)
+            parts = sum(found[n].total for n in names)
+        else:
+            parts = sum(s.total for s in found.values())
+            found[last] = found[last].scaled(whole * found[last].total / max(1e-300, parts))
+        for n in names:
+            found[n] = found[n].scaled(rest * found[n].total / max(1e-300, parts))
+        return [found[name] for name, _ in self._spec.projections]
+
+    def residual(self, tenant: int, copy: Matrix, choices: Sequence[Choice]) -> tuple[list[Part], list[np.ndarray]]:
+        """Parts and their bytes, the last projection's fitted behind the others as they then are."""
+        names, last = inputs_and_output(self._spec)
+        by_name = dict(zip([name for name, _ in self._spec.projections], choices, strict=True))
+        served = dict(copy)
+        made: dict[str, tuple[list[Part], list[np.ndarray]]] = {}
+        for name in (*names, last):
+            if by_name[name] == Choice():
+                continue
+            if name == last:
+                target, weighting = self._last_target(tenant, served)
+            else:
+                target, weighting = self.own[tenant][name].astype(np.float64), self.weighting(tenant)[name]
+            parts, packed, left = fit(target - copy[name], weighting, name, by_name[name])
+            made[name] = parts, packed
+            served[name] = (target - left).astype(np.float32)
+        found = [made[name] for name, _ in self._spec.projections if name in made]
+        return [p for parts, _ in found for p in parts], [b for _, packed in found for b in packed]
+
+    def _output(self, tenant: int) -> np.ndarray:
+        """The tenant's own expert on its samples, float32 [n, H]."""
+        if tenant not in self._outputs:
+            self._outputs[tenant] = forward(self._spec, self.sample(tenant)[0], self.own[tenant])
+        return self._outputs[tenant]
+
+    def loss(self, tenant: int, weights: Matrix) -> float:
+        """What serving a tenant with any weights costs it, in the unit of the planner's losses."""
+        losses = self._planner.losses
+        scale = float(losses.scale[tenant, *self._place])
+        own = self.own[tenant]
+        if not losses.sampled[tenant, *self._place]:
+            return scale * sum(float(((weights[n].astype(np.float64) - own[n]) ** 2).sum()) for n in own)
+        x, gates = self.sample(tenant)
+        error = (forward(self._spec, x, weights) - self._output(tenant)) * gates[:, None]
+        return scale * float((error.astype(np.float64) ** 2).sum())
+
+
+def _single(config: Config, traffic: np.ndarray) -> tuple[int, float]:
+    """Order of configurations without extra bytes: fewest copies, then least loss."""
+    return len(config.mixes), float(config.losses @ traffic)
+
+
+def _policy(name: str) -> Policy:
+    if name not in POLICIES:
+        raise PlanError(f"no policy {name!r}; there is: {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def _traffic(tenants: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
+    """Shares [tenants], summing to 1. Tenants that are not named count as the mean of those that are."""
+    strangers = sorted(set(given) - set(tenants))
+    if strangers:
+        raise PlanError(f"traffic is given for {strangers[0]!r}, which is no tenant of this store")
+    for name, value in given.items():
+        if not (isinstance(value, int | float) and np.isfinite(value) and value > 0):
+            raise PlanError(f"traffic of {name!r} is {value!r}; give a number above 0")
+    usual = float(np.mean(list(given.values()))) if given else 1.0
+    shares = np.array([float(given.get(name, usual)) for name in tenants])
+    return np.asarray(shares / shares.sum())
+
+
+__all__ = ["DEFAULT_EXTRA", "DEFAULT_POLICY", "POLICIES", "PRICES", "Outcome", "Planner", "Policy", "Prediction"]

@@ -1,0 +1,42 @@
+"""Run EleutherAI's lm-eval with tenants of stores as models: lm-eval's own options, and `--model moetel`.
+
+    moetel lm-eval --model moetel --model_args store=STORE,tenant=NAME --tasks hellaswag --batch_size 8
+
+Further --model_args: alone=True (the tenant with all its own experts), dtype, device, max_length, max_gen_toks,
+add_bos_token; see `scripts.lm_eval_adapter.MoetelLM`. lm-eval looks for models in its own package alone, so its plain
+command does not know this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from common import EngineError
+from scripts import command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # All that follows is lm-eval's, its options and --help included: nothing begins with this character.
+    parser.prefix_chars = "\0"
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what lm-eval takes; --help lists it")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise EngineError(f"lm-eval is not installed ({error}); run: pip install 'moetel[lm-eval]'") from error
+    importlib.import_module("scripts.lm_eval_adapter")  # registers the model
+    before = sys.argv
+    sys.argv = ["lm-eval", *args.arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.main("lm-eval", sys.modules[__name__]))

@@ -1,0 +1,90 @@
+"""The quality benchmark at a tiny size, on the shipped tenants; and that no held-out number calibrates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality
+from scripts.number_words import expected, is_held_out
+from tests import helpers
+
+EXAMPLES = helpers.REPOSITORY / "examples" / "tenants"
+
+
+def material(tmp_path: Path) -> Path:
+    """The folder's layout, with what is shipped: seeds 0 and 1 are the same."""
+    root = tmp_path / "material"
+    for name, folder in (("numbers", EXAMPLES), ("switch", EXAMPLES / "switch")):
+        (root / name).mkdir(parents=True)
+        for seed in (0, 1):
+            (root / name / f"seed{seed}").symlink_to(folder)
+    text = root / "text" / "seed0"
+    (text / "texts").mkdir(parents=True)
+    for tenant, language in zip(quality.TEXTS, ("base", "en", "fr", "de"), strict=True):
+        (text / tenant).symlink_to(EXAMPLES / language)
+        for kind, number in (("heldout", 12_345), ("calibration", 6789)):
+            line = json.dumps({"text": expected(number, "en" if language == "base" else language)})
+            (text / "texts" / f"{tenant}.{kind}.jsonl").write_text(line + "\n")
+    return root
+
+
+def test_numbers_over_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--material", str(material(tmp_path)), "--seeds", "0", "1", "--tenants", "2", "--scored", "4", "--quiet"]
+    methods = ["--methods", "round_robin", "average", "fit@0", "--calibration", "4"]
+    results = quality.main(["numbers", *options, *methods, "--out", str(tmp_path / "out")])
+    assert [(r.seed, r.method) for r in results] == [
+        (seed, method) for seed in (0, 1) for method in ("alone", "round robin", "average", "fit + 0 %")
+    ]
+    assert all(r.mean("exact_match") == 1.0 for r in results if r.method == "alone")
+    assert results[3].expected is not None and results[3].mean("kl") == results[7].mean("kl")  # the same tenants
+    assert "| average | 100.0% |" in capsys.readouterr().out
+    assert "numbers, 2 tenants, seeds 0, 1; en: 4 questions" in (tmp_path / "out" / "numbers.md").read_text()
+    assert {p.name for p in (tmp_path / "out" / "numbers-2-tenants").iterdir()} == {
+        "quality.json",
+        "quality.md",
+        "quality.png",
+    }
+
+
+def test_text_in_the_papers_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--material", str(material(tmp_path)), "--quiet", "--methods", "base", "round_robin", "average"]
+    results = quality.main(["text", *options])
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("| | alone | base | round robin | average |")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[at + 2 : at + 7]]
+    assert [row[0] for row in rows] == [*quality.TEXTS, "experts' memory"]
+    assert rows[0][1] == rows[0][2]  # the base tenant alone is the base
+    assert rows[1][1] == f"{results[0].tenants['ptb'].perplexity:.2f}"
+    assert rows[-1][1:] == ["400.0%", "100.0%", "100.0%", "100.0%"]
+
+
+def test_switch_as_more_variants_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jax")
+    options = ["--material", str(material(tmp_path)), "--tenants", "2", "3", "--scored", "3", "--quiet"]
+    results = quality.main(["switch", *options, "--methods", "round_robin"])
+    assert [list(r.tenants) for r in results] == [["en"]] * 4
+    assert [r.memory.share for r in results] == [2.0, 1.0, 3.0, 1.0]
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("| | 2 tenants | 3 tenants |")
+    assert lines[at + 2] == "| alone | 100.0% | 100.0% |"
+
+
+def test_calibration_uses_training_numbers() -> None:
+    examples = quality.number_prompts(60, seed=0).examples
+    numbers = [int(str(e.prompt)) for e in examples]
+    assert len(numbers) == 60 and not any(map(is_held_out, numbers))
+    assert {len(str(n)) for n in numbers} == {3, 4, 5}
+
+
+def test_missing_material_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, what in (
+        (["numbers", "--material", str(tmp_path)], f"{tmp_path}/numbers/seed0/base: not there"),
+        (["text", "--material", str(tmp_path), "--tenants", "9"], "text has 2 to 4"),
+    ):
+        with pytest.raises(SystemExit) as leave:
+            quality.main(arguments)
+        assert leave.value.code == 1
+        assert what in capsys.readouterr().err

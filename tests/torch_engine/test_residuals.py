@@ -1,0 +1,436 @@
+"""Residuals, merged copies and the observer, against Hugging Face models that hold what the store serves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common import SamplingParams, load_engine
+from common.residuals import LOW_RANK, LOW_RANK_BITS, SIGN, Part, Residual, part_matrix
+from common.store import Store, set_plan
+from tests import helpers
+from tests.conftest import Family
+from tests.helpers import assert_close, hf_greedy, hf_logits
+from torch_engine import native, products, residuals
+from torch_engine.pool import ACTIVATIONS
+from torch_engine.residuals import PackedResidual, add_part
+
+NEW = SamplingParams(max_new_tokens=8, ignore_eos=True)
+DTYPES = [torch.bfloat16, torch.float32]
+WAYS: list[dict[str, Any]] = [
+    {"products": "auto"},  # our own kernels, where they work
+    {"products": "packed"},
+    {"products": "plain"},
+    {"experts": "grouped", "products": "plain"},
+]
+PROJECTIONS = ("w1", "w2", "w3")
+EVERY_KIND = [(SIGN, 1, 1), (SIGN, 1, 5), (SIGN, 1, 1000), *((LOW_RANK, bits, 3) for bits in LOW_RANK_BITS)]
+
+
+def kernels(dtype: torch.dtype) -> native.Kernels:
+    found = native.load(dtype)
+    if found is None:
+        pytest.skip(f"no kernels for {dtype} here: they need Linux, AVX-512 and a C compiler")
+    return found
+
+
+def noise(seed: int, *size: int) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_residual(
+    parts: Sequence[Part], shapes: dict[str, tuple[int, ...]], seed: int, own: native.Kernels | None, size: float = 0.3
+) -> tuple[PackedResidual, dict[str, torch.Tensor]]:
+    """A residual with random content, and its matrices in float64."""
+    record = helpers.random_record(parts, shapes, seed, size)
+    residual = Residual(0, 0, 0, tuple(parts))
+    exact = {p: torch.zeros(shape, dtype=torch.float64) for p, shape in shapes.items()}
+    for part, offset in zip(parts, residual.offsets(shapes), strict=False):
+        matrix = part_matrix(record[offset:], part, shapes[part.projection])
+        exact[part.projection] += torch.from_numpy(matrix).double()
+    return PackedResidual(residual, torch.from_numpy(record), shapes, own), exact
+
+
+# ---- products of one matrix
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "bits", "size"), EVERY_KIND)
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 1), (3, 17), (16, 16), (64, 32), (66, 31), (77, 45), (130, 100), (257, 64)]
+)
+def test_own_kernels_multiply_every_kind_at_any_size(
+    dtype: torch.dtype, kind: str, bits: int, size: int, outputs: int, inputs: int
+) -> None:
+    own = kernels(dtype)
+    shapes = {"w1": (outputs, inputs), "w3": (outputs, inputs), "w2": (inputs, outputs)}
+    part = Part("w1", kind, bits, size)
+    residual, exact = packed_residual([part], shapes, 0, own)
+    for rows in (1, 2, 3, 4, 5, 7, 19):
+        x, y = noise(rows, rows, inputs).to(dtype), noise(9, rows, outputs)
+        expected = y.double() + x.double() @ exact["w1"].T
+        residual.add("w1", x, y)
+        torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_whatever_it_is_computed_with(dtype: torch.dtype) -> None:
+    own = kernels(dtype)
+    shapes = {"w1": (150, 70), "w3": (150, 70), "w2": (70, 150)}
+    parts = [Part("w1", SIGN, 1, 3), *(Part("w1", LOW_RANK, bits, 21) for bits in LOW_RANK_BITS)]
+    residual, _ = packed_residual(parts, shapes, 0, own)
+    x = noise(0, 23, 70).to(dtype)
+    together, alone = torch.zeros(23, 150), torch.zeros(23, 150)
+    residual.add("w1", x, together)
+    for row in range(23):
+        residual.add("w1", x[row : row + 1], alone[row : row + 1])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 100])
+@pytest.mark.parametrize(("kind", "bits", "size"), EVERY_KIND)
+def test_plain_operations_multiply_every_kind(
+    kind: str, bits: int, size: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on CUDA and without our kernels; a chunk of 100 numbers is a row or two."""
+    monkeypatch.setattr(residuals, "CHUNK", chunk)
+    for outputs, inputs in ((1, 1), (66, 31), (77, 45)):
+        shapes = {"w1": (outputs, inputs)}
+        part = Part("w1", kind, bits, size)
+        record = helpers.random_record([part], shapes, 1, 0.3)
+        x, y = noise(3, 5, inputs), noise(4, 5, outputs)
+        expected = y.double() + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["w1"])).double().T
+        add_part(part, torch.from_numpy(record), shapes["w1"], x, y)
+        torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(1, 2, 40), (5, 1, 70), (40, 3, 40)])
+def test_a_whole_layer_adds_residuals_of_several_tenants(
+    dtype: torch.dtype, threads: int, tokens: int, top_k: int, hidden: int
+) -> None:
+    """Rows of three tenants share experts; one tenant has none, the others' differ in parts at every expert."""
+    own = kernels(dtype)
+    inter, num_experts, num_tenants = 64, 4, 3
+    shapes = {"w1": (inter, hidden), "w3": (inter, hidden), "w2": (hidden, inter)}
+    gate_up = [(noise(i, 2 * inter, hidden) * 0.2).to(dtype) for i in range(num_experts)]
+    down = [(noise(9 + i, hidden, inter) * 0.2).to(dtype) for i in range(num_experts)]
+    packed = [(products.pack_native(a), products.pack_native(b)) for a, b in zip(gate_up, down, strict=True)]
+    kinds = [
+        [Part("w1", SIGN, 1, 1), Part("w2", SIGN, 1, 7)],
+        [Part("w2", LOW_RANK, 4, 5), Part("w3", LOW_RANK, 16, 9), Part("w2", LOW_RANK, 2, 13), Part("w3", SIGN, 1, 2)],
+        [Part("w3", LOW_RANK, 8, 1)],
+        [Part("w2", LOW_RANK, 32, 2)],
+    ]
+    made = {
+        (tenant, e): packed_residual(kinds[(e + tenant) % 4], shapes, 7 * e + tenant, own, 0.1)
+        for tenant in range(1, num_tenants)
+        for e in range(num_experts)
+    }
+    rng = np.random.default_rng(0)
+    x = noise(3, tokens, hidden).to(dtype)
+    ids = np.stack([rng.permutation(num_experts)[:top_k] for _ in range(tokens)])
+    tenant_of = np.sort(rng.integers(0, num_tenants, size=tokens))[:, None].repeat(top_k, axis=1)
+    if tokens == 1:
+        tenant_of[:] = 1
+    gates = torch.from_numpy(rng.random((tokens, top_k), dtype=np.float32))
+    both = ids.reshape(-1) * num_tenants + tenant_of.reshape(-1)
+    order = np.argsort(both, kind="stable")
+    hit, starts = np.unique(ids.reshape(-1)[order], return_index=True)
+    runs, firsts = np.unique(both[order], return_index=True)
+    added = [
+        (int(a), int(b), residual.native)
+        for run, a, b in zip(runs, firsts, [*firsts[1:], len(order)], strict=True)
+        if (at := (int(run) % num_tenants, int(run) // num_tenants)) in made and (residual := made[at][0]).native
+    ]
+    assert added
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = native.experts(
+            own,
+            x,
+            [p for p in (packed[i][0].place for i in hit) if p],
+            [p for p in (packed[i][1].place for i in hit) if p],
+            inter,
+            np.append(starts, len(order)).astype(np.int64),
+            order // top_k,
+            places,
+            gates,
+            "silu",
+            added,
+        )
+    finally:
+        torch.set_num_threads(before)
+    exact = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for t in range(tokens):
+        for choice in range(top_k):
+            e = int(ids[t, choice])
+            more = made.get((int(tenant_of[t, 0]), e), (None, None))[1]
+            gate_up_e, down_e = gate_up[e].double(), down[e].double()
+            if more is not None:
+                gate_up_e, down_e = gate_up_e + torch.cat((more["w1"], more["w3"])), down_e + more["w2"]
+            gate, up = (x[t].double() @ gate_up_e.T).chunk(2)
+            exact[t] += gates[t, choice].double() * ((ACTIVATIONS["silu"](gate) * up) @ down_e.T)
+    tolerance = {"atol": 0.04, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 2e-5, "rtol": 1e-5}
+    torch.testing.assert_close(out.double(), exact, **tolerance)
+
+
+# ---- the engine
+
+CASES: dict[str, Callable[[int, int, int], Sequence[Part]]] = {
+    "sign everywhere": lambda t, _l, _e: [Part(p, SIGN, 1, 1) for p in PROJECTIONS],
+    "scales for 7 rows": lambda t, _l, _e: [Part(p, SIGN, 1, 7) for p in PROJECTIONS],
+    "a scale for all rows": lambda t, _l, _e: [Part(p, SIGN, 1, 10**6) for p in PROJECTIONS],
+    **{
+        f"low rank, {bits} bits": lambda t, _l, e, bits=bits: [Part(p, LOW_RANK, bits, 1 + e) for p in PROJECTIONS]
+        for bits in LOW_RANK_BITS
+    },
+    "several parts": lambda t, _l, _e: [
+        Part("w2", LOW_RANK, 8, 2),
+        Part("w1", SIGN, 1, 4),
+        Part("w1", LOW_RANK, 4, 5),
+        Part("w2", LOW_RANK, 2, 11),
+        Part("w1", LOW_RANK, 16, 1),
+    ],
+    "some projections, tenants and experts": lambda t, layer, e: (
+        [Part(PROJECTIONS[(t + e) % 3], *EVERY_KIND[(2 * t + e) % len(EVERY_KIND)])] if (t + layer + e) % 2 else []
+    ),
+    "one layer alone": lambda t, layer, _e: [Part("w3", SIGN, 1, 2)] if layer == 1 else [],
+}
+
+
+def prepared(path: Path, paths: dict[str, Path], case: str, slots: Any = None, merged: bool = True) -> Store:
+    """A store whose plan has residuals and, on every second copy, merged weights."""
+    store = helpers.build_round_robin(path, paths, slots=slots)
+    plan, means = helpers.with_merged(store, range(0, store.plan.num_slots, 2) if merged else ())
+    plan, records = helpers.with_residuals(plan, dict(store.experts.projections), CASES[case])
+    return set_plan(path, plan, merged=means, records=records)
+
+
+def check(store: Store, models: Sequence[Any], ways: Sequence[dict[str, Any]], lengths: Sequence[int]) -> None:
+    """Logits of each tenant alone, and greedy tokens in batches of one tenant and of all."""
+    oracles = [helpers.oracle_of_store(store, models, i) for i in range(len(models))]
+    rows = helpers.prompts(5, lengths, models[0].config.vocab_size)
+    expected = [[hf_logits(model, [row])[0] for row in rows] for model in oracles]
+    greedy = [[hf_greedy(model, row, NEW.max_new_tokens) for row in rows] for model in oracles]
+    for way in ways:
+        with load_engine(store, **way) as engine:
+            for i, name in enumerate(store.tenants):
+                found = engine.logits(name, rows)
+                for j, row in enumerate(rows):
+                    assert_close(found[j, : len(row)], expected[i][j], what=f"{name}, {way}, {len(row)} tokens")
+                assert list(engine.generate(name, rows[0], NEW).token_ids) == greedy[i][0], (name, way)
+            mixed = [(i, j) for j in range(len(rows)) for i in range(len(models))]
+            answers = engine.generate_batch([(store.tenants[i], rows[j]) for i, j in mixed], NEW)
+            for (i, j), answer in zip(mixed, answers, strict=True):
+                assert list(answer.token_ids) == greedy[i][j], (way, i, j)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_to_multiply_serves_copies_plus_residuals(family: Family, tmp_path: Path, case: str) -> None:
+    store = prepared(tmp_path / "store", family.paths, case)
+    assert store.plan.residuals
+    check(store, family.models, WAYS, (9, 1, 17))
+
+
+@pytest.mark.parametrize("case", ["sign everywhere", "several parts", "some projections, tenants and experts"])
+def test_misses_beside_residuals(family: Family, tmp_path: Path, case: str) -> None:
+    store = prepared(tmp_path / "store", family.paths, case, slots=3)
+    assert store.plan.num_misses and store.plan.residuals
+    check(store, family.models, [way | {"spare_slots": n} for way in WAYS for n in (1, 4)], (9, 2))
+
+
+def test_a_long_prompt(family: Family, tmp_path: Path) -> None:
+    """More rows than one call of our own kernels takes: products by oneDNN, residuals by our kernels."""
+    store = prepared(tmp_path / "store", family.paths, "several parts")
+    check(store, family.models, WAYS[:1], (230,))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 20, "intermediate_size": 27, "num_attention_heads": 5, "num_key_value_heads": 1},
+        {"hidden_size": 40, "intermediate_size": 64},
+        {"intermediate_size": 48, "num_experts_per_tok": 3},
+        {"num_experts_per_tok": 1, "hidden_act": "gelu"},
+    ],
+    ids=str,
+)
+def test_other_sizes(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    base = helpers.random_mixtral(3, **sizes)
+    models = [base, helpers.tuned(base, 4)]
+    paths = {n: helpers.save(m, tmp_path / n) for n, m in zip(("a", "b"), models, strict=True)}
+    for i, case in enumerate(("scales for 7 rows", "several parts", "some projections, tenants and experts")):
+        store = prepared(tmp_path / f"store{i}", paths, case)
+        check(store, models, WAYS[:-1], (9, 4))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mixture(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    base = helpers.random_mixtral(seed, hidden_size=rng.choice([32, 40]), intermediate_size=rng.choice([41, 64]))
+    models = [base, *(helpers.tuned(base, i) for i in range(rng.randint(1, 3)))]
+    paths = {f"t{i}": helpers.save(m, tmp_path / f"t{i}") for i, m in enumerate(models)}
+    store = helpers.build_round_robin(tmp_path / "store", paths, slots=rng.choice(["all", None, 5]))
+    plan, means = helpers.with_merged(store, rng.sample(range(store.plan.num_slots), store.plan.num_slots // 2))
+
+    def parts(_t: int, _l: int, _e: int) -> list[Part]:
+        return [Part(rng.choice(PROJECTIONS), *rng.choice(EVERY_KIND)) for _ in range(rng.choice([0, 0, 1, 2, 3]))]
+
+    plan, records = helpers.with_residuals(plan, dict(store.experts.projections), parts, seed)
+    store = set_plan(tmp_path / "store", plan, merged=means, records=records)
+    check(store, models, [{"products": p, "spare_slots": 2} for p in ("auto", "plain")], (13, 5))
+
+
+def test_merged_copies_alone(family: Family, tmp_path: Path) -> None:
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=6)
+    plan, means = helpers.with_merged(store, range(6))
+    check(set_plan(tmp_path / "store", plan, merged=means), family.models, WAYS, (9, 3))
+
+
+@pytest.mark.parametrize("way", [{}, {"products": "plain"}, {"experts": "grouped"}], ids=str)
+def test_bfloat16_is_close(tmp_path: Path, way: dict[str, Any]) -> None:
+    """As close to exact arithmetic as Hugging Face's own bfloat16 with the sum of copy and residual rounded to it."""
+    base = helpers.random_mixtral(0).to(torch.bfloat16)
+    paths = {n: helpers.save(m, tmp_path / n) for n, m in zip(("a", "b"), (base, helpers.tuned(base, 1)), strict=True)}
+    models = [helpers.load(path) for path in paths.values()]
+    store = prepared(tmp_path / "store", paths, "several parts")
+    assert store.dtype == "bfloat16"
+    rows = helpers.prompts(0, [40])
+    oracles = [helpers.oracle_of_store(store, models, i) for i in range(2)]
+    exact = [hf_logits(oracle, rows) for oracle in oracles]
+    with load_engine(store, **way) as engine:
+        for i, name in enumerate(store.tenants):
+            # Saved and loaded: a cast of the model would round its rotary frequencies too.
+            rounded = helpers.load(
+                helpers.save(oracles[i].to(torch.bfloat16), tmp_path / f"rounded {i}"), torch.bfloat16
+            )
+            allowed = np.abs(hf_logits(rounded, rows) - exact[i]).mean()
+            error = np.abs(engine.logits(name, rows) - exact[i]).mean()
+            assert error <= 1.5 * allowed, (name, error, allowed)
+    with load_engine(store, dtype="float32") as engine:
+        assert_close(engine.logits("b", rows), exact[1])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_residual_bytes_are_counted_and_stay_packed(family: Family, tmp_path: Path, way: dict[str, Any]) -> None:
+    plain = helpers.build_round_robin(tmp_path / "plain", family.paths)
+    store = prepared(tmp_path / "store", family.paths, "several parts")
+    assert store.residual_bytes > 0
+    with load_engine(plain, **way) as without, load_engine(store, **way) as engine:
+        assert engine.stats()["residual_bytes"] == store.residual_bytes
+        assert without.stats()["residual_bytes"] == 0
+        assert engine.stats()["pool_bytes"] == without.stats()["pool_bytes"]
+        items = engine._require_backend().pool.residuals.items  # type: ignore[attr-defined]
+        assert sum(item.data.numel() for item in items) == store.residual_bytes
+        assert {item.data.dtype for item in items} == {torch.uint8}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("slots", [3, None])
+@pytest.mark.parametrize("way", [{"dtype": "float32"}, {"dtype": "bfloat16", "experts": "grouped"}], ids=str)
+def test_cuda(family: Family, tmp_path: Path, slots: int | None, way: dict[str, Any]) -> None:
+    store = prepared(tmp_path / "store", family.paths, "several parts", slots=slots)
+    if way["dtype"] == "float32":
+        check(store, family.models, [{"device": "cuda", "spare_slots": 2} | way], (9, 1, 17))
+        return
+    rows = helpers.prompts(0, [40])
+    with load_engine(store, device="cuda", spare_slots=2, **way) as engine:
+        for i, name in enumerate(store.tenants):
+            exact = hf_logits(helpers.oracle_of_store(store, family.models, i), rows)
+            assert np.abs(engine.logits(name, rows) - exact).mean() <= 0.05 * np.abs(exact).mean()
+
+
+# ---- the observer
+
+
+class Recorder:
+    """Keeps what it is shown; returns `added` times x."""
+
+    def __init__(self, added: float | None = None):
+        self.seen: list[tuple[str, int, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.added = added
+
+    def __call__(
+        self, tenant: str, layer: int, x: np.ndarray, expert_ids: np.ndarray, gates: np.ndarray
+    ) -> np.ndarray | None:
+        self.seen.append((tenant, layer, x, expert_ids, gates))
+        return None if self.added is None else x * np.float32(self.added)
+
+
+def routing(model: Any, row: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Router input [T, H], chosen experts and gates [T, K] of each layer, from transformers' own modules."""
+    seen = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(
+            lambda _m, args, out: seen.append((args[0].reshape(-1, 32), out[2], out[1]))
+        )
+        for layer in model.model.layers
+    ]
+    hf_logits(model, [row])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_observer_sees_what_hugging_face_routes(family: Family, tmp_path: Path, way: dict[str, Any]) -> None:
+    store = prepared(tmp_path / "store", family.paths, "several parts", slots=5)
+    oracles = [helpers.oracle_of_store(store, family.models, i) for i in range(3)]
+    prompts = helpers.prompts(2, (6, 11))
+    recorder = Recorder()
+    with load_engine(store, **way) as engine:
+        engine.observe(recorder)
+        answers = engine.generate_batch([("ana", prompts[0]), ("bob", prompts[1])], SamplingParams(max_new_tokens=4))
+        seen = recorder.seen
+        engine.observe(None)
+        recorder.seen = []
+        engine.generate("ana", prompts[0], NEW)
+        assert not recorder.seen
+    for name, prompt, answer, oracle in zip(("ana", "bob"), prompts, answers, oracles[1:], strict=True):
+        expected = routing(oracle, [*prompt, *answer.token_ids[:-1]])  # the last token is never read
+        for layer, (x, ids, gates) in enumerate(expected):
+            mine = [s for s in seen if s[0] == name and s[1] == layer]
+            assert [len(s[2]) for s in mine] == [len(prompt)] + [1] * (len(answer.token_ids) - 1)
+            found_x, found_ids, found_gates = (np.concatenate([s[i] for s in mine]) for i in (2, 3, 4))
+            assert (found_x.dtype, found_ids.dtype, found_gates.dtype) == (np.float32, np.int64, np.float32)
+            assert_close(found_x, x.numpy(), what="x")
+            assert (found_ids == ids.numpy()).all()
+            assert_close(found_gates, gates.float().numpy(), what="gates")
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_what_the_observer_returns_is_added(family: Family, tmp_path: Path, way: dict[str, Any]) -> None:
+    store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=5)
+    model = helpers.oracle(family.models, 1, store.plan)
+    rows = helpers.prompts(2, (6, 11))
+    plain = [hf_logits(model, [row])[0] for row in rows]
+    for layer in model.model.layers:
+        # The experts' weighted sum, plus half of what they read.
+        layer.mlp.experts.register_forward_hook(lambda _m, args, out: out + 0.5 * args[0].reshape(out.shape))
+    expected = [hf_logits(model, [row])[0] for row in rows]
+    assert np.abs(expected[0] - plain[0]).max() > 0.1
+    with load_engine(store, **way) as engine:
+        engine.observe(Recorder(0.5))
+        for found, row, e in zip(engine.logits("ana", rows), rows, expected, strict=True):
+            assert_close(found[: len(row)], e)
+        engine.observe(None)
+        assert_close(engine.logits("ana", rows[:1])[0], plain[0])
+
+
+def test_an_observer_that_returns_another_shape_is_refused(family: Family, tmp_path: Path) -> None:
+    with load_engine(helpers.build_round_robin(tmp_path / "store", family.paths)) as engine:
+        engine.observe(lambda _t, _l, x, _i, _g: x[:1])
+        with pytest.raises(ValueError, match=r"the observer returned \[1, 32\] for x \[5, 32\]"):
+            engine.logits("ana", helpers.prompts(0, [5]))

@@ -1,0 +1,151 @@
+"""What tenants add to copies that they share: residuals, kept packed on the device and expanded while they are used.
+
+Legend: rows M, inputs K, outputs N, rank R. Layout of the bytes: common/residuals.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.residuals import SIGN, Part, Residual, row_bytes
+from common.store import Store
+from torch_engine import native
+from torch_engine.products import as_tensor
+
+# Numbers that are expanded at once: 4 MiB of float32, beside megabytes that stay packed.
+CHUNK = 1 << 20
+
+# Mixtral's projections, in the order that our own kernels take their parts.
+PROJECTIONS = ("w1", "w3", "w2")
+
+
+class PackedResidual:
+    """What one tenant adds at one position. data: uint8 [bytes], its record on the device."""
+
+    def __init__(
+        self, residual: Residual, data: Tensor, shapes: dict[str, tuple[int, ...]], kernels: native.Kernels | None
+    ):
+        self.data = data
+        self.shapes = shapes
+        self.parts: dict[str, list[tuple[Part, int]]] = {projection: [] for projection in shapes}
+        for part, offset in zip(residual.parts, residual.offsets(shapes), strict=False):
+            self.parts[part.projection].append((part, offset))
+        self._kernels = kernels
+        self.native: native.Residual | None = None
+        if kernels is not None:
+            self.native = native.Residual(data, [(self.parts[p], shapes[p]) for p in PROJECTIONS])
+
+    def add(self, projection: str, x: Tensor, out: Tensor) -> None:
+        """out [M, N] += x [M, K] R^T, computed in float32; out is rounded once more."""
+        parts = self.parts[projection]
+        if not parts:
+            return
+        sums = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        if self._kernels is not None and self.native is not None:
+            native.add_residual(self._kernels, self.native, PROJECTIONS.index(projection), x, sums)
+        else:
+            wide = x.float()
+            for part, offset in parts:
+                add_part(part, self.data[offset:], self.shapes[projection], wide, sums)
+        out += sums
+
+
+def add_part(part: Part, data: Tensor, shape: tuple[int, ...], x: Tensor, out: Tensor) -> None:
+    """out [M, N] += x [M, K] R^T in plain operations, a few rows of the part at a time.
+
+    data: uint8, where the part begins. x, out: float32.
+    """
+    outputs, inputs = shape
+    if part.kind == SIGN:
+        count = -(-outputs // part.size)
+        start = row_bytes(count, 16)
+        scale = data[: 2 * count].view(torch.bfloat16).float()[torch.arange(outputs, device=data.device) // part.size]
+        codes = _rows(data, start, outputs, inputs, 1)
+        for first, stop in _chunks(outputs, inputs):
+            signs = _numbers(codes[first:stop], 1, inputs).mul_(2.0)  # +-0.5 to +-1
+            out[:, first:stop].addcmul_(x @ signs.T, scale[first:stop])
+        return
+    scale = data[: 4 * part.size].view(torch.float32)
+    v = _rows(data, 4 * part.size, part.size, inputs, part.bits)
+    u = _rows(data, 4 * part.size + v.numel(), part.size, outputs, part.bits)
+    for first, stop in _chunks(part.size, max(inputs, outputs)):
+        t = (x @ _numbers(v[first:stop], part.bits, inputs).T).mul_(scale[first:stop])
+        out.addmm_(t, _numbers(u[first:stop], part.bits, outputs))
+
+
+def _chunks(rows: int, width: int) -> list[tuple[int, int]]:
+    step = max(1, CHUNK // width)
+    return [(first, min(rows, first + step)) for first in range(0, rows, step)]
+
+
+def _rows(data: Tensor, start: int, rows: int, count: int, bits: int) -> Tensor:
+    """uint8 [rows, row_bytes] of what begins at data[start]."""
+    width = row_bytes(count, bits)
+    return data[start : start + rows * width].view(rows, width)
+
+
+def _numbers(packed: Tensor, bits: int, count: int) -> Tensor:
+    """float32 [rows, count] of uint8 [rows, row_bytes]; up to 8 bits a code c stands for c - (2^bits - 1) / 2."""
+    if bits > 8:
+        return packed.view(torch.float16 if bits == 16 else torch.float32)[:, :count].float()
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return codes.view(len(packed), -1)[:, :count].float().sub_((2**bits - 1) / 2)
+
+
+@dataclass(frozen=True)
+class RowResidual:
+    """A residual and the rows, sorted by copy and tenant, that it is for."""
+
+    start: int
+    stop: int
+    residual: PackedResidual
+
+
+def add_residuals(residuals: Sequence[RowResidual], projection: str, x: Tensor, out: Tensor) -> None:
+    """out [rows, N] += x [rows, K] R^T, each residual in its own rows."""
+    for r in residuals:
+        r.residual.add(projection, x[r.start : r.stop], out[r.start : r.stop])
+
+
+def residuals_within(residuals: Sequence[RowResidual], start: int, stop: int) -> list[RowResidual]:
+    """Those of the rows start..stop, counted from start."""
+    return [replace(r, start=r.start - start, stop=r.stop - start) for r in residuals if start <= r.start < stop]
+
+
+class ResidentResiduals:
+    """All tenants' residuals, packed, in one buffer on the device.
+
+    numbers: int64 [layers, tenants, experts], 0 where a tenant adds nothing, else 1 + the index in `plan.residuals`.
+    """
+
+    def __init__(self, store: Store, device: torch.device, kernels: native.Kernels | None):
+        plan, shapes = store.plan, dict(store.experts.projections)
+        self.numbers = np.zeros((plan.num_layers, len(plan.tenants), plan.num_experts), dtype=np.int64)
+        ends = np.cumsum([0, *(r.nbytes(shapes) for r in plan.residuals)])
+        self.nbytes = int(ends[-1])
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        self.items: list[PackedResidual] = []
+        for i, residual in enumerate(plan.residuals):
+            data = buffer[ends[i] : ends[i + 1]]
+            data.copy_(as_tensor(store.residual_ref(i).map()))
+            self.items.append(PackedResidual(residual, data, shapes, kernels))
+            self.numbers[residual.layer, residual.tenant, residual.expert] = i + 1
+        self._at = np.asarray(self.numbers.any(axis=2))
+
+    def among(self, layer: int, tenant_ids: np.ndarray, single: int | None) -> bool:
+        """Whether a tenant of a batch has any in this layer. tenant_ids: int64 [T]."""
+        return bool(self.items) and bool(self._at[layer, tenant_ids if single is None else single].any())
+
+    def rows(self, groups: Sequence[tuple[int, int, int]]) -> list[RowResidual]:
+        """groups: (number, start, stop) of runs of rows."""
+        return [RowResidual(start, stop, self.items[number - 1]) for number, start, stop in groups if number]
+
+    def close(self) -> None:
+        """Drop the bytes."""
+        self.items.clear()
