@@ -25,26 +25,50 @@ LEFT = {2: 0.3, 4: 0.04, 8: 3e-4, 16: 1e-7, 32: 1e-9}
 BITS = tuple(LEFT)
 # Step of the best uniform quantiser with so many bits, in standard deviations of a Gaussian (Max 1960, table II).
 STEPS = {2: 0.9957, 4: 0.3352, 8: 0.0308}
+# Inputs up to which correlations between them are estimated: a few hundred samples say little of more.
+MAX_MOMENTS = 2048
 # Singular values that a spectrum keeps; the rest count as not reachable by low rank.
 MAX_RANK = 128
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """rows: float64 [out], a_n above. columns: float64 [in, in], S; None: all of `inputs` inputs count the same."""
+    """rows: float64 [out], a_n above. columns: float64 [in, in], S, or [in] where S is diagonal; None: all of `inputs`
+    inputs count the same."""
 
     rows: np.ndarray
     columns: np.ndarray | None
     inputs: int
 
     @property
-    def moments(self) -> np.ndarray:
-        """S S^T, [in, in]."""
-        return np.eye(self.inputs) if self.columns is None else self.columns @ self.columns.T
+    def moments(self) -> np.ndarray | None:
+        """S S^T, [in, in]; None where it is diagonal, so that no input's error can be made good by another."""
+        return self.columns @ self.columns.T if self.columns is not None and self.columns.ndim == 2 else None
+
+    def times_moments(self, matrix: np.ndarray) -> np.ndarray:
+        """[rows, in] times S S^T."""
+        if self.columns is None:
+            return matrix
+        return np.asarray(
+            matrix * self.columns**2 if self.columns.ndim == 1 else matrix @ self.columns @ self.columns.T
+        )
+
+    def times_columns(self, matrix: np.ndarray) -> np.ndarray:
+        """[rows, in] times S."""
+        if self.columns is None:
+            return matrix
+        return np.asarray(matrix * self.columns if self.columns.ndim == 1 else matrix @ self.columns)
+
+    def undo_columns(self, matrix: np.ndarray) -> np.ndarray:
+        """[rows, in] times the inverse of S."""
+        if self.columns is None:
+            return matrix
+        if self.columns.ndim == 1:
+            return np.asarray(matrix / self.columns)
+        return np.asarray(np.linalg.solve(self.columns.T, matrix.T).T)
 
     def white(self, matrix: np.ndarray) -> np.ndarray:
-        scaled = matrix * np.sqrt(self.rows)[:, None]
-        return np.asarray(scaled if self.columns is None else scaled @ self.columns)
+        return self.times_columns(matrix * np.sqrt(self.rows)[:, None])
 
     def loss(self, matrix: np.ndarray) -> float:
         """The weighted squared error that a matrix [out, in] is."""
@@ -60,10 +84,14 @@ def second_moments(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """S, lower triangular, with `S S^T = E[w x x^T]` of the rows of x, shrunk towards its mean diagonal.
 
     A few hundred samples do not fill the space: the fewer, the more of the estimate is replaced by a multiple of the
-    identity, so that directions which no sample shows still count.
+    identity, so that directions which no sample shows still count. Beyond `MAX_MOMENTS` inputs only the diagonal, [in].
     """
     count, size = x.shape
     w = weights.astype(np.float64)
+    if size > MAX_MOMENTS:
+        diagonal = w @ (x.astype(np.float64) ** 2) / max(1e-30, w.sum())
+        share = 1 / (1 + 0.5 * count)
+        return np.asarray(np.sqrt((1 - share) * diagonal + share * diagonal.mean() + 1e-12))
     moments = (x.T.astype(np.float64) * w) @ x.astype(np.float64) / max(1e-30, w.sum())
     share = size / (size + 2.0 * count)
     shrunk = (1 - share) * moments + share * (np.trace(moments) / size + 1e-12) * np.eye(size)
@@ -150,14 +178,13 @@ def _top_singular(matrix: np.ndarray, rank: int = MAX_RANK) -> tuple[np.ndarray,
 def _sign_matrix(difference: np.ndarray, weighting: Weighting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scales [groups], which signs are positive, and the matrix that they make, for little weighted error."""
     group = sign_group(difference.shape)
-    moments = weighting.moments
     starts = np.arange(0, len(difference), group)
     scale = np.add.reduceat(np.abs(difference).mean(axis=1), starts) / np.diff([*starts, len(difference)])
     each = np.repeat(scale, group)[: len(difference)] + 1e-30
-    _, numbers = _round_columns(difference, 1, moments, np.broadcast_to(2 * each[:, None], difference.shape))
+    _, numbers = _round_columns(difference, 1, weighting.moments, np.broadcast_to(2 * each[:, None], difference.shape))
     signs = np.where(numbers > 0, 1.0, -1.0)
     # The scale that fits these signs best.
-    behind = signs @ moments
+    behind = weighting.times_moments(signs)
     above = np.add.reduceat(weighting.rows * (behind * difference).sum(axis=1), starts)
     below = np.add.reduceat(weighting.rows * (behind * signs).sum(axis=1), starts)
     scale = np.maximum(0, above / np.maximum(1e-300, below)).astype(BFLOAT16).astype(np.float64)
@@ -226,14 +253,17 @@ def _rounded(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _round_columns(
-    rows: np.ndarray, bits: int, moments: np.ndarray, scale: np.ndarray
+    rows: np.ndarray, bits: int, moments: np.ndarray | None, scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and numbers (scales left out) of rows [R, n], for the least error `(r - q) moments (r - q)^T`.
 
     Numbers are rounded one column after another, and what rounding cost is made good in the columns to come (GPTQ,
-    arXiv 2210.17323, algorithm 1). scale: [R, n].
+    arXiv 2210.17323, algorithm 1). scale: [R, n]. moments: None where they are diagonal.
     """
     left = rows.astype(np.float64).copy()
+    if moments is None or bits > 8:  # beyond 8 bits there is nothing to make good
+        codes, numbers = _rounded(left / scale, bits)
+        return codes, numbers
     damped = moments + 1e-2 * (np.trace(moments) / len(moments) + 1e-30) * np.eye(len(moments))
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     codes = np.empty(left.shape, dtype=np.float64 if bits <= 8 else np.float32)
@@ -250,12 +280,12 @@ def _fit_low_rank(left: np.ndarray, weighting: Weighting, part: Part) -> np.ndar
     white = weighting.white(left)
     _, _, vt = _top_singular(white, part.size)
     # Rows of v in the plain space: D ~ A^(-1/2) U S V^T C^(-1), C lower triangular.
-    raw = vt if weighting.columns is None else np.linalg.solve(weighting.columns.T, vt.T).T
+    raw = weighting.undo_columns(vt)
     if len(raw) < part.size:
         raw = np.concatenate([raw, np.zeros((part.size - len(raw), raw.shape[1]))])
     scale = np.broadcast_to(_scales(raw, part.bits)[:, None], raw.shape)
     v_codes, v = _round_columns(raw, part.bits, weighting.moments, scale)
-    v_white = v if weighting.columns is None else v @ weighting.columns
+    v_white = weighting.times_columns(v)
     # Least squares for all of u at once: the rows of v are no longer orthogonal.
     gram = v_white @ v_white.T
     gram += 1e-9 * (np.trace(gram) / len(gram) + 1e-30) * np.eye(len(gram))

@@ -58,33 +58,44 @@ def least_squares(
     samples: Mapping[int, Sample],
     mix: np.ndarray,
     ridge: float,
+    added: Mapping[int, Matrices] | None = None,
 ) -> dict[str, np.ndarray]:
     """One expert whose outputs are close to each tenant's own on that tenant's inputs: float64 [out, in].
 
     The projections that read the input are fitted to the tenants' (RegMean, arXiv 2212.09849); the last one is fitted
     to the tenants' outputs on what the fitted ones hand it, so it also mends their errors, where RegMean fits it to
     the tenants' own on their own hidden values. What samples do not determine is as in the mixture. For the tenants of
-    `samples` only.
+    `samples` only. added: what residuals will add to some projections of the copy for some tenants.
     """
     first, last = inputs_and_output(spec)
+    added = added or {}
     start = mixture(mix, own)
     tenants = [t for t, s in samples.items() if len(s.x)]
     if not tenants:
         return start
     weights = [samples[t].weights for t in tenants]
+
+    def beside(t: int, name: str) -> np.ndarray | float:
+        return added.get(t, {}).get(name, 0.0)
+
     found = {
         name: fit_matrix(
             [samples[t].x for t in tenants],
-            [samples[t].x @ own[t][name].T for t in tenants],
+            [samples[t].x @ (own[t][name] - beside(t, name)).T for t in tenants],
             weights,
             start[name],
             ridge,
         )
         for name in first
     }
-    source = {name: m.astype(np.float32) for name, m in found.items()}
-    hidden = [inner(spec, samples[t].x, source) for t in tenants]
+    hidden = [
+        inner(spec, samples[t].x, {name: (found[name] + beside(t, name)).astype(np.float32) for name in first})
+        for t in tenants
+    ]
     outputs = [forward(spec, samples[t].x, own[t]) for t in tenants]
+    for number, t in enumerate(tenants):
+        if last in added.get(t, {}):
+            outputs[number] = outputs[number] - hidden[number] @ added[t][last].T
     found[last] = fit_matrix(hidden, outputs, weights, start[last], ridge)
     return found
 

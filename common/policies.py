@@ -40,6 +40,8 @@ Matrix = dict[str, np.ndarray]
 
 # Positions on which the ridge of fits is chosen.
 RIDGE_POSITIONS = 6
+# How often a copy is fitted anew beside the residuals that were fitted to it, as long as that helps.
+REFITS = 4
 # How far the last projection that would serve a tenant best is held to its own.
 TARGET_RIDGE = 0.01
 
@@ -289,34 +291,70 @@ class Planner:
             for p in kept:
                 place = self._places[p]
                 config = configs[p][chosen[p]]
-                wanted = allocation is not None and kinds is not None and np.isfinite(allocation.price[p]).any()
-                content: list[Matrix] = []
-                for number, mix in enumerate(config.mixes):
-                    users, used = np.flatnonzero(config.serves == number), np.flatnonzero(mix)
-                    slot = len(copies)
-                    serving[users, *place] = slot
-                    merges = len(used) > 1 or (config.fitted and len(users) > 1)
-                    if merges or wanted:
-                        content.append(self._position(p).copy(mix, users, config.fitted))
-                    if merges:
-                        copies.append(Copy(*place, MERGED, () if config.fitted else tuple(mix.tolist())))
-                        merged[slot] = content[-1]
+                prices = np.full(count, np.inf) if allocation is None or kinds is None else allocation.price[p]
+                content, made = self._make(p, config, prices, kinds or Kinds((), False))
+                for number, (mix, weights) in enumerate(zip(config.mixes, content, strict=True)):
+                    serving[np.flatnonzero(config.serves == number), *place] = len(copies)
+                    if weights is None:
+                        copies.append(Copy(*place, int(np.flatnonzero(mix)[0])))
                     else:
-                        copies.append(Copy(*place, int(used[0])))
-                if wanted:
-                    assert allocation is not None and kinds is not None
-                    for t in range(count):
-                        copy = content[int(config.serves[t])]
-                        made = self._residual(t, p, config, float(allocation.price[p, t]), kinds, copy)
-                        if made is not None:
-                            residual, record = made
-                            assert len(record) == residual.nbytes(shapes)
-                            residuals.append(residual)
-                            records.append(record)
+                        merged[len(copies)] = weights
+                        copies.append(Copy(*place, MERGED, () if config.fitted else tuple(mix.tolist())))
+                for residual, record in made.values():
+                    assert len(record) == residual.nbytes(shapes)
+                    residuals.append(residual)
+                    records.append(record)
                 advance()
         plan = Plan(policy, names, spec.num_layers, spec.num_experts, tuple(copies), serving, tuple(residuals))
         bound = allocation.bound if allocation is not None else None
         return Outcome(plan, merged, records, self.predict(plan, merged, records, bound))
+
+    def _make(
+        self, p: int, config: Config, prices: np.ndarray, kinds: Kinds
+    ) -> tuple[list[Matrix | None], dict[int, tuple[Residual, np.ndarray]]]:
+        """Weights of a position's copies (None: a tenant's own), and tenants' residuals with their records.
+
+        Fitted copies and residuals are fitted to each other in turn: a copy need not serve what residuals add.
+        """
+        users = [np.flatnonzero(config.serves == i) for i in range(len(config.mixes))]
+        merges = [
+            len(np.flatnonzero(mix)) > 1 or (config.fitted and len(u) > 1)
+            for mix, u in zip(config.mixes, users, strict=True)
+        ]
+        wanted = bool(np.isfinite(prices).any())
+        if not wanted and not any(merges):
+            return [None] * len(merges), {}
+        position = self._position(p)
+
+        def attempt(added: Mapping[int, Matrix]) -> tuple[list[Matrix], dict[int, tuple[Residual, np.ndarray]]]:
+            copies = [position.copy(m, u, config.fitted, added) for m, u in zip(config.mixes, users, strict=True)]
+            made = {}
+            for t, number in enumerate(config.serves):
+                found = self._residual(t, p, config, float(prices[t]), kinds, copies[int(number)])
+                if found is not None:
+                    made[t] = found
+            return copies, made
+
+        def cost(copies: list[Matrix], added: Mapping[int, Matrix]) -> float:
+            served = [_sum(copies[int(number)], added.get(t, {})) for t, number in enumerate(config.serves)]
+            return float(sum(self.traffic[t] * position.loss(t, weights) for t, weights in enumerate(served)))
+
+        copies, made = attempt({})
+        if config.fitted and made:
+            added = self._matrices(made)
+            best = cost(copies, added)
+            for _ in range(REFITS):
+                again = attempt(added)
+                added = self._matrices(again[1])
+                now = cost(again[0], added)
+                if now >= best:
+                    break
+                (copies, made), best = again, now
+        return [c if merged else None for c, merged in zip(copies, merges, strict=True)], made
+
+    def _matrices(self, made: Mapping[int, tuple[Residual, np.ndarray]]) -> dict[int, Matrix]:
+        shapes = dict(self.store.experts.projections)
+        return {t: matrices(residual, record, shapes) for t, (residual, record) in made.items()}
 
     def _residual(
         self, tenant: int, p: int, config: Config, price: float, kinds: Kinds, copy: Matrix
@@ -358,8 +396,7 @@ class Planner:
                         continue
                     copy = merged[slot] if owner == MERGED else self._weights(owner, (layer, expert))
                     if number is not None:
-                        added = matrices(plan.residuals[number], records[number], dict(spec.projections))
-                        copy = {name: m + added[name] if name in added else m for name, m in copy.items()}
+                        copy = _sum(copy, matrices(plan.residuals[number], records[number], dict(spec.projections)))
                     position = self._position(layer * spec.num_experts + expert)
                     total[t] += position.loss(t, copy)
                 advance()
@@ -388,15 +425,16 @@ class _Position:
             self._weighting[tenant] = weightings(self._spec, self.own[tenant], *self.sample(tenant))
         return self._weighting[tenant]
 
-    def copy(self, mix: np.ndarray, users: np.ndarray, fitted: bool) -> Matrix:
-        """A copy's weights, rounded to the store's type; one tenant's own as they are."""
+    def copy(
+        self, mix: np.ndarray, users: np.ndarray, fitted: bool, added: Mapping[int, Matrix] | None = None
+    ) -> Matrix:
+        """A copy's weights, rounded to the store's type; one tenant's own as they are. added: tenants' residuals."""
         used = np.flatnonzero(mix)
         if len(used) == 1 and not (fitted and len(users) > 1):
             return self.own[int(used[0])]
         if fitted:
-            found = least_squares(
-                self._spec, self.own, {int(t): self.weighted_sample(int(t)) for t in users}, mix, self._planner._ridge
-            )
+            samples = {int(t): self.weighted_sample(int(t)) for t in users}
+            found = least_squares(self._spec, self.own, samples, mix, self._planner._ridge, added)
         else:
             found = mixture(mix, self.own)
         dtype = BY_NAME[self._planner.store.dtype]
@@ -480,6 +518,10 @@ class _Position:
         x, gates = self.sample(tenant)
         error = (forward(self._spec, x, weights) - self._output(tenant)) * gates[:, None]
         return scale * float((error.astype(np.float64) ** 2).sum())
+
+
+def _sum(copy: Matrix, added: Mapping[str, np.ndarray]) -> Matrix:
+    return {name: m + added[name] if name in added else m for name, m in copy.items()}
 
 
 def _single(config: Config, traffic: np.ndarray) -> tuple[int, float]:

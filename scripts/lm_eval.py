@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from common import EngineError
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise EngineError(f"lm-eval is not installed ({error}); run: pip install 'moetel[lm-eval]'") from error
     importlib.import_module("scripts.lm_eval_adapter")  # registers the model
+    # Its bootstrap of standard errors would fork; a copy of a process in which torch or jax has threads can hang.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     before = sys.argv
     sys.argv = ["lm-eval", *args.arguments]
     try:

@@ -319,6 +319,11 @@ class Method:
         name = self.name.removesuffix("_experts")
         return merging.Recipe.of(name, self.options) if name in merging.METHODS else None
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the plan depends on calibration, where there is one."""
+        return self.name in POLICIES and self.name != "round_robin" and bool(self.options.get("calibrated", True))
+
     def check(self) -> None:
         """Raises TaskError or PlanError for options that the method does not take."""
         if self.name in POLICIES:
@@ -340,12 +345,16 @@ class Method:
 class Workshop:
     """Builds what methods serve a material's tenants from. One store with all of them is planned anew for each policy.
 
-    directory: an empty one, for stores and merged checkpoints.
+    directory: an empty one, for stores and merged checkpoints. methods: those to come; the material's calibration is
+    run if one of them looks at it.
     """
 
-    def __init__(self, material: Material, directory: Path, progress: Progress = silent):
+    def __init__(
+        self, material: Material, directory: Path, methods: Sequence[Method] = (), progress: Progress = silent
+    ):
         self.material, self._directory, self._progress = material, directory, progress
         self._path = directory / "store"
+        self._calibrates = any(m.calibrates for m in methods)
         self._planners: dict[bool, Planner] = {}
         self._store: Store | None = None
 
@@ -357,7 +366,7 @@ class Workshop:
                 self._path,
                 self.material.tenants,
                 policy="round_robin",
-                calibration=self.material.calibration,
+                calibration=self.material.calibration if self._calibrates else None,
                 progress=self._progress,
             )
         return self._store
@@ -565,7 +574,7 @@ def evaluate(
         with tempfile.TemporaryDirectory(dir=options.scratch, prefix="moetel-eval-") as scratch:
             folder = Path(scratch)
             begun = time.perf_counter()
-            workshop = Workshop(material, folder, progress)
+            workshop = Workshop(material, folder, methods, progress)
             store, _ = workshop.serve(Method("alone"))
             built = time.perf_counter()
             own = measure_alone(store, material.tasks, options, folder, progress)

@@ -394,6 +394,14 @@ def evaluate(out: Path, languages: Sequence[str], num_scored: int, console: Cons
     return {"held_out_numbers": num_scored, "tenants": rows}
 
 
+def wide_console() -> Console:
+    """A console that, where it writes to a file, cuts no table."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
 def add_recipe(parser: argparse.ArgumentParser, defaults: Any) -> None:
     """An option for each number that the recipe, a dataclass, holds; None where not given."""
     for name, value in asdict(defaults).items():
@@ -421,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--preset {args.preset} needs --out: {default_out} holds what the default recipe makes")
     torch.set_num_threads(args.threads)
     recipe = replace(PRESETS[args.preset], **given(args, Recipe()))
-    run(replace(recipe, languages=tuple(recipe.languages)), args.out, args.scored, Console())
+    run(replace(recipe, languages=tuple(recipe.languages)), args.out, args.scored, wide_console())
     return 0
 
 

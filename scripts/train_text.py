@@ -65,6 +65,7 @@ from scripts.train_demo import (
     save,
     shared,
     train,
+    wide_console,
 )
 
 TENANTS = ("base", "ptb", "code", "docs")
@@ -343,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
-        run(replace(Recipe(), **given(args, Recipe())), args.texts, args.out, Console())
+        run(replace(Recipe(), **given(args, Recipe())), args.texts, args.out, wide_console())
     except MoetelError as error:
         return fail(str(error))
     return 0

@@ -59,7 +59,13 @@ def test_a_store_holds_every_tensor_and_the_papers_plan(store: Store, family: Fa
     layers = store.manifest.similarity["layers"]
     np.testing.assert_allclose([s["mean"] for s in layers], exact.matrix.mean(axis=(0, 2)), rtol=1e-6)
     provenance = store.manifest.provenance
-    assert provenance["settings"] == {"policy": "round_robin", "slots": 5, "budget_bytes": None}
+    assert provenance["settings"] == {
+        "policy": "round_robin",
+        "slots": 5,
+        "budget_bytes": None,
+        "extra": None,
+        "traffic": {},
+    }
     assert set(provenance["versions"]) == {"moetel", "python", "numpy", "safetensors"}
     assert store.tenant("ana").source == str(family.paths["ana"])
 
@@ -338,7 +344,11 @@ BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[Moete
     "unknown slots": (lambda f, t: {"slots": "many"}, PlanError, "slots is 'many'"),
     "unknown policy": (lambda f, t: {"policy": "best"}, PlanError, "no policy 'best'; there is: round_robin"),
     "budget as text": (lambda f, t: {"budget_bytes": "1GiB"}, PlanError, "budget_bytes is '1GiB'; give a whole number"),
-    "slots and budget": (lambda f, t: {"slots": 1, "budget_bytes": 10**9}, PlanError, "slots or a budget, not both"),
+    "slots and budget": (
+        lambda f, t: {"slots": 1, "budget_bytes": 10**9},
+        PlanError,
+        "give one of slots, a budget, and a share",
+    ),
     "budget too small": (lambda f, t: {"budget_bytes": 30_000}, PlanError, "too small for one tenant.*give at least"),
     "unknown dtype": (lambda f, t: {"dtype": "int8"}, StoreError, "dtype 'int8' is not one of auto"),
     "NaN expert": (
