@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import SamplingParams, Store, build_store, load_engine
+from common.calibration import CalibrationSet
+from common.policies import DEFAULT_POLICY, POLICIES
 from common.progress import bars
 from scripts import build, command
 from scripts.number_words import LANGUAGES, expected, held_out
@@ -30,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="both",
         help="mixtral: the PyTorch engine; switch: the JAX engine",
     )
-    parser.add_argument("--slots", type=build.slots, help="resident copies, or all; default: one copy a position")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--slots", type=build.slots, help="resident copies, nothing beside them, or all")
+    amount.add_argument(
+        "--extra", type=build.share, help="bytes beyond one model's experts, as a share of them, as 15%%"
+    )
+    parser.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="default: %(default)s")
     parser.add_argument("--show", type=int, default=4, metavar="N", help="answers shown for each tenant")
     parser.add_argument("--score", type=int, default=200, metavar="N", help="held-out numbers that the score counts")
 
@@ -57,7 +64,16 @@ def one_family(args: argparse.Namespace, family: str, console: Console) -> None:
     """Build, answer, score."""
     folder, ending = FAMILIES[family]
     path = args.store.with_name(args.store.name + ending)
-    store = build_store(path, {lang: folder / lang for lang in LANGUAGES}, slots=args.slots, progress=bars)
+    examples = CalibrationSet.read(EXAMPLES / "calibration.jsonl")
+    store = build_store(
+        path,
+        {lang: folder / lang for lang in LANGUAGES},
+        policy=args.policy,
+        slots=args.slots,
+        extra=args.extra,
+        calibration=None if args.policy == "round_robin" else dict.fromkeys(LANGUAGES, examples),
+        progress=bars,
+    )
     build.report(store, console)
     numbers = held_out(max(args.show, args.score))
     found = answers(store, numbers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import sys
 
@@ -30,14 +31,17 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise EngineError(f"lm-eval is not installed ({error}); run: pip install 'moetel[lm-eval]'") from error
     importlib.import_module("scripts.lm_eval_adapter")  # registers the model
-    # Its bootstrap of standard errors would fork; a copy of a process in which torch or jax has threads can hang.
+    # Its bootstrap of standard errors and its table writer fork; a copy of a process in which torch or jax has threads
+    # can hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    before = sys.argv
+    method, before = multiprocessing.get_start_method(), sys.argv
+    multiprocessing.set_start_method("spawn", force=True)
     sys.argv = ["lm-eval", *args.arguments]
     try:
         cli_evaluate()
     finally:
         sys.argv = before
+        multiprocessing.set_start_method(method, force=True)
     return 0
 
 
