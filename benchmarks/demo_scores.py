@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks.common import Report, add_output, machine, write_output
 from common import SamplingParams, build_store, load_engine
-from scripts.demo import FAMILIES
+from common.calibration import CalibrationSet
+from scripts.demo import EXAMPLES, FAMILIES
 from scripts.number_words import LANGUAGES, expected, held_out
 
 COLUMNS = ("family", "engine", "tenant", "sharing", "float32", "bfloat16", "kept", "tokens agree")
@@ -35,14 +36,23 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(argv)
     report = Report("Scores of the shipped tenants before and after consolidation", COLUMNS)
     report.note(machine())
-    report.note(f"{args.numbers} held-out numbers; shared: one copy a position, the paper's rule; kept: shared / alone")
+    report.note(
+        f"{args.numbers} held-out numbers; paper: one copy a position, the paper's rule; default: the default policy, "
+        "calibrated on training numbers; kept: share of the score alone"
+    )
+    examples = CalibrationSet.read(EXAMPLES / "calibration.jsonl")
+    ways: dict[str, dict[str, Any]] = {
+        "alone": {"slots": "all"},
+        "paper": {"policy": "round_robin"},
+        "default": {"calibration": dict.fromkeys(LANGUAGES, examples)},
+    }
     numbers = held_out(args.numbers)
     for family in FAMILIES if args.family == "both" else (args.family,):
         alone: dict[str, float] = {}
-        for sharing, slots in (("alone", "all"), ("shared", None)):
+        for sharing, options in ways.items():
             with tempfile.TemporaryDirectory() as scratch:
                 tenants = {lang: FAMILIES[family][0] / lang for lang in LANGUAGES}
-                store = build_store(Path(scratch) / "store", tenants, slots=slots)
+                store = build_store(Path(scratch) / "store", tenants, **options)
                 wide, narrow = (answers(store, dtype, numbers) for dtype in ("float32", "bfloat16"))
             for i, tenant in enumerate(LANGUAGES):
                 part = slice(i * len(numbers), (i + 1) * len(numbers))

@@ -102,7 +102,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         root = Path(scratch)
         dtype = getattr(torch, args.dtype)
         names = [f"tenant{i}" for i in range(args.tenants)]
-        store = build_store(root / "store", {n: write_random(root / n, shape, dtype, i) for i, n in enumerate(names)})
+        store = build_store(
+            root / "store",
+            {n: write_random(root / n, shape, dtype, i) for i, n in enumerate(names)},
+            policy="round_robin",
+        )
         modes = {
             ready: Mode(load_engine(store, backend="torch", device="cpu", ready_tenants=ready))
             for ready in (args.tenants, 1)

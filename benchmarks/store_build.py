@@ -39,7 +39,7 @@ def peak():  # in bytes; getrusage would inherit the peak of the process that st
 
 before = peak()
 begun = time.perf_counter()
-build_store(sys.argv[1], {"a": sys.argv[2], "b": sys.argv[3]})
+build_store(sys.argv[1], {"a": sys.argv[2], "b": sys.argv[3]}, policy="round_robin")
 print(time.perf_counter() - begun, peak() - before)
 """
 

@@ -189,8 +189,7 @@ def _levels(
         ):
             hull.pop()
         hull.append((cost, kept, b))
-    costs, kept = (np.array([h[i] for h in hull]) for i in (0, 1))
-    more = np.diff(kept)
+    costs, more = np.array([h[0] for h in hull]), np.diff([h[1] for h in hull])
     return tuple(h[2] for h in hull[1:]), costs[1:], more, more / np.diff(costs)
 
 
@@ -273,7 +272,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def curves(rows: Sequence[Sequence[Spectrum]], kinds: Kinds, itemsize: int) -> list[Curve]:
-    """Of tenants at positions; the totals of a row's spectra together count as loss 1. Every row has the same shapes."""
+    """Of tenants at positions, all of the same shapes; the totals of a row's spectra together count as loss 1."""
     nothing = Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))
     totals = [sum(s.total for s in row) for row in rows]
     some = [i for i, total in enumerate(totals) if total > 0] if kinds.any else []

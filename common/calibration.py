@@ -78,7 +78,8 @@ class CalibrationSet:
         path = Path(path)
         examples = []
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): a JSON string may hold characters that it takes for the end of a line.
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"{path}: cannot be read: {error}") from error
         for number, line in enumerate(lines, 1):
@@ -231,10 +232,11 @@ def rows_of(engine: Engine, tenant: str, examples: CalibrationSet) -> list[Row]:
             prompt = _ids(engine, tenant, example.prompt)
             answer = _answer_ids(engine, tenant, example.answer)
         if config.is_encoder_decoder:
-            rows.append(Row(tuple(prompt[: config.max_positions]), tuple(answer), 0))
+            # The decoder reads a start token before the answer.
+            rows.append(Row(tuple(prompt[: config.max_positions]), tuple(answer[: config.max_positions - 1]), 0))
         else:
             whole = (*prompt, *answer)[: config.max_positions]
-            rows.append(Row(tuple(whole), (), len(prompt) - 1 if answer else 0))
+            rows.append(Row(tuple(whole), (), min(len(prompt), len(whole)) - 1 if answer else 0))
     return rows
 
 
@@ -303,6 +305,9 @@ def calibrate(
     """
     from common.engine import load_engine  # which imports stores, whose builds import this
 
+    for tenant, examples in sets.items():
+        if not examples.examples:
+            raise RequestError(f"calibration of {tenant!r} holds no example; give at least one")
     found: dict[str, Profile] = {}
     spec = store.experts
     spare = max(spec.top_k, min(spec.num_positions, SPARE_BYTES // (spec.copy_elements * 4)))

@@ -21,7 +21,7 @@ from common.residuals import LOW_RANK, SIGN, Part
 
 # Share of a component's squared singular value that is left when its vectors are kept in so many bits; measured with
 # `fit` below on Gaussian matrices (tests/common/test_fitting.py).
-LEFT = {2: 0.3, 4: 0.04, 8: 3e-4, 16: 1e-7, 32: 1e-9}
+LEFT = {2: 0.3, 4: 0.04, 8: 3e-4, 16: 1e-7, 32: 1e-13}
 BITS = tuple(LEFT)
 # Step of the best uniform quantiser with so many bits, in standard deviations of a Gaussian (Max 1960, table II).
 STEPS = {2: 0.9957, 4: 0.3352, 8: 0.0308}

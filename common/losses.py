@@ -24,6 +24,8 @@ from common.progress import Progress, silent
 from common.similarity import Distances
 from common.store.store import Store
 
+UNITS = ("squared distance", "squared error", "nats")
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -35,6 +37,8 @@ class Losses:
         the tenant's samples; where it has none (sampled false), of the squared differences of weights.
     sampled: bool [tenants, layers, experts].
     measured: names of tenants whose losses rest on calibration.
+    unit: "nats"; "squared error" of outputs where no tenant's sensitivity is known (one that was calibrated when it was
+        alone, or beside its equals); "squared distance" without calibration.
     """
 
     tenants: tuple[str, ...]
@@ -43,6 +47,7 @@ class Losses:
     scale: np.ndarray
     sampled: np.ndarray
     measured: tuple[str, ...]
+    unit: str
 
     def single(self) -> np.ndarray:
         """float64 [tenants t, layers, experts, tenants c]: the loss of t with c's own expert."""
@@ -76,7 +81,8 @@ def losses_of_weights(distances: Distances, top_k: int) -> Losses:
         for expert in range(experts):
             gram[:, layer, expert] = gram_of_distances(squared[layer, expert])
     scale = np.full((count, layers, experts), top_k / experts)
-    return Losses(distances.tenants, gram * (top_k / experts), scale, scale, np.zeros(scale.shape, dtype=bool), ())
+    gram *= top_k / experts
+    return Losses(distances.tenants, gram, scale, scale, np.zeros(scale.shape, dtype=bool), (), UNITS[0])
 
 
 def measure_losses(store: Store, profiles: Mapping[str, Profile], progress: Progress = silent) -> Losses:
@@ -113,24 +119,34 @@ def measure_losses(store: Store, profiles: Mapping[str, Profile], progress: Prog
                     share = profile.gate_squares[layer, expert] / max(
                         1e-30, float((gates.astype(np.float64) ** 2).sum())
                     )
-                    scale[t, layer, expert] = share / max(1, profile.tokens[layer]) * _sensitivity(profile, layer)
+                    sensitivity = _sensitivity(profiles, name, layer)
+                    scale[t, layer, expert] = share / max(1, profile.tokens[layer]) * sensitivity
                     sampled[t, layer, expert] = True
                     gram[t, layer, expert] = error @ error.T * scale[t, layer, expert]
                 advance()
     _scale_unsampled(gram, scale, sampled, by_weights.gram, profiles, names)
-    return Losses(names, gram, frequency, scale, sampled, measured)
+    known = any((profiles[name].sensitivity > 0).any() for name in measured)
+    unit = UNITS[2 if known else 1] if sampled.any() else UNITS[0]
+    return Losses(names, gram, frequency, scale, sampled, measured, unit)
 
 
 def _own(store: Store, name: str, layer: int, expert: int) -> dict[str, np.ndarray]:
     return {projection: to_float32(ref.read()) for projection, ref in store.copy_refs(name, layer, expert).items()}
 
 
-def _sensitivity(profile: Profile, layer: int) -> float:
-    """A layer's, or the tenant's median for a layer that could not be measured."""
-    known = profile.sensitivity[profile.sensitivity > 0]
-    if profile.sensitivity[layer] > 0:
-        return float(profile.sensitivity[layer])
-    return float(np.median(known)) if len(known) else 1.0
+def _sensitivity(profiles: Mapping[str, Profile], name: str, layer: int) -> float:
+    """A layer's; the tenant's median for a layer that could not be measured, and the others' for a tenant of which
+    none could: in one plan all losses have one unit."""
+    mine, others = profiles[name].sensitivity, [p.sensitivity for p in profiles.values()]
+    for found in (mine[layer : layer + 1], mine, np.array([o[layer] for o in others]), np.concatenate(others)):
+        if (found > 0).any():
+            return float(np.median(found[found > 0]))
+    return 1.0
+
+
+def _ratio(traces: np.ndarray, distances: np.ndarray) -> float:
+    """Of sums; 0 where all experts are the same, which says nothing."""
+    return float(traces.sum() / distances.sum()) if distances.sum() > 0 else 0.0
 
 
 def _scale_unsampled(
@@ -147,13 +163,13 @@ def _scale_unsampled(
     tenant without calibration counts as the usual one of the others.
     """
     traces, distances = (np.trace(a, axis1=3, axis2=4) for a in (gram, by_weights))
-    everyone = float(traces[sampled].sum() / max(1e-30, distances[sampled].sum()))
+    everyone = _ratio(traces[sampled], distances[sampled]) or 1.0
     for t, layer, expert in np.argwhere(~sampled):
         usual = everyone
         if names[t] in profiles:
             picked = sampled[t, layer]
             picks = profiles[names[t]].counts[layer][picked]
             if picked.any():
-                usual = float((traces[t, layer][picked] / picks).sum() / max(1e-30, distances[t, layer][picked].sum()))
+                usual = _ratio(traces[t, layer][picked] / picks, distances[t, layer][picked]) or everyone
         gram[t, layer, expert] = by_weights[t, layer, expert] * usual
         scale[t, layer, expert] *= usual

@@ -43,7 +43,8 @@ def fit_matrix(
     Solved for what is to be added to `towards`, in the smaller of the spaces of samples and of inputs.
     """
     x = np.concatenate(inputs).astype(np.float64)
-    root = np.sqrt(np.concatenate(weights))[:, None]
+    every = np.concatenate(weights)
+    root = np.sqrt(every / max(float(every.mean()), 1e-300))[:, None]  # only what they are to each other counts
     wanted = (np.concatenate(targets).astype(np.float64) - x @ towards.T) * root
     x *= root
     held = ridge * float((x**2).sum()) / x.shape[1] + 1e-12

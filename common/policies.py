@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.allocation import (
     Curve,
     Kinds,
     choose,
-    curve,
+    curves,
     merged_configs,
     owned_configs,
 )
@@ -42,8 +43,9 @@ Matrix = dict[str, np.ndarray]
 RIDGE_POSITIONS = 6
 # How often a copy is fitted anew beside the residuals that were fitted to it, as long as that helps.
 REFITS = 4
-# How far the last projection that would serve a tenant best is held to its own.
-TARGET_RIDGE = 0.01
+# How far the last projection that would serve a tenant best is held to its own: with little of it, hundreds of samples
+# are fitted too closely (docs/consolidation.md).
+TARGET_RIDGE = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ DEFAULT_EXTRA = 0.0375
 class Prediction:
     """losses: float64 [tenants], expected divergence in nats a token with calibration, else squared distance.
 
-    unit: "nats" or "squared distance". bound: no plan of the same candidates and bytes can have less than this
-    (traffic-weighted mean). worst: the position that costs each tenant most, (layer, expert).
+    unit: see `Losses.unit`. bound: no plan of the same candidates and bytes is predicted to have less than this
+    (traffic-weighted mean).
     """
 
     losses: np.ndarray
@@ -137,7 +139,7 @@ class Planner:
 
     @property
     def unit(self) -> str:
-        return "nats" if self.losses.measured else "squared distance"
+        return self.losses.unit
 
     # Candidates.
 
@@ -216,16 +218,12 @@ class Planner:
     def _curves(self, policy: Policy) -> list[list[list[Curve]]] | None:
         if not policy.kinds.any:
             return None
-        nothing = [Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))] * len(self.store.tenants)
-        return [
-            [
-                [curve(spectra, policy.kinds, self._itemsize) for spectra in self._spectra[s, p]]
-                if (s, p) in self._spectra
-                else nothing
-                for p in range(len(self._places))
-            ]
-            for s in range(3)
-        ]
+        count = len(self.store.tenants)
+        nothing = [Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))] * count
+        known = [key for key in product(range(3), range(len(self._places))) if key in self._spectra]
+        drawn = curves([spectra for key in known for spectra in self._spectra[key]], policy.kinds, self._itemsize)
+        found = {key: drawn[i * count : (i + 1) * count] for i, key in enumerate(known)}
+        return [[found.get((s, p), nothing) for p in range(len(self._places))] for s in range(3)]
 
     # Plans.
 
@@ -363,6 +361,8 @@ class Planner:
             return None
         spectra = self._spectra[config.curve, p][tenant]
         total = sum(s.total for s in spectra)
+        if total <= 0:  # nothing was to be won beside the one copy that its curve was drawn beside
+            return None
         choices = choose([s.scaled(s.total / total) for s in spectra], price, kinds, self._itemsize)
         parts, packed = self._position(p).residual(tenant, copy, choices)
         if not parts:

@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = 160
     console.print(table(store, found, best, planner.unit, args.policy))
-    if planner.unit != "nats":
+    if planner.unit == "squared distance":
         console.print("no tenant is calibrated: distances of weights stand in; give --calibrate NAME=FILE for nats")
     offer = found[best]
     console.print(

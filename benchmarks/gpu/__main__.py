@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = write_tenant(root / "cut", cut, 0, same_layers=True)
 
         def build(**options: Any) -> Store:
-            return build_store(root / "store", {"tenant": checkpoint}, **options)
+            return build_store(root / "store", {"tenant": checkpoint}, policy="round_robin", **options)
 
         store = build(slots="all")
         reports.append(expert_products(store, device, clock))
@@ -384,7 +384,7 @@ def non_expert_store(root: Path, full: Shape) -> Store:
     """Two tenants with all layers' real non-expert weights and small experts: only the former are switched."""
     thin = replace(full, intermediate_size=64)
     paths = {f"tenant{seed}": write_random(root / f"thin{seed}", thin, torch.bfloat16, seed) for seed in (1, 2)}
-    return build_store(root / "thin", paths)
+    return build_store(root / "thin", paths, policy="round_robin")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def build_store(
     budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the store's type.
     extra: bytes beyond one copy a position, as a share of one model's expert bytes. Without any of the three: one
         copy a position and, if the policy can use it, `DEFAULT_EXTRA` for each tenant.
-    calibration: tenant -> examples of its use, measured with the family's engine before planning.
+    calibration: tenant -> examples of its use, measured with the family's engine before planning, and kept.
     traffic: tenant -> share of requests, on any scale; tenants that are not named count as the mean of the others.
     configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see `open_checkpoint`.
     dtype: the store's type; auto keeps the tenants' own if they agree, else float32, so that nothing is lost.
@@ -473,7 +473,7 @@ def _assemble(
         directory,
         Manifest(sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance),
     )
-    if calibration and amount.slots is not None:
+    if calibration:
         profiles = {**profiles, **calibrate(draft, calibration, progress=progress)}
     kept = {name: profile.to_json(_putter(objects, entries)) for name, profile in profiles.items()}
     draft = Store(directory, replace(draft.manifest, calibration=kept))

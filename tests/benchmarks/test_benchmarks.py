@@ -143,7 +143,7 @@ def test_demo_scores(tmp_path: Path) -> None:
     from benchmarks import demo_scores
 
     rows = demo_scores.main(["--numbers=12", "--family=switch", *outputs(tmp_path)])
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert all(r["float32"] == "100.0%" for r in rows if r["sharing"] == "alone")
     assert all(float(r["kept"].rstrip("%")) >= 80 for r in rows)
 

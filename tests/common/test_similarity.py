@@ -138,7 +138,7 @@ def peak():  # getrusage would inherit the peak of the process that started this
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 before = peak()
-build_store(sys.argv[1], {"a": sys.argv[2], "b": sys.argv[3]})
+build_store(sys.argv[1], {"a": sys.argv[2], "b": sys.argv[3]}, policy="round_robin")
 print(peak() - before)
 """
     command = [sys.executable, "-c", code, *(str(tmp_path / n) for n in ("store", "a", "b"))]

@@ -166,6 +166,7 @@ def test_errors_and_exit_codes(
         "export",
         "demo",
         "train_demo",
+        "train_text",
         "train_switch_demo",
     ],
 )

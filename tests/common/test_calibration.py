@@ -1,0 +1,385 @@
+"""What a profile holds, against Hugging Face's own routers; examples and their errors; what stores do with profiles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common import RequestError, Store, UnknownTenantError, build_store, load_engine
+from common.calibration import (
+    CalibrationSet,
+    Example,
+    Profile,
+    alone,
+    calibrate,
+    divergence,
+    iter_logits,
+    log_softmax,
+    rows_of,
+)
+from common.store import add_tenant, remove_tenant, replan
+from tests import helpers, switch_models
+from tests.helpers import hf_greedy, prompts
+
+NAMES = ("base", "ana", "bob")
+SIZES = {"num_local_experts": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+MANY = 10**6  # samples: all inputs are kept
+
+
+@dataclass
+class Case:
+    root: Path
+    paths: dict[str, Path]
+    models: list[Any]
+    sets: dict[str, CalibrationSet]
+
+    @property
+    def store(self) -> Store:
+        return Store.open(self.root / "store")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    root = tmp_path_factory.mktemp("mixtral")
+    base = helpers.random_mixtral(0, **SIZES)
+    models = [base, helpers.tuned(base, 1), helpers.tuned(base, 2)]
+    paths = {n: helpers.save(m, root / n) for n, m in zip(NAMES, models, strict=True)}
+    sets = {n: CalibrationSet.texts(prompts(i, [20, 9, 14])) for i, n in enumerate(NAMES)}
+    build_store(root / "store", paths, policy="round_robin")
+    return Case(root, paths, models, sets)
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    pytest.importorskip("jax")
+    root = tmp_path_factory.mktemp("switch")
+    base = switch_models.random_switch(0, num_experts=3, d_model=16, d_ff=24)
+    models = [base, switch_models.tuned(base, 1)]
+    paths = {n: helpers.save(m, root / n) for n, m in zip(NAMES, models, strict=False)}
+    sets = {
+        n: CalibrationSet(tuple(Example(p, p[:k]) for p, k in zip(prompts(i, [20, 9, 14]), (6, 0, 9), strict=True)))
+        for i, n in enumerate(paths)
+    }
+    build_store(root / "store", paths, policy="round_robin")
+    return Case(root, paths, models, sets)
+
+
+# Against Hugging Face.
+
+Seen = list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]
+"""(layer, inputs [T, H], expert ids [T, K], gates [T, K]) of every call"""
+
+
+@torch.inference_mode()
+def mixtral_routing(model: Any, rows: list[list[int]]) -> Seen:
+    seen: Seen = []
+    hooks = []
+    for n, layer in enumerate(model.model.layers):
+
+        def hook(module: Any, given: Any, n: int = n, layer: Any = layer) -> None:
+            x = given[0].reshape(-1, given[0].shape[-1])
+            chances = torch.softmax(x @ layer.mlp.gate.weight.T, dim=-1)
+            gates, ids = chances.topk(2, dim=-1)
+            gates = gates / gates.sum(dim=-1, keepdim=True)
+            seen.append((n, x.numpy(), ids.numpy(), gates.numpy()))
+
+        hooks.append(layer.mlp.register_forward_pre_hook(hook))
+    for row in rows:
+        model(torch.tensor([row]))
+    for h in hooks:
+        h.remove()
+    return seen
+
+
+@torch.inference_mode()
+def switch_routing(model: Any, rows: list[list[int]], answers: list[list[int]]) -> Seen:
+    seen: Seen = []
+    hooks = []
+    for n, mlp in enumerate(switch_models.sparse_mlps(model)):
+
+        def hook(module: Any, given: Any, n: int = n, mlp: Any = mlp) -> None:
+            x = given[0].reshape(-1, given[0].shape[-1])
+            chances = torch.softmax(x @ mlp.router.classifier.weight.T, dim=-1)
+            gates, ids = chances.max(dim=-1, keepdim=True)
+            seen.append((n, x.numpy(), ids.numpy(), gates.numpy()))
+
+        hooks.append(mlp.register_forward_pre_hook(hook))
+    for row, answer in zip(rows, answers, strict=True):
+        model(input_ids=torch.tensor([row]), decoder_input_ids=torch.tensor([[0, *answer]]))
+    for h in hooks:
+        h.remove()
+    return seen
+
+
+def check_profile(profile: Profile, seen: Seen) -> None:
+    layers, experts = profile.counts.shape
+    for layer in range(layers):
+        x, ids, gates = (np.concatenate([s[i] for s in seen if s[0] == layer]) for i in (1, 2, 3))
+        assert profile.tokens[layer] == len(x)
+        assert profile.counts[layer].sum() == ids.size
+        for expert in range(experts):
+            rows, choices = np.nonzero(ids == expert)
+            mine = gates[rows, choices]
+            assert profile.counts[layer, expert] == len(rows)
+            assert profile.gate_squares[layer, expert] == pytest.approx(
+                float((mine.astype(float) ** 2).sum()), rel=1e-4
+            )
+            found, kept = profile.sample(layer, expert)
+            assert found.shape == (len(rows), x.shape[1]) and found.dtype == np.float32
+            # The order is drawn: every kept row is one of the router's, with its own gate, and none is kept twice.
+            far = np.abs(found[:, None] - x[rows][None]).max(axis=2) + np.abs(kept[:, None] - mine[None])
+            near = far.argmin(axis=1)
+            assert len(rows) == 0 or far.min(axis=1).max() < 1e-3
+            assert len(set(near.tolist())) == len(rows)
+
+
+def test_mixtral_profiles_are_what_the_router_does(mixtral: Case) -> None:
+    found = calibrate(mixtral.store, mixtral.sets, samples=MANY)
+    assert list(found) == list(NAMES)
+    for name, model in zip(NAMES, mixtral.models, strict=True):
+        rows = [list(e.prompt) for e in mixtral.sets[name].examples]
+        check_profile(found[name], mixtral_routing(model, rows))  # type: ignore[arg-type]
+        assert (found[name].sensitivity > 0).all() and found[name].sensitivity.shape == (2,)
+
+
+def test_switch_profiles_are_what_the_routers_of_both_sides_do(switch: Case) -> None:
+    found = calibrate(switch.store, switch.sets, samples=MANY)
+    for name, model in zip(switch.paths, switch.models, strict=True):
+        examples = switch.sets[name].examples
+        seen = switch_routing(model, [list(e.prompt) for e in examples], [list(e.answer or ()) for e in examples])  # type: ignore[arg-type]
+        check_profile(found[name], seen)
+        # Prompts in the encoder; in the decoder the answers behind a start token.
+        assert found[name].tokens.tolist() == [20 + 9 + 14, 6 + 0 + 9 + 3]
+        assert (found[name].sensitivity > 0).all()
+
+
+def test_a_sample_is_drawn_evenly(mixtral: Case) -> None:
+    (whole,), (part,) = (calibrate(mixtral.store, {"ana": mixtral.sets["ana"]}, samples=n).values() for n in (MANY, 4))
+    assert np.diff(part.starts).tolist() == np.minimum(4, np.diff(whole.starts)).tolist()
+    np.testing.assert_array_equal(part.counts, whole.counts)
+    np.testing.assert_array_equal(part.gate_squares, whole.gate_squares)
+    for layer in range(2):
+        for expert in range(3):
+            some, every = part.sample(layer, expert)[0], whole.sample(layer, expert)[0]
+            assert all((row == every).all(axis=1).sum() == 1 for row in some)
+    again = calibrate(mixtral.store, {"ana": mixtral.sets["ana"]}, samples=4)["ana"]
+    np.testing.assert_array_equal(again.inputs, part.inputs)
+
+
+def test_answers_are_generated_where_they_are_not_given(mixtral: Case) -> None:
+    (prompt,) = prompts(7, [11])
+    with load_engine(alone(mixtral.store), dtype="float32") as engine:
+        (row,) = rows_of(engine, "ana", CalibrationSet.of([prompt], max_new_tokens=5))
+        expected = hf_greedy(mixtral.models[1], prompt, 5, eos=2)
+        assert row.prompt == (*prompt, *expected) and row.answer == () and row.first == 10
+        given = rows_of(engine, "ana", CalibrationSet((Example(prompt, expected),)))
+        assert given == [row]
+        (logits,) = iter_logits(engine, "ana", [row])
+        whole = helpers.hf_logits(mixtral.models[1], [list(row.prompt)])[0]
+        helpers.assert_close(logits, whole[10:])
+        # Longer than the context: cut, and something is left to be scored.
+        (cut,) = rows_of(engine, "ana", CalibrationSet((Example([5] * 300, [6]),)))
+        assert len(cut.prompt) == 256 and cut.first == 255
+        assert [len(v) for v in iter_logits(engine, "ana", [cut, row])] == [1, len(whole) - 10]
+
+
+def test_an_answer_longer_than_the_decoder_reads_is_cut(switch: Case) -> None:
+    longest = switch.store.config("base").max_positions
+    with load_engine(alone(switch.store), dtype="float32") as engine:
+        (row,) = rows_of(engine, "base", CalibrationSet((Example([5] * 7, [6] * (longest + 5)),)))
+    assert len(row.answer) == longest - 1 and len(row.prompt) == 7
+
+
+# Divergence and sensitivity.
+
+
+def test_divergence_is_torchs() -> None:
+    rng = np.random.default_rng(0)
+    own, served = (rng.standard_normal((6, 40)).astype(np.float32) * 8 for _ in range(2))
+    expected = torch.nn.functional.kl_div(
+        torch.log_softmax(torch.from_numpy(served).double(), -1),
+        torch.log_softmax(torch.from_numpy(own).double(), -1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    np.testing.assert_allclose(divergence(own, served), expected.numpy(), rtol=1e-9)
+    assert divergence(own, own).tolist() == [0.0] * 6
+    assert np.isfinite(log_softmax(np.array([[1e30, 0.0], [-1e4, 1e4]], dtype=np.float32))).all()
+
+
+def test_sensitivity_is_positive_where_experts_differ(tmp_path: Path) -> None:
+    """The tenant's own layers' experts are another's in layer 1 only."""
+    base = helpers.random_mixtral(0, **SIZES)
+    other = helpers.tuned(base, 1)
+    for projection in ("gate_up_proj", "down_proj"):
+        mine, theirs = (getattr(m.model.layers[0].mlp.experts, projection) for m in (base, other))
+        theirs.data.copy_(mine.data)
+    paths = {n: helpers.save(m, tmp_path / n) for n, m in (("base", base), ("other", other), ("twin", base))}
+    sets = {"base": CalibrationSet.texts(prompts(0, [20] * 4))}
+    store = build_store(tmp_path / "store", {n: paths[n] for n in ("base", "other")}, calibration=sets)
+    profile = Profile.from_store(store, "base")
+    assert profile is not None and profile.sensitivity[0] == 0 and profile.sensitivity[1] > 0
+    for names in (["base", "twin"], ["base"]):
+        store = build_store(tmp_path / "store", {n: paths[n] for n in names}, calibration=sets)
+        profile = Profile.from_store(store, "base")
+        assert profile is not None and profile.sensitivity.tolist() == [0, 0]
+
+
+def test_sensitivity_predicts_what_a_small_change_does(mixtral: Case) -> None:
+    """Divergence by squared error is nearly the same for a change of half the size."""
+    store = mixtral.store
+    base = helpers.random_mixtral(0, **SIZES)
+    found = []
+    for size in (0.02, 0.01):
+        paths = {
+            "base": mixtral.paths["base"],
+            "near": helpers.save(helpers.tuned(base, 5, size), mixtral.root / "near"),
+        }
+        near = build_store(mixtral.root / "second", paths, policy="round_robin")
+        found.append(calibrate(near, {"base": mixtral.sets["base"]})["base"].sensitivity)
+    np.testing.assert_allclose(found[0], found[1], rtol=0.3)
+    assert store.tenants == NAMES
+
+
+# Files.
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines), "utf-8")
+    return path
+
+
+def test_examples_are_read_line_by_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "one", "answer": "1"},
+        "",
+        {"prompt": "two"},
+        {"text": "three"},
+        {"prompt": "four\u2028lines\x85of\x0bone", "answer": ""},
+        "   \r",
+    )
+    found = CalibrationSet.read(path, max_new_tokens=7)
+    assert found.max_new_tokens == 7
+    assert found.examples == (
+        Example("one", "1"),
+        Example("two", None),
+        Example("three", ""),
+        Example("four\u2028lines\x85of\x0bone", ""),
+    )
+    assert CalibrationSet.of([[3, 4], "five"]).examples == (Example([3, 4]), Example("five"))
+    assert CalibrationSet.texts([[3, 4], "five"]).examples == (Example([3, 4], ()), Example("five", ""))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "holds no example; give at least one line"),
+        (["", "  "], "holds no example"),
+        ([{"prompt": "a"}, "{"], "line 2: not JSON"),
+        ([{"prompt": "a"}, "", "nonsense"], "line 3: not JSON"),
+        ([["prompt"]], r"line 1: expected \{\"prompt\""),
+        ([{"question": "a"}], "line 1: expected"),
+        (["3"], "line 1: expected"),
+        ([{"prompt": ""}], "line 1: prompt, answer and text are strings, and not empty"),
+        ([{"prompt": None}], "line 1: prompt"),
+        ([{"prompt": 3}], "line 1: prompt"),
+        (['{"prompt": NaN}'], "line 1: prompt"),
+        ([{"prompt": "a", "answer": 4}], "line 1: prompt"),
+        ([{"text": ["a"]}], "line 1: prompt"),
+    ],
+)
+def test_bad_lines_are_named(lines: list[Any], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", *lines)
+    with pytest.raises(RequestError, match=f"bad.jsonl.*{message}"):
+        CalibrationSet.read(path)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    for name in ("absent.jsonl", "latin.jsonl", "."):
+        with pytest.raises(RequestError, match="cannot be read"):
+            CalibrationSet.read(tmp_path / name)
+
+
+def test_what_cannot_be_measured_is_refused(mixtral: Case) -> None:
+    store = mixtral.store
+    refused: list[tuple[type[Exception], str, CalibrationSet, str]] = [
+        (RequestError, "calibration of 'ana' holds no example", CalibrationSet(()), "ana"),
+        (UnknownTenantError, "no tenant 'eve'", CalibrationSet.texts([[3, 4]]), "eve"),
+        (RequestError, "tokenizer", CalibrationSet.texts(["text without a tokenizer"]), "ana"),
+        (RequestError, "empty", CalibrationSet.texts([[]]), "ana"),
+        (RequestError, "outside the vocabulary", CalibrationSet.texts([[3, 96]]), "ana"),
+    ]
+    for kind, message, examples, name in refused:
+        with pytest.raises(kind, match=message):
+            calibrate(store, {name: examples})
+
+
+# In stores.
+
+
+def same(found: Profile | None, expected: Profile | None) -> None:
+    assert found is not None and expected is not None
+    for field in ("tokens", "counts", "gate_squares", "inputs", "gates", "starts", "sensitivity"):
+        mine, theirs = getattr(found, field), getattr(expected, field)
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_profiles_survive_the_store_and_its_changes(mixtral: Case, tmp_path: Path) -> None:
+    paths, sets = mixtral.paths, mixtral.sets
+    two = {n: paths[n] for n in ("base", "ana")}
+    store = build_store(tmp_path / "store", two, policy="fit", calibration={n: sets[n] for n in two})
+    measured = calibrate(store, {n: sets[n] for n in two})
+    for name in two:
+        same(Profile.from_store(store, name), measured[name])
+    assert store.manifest.prediction is not None and store.manifest.prediction["unit"] == "nats"
+    # A third without examples: the others keep theirs.
+    store = add_tenant(store.path, "bob", paths["bob"])
+    assert Profile.from_store(store, "bob") is None
+    same(Profile.from_store(store, "ana"), measured["ana"])
+    # With examples: its own are measured beside all the others.
+    store = remove_tenant(store.path, "bob")
+    store = add_tenant(store.path, "bob", paths["bob"], calibration=sets["bob"])
+    same(Profile.from_store(store, "bob"), calibrate(store, {"bob": sets["bob"]})["bob"])
+    same(Profile.from_store(store, "base"), measured["base"])
+    # A plan without them keeps them for the next one; measuring again replaces them.
+    store = replan(store.path, slots="all")
+    same(Profile.from_store(store, "ana"), measured["ana"])
+    assert store.verify() == []
+    store = replan(store.path, policy="fit", calibration={"ana": sets["base"]})
+    same(Profile.from_store(store, "ana"), calibrate(store, {"ana": sets["base"]})["ana"])
+    # What goes with a tenant is gone from the disk.
+    before = len(store.manifest.objects)
+    store = remove_tenant(store.path, "ana")
+    assert set(store.manifest.calibration) == {"base", "bob"} and len(store.manifest.objects) < before
+    assert store.verify() == []
+    on_disk = [p for p in (store.path / "objects").rglob("*") if p.is_file()]
+    assert len(on_disk) == len(store.manifest.objects)
+
+
+def test_calibration_is_measured_whatever_the_plan(mixtral: Case, tmp_path: Path) -> None:
+    for options in ({"slots": "all"}, {"slots": 0}, {"policy": "round_robin"}):
+        store = build_store(tmp_path / "store", mixtral.paths, calibration={"ana": mixtral.sets["ana"]}, **options)  # type: ignore[arg-type]
+        same(Profile.from_store(store, "ana"), calibrate(store, {"ana": mixtral.sets["ana"]})["ana"])
+
+
+@pytest.mark.parametrize("change", ["examples", "stranger"])
+def test_a_store_is_as_it_was_if_calibration_fails(mixtral: Case, tmp_path: Path, change: str) -> None:
+    store = build_store(tmp_path / "store", mixtral.paths, policy="round_robin")
+    before = helpers.fingerprint(store.path)
+    attempts: dict[str, Callable[[], Any]] = {
+        "examples": lambda: replan(store.path, calibration={"ana": CalibrationSet.texts([[3, 9999]])}),
+        "stranger": lambda: replan(store.path, calibration={"eve": CalibrationSet.texts([[3]])}),
+    }
+    with pytest.raises(RequestError):
+        attempts[change]()
+    assert helpers.fingerprint(store.path) == before
