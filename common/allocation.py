@@ -96,18 +96,24 @@ def best_mix(gram: np.ndarray, members: Sequence[int], traffic: np.ndarray) -> t
     The least of `w^T A w` with `sum w = 1`, A the members' grams weighted by traffic, is `A^-1 1 / (1^T A^-1 1)`.
     Members with a negative weight are left out of the mixture one by one, so that no noise is amplified.
     """
-    size = len(traffic)
+    return _mix_of(np.tensordot(traffic[list(members)], gram[list(members)], axes=1), members)
+
+
+def _mix_of(whole: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, float]:
+    """The same for the sum of the members' grams, weighted by traffic: [T, T]."""
     used = list(members)
-    whole = np.tensordot(traffic[list(members)], gram[list(members)], axes=1)
     while True:
-        a = whole[np.ix_(used, used)]
+        a = whole[used][:, used]
         ridge = 1e-4 * np.trace(a) / len(used) + 1e-30
-        solved = np.linalg.solve(a + ridge * np.eye(len(used)), np.ones(len(used)))
+        if len(used) == 2:  # most of what merging tries; a solver's call takes many times as long
+            solved = np.array([a[1, 1] + ridge - a[0, 1], a[0, 0] + ridge - a[0, 1]])
+        else:
+            solved = np.linalg.solve(a + ridge * np.eye(len(used)), np.ones(len(used)))
         weights = solved / solved.sum()
         if weights.min() >= 0 or len(used) == 1:
             break
         used.pop(int(weights.argmin()))
-    mix = np.zeros(size)
+    mix = np.zeros(len(whole))
     mix[used] = weights
     return mix, float(mix @ whole @ mix)
 
@@ -117,6 +123,7 @@ def merged_configs(gram: np.ndarray, traffic: np.ndarray, most: int) -> list[Con
     each time the pair whose common mixture costs least (Ward 1963, with the loss for a distance)."""
     count = len(traffic)
     groups: list[tuple[int, ...]] = [(t,) for t in range(count)]
+    sums: dict[tuple[int, ...], np.ndarray] = {(t,): traffic[t] * gram[t] for t in range(count)}
     mixes: dict[tuple[int, ...], tuple[np.ndarray, float]] = {(t,): (np.eye(count)[t], 0.0) for t in range(count)}
     found = []
     while True:
@@ -126,15 +133,16 @@ def merged_configs(gram: np.ndarray, traffic: np.ndarray, most: int) -> list[Con
             return found[::-1]
         best: tuple[float, int, int] | None = None
         for i, j in combinations(range(len(groups)), 2):
-            union = tuple(sorted(groups[i] + groups[j]))
+            union = groups[i] + groups[j]
             if union not in mixes:
-                mixes[union] = best_mix(gram, union, traffic)
+                mixes[union] = _mix_of(sums[groups[i]] + sums[groups[j]], union)
             added = mixes[union][1] - mixes[groups[i]][1] - mixes[groups[j]][1]
             if best is None or added < best[0]:
                 best = (added, i, j)
         assert best is not None
         _, i, j = best
-        union = tuple(sorted(groups[i] + groups[j]))
+        union = groups[i] + groups[j]
+        sums[union] = sums[groups[i]] + sums[groups[j]]
         groups = [g for n, g in enumerate(groups) if n not in (i, j)] + [union]
 
 
@@ -313,7 +321,7 @@ class Allocation:
 class Allocator:
     """Prices configurations and residuals of all positions.
 
-    configs: of each position, of equal number. curves: sets of [positions][tenants], as configs name them; None:
+    configs: of each position. curves: sets of [positions][tenants], as configs name them; None:
     without residuals. traffic: float64 [tenants].
     """
 
@@ -325,6 +333,10 @@ class Allocator:
         copy_bytes: int,
     ):
         self._traffic = traffic
+        # Positions may have fewer than others (nothing is fitted where nobody has samples): their first one stands in,
+        # and as the first of equals is taken, its repetitions never are.
+        most = max(map(len, configs))
+        configs = [[*row, *[row[0]] * (most - len(row))] for row in configs]
         self._losses = np.array([[c.losses for c in row] for row in configs])  # [positions, configs, tenants]
         self._counts = np.array([[len(c.mixes) for c in row] for row in configs])
         self._base = self._counts * float(copy_bytes)

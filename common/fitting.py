@@ -8,7 +8,6 @@ value decomposition of `diag(a)^(1/2) D S` is then the best low rank (as SVD-LLM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -293,8 +292,3 @@ def _fit_low_rank(left: np.ndarray, weighting: Weighting, part: Part) -> np.ndar
     scale = _scales(u, part.bits)
     u_codes, _ = _round_columns(u.T, part.bits, gram, np.broadcast_to(scale, u.T.shape))
     return residuals.pack_low_rank(scale.astype(np.float32), v_codes, u_codes.T, part.bits)
-
-
-def bits_of(codes: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Bits a component -> (bits, rank), most bits first."""
-    return tuple((b, n) for b in sorted(set(codes), reverse=True) if b and (n := list(codes).count(b)))

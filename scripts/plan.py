@@ -75,12 +75,11 @@ def offers(store: Store, planner: Planner, policy: str, extra_bytes: Sequence[in
     return found
 
 
-def recommended(found: Sequence[Offer], traffic: np.ndarray) -> int:
+def recommended(found: Sequence[Offer], without: Offer, traffic: np.ndarray) -> int:
     """The cheapest that leaves at most a tenth of the loss without extra bytes, on the mean and for the worst tenant;
     the last one if none does."""
-    first = found[0]
+    mean, worst = (ENOUGH * float(v) for v in (without.losses @ traffic, without.losses.max()))
     for i, offer in enumerate(found):
-        mean, worst = (ENOUGH * float(v) for v in (first.losses @ traffic, first.losses.max()))
         if offer.losses @ traffic <= mean and offer.losses.max() <= worst:
             return i
     return len(found) - 1
@@ -164,8 +163,8 @@ def run(args: argparse.Namespace) -> int:
     if not extra:
         most = (len(store.tenants) - 1) * one_model
         extra = sorted({min(most, int(share * one_model)) for share in EXTRAS})
-    found = offers(store, planner, args.policy, sorted(extra))
-    best = recommended(found, planner.traffic)
+    without, *found = offers(store, planner, args.policy, [0, *sorted(extra)])
+    best = recommended(found, without, planner.traffic)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160

@@ -363,6 +363,19 @@ def test_identical_experts_are_kept_once() -> None:
         assert made.nbytes == 3 * COPY and made.losses.max() == pytest.approx(0, abs=1e-12) and made.bound == 0
 
 
+def test_positions_may_have_different_numbers_of_configurations() -> None:
+    traffic = shares(0, 3)
+    configs, _ = random_case(0, 4, 3, 3)
+    configs[1], configs[3] = configs[1][:1], configs[3][:2]
+    allocator = Allocator(configs, None, traffic, COPY)
+    for budget in range(4 * COPY, 13 * COPY, COPY):
+        made = allocator.allocate(budget)
+        assert all(chosen < len(row) for chosen, row in zip(made.chosen, configs, strict=True))
+        best = try_everything(configs, None, traffic, budget)
+        assert made.bound <= best * (1 + 1e-9) + 1e-15
+        assert best * (1 - 1e-9) <= float((made.losses @ traffic).sum())
+
+
 def test_one_tenant_needs_nothing() -> None:
     configs = [owned_configs(np.zeros((1, 1, 1)), np.ones(1), 1)] * 4
     none = Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))

@@ -132,11 +132,14 @@ def check_profile(profile: Profile, seen: Seen) -> None:
                 float((mine.astype(float) ** 2).sum()), rel=1e-4
             )
             found, kept = profile.sample(layer, expert)
+            if not len(rows):
+                assert found.shape == (0, x.shape[1]) and kept.shape == (0,)
+                continue
             assert found.shape == (len(rows), x.shape[1]) and found.dtype == np.float32
             # The order is drawn: every kept row is one of the router's, with its own gate, and none is kept twice.
             far = np.abs(found[:, None] - x[rows][None]).max(axis=2) + np.abs(kept[:, None] - mine[None])
             near = far.argmin(axis=1)
-            assert len(rows) == 0 or far.min(axis=1).max() < 1e-3
+            assert far.min(axis=1).max() < 1e-3
             assert len(set(near.tolist())) == len(rows)
 
 

@@ -1,0 +1,212 @@
+"""Planning at the size of large models: seconds for candidates, residual curves and allocation, and how good plans are.
+
+No model is read: losses are squared distances of random points, one a tenant, and spectra fall off at random rates, so
+that positions and tenants differ. Losses and spectra themselves are not timed: reading and decomposing weights is
+`moetel build`'s work and grows with the weights. The gap is the plan's predicted loss over the bound that no plan of
+the same candidates can pass. On small cases plans are compared with the best of all, found by trying everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Report, Spread, add_output, machine, peak_rss_gib, write_output
+from common.allocation import Allocator, Config, Curve, Kinds, curves, merged_configs, owned_configs
+from common.fitting import MAX_RANK, Spectrum
+from common.losses import gram_of_distances
+
+KINDS = Kinds()
+ITEMSIZE = 2
+CASES = ("32x8x20", "48x128x20")
+
+
+@dataclass(frozen=True)
+class Case:
+    """layers, experts, tenants; hidden and intermediate size of an expert of three matrices."""
+
+    layers: int
+    experts: int
+    tenants: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def positions(self) -> int:
+        return self.layers * self.experts
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        wide, narrow = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        return wide, narrow, wide
+
+    @property
+    def copy_bytes(self) -> int:
+        return 3 * self.hidden * self.intermediate * ITEMSIZE
+
+    def __str__(self) -> str:
+        return f"{self.layers} x {self.experts} x {self.tenants}"
+
+
+def grams(case: Case, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Q_t of every position, float64 [T, T, T]: tenants' distances in 16 dimensions, of very different sizes."""
+    for _ in range(case.positions):
+        points = rng.standard_normal((case.tenants, 16)) * rng.lognormal(0, 0.5, (case.tenants, 1))
+        yield gram_of_distances(((points[:, None] - points) ** 2).sum(axis=2)) * rng.lognormal(-8, 1.0)
+
+
+def spectra(case: Case, rng: np.random.Generator) -> list[list[Spectrum]]:
+    """Of every tenant at one position."""
+    found = []
+    rank = min(MAX_RANK, case.hidden, case.intermediate)
+    for _ in range(case.tenants):
+        row = []
+        for shape in case.shapes:
+            values = np.sort(rng.exponential(size=rank))[::-1] * np.exp(-np.arange(rank) * rng.uniform(0.005, 0.1))
+            row.append(Spectrum(shape, values, float(values.sum() * rng.uniform(1.1, 2)), float(rng.uniform(0.4, 0.7))))
+        found.append(row)
+    return found
+
+
+def exact(configs: list[list[Config]], drawn: list[list[list[Curve]]], case: Case, budget: float) -> float:
+    """The least mean loss within a budget, over every configuration and every point of every curve."""
+    frontier = np.zeros((1, 2))  # (bytes, loss), rising and falling
+    for p, row in enumerate(configs):
+        options = []
+        for config in row:
+            partial = np.array([[len(config.mixes) * float(case.copy_bytes), 0.0]])
+            for t, loss in enumerate(config.losses):
+                one = drawn[config.curve][p][t]
+                points = np.unique(np.stack([np.append(one.nbytes, 0), np.append(one.left, 1)], axis=1), axis=0)
+                partial = _front(_sums(partial, points * [1, loss / case.tenants]))
+            options.append(partial)
+        frontier = _front(_sums(frontier, np.concatenate(options)))
+        frontier = frontier[frontier[:, 0] <= budget]
+    return float(frontier[-1, 1])
+
+
+def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a[:, None] + b[None]).reshape(-1, 2)
+
+
+def _front(points: np.ndarray) -> np.ndarray:
+    """Points without those that another is no dearer and no worse than."""
+    points = points[np.lexsort((points[:, 1], points[:, 0]))]
+    least = np.minimum.accumulate(points[:, 1])
+    return points[np.append(True, points[1:, 1] < least[:-1])]
+
+
+def candidates(case: Case, rng: np.random.Generator) -> list[list[Config]]:
+    """As a policy that merges has them: mixtures for every number of groups, and the best single copy of a tenant."""
+    traffic = np.full(case.tenants, 1 / case.tenants)
+    return [
+        [*merged_configs(gram, traffic, case.tenants), owned_configs(gram, traffic, 1)[0]] for gram in grams(case, rng)
+    ]
+
+
+def plans(case: Case, seed: int, shares: list[float], curve_sets: int) -> dict[str, Any]:
+    """Seconds of each step, and the gap at each share."""
+    rng = np.random.default_rng(seed)
+    traffic = np.full(case.tenants, 1 / case.tenants)
+    begun = time.perf_counter()
+    configs = candidates(case, rng)
+    row: dict[str, Any] = {"case": str(case), "candidates, s": f"{time.perf_counter() - begun:.1f}"}
+    spent, drawn = 0.0, []
+    for _ in range(curve_sets):
+        found: list[list[Curve]] = []
+        for _ in range(0, case.positions, case.experts):
+            made = [one for _ in range(case.experts) for one in spectra(case, rng)]
+            begun = time.perf_counter()
+            flat = curves(made, KINDS, ITEMSIZE)
+            spent += time.perf_counter() - begun
+            found += [flat[i : i + case.tenants] for i in range(0, len(flat), case.tenants)]
+        drawn.append(found)
+    row["curves, s"] = f"{spent:.1f}"
+    begun = time.perf_counter()
+    allocator = Allocator(configs, drawn, traffic, case.copy_bytes)
+    row["set up, s"] = f"{time.perf_counter() - begun:.1f}"
+    one_model, taken = case.positions * case.copy_bytes, []
+    for share in shares:
+        begun = time.perf_counter()
+        made = allocator.allocate(int(one_model * (1 + share)))
+        taken.append(time.perf_counter() - begun)
+        value = float((made.losses @ traffic).sum())
+        row[f"gap at {share:.0%}"] = f"{value / made.bound - 1:.2e}" if made.bound > 0 else "-"
+    row["allocation, s"] = Spread.of(taken)
+    row["peak memory, GiB"] = f"{peak_rss_gib():.1f}"
+    return row
+
+
+def small_cases(count: int) -> list[dict[str, Any]]:
+    """Plans of four positions and three tenants against the best of all."""
+    case = Case(1, 4, 3, 32, 64)
+    traffic = np.full(3, 1 / 3)
+    rows = []
+    for share in (0.05, 0.15, 0.4, 1.0):
+        over, under = [], []
+        for seed in range(count):
+            rng = np.random.default_rng(seed)
+            configs = candidates(case, rng)
+            # A few of each curve's points, so that everything can be tried.
+            drawn = []
+            for _ in range(2):
+                flat = curves([s for _ in range(4) for s in spectra(case, rng)], KINDS, ITEMSIZE)
+                flat = [Curve(*(_coarse(v) for v in (c.nbytes, c.left))) for c in flat]
+                drawn.append([flat[i : i + 3] for i in range(0, 12, 3)])
+            budget = int(4 * case.copy_bytes * (1 + share))
+            made = Allocator(configs, drawn, traffic, case.copy_bytes).allocate(budget)
+            best = exact(configs, drawn, case, budget)
+            over.append(float((made.losses @ traffic).sum()) / best)
+            under.append(made.bound / best)
+        if min(over) < 1 - 1e-9 or max(under) > 1 + 1e-9:
+            raise AssertionError(f"at {share:.0%}: a plan is better than the best, or a bound is none")
+        rows.append({"extra": f"{share:.0%}", "plan / best": Spread.of(over), "bound / best": Spread.of(under)})
+    return rows
+
+
+def _coarse(values: np.ndarray) -> np.ndarray:
+    """Every eighth point in place of its neighbours."""
+    return np.asarray(values[np.minimum(len(values) - 1, (np.arange(len(values)) // 8 + 1) * 8 - 1)])
+
+
+def parse_case(text: str) -> tuple[int, int, int]:
+    try:
+        layers, experts, tenants = (int(n) for n in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write LAYERSxEXPERTSxTENANTS, as 32x8x20") from None
+    return layers, experts, tenants
+
+
+def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_output(parser)
+    parser.add_argument("--cases", type=parse_case, nargs="+", default=[parse_case(c) for c in CASES])
+    parser.add_argument("--hidden-size", type=int, default=2048)
+    parser.add_argument("--intermediate-size", type=int, default=768)
+    parser.add_argument("--extra", type=float, nargs="+", default=[0.05, 0.15, 0.4])
+    parser.add_argument("--curve-sets", type=int, default=2, choices=(2, 3), help="3: as with calibration")
+    parser.add_argument("--small-cases", type=int, default=20, help="compared with the best of all plans")
+    args = parser.parse_args(argv)
+    gaps = [f"gap at {share:.0%}" for share in args.extra]
+    steps = ("candidates, s", "curves, s", "set up, s", "allocation, s")
+    report = Report("Planning", ("case", *steps, *gaps, "peak memory, GiB"))
+    report.note(machine())
+    report.note("a case is layers x experts x tenants; gap: predicted loss over the bound, less 1")
+    for sizes in args.cases:
+        case = Case(*sizes, args.hidden_size, args.intermediate_size)
+        report.add(**plans(case, 0, args.extra, args.curve_sets))
+    small = Report("Small cases", ("extra", "plan / best", "bound / best"))
+    small.note(f"{args.small_cases} random cases of 4 positions and 3 tenants, against trying everything")
+    for row in small_cases(args.small_cases):
+        small.add(**row)
+    write_output(args, [report, small], "Planning of large models")
+    return [report.rows, small.rows]
+
+
+if __name__ == "__main__":
+    main()
