@@ -115,7 +115,7 @@ class Outcome:
 class Planner:
     """Plans for one store, any policy and budget; what does not depend on the budget is computed once.
 
-    traffic: tenant -> share of requests, any scale; default: all the same. profiles: of calibrated tenants.
+    traffic: tenant -> requests beside a tenant that is not named, which counts as 1. profiles: of calibrated tenants.
     """
 
     def __init__(
@@ -328,8 +328,12 @@ class Planner:
             copies = [position.copy(m, u, config.fitted, added) for m, u in zip(config.mixes, users, strict=True)]
             made = {}
             for t, number in enumerate(config.serves):
-                found = self._residual(t, p, config, float(prices[t]), kinds, copies[int(number)])
-                if found is not None:
+                copy = copies[int(number)]
+                found = self._residual(t, p, config, float(prices[t]), kinds, copy)
+                # The spectrum is a prediction; what is kept must help.
+                if found is not None and position.loss(t, _sum(copy, self._matrices({t: found})[t])) < position.loss(
+                    t, copy
+                ):
                     made[t] = found
             return copies, made
 
@@ -536,15 +540,14 @@ def _policy(name: str) -> Policy:
 
 
 def _traffic(tenants: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
-    """Shares [tenants], summing to 1. Tenants that are not named count as the mean of those that are."""
+    """Shares [tenants], summing to 1. Tenants that are not named count as 1."""
     strangers = sorted(set(given) - set(tenants))
     if strangers:
         raise PlanError(f"traffic is given for {strangers[0]!r}, which is no tenant of this store")
     for name, value in given.items():
         if not (isinstance(value, int | float) and np.isfinite(value) and value > 0):
             raise PlanError(f"traffic of {name!r} is {value!r}; give a number above 0")
-    usual = float(np.mean(list(given.values()))) if given else 1.0
-    shares = np.array([float(given.get(name, usual)) for name in tenants])
+    shares = np.array([float(given.get(name, 1.0)) for name in tenants])
     return np.asarray(shares / shares.sum())
 
 

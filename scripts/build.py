@@ -61,12 +61,12 @@ def calibration(text: str) -> tuple[str, CalibrationSet]:
 
 
 def traffic(text: str) -> tuple[str, float]:
-    """`NAME=SHARE`, for argparse."""
+    """`NAME=WEIGHT`, for argparse."""
     name, _, value = text.partition("=")
     try:
         return name, float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=SHARE, for example fr=3") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=WEIGHT, for example fr=3") from None
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +84,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         type=traffic,
         action="append",
         default=[],
-        metavar="NAME=SHARE",
-        help="a tenant's share of requests, on any scale; default: all the same",
+        metavar="NAME=WEIGHT",
+        help="how many requests a tenant has where one that is not named has one; default: all the same",
     )
 
 

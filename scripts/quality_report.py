@@ -227,7 +227,9 @@ def _points(results: Sequence[Result]) -> dict[str, list[_Point]]:
         values = ([r.mean("kept") for r in each], [r.worst("kept") for r in each], divergence)
         share = sum(r.memory.share for r in each) / len(each)
         dots = [s.kept for r in each for s in r.tenants.values() if s.kept is not None]
-        lines.setdefault(re.sub(r" \+ [\d.]+ %", "", label), []).append(_Point(share, tuple(map(Spread.of, values)), dots))
+        lines.setdefault(re.sub(r" \+ [\d.]+ %", "", label), []).append(
+            _Point(share, tuple(map(Spread.of, values)), dots)
+        )
     return {label: sorted(points, key=lambda p: p.share) for label, points in lines.items()}
 
 

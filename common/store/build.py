@@ -57,7 +57,7 @@ Slots = int | Literal["all"] | None
 class Settings:
     """How a store is planned; kept in its provenance, and applied again when a tenant is added or removed.
 
-    slots, budget_bytes, extra: at most one of them; see `build_store`. traffic: tenant -> share of requests.
+    slots, budget_bytes, extra: at most one of them; see `build_store`. traffic: tenant -> requests beside others' one.
     """
 
     policy: str = DEFAULT_POLICY
@@ -167,7 +167,7 @@ def build_store(
     extra: bytes beyond one copy a position, as a share of one model's expert bytes. Without any of the three: one
         copy a position and, if the policy can use it, `DEFAULT_EXTRA` for each tenant.
     calibration: tenant -> examples of its use, measured with the family's engine before planning, and kept.
-    traffic: tenant -> share of requests, on any scale; tenants that are not named count as the mean of the others.
+    traffic: tenant -> how many requests it has where a tenant that is not named has one.
     configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see `open_checkpoint`.
     dtype: the store's type; auto keeps the tenants' own if they agree, else float32, so that nothing is lost.
 

@@ -186,7 +186,7 @@ def test_calibration_and_traffic(store: Path, tmp_path: Path, capsys: pytest.Cap
         (["{store}", "--budget", "much"], 2, "much"),
         (["{store}", "--traffic", "eve=1"], 1, "traffic is given for 'eve'"),
         (["{store}", "--traffic", "ana=-1"], 1, "give a number above 0"),
-        (["{store}", "--traffic", "ana"], 2, "write NAME=SHARE"),
+        (["{store}", "--traffic", "ana"], 2, "write NAME=WEIGHT"),
         (["{store}", "--calibrate", "ana={store}/absent.jsonl"], 2, "absent.jsonl: cannot be read"),
         (["{store}", "--calibrate", "ana"], 2, "write NAME="),
     ],
