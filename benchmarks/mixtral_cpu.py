@@ -36,20 +36,24 @@ from common import build_store, load_engine
 from common.engine import Engine, Row
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
+NEW_TOKENS = 64  # what caches are told to expect
 
 
 class Ours:
-    """Prefill and decode through the engine's backend, as `generate_batch` drives it."""
+    """Prefill and decode through the engine's backend, as `generate_batch` drives it. `stop` frees the caches."""
 
     def __init__(self, engine: Engine):
         self.backend = engine._require_backend()
 
     def start(self, prompts: np.ndarray) -> None:
-        self.batch = self.backend.start([Row("tenant", tuple(p.tolist()), 1) for p in prompts])
+        self.batch = self.backend.start([Row("tenant", tuple(p.tolist()), NEW_TOKENS) for p in prompts])
         self.batch.prefill(want_logits=False)
 
     def step(self, ids: np.ndarray) -> None:
         self.batch.decode(ids, want_logits=False)
+
+    def stop(self) -> None:
+        self.batch.close()
 
 
 class Theirs:
@@ -68,6 +72,9 @@ class Theirs:
     def step(self, ids: np.ndarray) -> None:
         self.forward(ids[:, None])
 
+    def stop(self) -> None:
+        del self.cache
+
     def forward(self, ids: np.ndarray) -> None:
         out = self.model(input_ids=torch.from_numpy(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         out.logits.argmax(-1)
@@ -80,7 +87,9 @@ def timed(side: Ours | Theirs, prompts: np.ndarray, steps: np.ndarray) -> tuple[
     first = time.perf_counter()
     for ids in steps:
         side.step(ids)
-    return first - begun, (time.perf_counter() - first) / max(1, len(steps))
+    last = time.perf_counter()
+    side.stop()
+    return first - begun, (last - first) / max(1, len(steps))
 
 
 class HitCounter:

@@ -4,7 +4,8 @@
     python -m benchmarks.quality text --material DIR --seeds 0 1 2
     python -m benchmarks.quality switch --material DIR --seeds 0 1 2 --tenants 2 3 4 10
 
-DIR holds numbers/seedN, text/seedN and switch/seedN, as these make them:
+DIR holds numbers/seedN, text/seedN and switch/seedN, as these make them (another recipe of the same kind lies in a
+folder of another name: --folder text_mild reads DIR/text_mild/seedN):
 
     python -m scripts.train_demo --preset ten --seed N --out DIR/numbers/seedN
     python -m scripts.train_text --seed N --out DIR/text/seedN
@@ -71,7 +72,7 @@ def materials(args: argparse.Namespace) -> list[Material]:
         if not 1 < count <= len(names):
             raise TaskError(f"--tenants {count}: {args.family} has 2 to {len(names)}")
         for seed in args.seeds:
-            folder = args.material / args.family / f"seed{seed}"
+            folder = args.material / (args.folder or args.family) / f"seed{seed}"
             tenants = {name: folder / name for name in names[:count]}
             missing = [str(p) for p in (folder / "base", *tenants.values()) if not p.is_dir()]
             if missing:
@@ -84,7 +85,7 @@ def materials(args: argparse.Namespace) -> list[Material]:
                 judged = list(tenants)[:1] if args.family == "switch" else list(tenants)
                 tasks = {name: number_task(name, args.scored or 500) for name in judged}
                 calibration = {name: number_prompts(args.calibration, seed) for name in tenants}
-            name = f"{args.family}, {count} tenants"
+            name = f"{args.folder or args.family}, {count} tenants"
             found.append(Material(tenants, tasks, folder / "base", calibration, name, seed))
     return found
 
@@ -123,9 +124,9 @@ def count_columns(groups: dict[str, list[Result]], metric: str, form: str) -> st
     return "\n".join(lines)
 
 
-def summary(family: str, groups: dict[str, list[Result]], options: Options) -> str:
-    """All tables as Markdown."""
-    parts = [f"# Quality: {family}", ""]
+def summary(family: str, groups: dict[str, list[Result]], options: Options, folder: str | None = None) -> str:
+    """All tables as Markdown. folder: the material's, if it is not named like its family."""
+    parts = [f"# Quality: {folder or family}", ""]
     if family == "switch":
         tenant = next(iter(next(iter(groups.values()))[0].tenants))
         for metric, form, what in (("exact_match", ".1%", "exactly right"), ("rouge1", ".3f", "ROUGE-1")):
@@ -142,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--material", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--folder", metavar="NAME", help="in DIR, with seedN in it; default: the family's name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tenants", type=int, nargs="+", help=f"how many share; default: {TENANTS}")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="as of `moetel eval`; default: all")
@@ -169,14 +171,15 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         )
         if args.out:
             write(group, args.out / result.material.replace(", ", "-").replace(" ", "-"), options, result.material)
-            (args.out / f"{args.family}.md").write_text(summary(args.family, groups, options), encoding="utf-8")
+            text = summary(args.family, groups, options, args.folder)
+            (args.out / f"{args.folder or args.family}.md").write_text(text, encoding="utf-8")
 
     try:
         for material in materials(args):
             evaluate([material], methods(args, len(material.tenants)), options, keep, silent if args.quiet else bars)
     except MoetelError as error:
         parser.exit(1, f"error: {error}\n")
-    print(summary(args.family, groups, options))
+    print(summary(args.family, groups, options, args.folder))
     return [result for found in groups.values() for result in found]
 
 

@@ -59,8 +59,10 @@ class Mode:
         """Seconds until the first token, and those of them spent on the switch."""
         begun = time.perf_counter()
         batch = self.engine._require_backend().start([Row(tenant, prompt, 1)])
-        batch.prefill(want_logits=False)
-        return time.perf_counter() - begun, batch.reconfiguration_s[tenant]
+        step = batch.prefill(want_logits=False)
+        first_s = time.perf_counter() - begun
+        batch.close()
+        return first_s, step.reconfiguration_s.get(tenant, 0.0)
 
     def turn(self, tenant: str, prompt: tuple[int, ...]) -> None:
         """A prompt to a tenant that was not the last one, then to the same again."""

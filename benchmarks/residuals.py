@@ -182,12 +182,13 @@ class Bench:
             begun = time.perf_counter()
             made = self.backend.start([Row(n, tuple(p.tolist()), 1) for n, p in zip(names, prompts, strict=True)])
             made.prefill(want_logits=False)
-            if not steps:
-                return time.perf_counter() - begun
-            begun = time.perf_counter()
-            for ids in forced:
-                made.decode(ids, want_logits=False)
-            return (time.perf_counter() - begun) / steps
+            if steps:
+                begun = time.perf_counter()
+                for ids in forced:
+                    made.decode(ids, want_logits=False)
+            took = time.perf_counter() - begun
+            made.close()
+            return took / max(steps, 1)
 
         counter = Counter()
         self.backend.observe(counter)

@@ -57,6 +57,9 @@ class Theirs:
         self.cache = out.past_key_values
         out.logits[:, -1].argmax(-1)
 
+    def stop(self) -> None:
+        del self.encoded, self.cache
+
 
 class HitCounter:
     """Different experts hit a decoder layer and step, counted on transformers' routers in a run that is not timed."""

@@ -172,6 +172,9 @@ class StepSide:
     def step(self, ids: np.ndarray) -> None:
         self.batch.decode(ids, False)
 
+    def stop(self) -> None:
+        self.batch.close()
+
 
 def experts_hit(engine: Engine, side: StepSide, prompts: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
     """Different experts that a layer's tokens take: of the encoder, and of the decoder in a step. Not timed."""
@@ -185,6 +188,7 @@ def experts_hit(engine: Engine, side: StepSide, prompts: np.ndarray, steps: np.n
     side.start(prompts)
     for ids in steps[:3]:
         side.step(ids)
+    side.stop()
     engine.observe(None)
     return float(np.mean(counts[0])), float(np.mean(counts[1]))
 

@@ -71,11 +71,13 @@ class SwitchShape:
         return 2 * tokens * self.num_layers * (self._attention * 3 / 2 + self.expert_weights)
 
 
-def write_random_switch(path: Path, shape: SwitchShape, dtype: str, seed: int = 0, moved: float = 0.0) -> Path:
+def write_random_switch(
+    path: Path, shape: SwitchShape, dtype: str, seed: int = 0, moved: float = 0.0, frozen_experts: bool = False
+) -> Path:
     """Write a random checkpoint. Routers spread tokens over experts.
 
     moved: standard deviation, relative to the weights', of a second noise that is added with seed `seed`, to the same
-    first noise whatever the seed: a fine-tune.
+    first noise whatever the seed: a fine-tune. frozen_experts: to all but the experts.
     """
     family = FAMILIES["switch_transformers"]
     config = family.parse_config(shape.config, "shape")
@@ -92,7 +94,7 @@ def write_random_switch(path: Path, shape: SwitchShape, dtype: str, seed: int = 
                 continue
             start = number * 7919 % len(base)
             values = np.resize(np.roll(base, start), count)
-            if moved:
+            if moved and not (frozen_experts and ".experts." in name):
                 values = values + moved * np.resize(np.roll(other, start), count)
             wide = "shared" in name or "router" in name
             std = 1.0 if wide else size[-1] ** -0.5 * (shape.d_kv**-0.5 if ".q." in name else 1)

@@ -20,19 +20,22 @@ import numpy as np
 
 from common.consolidation import MISS, Plan
 from common.dtypes import to_float32
-from common.errors import RequestError
+from common.errors import PlanError, RequestError
 from common.experts import forward
+from common.families import ExpertSpec
 from common.progress import Progress, silent
 from common.sampling import SamplingParams
 from common.store.store import Store
+from common.units import is_whole
 
 if TYPE_CHECKING:
     from common.engine import Engine
 
 Prompt = str | Sequence[int]
 
-# Inputs kept for each expert of a tenant.
-SAMPLES = 256
+# Inputs kept for each expert of a tenant, unless that takes more than so many bytes: then fewer, down to the least.
+MOST_SAMPLES, LEAST_SAMPLES = 1024, 256
+SAMPLE_BYTES = 1 << 30
 # Scored tokens that sensitivities are measured on.
 SENSITIVITY_TOKENS = 2048
 # Bytes of logits held at once while they are compared.
@@ -47,6 +50,15 @@ class Example:
 
     prompt: Prompt
     answer: Prompt | None = None
+
+
+def refused_pair(value: Mapping[str, Any]) -> str | None:
+    """What is wrong with a JSONL line that has two fields of which one would be ignored; None if nothing is."""
+    if "text" in value and "prompt" in value:
+        return "has both prompt and text; keep prompt (with answer) or text, or write two lines"
+    if "text" in value and "answer" in value:
+        return "has both text and answer; write prompt and answer, or text alone"
+    return None
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,9 @@ class CalibrationSet:
                 raise RequestError(
                     f'{path}, line {number}: expected {{"prompt": ..., "answer": ...}} or {{"text": ...}}'
                 )
+            pair = refused_pair(value)
+            if pair is not None:
+                raise RequestError(f"{path}, line {number}: {pair}")
             prompt = value.get("prompt", value.get("text"))
             answer = value.get("answer", None if "prompt" in value else "")
             if not isinstance(prompt, str) or not prompt or not (answer is None or isinstance(answer, str)):
@@ -128,6 +143,16 @@ class Profile:
         rows = slice(int(self.starts[place]), int(self.starts[place + 1]))
         return to_float32(self.inputs[rows]), self.gates[rows]
 
+    def check(self, spec: ExpertSpec, tenant: str) -> None:
+        """Whether it is of experts like these. Raises PlanError."""
+        found = (*self.counts.shape, self.inputs.shape[-1])
+        expected = (spec.num_layers, spec.num_experts, spec.hidden_size)
+        if found != expected:
+            raise PlanError(
+                f"calibration of {tenant!r} is of {found[0]} layers with {found[1]} experts of width {found[2]}, the "
+                f"store's have {expected[0]}, {expected[1]} and {expected[2]}; measure it on this store"
+            )
+
     def to_json(self, put: Callable[[np.ndarray], str]) -> dict[str, Any]:
         """For a manifest; arrays go through `put`, which returns an object's id."""
         objects = {name: put(getattr(self, name)) for name in ("inputs", "gates") if len(self.inputs)}
@@ -139,16 +164,16 @@ class Profile:
 
     @classmethod
     def from_store(cls, store: Store, tenant: str) -> Profile | None:
-        """The profile that a store keeps of a tenant, None if it has none."""
+        """The profile that a store keeps of a tenant, None if it has none. Raises StoreError where it is damaged."""
         value = store.manifest.calibration.get(tenant)
         if value is None:
             return None
         rows, hidden = int(value["rows"]), store.experts.hidden_size
         arrays = {"inputs": np.zeros((0, hidden), np.float32), "gates": np.zeros(0, np.float32)}
         for name, object_id in value["objects"].items():
-            arrays[name] = store.objects.ref(
-                object_id, "float32", (rows, hidden) if name == "inputs" else (rows,)
-            ).map()
+            ref = store.objects.ref(object_id, "float32", (rows, hidden) if name == "inputs" else (rows,))
+            arrays[name] = ref.map()  # not read: large models' inputs take a gigabyte a tenant
+            store.objects.check(ref, arrays[name])
         tables = {name: np.array(value[name], dtype=kind) for name, kind in _TABLES.items()}
         return cls(**tables, **arrays)
 
@@ -206,8 +231,12 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids to run, and which logits count. Decoder-only: ids [0..], scored from `first` on. Encoder-decoder: the
-    prompt, and the answer after the start token."""
+    """Token ids to run, and which logits count.
+
+    An answer's last token is not among them: it is what the last logits are for. Decoder-only: prompt holds prompt and
+    answer, whose logits count from `first` on (a text's from 0). Encoder-decoder: the prompt, and the answer that the
+    decoder reads after its start token; all of the decoder's logits count.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -231,11 +260,14 @@ def rows_of(engine: Engine, tenant: str, examples: CalibrationSet) -> list[Row]:
         else:
             prompt = _ids(engine, tenant, example.prompt)
             answer = _answer_ids(engine, tenant, example.answer)
+        # An answer's last token (end of sequence, or where the tenant was stopped) is foretold and never read: nothing
+        # comes after it when the tenant serves.
+        read = tuple(answer[:-1])
         if config.is_encoder_decoder:
             # The decoder reads a start token before the answer.
-            rows.append(Row(tuple(prompt[: config.max_positions]), tuple(answer[: config.max_positions - 1]), 0))
+            rows.append(Row(tuple(prompt[: config.max_positions]), read[: config.max_positions - 1], 0))
         else:
-            whole = (*prompt, *answer)[: config.max_positions]
+            whole = (*prompt, *read)[: config.max_positions]
             rows.append(Row(tuple(whole), (), min(len(prompt), len(whole)) - 1 if answer else 0))
     return rows
 
@@ -253,7 +285,7 @@ def _answer_ids(engine: Engine, tenant: str, answer: Prompt | None) -> tuple[int
 
 
 def iter_logits(engine: Engine, tenant: str, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-    """The scored logits of each row, float32 [positions, vocab]."""
+    """The scored logits of each row, float32 [positions, vocab]: as many as its answer, or its text, has tokens."""
     config = engine.store.config(tenant)
     start = engine.start_id(tenant) if config.is_encoder_decoder else 0
     longest = max((max(len(r.prompt), len(r.answer) + 1) for r in rows), default=1)
@@ -291,20 +323,29 @@ def alone(store: Store) -> Store:
     return store.with_plan(plan)
 
 
+def usual_samples(spec: ExpertSpec) -> int:
+    """Inputs kept for each expert of a tenant: as many as are of use to fits, or as `SAMPLE_BYTES` hold."""
+    fitting = SAMPLE_BYTES // (4 * spec.hidden_size * spec.num_positions)
+    return max(LEAST_SAMPLES, min(MOST_SAMPLES, fitting))
+
+
 def calibrate(
     store: Store,
     sets: Mapping[str, CalibrationSet],
     *,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Profile]:
     """Measure the tenants that have examples. Needs the engine of the store's family.
 
-    samples: inputs kept for each expert. Raises RequestError, EngineError, UnknownTenantError.
+    samples: inputs kept for each expert; None: `usual_samples`. Raises RequestError, EngineError, UnknownTenantError.
     """
     from common.engine import load_engine  # which imports stores, whose builds import this
 
+    samples = usual_samples(store.experts) if samples is None else samples
+    if not is_whole(samples) or samples < 1:
+        raise RequestError(f"samples is {samples!r}; give a whole number from 1")
     for tenant, examples in sets.items():
         if not examples.examples:
             raise RequestError(f"calibration of {tenant!r} holds no example; give at least one")
@@ -352,8 +393,7 @@ class _Swap:
 
     def _expert(self, tenant: str, expert: int) -> dict[str, np.ndarray]:
         if (tenant, expert) not in self._weights:
-            refs = self._store.copy_refs(tenant, self._layer, expert)
-            self._weights[tenant, expert] = {name: to_float32(ref.read()) for name, ref in refs.items()}
+            self._weights[tenant, expert] = self._store.own_expert(tenant, self._layer, expert)
         return self._weights[tenant, expert]
 
     def __call__(self, tenant: str, layer: int, x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from common.residuals import Residual
 
 MISS = -1
 MERGED = -2
-"""Owner of a copy that is no tenant's own: its weights were made from several tenants'."""
+"""Owner of a copy that is no tenant's own: made from several tenants' weights, or one's that is no tenant any more."""
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,51 @@
-"""The one Python interface to every engine, and the generation loop that they share.
+"""The one Python interface to every engine.
 
-An engine supplies a `Backend`: logits for rows of tokens. Everything that a user sees (checking of requests,
-sampling, stopping, text, results, statistics) is here, once.
+An engine supplies a `Backend`: logits for sequences of tokens. Everything that a user sees (checking of requests,
+sampling, stopping, text, results, statistics) is here and in the modules that this one joins, once.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
+from common.backend import Backend, Batch, Observer, Part, Row, Step
 from common.consolidation import Plan
-from common.errors import EngineError, RequestError, UnknownTenantError
-from common.sampling import SamplingParams, sample
+from common.errors import DeadlineError, EngineError, MoetelError, RequestError, UnknownTenantError
+from common.request import FinishReason, Generation, Output, Request, Timings
+from common.sampling import SamplingParams
+from common.scheduler import NoRoomError, Scheduler, SchedulerOptions
 from common.store import Store
-from common.text import TenantText, TextStream
+from common.text import TenantText
+from common.units import is_whole
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Batch",
+    "Engine",
+    "FinishReason",
+    "Generation",
+    "Observer",
+    "Output",
+    "Part",
+    "Prompt",
+    "Row",
+    "SchedulerOptions",
+    "Step",
+    "Timings",
+    "load_engine",
+]
 
 Prompt = str | Sequence[int]
-FinishReason = Literal["stop", "length"]
 
 GREEDY = SamplingParams()
 
@@ -31,194 +53,33 @@ GREEDY = SamplingParams()
 BACKENDS = {"mixtral": "torch", "switch_transformers": "jax"}
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Seconds on one clock from the moment that the engine took the request, and expert look-ups of this request.
-
-    reconfiguration: making the tenant's non-expert weights the ones in use, 0 if they were.
-    ttft: until the first token; total: until the last.
-    hits: look-ups that a resident copy served (tokens * layers * top_k in all); misses: those that needed the
-        tenant's own expert.
-    """
-
-    reconfiguration: float
-    ttft: float
-    total: float
-    hits: int
-    misses: int
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer. token_ids: the new tokens alone, an end-of-sequence token included. text: None without a tokenizer."""
-
-    tenant: str
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str | None
-    finish_reason: FinishReason
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence handed to a backend."""
-
-    tenant: str
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step gave, a row for each live sequence.
-
-    token_ids: int64 [rows], the most probable next token.
-    logits: float32 [rows, vocab] (padded with -inf to the widest vocabulary), or None if it was not asked for.
-    hits, misses: int64 [rows], expert look-ups of this step.
-    """
-
-    token_ids: np.ndarray
-    logits: np.ndarray | None
-    hits: np.ndarray
-    misses: np.ndarray
-
-
-class Batch(Protocol):
-    """Sequences that are decoded together; holds their caches."""
-
-    reconfiguration_s: dict[str, float]
-
-    def prefill(self, want_logits: bool) -> Step:
-        """Read the prompts. Called once, first."""
-        ...
-
-    def decode(self, token_ids: np.ndarray, want_logits: bool) -> Step:
-        """Append one token to each live row, int64 [rows], and give what comes next."""
-        ...
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these (indices into the live rows, ascending)."""
-        ...
-
-
-Observer = Callable[[str, int, np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
-"""Sees every layer's routing: (tenant, layer, x float32 [T, H], expert_ids int64 [T, K], gates float32 [T, K]).
-
-x is what the experts read; padding, and tokens that no expert takes, are left out. What it returns, float32 [T, H], is
-added to the weighted sum of the experts' outputs.
-"""
-
-
-class Backend(ABC):
-    """Turns tokens into logits for the tenants of one store; keeps weights and caches on its device."""
-
-    max_ready_tenants: int
-    """How many tenants' non-expert weights fit at once; a batch never names more."""
-
-    @abstractmethod
-    def start(self, rows: Sequence[Row]) -> Batch:
-        """Begin a batch. Rows of one tenant are adjacent."""
-
-    @abstractmethod
-    def logits(
-        self, tenant: str, rows: Sequence[Sequence[int]], decoder_rows: Sequence[Sequence[int]] | None
-    ) -> list[np.ndarray]:
-        """float32 [tokens, vocab] for every row, at every position."""
-
-    def start_id(self, name: str) -> int | None:
-        """The token that a tenant's answers are decoded from; None where they go on from the prompt."""
-        return None
-
-    @abstractmethod
-    def observe(self, observer: Observer | None) -> None:
-        """Show every step's routing to `observer`, after the router and before the experts; None: stop.
-
-        For calibration; slower than serving.
-        """
-
-    @abstractmethod
-    def stats(self) -> dict[str, Any]:
-        """Device, type, bytes held, hits, misses, fetches, reconfigurations."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free the device. Safe to call twice."""
-
-
-@dataclass
-class _Sequence:
-    """A request on its way: what was asked, and what came so far."""
-
-    row: Row
-    params: SamplingParams
-    text: TenantText
-    stream: TextStream | None
-    rng: np.random.Generator
-    eos: frozenset[int]
-    taken_at: float
-    token_ids: list[int] = field(default_factory=list)
-    first_at: float = 0.0
-    last_at: float = 0.0
-    hits: int = 0
-    misses: int = 0
-    finish_reason: FinishReason | None = None
-    reconfiguration_s: float = 0.0
-
-    def accept(self, token_id: int) -> str:
-        """Take the next token; returns the text that is now certain. Sets `finish_reason` at the end."""
-        self.token_ids.append(token_id)
-        self.last_at = time.perf_counter()
-        if len(self.token_ids) == 1:
-            self.first_at = self.last_at
-        if token_id in self.eos:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.row.max_new_tokens:
-            self.finish_reason = "length"
-        if self.stream is None:
-            return ""
-        if token_id in self.eos:  # ends the answer and is no part of its text
-            return self.stream.finish()
-        piece = self.stream.push(token_id, last=self.finish_reason is not None)
-        if self.stream.stopped:
-            self.finish_reason = "stop"
-        return piece
-
-    def result(self) -> Generation:
-        assert self.finish_reason is not None
-        return Generation(
-            tenant=self.row.tenant,
-            prompt_token_ids=self.row.prompt,
-            token_ids=tuple(self.token_ids),
-            text=None if self.stream is None else self.stream.emitted,
-            finish_reason=self.finish_reason,
-            timings=Timings(
-                self.reconfiguration_s,
-                self.first_at - self.taken_at,
-                self.last_at - self.taken_at,
-                self.hits,
-                self.misses,
-            ),
-        )
-
-
 class Engine:
     """Answers for every tenant of a store. Make one with `load_engine`; a context manager, or call `close()`.
 
-    Not safe for use by several threads at once.
+    `generate`, `generate_batch` and `stream` run requests to their end. `submit`, `step` and `cancel` are what a
+    server drives them with; `common.serving.AsyncEngine` does so in a thread. Not for use by several threads at once.
     """
 
-    def __init__(self, store: Store, backend: Backend, max_batch_size: int = 32):
-        if not isinstance(max_batch_size, int) or max_batch_size < 1:
-            raise EngineError(f"max_batch_size is {max_batch_size!r}; give a whole number from 1")
+    def __init__(self, store: Store, backend: Backend, options: SchedulerOptions | None = None):
+        """options: how requests share steps. Raises EngineError, UnknownTenantError."""
         self.store = store
-        self.max_batch_size = max_batch_size
+        self.options = options or SchedulerOptions()
+        self.options.check_tenants(store.tenants)
         self._backend: Backend | None = backend
+        self._scheduler = Scheduler(backend, self.options)
         self._texts: dict[str, TenantText] = {}
+        self._leaving: set[str] = set()
+        self._counts: dict[str, Counter[str]] = {}
+
+    @property
+    def max_batch_size(self) -> int:
+        """Requests that advance in one step."""
+        return self.options.max_num_seqs
 
     @property
     def tenants(self) -> tuple[str, ...]:
-        return self.store.tenants
+        """Names, without those that are being removed."""
+        return tuple(t for t in self.store.tenants if t not in self._leaving)
 
     @property
     def plan(self) -> Plan:
@@ -244,21 +105,241 @@ class Engine:
             raise RequestError(
                 f"{len(each)} sampling params for {len(requests)} requests; give one for all, or one for each"
             )
-        sequences = [self._sequence(t, p, s) for (t, p), s in zip(requests, each, strict=True)]
-        for group in self._groups(sequences):
-            for _ in self._run(group):
-                pass
-        return [s.result() for s in sequences]
+        made = [self._request(t, p, s) for (t, p), s in zip(requests, each, strict=True)]
+        self._run_alone(made)
+        return [r.generation() for r in made]
 
     def stream(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[str]:
         """Pieces of the answer's text as they become certain; no piece ends inside a character.
 
         The request is checked when this is called, not at the first piece. Raises RequestError without a tokenizer.
         """
-        sequence = self._sequence(tenant, prompt, params)
-        if sequence.stream is None:
+        pieces: list[str] = []
+        request = self._request(tenant, prompt, params)
+        if request.stream is None:
             raise RequestError(f"tenant {tenant!r} has no tokenizer, so it has no text to stream; use generate()")
-        return (piece for _, piece in self._run([sequence]) if piece)
+        request.on_output = lambda output: pieces.append(output.text)
+        return self._stream(request, pieces)
+
+    def _stream(self, request: Request, pieces: list[str]) -> Iterator[str]:
+        self._scheduler.add(request, bounded=False)
+        try:
+            while not request.done or pieces:
+                while not pieces:
+                    self.step()
+                    if request.error is not None:
+                        raise request.error
+                yield from filter(None, pieces)
+                pieces.clear()
+        finally:
+            self.cancel(request)
+
+    def _run_alone(self, requests: Sequence[Request]) -> None:
+        """Run requests to their end. Nobody waits for one of them alone, so throughput is what counts."""
+        try:
+            for request in requests:
+                self._scheduler.add(request, bounded=False)
+            while any(not r.done for r in requests):
+                self.step(alone=True)
+                for request in requests:
+                    if request.error is not None:
+                        raise request.error
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    # What a server drives.
+
+    def submit(
+        self,
+        tenant: str,
+        prompt: Prompt,
+        params: SamplingParams = GREEDY,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        on_output: Callable[[Output], None] | None = None,
+    ) -> Request:
+        """Take a request, which `step` will advance together with all others that are there.
+
+        priority: smaller goes first among the tenant's own requests. deadline_s: seconds from now after which the
+        answer is worth nothing; what is not done then is ended. on_output: called by `step` with what is new.
+
+        Raises as `generate` does, and OverloadedError.
+        """
+        request = self.check(tenant, prompt, params, priority=priority, deadline_s=deadline_s, on_output=on_output)
+        self.enqueue(request)
+        return request
+
+    def check(
+        self,
+        tenant: str,
+        prompt: Prompt,
+        params: SamplingParams = GREEDY,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        on_output: Callable[[Output], None] | None = None,
+    ) -> Request:
+        """What `submit` takes, checked and turned into tokens, to be handed to `enqueue`; safe in another thread."""
+        if not is_whole(priority):
+            raise RequestError(f"priority is {priority!r}; give a whole number, smaller goes first")
+        if deadline_s is not None and (isinstance(deadline_s, bool) or not deadline_s > 0):
+            raise RequestError(f"deadline_s is {deadline_s!r}; give seconds above 0, or None")
+        request = self._request(tenant, prompt, params)
+        request.priority, request.on_output = priority, on_output
+        request.deadline = math.inf if deadline_s is None else request.taken_at + deadline_s
+        return request
+
+    def enqueue(self, request: Request) -> None:
+        """Let a checked request wait for its turn. Raises OverloadedError, UnknownTenantError."""
+        if request.tenant not in self.tenants:
+            raise UnknownTenantError(request.tenant, self.tenants)
+        self._scheduler.add(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request and free its caches; nothing happens to one that is done."""
+        if not request.done:
+            request.abort()
+            self._count(request, "abort")
+        self._scheduler.remove(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work
+
+    def step(self, *, alone: bool = False) -> bool:
+        """Advance requests by one step; their `on_output` is called. Returns whether there was anything to do.
+
+        A request that fails has `error` set and is forgotten. alone: prompts are read in as large pieces as a step
+        takes, for callers that wait for all answers together.
+        """
+        backend = self._require_backend()
+        for request in self._scheduler.expired(time.perf_counter()):
+            self._expire(request)
+        try:
+            parts = self._scheduler.next(time.perf_counter(), alone=alone)
+        except NoRoomError as error:
+            self._fail(error.request, error)
+            return True
+        if not parts:
+            return False
+        try:
+            step = backend.step([part for _, part in parts])
+        except Exception as error:
+            for request, _ in parts:
+                self._fail(request, EngineError(f"a step of the engine failed ({type(error).__name__}: {error})"))
+            raise
+        now = time.perf_counter()
+        self._scheduler.done(parts, step, now)
+        for (request, part), winner, logits, hits, misses in zip(
+            parts, step.token_ids.tolist(), step.logits, step.hits.tolist(), step.misses.tolist(), strict=True
+        ):
+            counts = self._counts_of(request.tenant)
+            counts["hits"] += hits
+            counts["misses"] += misses
+            counts["read_tokens"] += part.read
+            request.hits += hits
+            request.misses += misses
+            if request.first_at is None:
+                request.reconfiguration_s += step.reconfiguration_s.get(request.tenant, 0.0)
+            if request.unread == 0:
+                self._take(request, winner, logits, now)
+        for name, seconds in step.reconfiguration_s.items():
+            self._counts_of(name)["reconfigurations"] += 1
+            self._counts_of(name)["reconfiguration_us"] += round(seconds * 1e6)
+        return True
+
+    def _take(self, request: Request, winner: int, logits: np.ndarray | None, now: float) -> None:
+        """Give a request its next token."""
+        counts = self._counts_of(request.tenant)
+        if request.first_at is None:
+            counts["prompt_tokens"] += len(request.prompt)
+        output = request.choose(winner, logits, now)
+        counts["generation_tokens"] += 1
+        if request.done:
+            self._scheduler.remove(request)
+            self._count(request, str(request.finish_reason))
+        if request.on_output is not None:
+            request.on_output(output)
+
+    def _expire(self, request: Request) -> None:
+        output = request.abort()
+        done = len(request.token_ids)
+        self._fail(
+            request,
+            DeadlineError(
+                f"the deadline passed after {done} tokens of the answer; give it longer, or ask for fewer tokens",
+                output.generation,
+            ),
+        )
+
+    def _fail(self, request: Request, error: MoetelError) -> None:
+        request.error = error
+        if not request.done:
+            request.abort()
+        self._scheduler.remove(request)
+        self._count(request, "deadline" if isinstance(error, DeadlineError) else "error")
+        if request.on_output is not None:
+            request.on_output(Output((), "", (), request.generation()))
+
+    def fail_all(self, error: MoetelError) -> None:
+        """End every request with an error."""
+        for request in self._scheduler.requests():
+            self._fail(request, error)
+
+    def _counts_of(self, tenant: str) -> Counter[str]:
+        return self._counts.setdefault(tenant, Counter())
+
+    def _count(self, request: Request, reason: str) -> None:
+        counts = self._counts_of(request.tenant)
+        counts[f"finished_{reason}"] += 1
+        counts["preemptions"] += request.preemptions
+
+    def load(self) -> dict[str, Any]:
+        """Requests that run (have caches) and wait, in all and of each tenant, and what the caches hold."""
+        stats = self._require_backend().stats()
+        tenants = {}
+        for name in self.store.tenants:
+            requests = self._scheduler.requests(name)
+            running = sum(r.sequence is not None for r in requests)
+            tenants[name] = {"running": running, "waiting": len(requests) - running}
+        return {
+            "running": sum(t["running"] for t in tenants.values()),
+            "waiting": sum(t["waiting"] for t in tenants.values()),
+            "tenants": tenants,
+            "kv_cache_bytes": stats["kv_cache_bytes"],
+            "kv_cache_used_bytes": stats["kv_cache_used_bytes"],
+        }
+
+    def update(self, store: Store) -> None:
+        """Go on with a changed store between two steps: tenants added, tenants removed, another plan.
+
+        Weights that did not change stay where they are, and so do requests. A tenant that is gone must have none: see
+        `retire`. Raises StoreError or EngineError, and then nothing has changed.
+        """
+        for name in self.store.tenants:
+            if name not in store.tenants and self._scheduler.requests(name):
+                raise EngineError(f"tenant {name!r} has requests; retire it and wait until they are done")
+        self._require_backend().update(store)
+        gone = set(self.store.tenants) - set(store.tenants)
+        self.store = store
+        for name in gone:
+            self._texts.pop(name, None)
+            self._scheduler.forget_tenant(name)
+            self._leaving.discard(name)
+
+    def retire(self, tenant: str) -> bool:
+        """Refuse new requests of a tenant. Returns whether all that it had are done."""
+        if tenant not in self.store.tenants:
+            raise UnknownTenantError(tenant, self.tenants)
+        self._leaving.add(tenant)
+        return not self._scheduler.requests(tenant)
+
+    def reinstate(self, tenant: str) -> None:
+        """Take requests of a retired tenant again."""
+        self._leaving.discard(tenant)
 
     def logits(
         self,
@@ -331,6 +412,13 @@ class Engine:
             raise RequestError(f"tenant {tenant!r} has no decoder start token; its answers go on from the prompt")
         return found
 
+    def detokenize(self, tenant: str, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens. Raises RequestError without a tokenizer."""
+        found = self._text(tenant).decode(self._check_ids(tenant, token_ids, "token_ids"))
+        if found is None:
+            raise RequestError(f"tenant {tenant!r} has no tokenizer, so token ids have no text")
+        return found
+
     def apply_chat_template(self, tenant: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the tenant's chat template: a prompt for `generate`."""
         return self._text(tenant).chat(messages)
@@ -340,8 +428,30 @@ class Engine:
         self._require_backend().observe(observer)
 
     def stats(self) -> dict[str, Any]:
-        """What the engine holds and has done: bytes by kind, hits, misses, fetches, reconfigurations."""
-        return self._require_backend().stats()
+        """What the engine holds and has done: bytes by kind, hits, misses, fetches, reconfigurations.
+
+        tenants: for each of them what its requests came to since the engine was loaded.
+        """
+        tenants = {}
+        for name in self.store.tenants:
+            counts = self._counts_of(name)
+            tenants[name] = {
+                "requests": {r: counts[f"finished_{r}"] for r in ("stop", "length", "abort", "deadline", "error")},
+                **{
+                    k: counts[k]
+                    for k in (
+                        "prompt_tokens",
+                        "generation_tokens",
+                        "read_tokens",
+                        "hits",
+                        "misses",
+                        "preemptions",
+                        "reconfigurations",
+                    )
+                },
+                "reconfiguration_s": counts["reconfiguration_us"] / 1e6,
+            }
+        return {**self._require_backend().stats(), "tenants": tenants, "preemptions": self._scheduler.preemptions}
 
     def close(self) -> None:
         """Free the device. The engine cannot be used afterwards."""
@@ -388,9 +498,9 @@ class Engine:
             )
         return tuple(checked)
 
-    def _sequence(self, tenant: str, prompt: Prompt, params: SamplingParams) -> _Sequence:
+    def _request(self, tenant: str, prompt: Prompt, params: SamplingParams) -> Request:
         taken_at = time.perf_counter()
-        self._require_backend()
+        backend = self._require_backend()
         if tenant not in self.tenants:
             raise UnknownTenantError(tenant, self.tenants)
         text = self._text(tenant)
@@ -405,65 +515,36 @@ class Engine:
                 raise RequestError(f"the prompt is {prompt!r}; give text or a list of token ids") from error
         checked = self._check_ids(tenant, ids, "the prompt")
         config = self.store.config(tenant)
-        room = config.max_positions - (0 if config.is_encoder_decoder else len(checked))
+        length = min(backend.max_length(tenant), self.options.max_model_len or config.max_positions)
+        if len(checked) > length:
+            raise RequestError(
+                f"the prompt has {len(checked)} tokens, there is room for {length} of tenant {tenant!r} "
+                "(max_model_len, kv_cache_bytes); shorten it, or give the engine more"
+            )
+        room = length - (0 if config.is_encoder_decoder else len(checked))
         if room < 1:
             raise RequestError(
                 f"the prompt has {len(checked)} tokens and fills the context of tenant {tenant!r} "
-                f"({self.store.config(tenant).max_positions}); shorten it to leave room for an answer"
+                f"({length}); shorten it to leave room for an answer"
             )
         if params.stop_strings and not text.has_tokenizer:
             raise RequestError(
                 f"tenant {tenant!r} has no tokenizer, so stop strings cannot be found; use stop_token_ids"
             )
-        return _Sequence(
-            row=Row(tenant, checked, min(params.max_new_tokens, room)),
-            params=params,
+        for token_id in params.logit_bias or {}:
+            if not 0 <= token_id < config.vocab_size:
+                raise RequestError(
+                    f"logit_bias names token {token_id}, outside the vocabulary of tenant {tenant!r} "
+                    f"(0..{config.vocab_size - 1})"
+                )
+        return Request(
+            tenant=tenant,
+            prompt=checked,
+            max_new_tokens=min(params.max_new_tokens, room),
+            params=replace(params, min_tokens=min(params.min_tokens, room)) if params.min_tokens > room else params,
             text=text,
-            stream=TextStream(text, params.stop_strings) if text.has_tokenizer else None,
-            rng=np.random.default_rng(params.seed),
-            eos=(frozenset() if params.ignore_eos else text.eos_token_ids) | frozenset(params.stop_token_ids or ()),
             taken_at=taken_at,
         )
-
-    def _groups(self, sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
-        """Cut requests into batches: rows of a tenant adjacent, no more tenants than are ready at once."""
-        first_seen = {t: i for i, t in reversed(list(enumerate(s.row.tenant for s in sequences)))}
-        group: list[_Sequence] = []
-        for sequence in sorted(sequences, key=lambda s: first_seen[s.row.tenant]):
-            tenants = {s.row.tenant for s in group} | {sequence.row.tenant}
-            if len(group) == self.max_batch_size or len(tenants) > self._require_backend().max_ready_tenants:
-                yield group
-                group = []
-            group.append(sequence)
-        if group:
-            yield group
-
-    def _run(self, sequences: list[_Sequence]) -> Iterator[tuple[_Sequence, str]]:
-        """Decode a batch to its end; yields every (sequence, new text)."""
-        want_logits = not all(s.params.greedy for s in sequences)
-        batch = self._require_backend().start([s.row for s in sequences])
-        live = list(sequences)
-        step = batch.prefill(want_logits)
-        for sequence in live:
-            sequence.reconfiguration_s = batch.reconfiguration_s.get(sequence.row.tenant, 0.0)
-        while True:
-            next_ids = np.zeros(len(live), dtype=np.int64)
-            for i, sequence in enumerate(live):
-                sequence.hits += int(step.hits[i])
-                sequence.misses += int(step.misses[i])
-                if sequence.params.greedy:
-                    next_ids[i] = step.token_ids[i]
-                else:
-                    assert step.logits is not None
-                    next_ids[i] = sample(step.logits[i], sequence.params, sequence.rng)
-                yield sequence, sequence.accept(int(next_ids[i]))
-            going = [i for i, s in enumerate(live) if s.finish_reason is None]
-            if not going:
-                return
-            if len(going) < len(live):
-                batch.keep(going)
-                live = [live[i] for i in going]
-            step = batch.decode(next_ids[going], want_logits)
 
 
 def _rows(ids: Any, what: str) -> list[list[int]]:
@@ -484,13 +565,15 @@ def load_engine(
     device: str = "auto",
     dtype: str = "auto",
     *,
-    max_batch_size: int = 32,
+    max_batch_size: int | None = None,
+    scheduler: SchedulerOptions | None = None,
     **options: Any,
 ) -> Engine:
     """Load a store for inference.
 
     backend: auto picks by family (mixtral: torch, switch_transformers: jax). device: auto takes a GPU if there is one.
     dtype: auto is the store's; float32 or bfloat16 to override.
+    scheduler: how requests share steps; max_batch_size: short for its `max_num_seqs`.
     options: the backend's own, see `torch_engine.TorchOptions` and `jax_engine.JaxOptions`.
 
     Raises StoreError, EngineError.
@@ -501,8 +584,15 @@ def load_engine(
         raise EngineError(
             f"backend {backend!r} does not serve family {opened.family.name!r}; use {BACKENDS[opened.family.name]!r}"
         )
+    chosen = scheduler or SchedulerOptions()
+    if max_batch_size is not None:
+        if not is_whole(max_batch_size) or max_batch_size < 1:
+            raise EngineError(f"max_batch_size is {max_batch_size!r}; give a whole number from 1")
+        tokens = max(chosen.max_num_batched_tokens, max_batch_size)
+        chosen = replace(chosen, max_num_seqs=max_batch_size, max_num_batched_tokens=tokens)
+    chosen.check_tenants(opened.tenants)
     load = _torch_backend if wanted == "torch" else _jax_backend
-    return Engine(opened, load(opened, device=device, dtype=dtype, **options), max_batch_size)
+    return Engine(opened, load(opened, device=device, dtype=dtype, **options), chosen)
 
 
 def _torch_backend(store: Store, **options: Any) -> Backend:

@@ -33,5 +33,24 @@ class UnknownTenantError(RequestError, KeyError):
         return str(self.args[0])
 
 
+class OverloadedError(RequestError):
+    """Too many requests wait already.
+
+    waiting: how many; retry_after_s: seconds after which there is likely room, None if nothing is known.
+    """
+
+    def __init__(self, message: str, waiting: int, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.waiting, self.retry_after_s = waiting, retry_after_s
+
+
+class DeadlineError(RequestError):
+    """A request's deadline passed before its answer was whole. generation: what there was of it."""
+
+    def __init__(self, message: str, generation: object = None):
+        super().__init__(message)
+        self.generation = generation
+
+
 class EngineError(MoetelError):
     """An engine that cannot be loaded or used: no such backend or device, or already closed."""

@@ -257,19 +257,20 @@ def _round_columns(
     """Codes and numbers (scales left out) of rows [R, n], for the least error `(r - q) moments (r - q)^T`.
 
     Numbers are rounded one column after another, and what rounding cost is made good in the columns to come (GPTQ,
-    arXiv 2210.17323, algorithm 1). scale: [R, n]. moments: None where they are diagonal.
+    arXiv 2210.17323, algorithm 1). Columns whose errors cost most come first, while many are left to make them good.
+    scale: [R, n]. moments: None where they are diagonal.
     """
-    left = rows.astype(np.float64).copy()
     if moments is None or bits > 8:  # beyond 8 bits there is nothing to make good
-        codes, numbers = _rounded(left / scale, bits)
+        codes, numbers = _rounded(rows.astype(np.float64) / scale, bits)
         return codes, numbers
+    order = np.argsort(-np.diag(moments), kind="stable")
+    left, scale, moments = rows[:, order].astype(np.float64), scale[:, order], moments[np.ix_(order, order)]
     damped = moments + 1e-2 * (np.trace(moments) / len(moments) + 1e-30) * np.eye(len(moments))
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    codes = np.empty(left.shape, dtype=np.float64 if bits <= 8 else np.float32)
-    numbers = np.empty(left.shape)
-    for j in range(left.shape[1]):
-        codes[:, j], numbers[:, j] = _rounded(left[:, j] / scale[:, j], bits)
-        error = (left[:, j] - numbers[:, j] * scale[:, j]) / upper[j, j]
+    codes, numbers = np.empty(left.shape), np.empty(left.shape)
+    for j, column in enumerate(order):
+        codes[:, column], numbers[:, column] = found = _rounded(left[:, j] / scale[:, j], bits)
+        error = (left[:, j] - found[1] * scale[:, j]) / upper[j, j]
         left[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
     return codes, numbers
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.calibration import Profile
-from common.dtypes import to_float32
 from common.experts import forward
 from common.progress import Progress, silent
 from common.similarity import Distances
@@ -104,7 +103,7 @@ def measure_losses(store: Store, profiles: Mapping[str, Profile], progress: Prog
                 samples = {name: profiles[name].sample(layer, expert) for name in measured}
                 x = np.concatenate([samples[name][0] for name in measured])
                 if len(x):
-                    outputs = np.stack([forward(spec, x, _own(store, name, layer, expert)) for name in names])
+                    outputs = np.stack([forward(spec, x, store.own_expert(name, layer, expert)) for name in names])
                 start = 0
                 for name in measured:
                     t, profile = names.index(name), profiles[name]
@@ -128,10 +127,6 @@ def measure_losses(store: Store, profiles: Mapping[str, Profile], progress: Prog
     known = any((profiles[name].sensitivity > 0).any() for name in measured)
     unit = UNITS[2 if known else 1] if sampled.any() else UNITS[0]
     return Losses(names, gram, frequency, scale, sampled, measured, unit)
-
-
-def _own(store: Store, name: str, layer: int, expert: int) -> dict[str, np.ndarray]:
-    return {projection: to_float32(ref.read()) for projection, ref in store.copy_refs(name, layer, expert).items()}
 
 
 def _sensitivity(profiles: Mapping[str, Profile], name: str, layer: int) -> float:

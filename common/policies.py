@@ -36,6 +36,7 @@ from common.merging import Sample, best_ridge, fit_matrix, least_squares, mixtur
 from common.progress import Progress, silent
 from common.residuals import Part, Residual, join_parts, matrices
 from common.store.store import Store
+from common.units import is_whole
 
 Matrix = dict[str, np.ndarray]
 
@@ -43,9 +44,10 @@ Matrix = dict[str, np.ndarray]
 RIDGE_POSITIONS = 6
 # How often a copy is fitted anew beside the residuals that were fitted to it, as long as that helps.
 REFITS = 4
-# How far the last projection that would serve a tenant best is held to its own: with little of it, hundreds of samples
-# are fitted too closely (docs/consolidation.md).
-TARGET_RIDGE = 1.0
+# How far the last projection that would serve a tenant best is held to its own, as a share of what one sample's moments
+# add: the more samples, the less it is held. With little of it hundreds of samples are fitted too closely; what
+# cross-validation over them chose was too little for other texts (docs/consolidation.md).
+TARGET_RIDGE = 4.0
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,7 @@ class Planner:
         return best_ridge(self.store.experts, found)
 
     def _weights(self, tenant: int, place: tuple[int, int]) -> Matrix:
-        refs = self.store.copy_refs(self.store.tenants[tenant], *place)
-        return {name: to_float32(ref.read()) for name, ref in refs.items()}
+        return self.store.own_expert(self.store.tenants[tenant], *place)
 
     def _measure_spectra(self, configs: list[list[Config]]) -> None:
         """Spectra of what each tenant lacks beside the one copy of each configuration that has one."""
@@ -238,13 +239,15 @@ class Planner:
     def plan(self, policy: str, slots: int | None = None, extra_bytes: int = 0) -> Outcome:
         """One copy of `slots` positions (None: all), and what the policy does with `extra_bytes` beside them.
 
-        Raises PlanError.
+        Raises PlanError, and StoreError where a file of the store is damaged.
         """
         rule = _policy(policy)
         spec = self.store.experts
         slots = spec.num_positions if slots is None else slots
-        if not 0 <= slots <= spec.num_positions:
-            raise PlanError(f"{slots} slots; give 0..{spec.num_positions}, or 'all' to share nothing")
+        if not is_whole(slots) or not 0 <= slots <= spec.num_positions:
+            raise PlanError(f"slots is {slots!r}; give a whole number 0..{spec.num_positions}, or None for all")
+        if not is_whole(extra_bytes) or extra_bytes < 0:
+            raise PlanError(f"extra_bytes is {extra_bytes!r}; give a whole number of bytes from 0")
         if rule.copies == "paper":
             plan = plan_round_robin(self.store.distances.score(), self.store.tenants, slots)
             return Outcome(plan, {}, [], self.predict(plan))
@@ -458,8 +461,9 @@ class _Position:
         if not len(x):
             return self.own[tenant][last].astype(np.float64), plain(self.own[tenant][last].shape)
         hidden, squared = inner(self._spec, x, weights), gates.astype(np.float64) ** 2
+        ridge = TARGET_RIDGE * hidden.shape[1] / len(x)  # `fit_matrix` takes shares of the mean diagonal of all moments
         found = fit_matrix(
-            [hidden], [self._output(tenant)], [squared], self.own[tenant][last].astype(np.float64), TARGET_RIDGE
+            [hidden], [self._output(tenant)], [squared], self.own[tenant][last].astype(np.float64), ridge
         )
         return found, Weighting(np.ones(len(found)), second_moments(hidden, squared), found.shape[1])
 
@@ -545,7 +549,7 @@ def _traffic(tenants: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
     if strangers:
         raise PlanError(f"traffic is given for {strangers[0]!r}, which is no tenant of this store")
     for name, value in given.items():
-        if not (isinstance(value, int | float) and np.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not (isinstance(value, int | float) and np.isfinite(value) and value > 0):
             raise PlanError(f"traffic of {name!r} is {value!r}; give a number above 0")
     shares = np.array([float(given.get(name, 1.0)) for name in tenants])
     return np.asarray(shares / shares.sum())

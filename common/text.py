@@ -106,7 +106,12 @@ class TextStream:
         self._edges = deque([0])  # numbers of tokens that end with a whole character, those still of use as context
         self._pending = ""
         self.emitted = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.stopped_by is not None
 
     def push(self, token_id: int, last: bool = False) -> str:
         """Take one more token; returns the text that is now certain. `last` releases everything held back."""
@@ -134,10 +139,10 @@ class TextStream:
     def _release(self, last: bool) -> str:
         if self.stopped:
             return ""
-        found = [i for i in (self._pending.find(s) for s in self._stop) if i >= 0]
+        found = [(i, s) for i, s in ((self._pending.find(s), s) for s in self._stop) if i >= 0]
         if found:
-            self.stopped = True
-            piece = self._pending[: min(found)]
+            first, self.stopped_by = min(found)
+            piece = self._pending[:first]
         elif last:
             piece = self._pending
         else:

@@ -1,10 +1,16 @@
-"""Byte counts as people write them."""
+"""Byte counts as people write them, and what counts as a whole number."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; True and False are none, though Python counts them among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def parse_bytes(text: str) -> int:

@@ -7,8 +7,9 @@ Ways to do it behind one face; what each is for was measured (benchmarks/switch_
 - MeshDispatch: stacked slots sharded over the mesh axis `expert`, tokens over `data`; also one accelerator;
 - DenseDispatch: every expert on every token, then a selection; differentiable and simple, for training small models.
 
-Where the tenant at hand has residuals beside the copies of a layer, their products are added before the activation and
-to the output (`jax_engine.residuals`). DenseDispatch does without.
+Where a tenant has residuals beside the copies of a layer, their products are added before the activation and to the
+output (`jax_engine.residuals`). DenseDispatch does without. For tokens of several tenants the tables of their residuals
+lie one after the other, S rows each, and number v stands for slot v mod S with row v of the tables.
 
 Legend: tokens T, slots S, hidden H, intermediate I. A slot outside 0..S-1 gives zeros.
 """
@@ -68,9 +69,13 @@ class FeedForward:
 
 
 class Dispatch(ABC):
-    """stacked: whether a layer's copies are one array a projection [S, out, in], or one a slot."""
+    """stacked: whether a layer's copies are one array a projection [S, out, in], or one a slot.
+
+    data_devices: tokens come in a multiple of it.
+    """
 
     stacked: bool
+    data_devices = 1
 
     @abstractmethod
     def __call__(
@@ -83,7 +88,8 @@ class Dispatch(ABC):
     ) -> Array:
         """x: [T, H]; slots: int32 [T]; copies: one a slot, or a single stacked one. Returns [T, H].
 
-        residuals: what the tenant adds to the copies of this layer; None: nothing is compiled for them.
+        residuals: what the tenant, or each of several, adds to the copies of this layer; None: nothing is compiled for
+        them. MeshDispatch takes one tenant's alone.
         """
 
     def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
@@ -141,12 +147,13 @@ class LoopDispatch(Dispatch):
         first = [lambda rows, copy=copy: ff.inner(rows, copy) for copy in copies]
         last = [lambda hidden, copy=copy: ff.last(hidden, copy) for copy in copies]
 
-        def product(rows: Array, slot: Array) -> Array:
-            inner = with_residuals(residuals, lax.switch(slot, first, rows), rows, slot)
+        def product(rows: Array, number: Array) -> Array:
+            slot = number % len(copies)
+            inner = with_residuals(residuals, lax.switch(slot, first, rows), rows, number)
             hidden = ff.hidden(inner)
-            return with_residual(residuals, lax.switch(slot, last, hidden), hidden, slot, len(inner))
+            return with_residual(residuals, lax.switch(slot, last, hidden), hidden, number, len(inner))
 
-        return over_blocks(x, slots, len(copies), product)
+        return over_blocks(x, slots, residuals.table.shape[0], product)
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,10 @@ class MeshDispatch(Dispatch):
 
     mesh: Mesh
     stacked = True
+
+    @property
+    def data_devices(self) -> int:  # type: ignore[override]
+        return int(self.mesh.shape["data"])
 
     def __call__(
         self,

@@ -154,15 +154,15 @@ class RelativeBias(nnx.Module):
         self.table = nnx.Param(value, sources=(source,), packed=False)
 
     def __call__(self, queries: Array, num_keys: int, num_queries: int) -> Array:
-        """queries: int32 [T], positions; keys are at 0..num_keys-1. Returns float32 [1, N, T, keys].
+        """queries: int32 [B, T], positions; keys are at 0..num_keys-1. Returns float32 [B, N, T, keys].
 
         num_queries: how many positions queries can come from, from 0 on: bounds the table of offsets.
         """
         offsets = np.arange(-(num_queries - 1), num_keys)
         buckets = relative_buckets(offsets, self.bidirectional, self.buckets, self.distance)
         by_offset = self.table[...][buckets]
-        index = jnp.arange(num_keys)[None] - queries[:, None] + (num_queries - 1)
-        return by_offset[index].transpose(2, 0, 1)[None]
+        index = jnp.arange(num_keys) - queries[..., None] + (num_queries - 1)
+        return by_offset[index].transpose(0, 3, 1, 2)
 
 
 class Dense(nnx.Module):
@@ -202,15 +202,16 @@ class Router(nnx.Module):
         found = jnp.einsum("bth,eh->bte", x.astype(self.dtype), self.weight[...].astype(self.dtype))
         return found + self.bias[...].astype(self.dtype) if self.biased else found
 
-    def __call__(self, x: Array, slot_of: Array, live: Array) -> tuple[Array, Array]:
-        """x: [B, T, H]; slot_of: int32 [E]; live: bool [B, T], False at padding.
+    def __call__(self, x: Array, slot_of: Array, live: Array, together: bool) -> tuple[Array, Array]:
+        """x: [B, T, H]; slot_of: int32 [E]; live: bool [B, T], False at padding. together: whether a row's tokens share
+        the experts' capacity, as those that are read at once do; tokens of an answer came one by one.
 
         Returns slots int32 [B, T] (-1: no expert, for padding and tokens over capacity) and gates [B, T].
         """
         logits = self.logits(x).astype(jnp.float32)  # torch's softmax, too, rounds once, at its end
         probabilities = jax.nn.softmax(logits, axis=-1).astype(self.dtype).astype(x.dtype)
         expert = jnp.argmax(probabilities, axis=-1)
-        if self.capacity is not None:
+        if self.capacity is not None and together:
             # Each row's tokens fill its experts in order; what comes too late keeps its residual alone.
             chosen = jax.nn.one_hot(expert, probabilities.shape[-1], dtype=jnp.int32) * live[..., None]
             place = (jnp.cumsum(chosen, axis=1) * chosen).sum(axis=-1)
@@ -272,34 +273,60 @@ class Block(nnx.Module):
         return x + self.attention.attend(q, k, v, bias)
 
     def decode(
-        self, x: Array, bias: Array, cache: KeyValues, position: Array, encoded: KeyValues, encoder_bias: Array
+        self,
+        x: Array,
+        bias: Array,
+        cache: KeyValues | None,
+        places: Array | None,
+        encoded: KeyValues,
+        encoder_bias: Array,
     ) -> tuple[Array, KeyValues]:
-        """Self-attention over the cache, with x's keys and values put in at `position`; then cross-attention."""
+        """Self-attention, then cross-attention. Returns what goes on, and the keys and values to keep.
+
+        cache: x of one token a row is put in at `places` int32 [B] (outside the cache: nowhere), or x of any number of
+        tokens from place int32 [] on in all rows. None: x is all that there is; its own keys and values are returned.
+        """
         q, k, v = self.attention.split(self.attention.qkv(self.attention_norm(x)), 3)
-        zero = jnp.zeros_like(position)
-        keys, values = (
-            lax.dynamic_update_slice(old, new.astype(old.dtype), (zero, zero, position, zero))
-            for old, new in zip(cache, (k, v), strict=True)
-        )
+        if cache is None:
+            keys, values = k, v
+        else:
+            keys, values = _put(cache[0], k, places), _put(cache[1], v, places)
         x = x + self.attention.attend(q, keys, values, bias)
         (q,) = self.cross_attention.split(self.cross_attention.q(self.cross_norm(x)), 1)
         x = x + self.cross_attention.attend(q, *encoded, encoder_bias)
         return x, (keys, values)
 
-    def route(self, x: Array, slot_of: Array, live: Array) -> tuple[Array, Array, Array]:
-        """Normed tokens [B, T, H], their slots and gates [B, T]."""
+    def route(self, x: Array, slot_of: Array, live: Array, together: bool) -> tuple[Array, Array, Array]:
+        """Normed tokens [B, T, H], their slots and gates [B, T]. slot_of: int32 [E], the tenant's in this layer."""
         normed = self.ff_norm(x)
-        return normed, *self.router(normed, slot_of, live)
+        return normed, *self.router(normed, slot_of, live, together)
 
-    def feed(self, x: Array, slot_of: Array, live: Array, residuals: Residuals) -> Array:
+    def feed_dense(self, x: Array) -> Array:
+        """The feed-forward of a layer without experts, added to its input."""
+        return x + self.dense(self.ff_norm(x))
+
+    def feed(self, x: Array, slot_of: Array, live: Array, residuals: Residuals, together: bool = True) -> Array:
         """The feed-forward, added to its input.
 
         slot_of: int32 [layers, E], the tenant's row of the plan. residuals: what the tenant adds to the copies.
         """
         if self.layer is None:
-            return x + self.dense(self.ff_norm(x))
-        normed, slots, gates = self.route(x, slot_of[self.layer], live)
+            return self.feed_dense(x)
+        normed, slots, gates = self.route(x, slot_of[self.layer], live, together)
         return combine(x, self.pool(normed, slots, residuals[self.layer] if residuals else None), gates)
+
+
+def _put(cache: Array, new: Array, places: Any) -> Array:
+    """cache [B, N, L, D] with new [B, N, 1, D] at each row's place int32 [B]; a place outside 0..L-1: nowhere.
+
+    Row by row, so that rows that lie on several devices stay where they are. Place int32 []: new [B, N, T, D] from
+    there on in all rows.
+    """
+    if jnp.ndim(places) == 0:
+        whole: Array = lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), places, axis=2)
+        return whole
+    put: Callable[..., Array] = jax.vmap(lambda row, token, place: row.at[:, place].set(token, mode="drop"))
+    return put(cache, new[:, :, 0].astype(cache.dtype), places)
 
 
 def combine(x: Array, found: Array, gates: Array) -> Array:
@@ -344,13 +371,16 @@ class SwitchTransformer(nnx.Module):
     def bias_of_encoder(self, live: Array) -> Array:
         """live: bool [B, S]. Position bias and mask, float32 [B, N, S, S]."""
         size = live.shape[1]
-        return jnp.where(live[:, None, None], self.encoder_bias(jnp.arange(size), size, size), MASKED)
+        return jnp.where(live[:, None, None], self.encoder_bias(jnp.arange(size)[None], size, size), MASKED)
 
     def bias_of_decoder(self, position: Array, tokens: int, cache: int) -> Array:
         """Position bias and causal mask of tokens at position.. over a cache: float32 [1, N, T, L]."""
-        queries = position + jnp.arange(tokens)
-        bias = self.decoder_bias(queries, cache, cache)
-        return jnp.where(jnp.arange(cache)[None, None, None] <= queries[None, None, :, None], bias, MASKED)
+        return self.bias_of_answers((position + jnp.arange(tokens))[None], cache)
+
+    def bias_of_answers(self, queries: Array, keys: int) -> Array:
+        """Position bias and causal mask of tokens at `queries` int32 [B, T] over keys at 0..: float32 [B, N, T, L]."""
+        bias = self.decoder_bias(queries, keys, keys)
+        return jnp.where(jnp.arange(keys) <= queries[:, None, :, None], bias, MASKED)
 
     def bias_to_encoder(self, live: Array) -> Array:
         """live: bool [B, S]. Mask of the cross-attention, float32 [B, 1, 1, S]."""
@@ -377,7 +407,7 @@ class SwitchTransformer(nnx.Module):
         """Prompts int32 [B, S] -> each decoder layer's keys and values."""
         x, bias = self.embed("encoder", ids), self.bias_of_encoder(live)
         for block in self.encoder:
-            x = block.feed(block.encode(x, bias), slot_of, live, residuals)
+            x = block.feed(block.encode(x, bias), slot_of, live, residuals, together=True)
         return self.encoded(x)
 
     def decode(
@@ -385,23 +415,44 @@ class SwitchTransformer(nnx.Module):
         ids: Array,
         live: Array,
         slot_of: Array,
-        cache: Sequence[KeyValues],
-        position: Array,
+        cache: Sequence[KeyValues] | None,
+        places: Array | None,
         encoded: Sequence[KeyValues],
         encoder_live: Array,
-        vocab_size: Array | int,
         residuals: Residuals = (),
+        together: bool = False,
     ) -> tuple[Array, list[KeyValues]]:
-        """Tokens int32 [B, T] at position.. of every row -> logits float32 [B, T, V] and the grown cache."""
-        x = self.embed("decoder", ids)
-        bias = self.bias_of_decoder(position, ids.shape[1], cache[0][0].shape[2])
-        encoder_bias = self.bias_to_encoder(encoder_live)
-        grown = []
-        for block, mine, theirs in zip(self.decoder, cache, encoded, strict=True):
-            x, kept = block.decode(x, bias, mine, position, theirs, encoder_bias)
-            grown.append(kept)
-            x = block.feed(x, slot_of, live, residuals)
-        return self.logits(x, vocab_size), grown
+        """Tokens through all decoder layers -> hidden states [B, T, H], and the keys and values to keep.
+
+        cache: one token a row, ids int32 [B, 1], is appended to its row's cache at `places` int32 [B]; rows that are
+        not live keep theirs. None: ids int32 [B, T] are whole answers from their start on. together: see `Router`.
+        """
+        x, places, bias, encoder_bias = self.begin_decoder(
+            ids, live, places, None if cache is None else cache[0][0].shape[2], encoder_live
+        )
+        kept = []
+        for n, (block, theirs) in enumerate(zip(self.decoder, encoded, strict=True)):
+            x, mine = block.decode(x, bias, cache[n] if cache else None, places, theirs, encoder_bias)
+            kept.append(mine)
+            x = block.feed(x, slot_of, live, residuals, together)
+        return x, kept
+
+    def begin_decoder(
+        self, ids: Array, live: Array, places: Array | None, cache: int | None, encoder_live: Array
+    ) -> tuple[Array, Array | None, Array, Array]:
+        """What the decoder's layers work with: x [B, T, H], places (outside the cache for rows that are not live), and
+        the biases of self-attention and cross-attention. cache: its length, None without one."""
+        if cache is None or places is None:
+            queries, keys = jnp.arange(ids.shape[1])[None], ids.shape[1]
+        else:
+            queries, keys = places[:, None], cache
+            places = jnp.where(live[:, 0], places, keys)
+        return (
+            self.embed("decoder", ids),
+            places,
+            self.bias_of_answers(queries, keys),
+            self.bias_to_encoder(encoder_live),
+        )
 
     def new_cache(self, rows: int, length: int) -> list[KeyValues]:
         """Zeros [B, N, L, D] for each decoder layer."""

@@ -21,6 +21,9 @@ class JaxOptions:
         "config": the tenants' own; None: nothing is dropped.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all.
+    kv_cache_bytes: most that the sequences' caches may take on the device: keys and values of self-attention and
+        cross-attention, and the encoder's states of prompts that are read in pieces; None: a quarter of the memory that
+        is free when the weights are loaded, at most 4 GiB.
     compilation_cache: folder for compiled steps, so that a later start compiles nothing; auto: ~/.cache/moetel/jax
         unless jax has one set already; None: none of ours. jax opens its cache once, when it first compiles anything.
     """
@@ -32,6 +35,7 @@ class JaxOptions:
     expert_capacity: int | Literal["config"] | None = None
     spare_slots: int = 16
     ready_tenants: int | None = None
+    kv_cache_bytes: int | None = None
     compilation_cache: str | None = "auto"
 
     @classmethod
@@ -49,7 +53,7 @@ class JaxOptions:
         ):
             if getattr(options, name) not in allowed:
                 raise EngineError(f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}")
-        for name in ("spare_slots", "ready_tenants", "expert_capacity"):
+        for name in ("spare_slots", "ready_tenants", "kv_cache_bytes", "expert_capacity"):
             value = getattr(options, name)
             if (value is None and name != "spare_slots") or (name == "expert_capacity" and value == "config"):
                 continue

@@ -1,8 +1,9 @@
 """Residuals on the device: packed as they are in the store, once for all tenants, and their products in XLA.
 
 A layer has one flat array of all tenants' records. Which of them a slot has, for the tenant at hand, is in a table of
-a shape that no tenant changes, read while the step runs: a tenant switch passes another table to the same call. A
-batch holds one tenant, and a slot one expert, so (layer, slot) determines the record.
+a shape that no tenant changes, read while the step runs: a tenant switch passes another table to the same call. A slot
+holds one expert, so (tenant, layer, slot) determines the record. Where tokens of several tenants go through a layer
+together, the tables of all tenants lie one after the other, and each token says which of their rows is its own.
 
 The products here take any device, and the records as they are in the store. They expand `SIGN_ROWS` rows of sign
 codes, or `LOW_RANK_ROWS` components, at a time, and go through as many of them as the slot's own parts have: nothing
@@ -55,7 +56,8 @@ class LayerResiduals:
 
     words: uint32 [words], the records of all tenants, little endian, and room behind them so that reading the last
         rows in whole groups stays inside.
-    table: int32 [S, projections, parts, FIELDS] of this tenant, `NONE` behind a slot's last part.
+    table: int32 [S, projections, parts, FIELDS] of this tenant, or of all tenants, S rows each; `NONE` behind a slot's
+        last part.
     forms: for each projection, the forms that some tenant has in this layer; what is compiled.
     """
 
@@ -206,15 +208,31 @@ def part_on_device(data: np.ndarray, part: Part, shape: tuple[int, ...], blocked
     return np.concatenate([data, np.zeros(-len(data) % ALIGNMENT, dtype=np.uint8)])
 
 
+def _part_bytes(part: Part, shape: tuple[int, ...], blocked: bool) -> int:
+    """Of what `part_on_device` gives."""
+    count = part.nbytes(shape)
+    if blocked and part.kind == SIGN:
+        outputs, inputs = shape
+        count = row_bytes(-(-outputs // part.size), 16) + -(-outputs // 64) * inputs * 8
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
 class LoadedResiduals:
     """All tenants' residuals on the device, and each tenant's tables."""
 
     def __init__(
-        self, store: Store, slot_of: np.ndarray, slots: Sequence[int], put: Callable[[Any], Array], blocked: bool
+        self,
+        store: Store,
+        slot_of: np.ndarray,
+        slots: Sequence[int],
+        put: Callable[[Any], Array],
+        blocked: bool,
+        before: LoadedResiduals | None = None,
     ):
         """slot_of: int32 [tenants, layers, experts], as `slots_of_plan` gives it; slots: of each layer's tables.
 
-        blocked: laid out for our own kernels, else for XLA. Raises EngineError for more than 8 GiB of one layer,
+        blocked: laid out for our own kernels, else for XLA. before: of the store's last state; layers whose records are
+        the same are taken over. Raises EngineError for more than 8 GiB of one layer,
         CheckpointError for a file of another size than the plan tells.
         """
         plan, spec = store.plan, store.experts
@@ -225,8 +243,12 @@ class LoadedResiduals:
         self._words: list[Array | None] = []
         self._tables: list[np.ndarray | None] = []
         self._forms: list[tuple[tuple[Form, ...], ...]] = []
+        self._contents: list[tuple[Any, ...]] = []
+        self._joint: dict[int, LayerResiduals | None] = {}
         for layer, numbers in enumerate(of_layer):
             residuals = [plan.residuals[i] for i in numbers]
+            self._contents.append(tuple((store.residual_ref(i).path.stem, plan.residuals[i].parts) for i in numbers))
+            same = before is not None and before._contents[layer] == self._contents[layer]
             forms = tuple(
                 tuple(sorted({(p.kind, p.bits) for r in residuals for p in r.parts if p.projection == name}))
                 for name, _ in spec.projections
@@ -240,13 +262,14 @@ class LoadedResiduals:
             words = 0
             rows: dict[tuple[int, int, int], list[tuple[int, ...]]] = {}
             for i, residual in zip(numbers, residuals, strict=True):
-                record = store.residual_ref(i).map()
+                record = np.zeros(0, np.uint8) if same else store.residual_ref(i).map()
                 slot = int(slot_of[residual.tenant, layer, residual.expert])
                 for part, offset in zip(residual.parts, residual.offsets(shapes), strict=False):
                     fields = (KINDS[part.kind], part.bits, part.size, words)
                     rows.setdefault((residual.tenant, slot, names.index(part.projection)), []).append(fields)
-                    pieces.append(part_on_device(record[offset:], part, shapes[part.projection], blocked))
-                    words += len(pieces[-1]) // 4
+                    if not same:
+                        pieces.append(part_on_device(record[offset:], part, shapes[part.projection], blocked))
+                    words += _part_bytes(part, shapes[part.projection], blocked) // 4
             if not blocked:
                 room = max(_room(f, shape) for f, shape in zip(forms, shapes.values(), strict=True))
                 pieces.append(np.zeros(4 * room, dtype=np.uint8))
@@ -256,7 +279,8 @@ class LoadedResiduals:
                     f"the residuals of layer {layer} have {4 * words} bytes; the jax engine takes up to "
                     f"{4 * MOST_WORDS} a layer: plan with a smaller budget"
                 )
-            self._words.append(put(np.concatenate(pieces).view(np.uint32)))
+            taken = before._words[layer] if same and before is not None else None
+            self._words.append(put(np.concatenate(pieces).view(np.uint32)) if taken is None else taken)
             most = max(map(len, rows.values()))
             table = np.zeros((len(plan.tenants), slots[layer], len(names), most, FIELDS), dtype=np.int32)
             for place, found in rows.items():
@@ -272,6 +296,19 @@ class LoadedResiduals:
             for words, tables, forms in zip(self._words, self._tables, self._forms, strict=True)
         )
 
+    def joint(self, layer: int) -> LayerResiduals | None:
+        """All tenants' of a layer: row tenant * S + slot of the table. Tenants are padded to a power of two."""
+        if layer not in self._joint:
+            words, tables = self._words[layer], self._tables[layer]
+            if words is None or tables is None:
+                self._joint[layer] = None
+            else:
+                tenants, slots = tables.shape[:2]
+                rows = np.zeros(((1 << (tenants - 1).bit_length()) * slots, *tables.shape[2:]), dtype=np.int32)
+                rows[: tenants * slots] = tables.reshape(tenants * slots, *tables.shape[2:])
+                self._joint[layer] = LayerResiduals(words, self._put(rows), self._forms[layer])
+        return self._joint[layer]
+
     @property
     def device_bytes(self) -> int:
         """Bytes of all records, and of the room behind them for XLA; a mesh has them on every device."""
@@ -280,6 +317,7 @@ class LoadedResiduals:
     def close(self) -> None:
         self._words.clear()
         self._tables.clear()
+        self._joint.clear()
 
 
 def _room(forms: Sequence[Form], shape: tuple[int, ...]) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from common.families.switch_transformers import Side, SwitchTransformersConfig, as_switch
+from common.families.switch_transformers import SIDES, Side, SwitchTransformersConfig, as_switch
 from common.store import Store
 from jax_engine.model import Settings, abstract_model, split
 from jax_engine.residuals import LoadedResiduals, Residuals
@@ -47,6 +48,25 @@ class Architecture:
         width = len(self.settings.config.experts.projections)
         return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
 
+    @cached_property
+    def _outside(self) -> tuple[int, ...]:
+        """Which of a tenant's leaves belong to no layer: embeddings, head, biases, last norms."""
+        count = self.tenant_tree.num_leaves
+        tree = jax.tree.unflatten(self.tenant_tree, range(count))
+        inside = {i for side in SIDES for i in jax.tree.leaves(tree[side])}
+        return tuple(i for i in range(count) if i not in inside)
+
+    def outer_leaves(self, tenant: Leaves) -> Leaves:
+        """A tenant's variables that belong to no layer."""
+        return tuple(tenant[i] for i in self._outside)
+
+    def outer_model(self, outer: Leaves) -> Any:
+        """The module with `outer_leaves` in it and no weights in its layers, for tracing."""
+        leaves = jax.tree.leaves(self.tenant_state)
+        for i, leaf in zip(self._outside, outer, strict=True):
+            leaves[i] = leaf
+        return self.model(tuple(jax.tree.leaves(self.pool_state)), tuple(leaves))
+
     def model(self, pool: Leaves, tenant: Leaves) -> Any:
         """The module with these arrays in it; cheap enough only while tracing."""
         return nnx.merge(
@@ -59,7 +79,7 @@ class ReadyTenant:
     """One tenant's state on the device.
 
     slot_of: int32 [layers, experts]; from the layer's slots on: a miss. residuals: the records are all tenants' own
-    together, in the same arrays for each of them.
+    together, in the same arrays for each of them. content: what the leaves are made of.
     """
 
     index: int
@@ -71,14 +91,40 @@ class ReadyTenant:
     residuals: Residuals
     vocab_size: jax.Array
     can_miss: bool
+    content: tuple[str, ...] = ()
+    _layers: dict[tuple[Side, int], Leaves] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.leaves)
 
+    def layer(self, side: Side, n: int) -> Leaves:
+        """The variables of one layer, see `Architecture.block_leaves`."""
+        if (side, n) not in self._layers:
+            self._layers[side, n] = self.architecture.block_leaves(self.leaves, side, n)
+        return self._layers[side, n]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for tenants with equal leaves."""
+        return self.config.architecture, self.architecture.settings.vocab_size, self.content
+
+    @cached_property
+    def outer(self) -> Leaves:
+        """The variables of no layer."""
+        return self.architecture.outer_leaves(self.leaves)
+
+    @cached_property
+    def slots(self) -> tuple[np.ndarray, ...]:
+        """int32 [experts] of each sparse layer: `slot_of`'s rows."""
+        return tuple(np.array(self.slot_of))
+
 
 class ReadyTenants:
     """Up to `capacity` tenants on the device, least recently used first out."""
+
+    switches: int
+    copied_bytes: int
 
     def __init__(
         self,
@@ -89,53 +135,77 @@ class ReadyTenants:
         residuals: LoadedResiduals,
         can_miss: np.ndarray,
         put: Callable[[Any], jax.Array],
+        before: ReadyTenants | None = None,
     ):
-        """slot_of: int32 [tenants, layers, experts]; can_miss: bool [tenants]."""
+        """slot_of: int32 [tenants, layers, experts]; can_miss: bool [tenants]. before: of the store's last state, whose
+        weights are taken over where they are the same."""
         self._store, self.capacity, self._architecture_of = store, capacity, architecture_of
         self._slot_of, self._residuals, self._can_miss, self._put = slot_of, residuals, can_miss, put
-        self.switches = 0
-        self.copied_bytes = 0
-        self._last: str | None = None
+        self.switches = before.switches if before else 0
+        self.copied_bytes = before.copied_bytes if before else 0
+        self._in_use: set[str] = set(before._in_use) & set(store.tenants) if before else set()
         self._ready: OrderedDict[str, ReadyTenant] = OrderedDict()
-        for name in store.tenants[:capacity]:
-            self._ready[name] = self._load(name)
+        known = {} if before is None else {t.key: t for t in before._ready.values()}
+        # Those that were used last come last, and stay longest.
+        order = [n for n in before._ready if n in store.tenants][-capacity:] if before else []
+        names = [*[n for n in store.tenants if n not in order][: capacity - len(order)], *order]
+        for name in names:
+            self._ready[name] = self._load(name, known)
 
-    def _load(self, name: str) -> ReadyTenant:
+    def _load(self, name: str, known: dict[Any, ReadyTenant] | None = None) -> ReadyTenant:
         config = as_switch(self._store.config(name))
         architecture = self._architecture_of(config)
-        state = fill_tenant(
-            architecture.tenant_state,
-            lambda tensor: self._store.ref(name, tensor).map(),
-            architecture.settings,
-            self._put,
-        )
+        tensors = self._store.tenant(name).tensors
+        content = tuple(tensors[n] for n in sorted(self._store.family.non_expert_shapes(config)) if n in tensors)
         index = self._store.tenants.index(name)
+        same = (known or {}).get((config.architecture, architecture.settings.vocab_size, content))
+        if same is None:
+            state = fill_tenant(
+                architecture.tenant_state,
+                lambda tensor: self._store.ref(name, tensor).map(),
+                architecture.settings,
+                self._put,
+            )
+            leaves = tuple(jax.tree.leaves(state))
+        else:
+            leaves = same.leaves
         return ReadyTenant(
             index=index,
             name=name,
             config=config,
             architecture=architecture,
-            leaves=tuple(jax.tree.leaves(state)),
+            leaves=leaves,
             slot_of=self._put(self._slot_of[index]),
             residuals=self._residuals.of(index),
             vocab_size=self._put(np.int32(config.vocab_size)),
             can_miss=bool(self._can_miss[index]),
+            content=content,
         )
 
-    def acquire(self, name: str) -> tuple[ReadyTenant, float]:
-        """The tenant, loaded if it was not ready, and the seconds that this took (0 if it was in use already)."""
-        start = time.perf_counter()
-        if name not in self._ready:
-            while len(self._ready) >= self.capacity:
-                self._ready.popitem(last=False)
-            self._ready[name] = self._load(name)
-            self.copied_bytes += self._ready[name].nbytes
-        self._ready.move_to_end(name)
-        if name == self._last:
-            return self._ready[name], 0.0
-        self._last = name
-        self.switches += 1
-        return self._ready[name], time.perf_counter() - start
+    def acquire(self, names: Iterable[str]) -> tuple[dict[str, ReadyTenant], dict[str, float]]:
+        """Make these tenants the ones in use. Returns them, and the seconds that it took for each that was not.
+
+        names: at most `capacity` different ones.
+        """
+        wanted = dict.fromkeys(names)
+        assert len(wanted) <= self.capacity, "more tenants than are ready at once"
+        for name in wanted:
+            if name in self._ready:
+                self._ready.move_to_end(name)  # not to be dropped for one of the others
+        took: dict[str, float] = {}
+        for name in wanted:
+            start = time.perf_counter()
+            if name not in self._ready:
+                while len(self._ready) >= self.capacity:
+                    self._ready.popitem(last=False)
+                self._ready[name] = self._load(name)
+                self.copied_bytes += self._ready[name].nbytes
+            self._ready.move_to_end(name)
+            if name not in self._in_use:
+                self.switches += 1
+                took[name] = time.perf_counter() - start
+        self._in_use = set(wanted)
+        return {name: self._ready[name] for name in wanted}, took
 
     @property
     def ready(self) -> list[str]:

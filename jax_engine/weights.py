@@ -57,12 +57,17 @@ def fill_pool(
     read: Callable[[int, int, str], np.ndarray],
     s: Settings,
     put: Callable[[Any], jax.Array] = jnp.asarray,
+    kept: Callable[[int, int | None, str], jax.Array | None] = lambda layer, slot, projection: None,
 ) -> Any:
-    """The pool's variables. read: (layer, slot, projection) -> [out, in]."""
+    """The pool's variables. read: (layer, slot, projection) -> [out, in]. kept: a variable that is on the device
+    already, None: there is none; slot None: all slots stacked."""
 
     def fill(path: Any, variable: Any) -> Any:
         data = variable.get_metadata()
         layer, slot, projection = data["layer"], data["slot"], data["projection"]
+        found = kept(layer, slot, projection)
+        if found is not None:
+            return variable.replace(found)
         if slot is not None:
             return variable.replace(put(s.products.pack(s.products.prepare(read(layer, slot, projection)))))
         whole = np.stack([s.products.prepare(read(layer, i, projection)) for i in range(s.slots[layer])])

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from common import Store
 from common.consolidation import MERGED
+from common.store.beside import came_and_went
 from common.units import format_bytes
 from scripts import command
 
@@ -61,7 +62,7 @@ def memory_table(store: Store) -> Table:
         "shared: copies, residuals and one tenant (what --budget counts)", format_bytes(about["bytes_budget"])
     )
     table.add_row("one copy of an expert", format_bytes(about["copy_bytes"]))
-    merged = f", {about['merged_copies']} merged of several tenants" if about["merged_copies"] else ""
+    merged = f", {about['merged_copies']} of them no tenant's own" if about["merged_copies"] else ""
     table.add_row("resident copies", f"{about['resident_copies']} for {about['positions']} positions{merged}")
     table.add_row("residuals", f"{about['residuals']}, {format_bytes(about['residual_bytes'])}")
     table.add_row("on disk, misses included", format_bytes(about["bytes_on_disk"]))
@@ -88,6 +89,19 @@ def distances_table(store: Store) -> Table:
     return table
 
 
+def beside_plan(store: Store) -> str | None:
+    """What a plan was made for, if tenants came or went since; else None."""
+    added, removed = came_and_went(store)
+    if not added and not removed:
+        return None
+    planned = len(store.tenants) - len(added) + len(removed)
+    changes = [f"{len(names)} {what} ({', '.join(names)})" for names, what in ((added, "added"), (removed, "removed"))]
+    return (
+        f"planned for {planned} tenants, {' and '.join(c for c in changes if not c.startswith('0 '))} beside the plan; "
+        "run `moetel plan --apply` to plan anew"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     store = Store.open(args.store)
     console = Console(highlight=False)
@@ -107,12 +121,17 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"built {settings['created']} by Moetel {settings['versions']['moetel']}; policy {asked['policy']}, {amount}"
     )
+    changed = beside_plan(store)
+    if changed:
+        console.print(changed)
     calibrated = ", ".join(store.manifest.calibration) or "none"
     console.print(f"calibrated tenants: {calibrated}")
     if store.manifest.prediction is not None:
         losses = zip(store.tenants, store.manifest.prediction["losses"], strict=True)
         unit = store.manifest.prediction["unit"]
-        console.print(f"predicted loss, {unit}: " + ", ".join(f"{name} {loss:.4g}" for name, loss in losses))
+        # That of a tenant added beside the plan is not known in nats: it was never run.
+        found = (f"{name} {'not known' if loss is None else f'{loss:.4g}'}" for name, loss in losses)
+        console.print(f"predicted loss, {unit}: " + ", ".join(found))
     if args.plot:
         from scripts.plot import draw_store
 

@@ -43,29 +43,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A budget as it was asked for, and so as a store keeps it: device bytes, or a share of one model's experts'."""
+
+    budget_bytes: int | None = None
+    extra: float | None = None
+
+    def extra_bytes(self, store: Store) -> int:
+        """Bytes beyond one copy of each position; as `build_store` reckons, so that --apply plans what was shown."""
+        one_model = store.experts.num_positions * store.copy_bytes
+        if self.budget_bytes is None:
+            return int((self.extra or 0.0) * one_model)
+        return self.budget_bytes - max(store.non_expert_bytes(name) for name in store.tenants) - one_model
+
+
+@dataclass(frozen=True)
 class Offer:
     """What a budget buys. extra: share of one model's expert bytes used beyond one copy of each position.
     nbytes: device bytes with one tenant's other weights. losses: float64 [tenants], predicted."""
 
-    asked_bytes: int
+    asked: Asked
     extra: float
     nbytes: int
     copies: int
     losses: np.ndarray
 
 
-def offers(store: Store, planner: Planner, policy: str, extra_bytes: Sequence[int]) -> list[Offer]:
+def offers(store: Store, planner: Planner, policy: str, budgets: Sequence[Asked]) -> list[Offer]:
     """Predicted, not built: what residuals leave is estimated from singular values."""
     one_model = store.experts.num_positions * store.copy_bytes
     fixed = max(store.non_expert_bytes(name) for name in store.tenants)
     allocator = planner.allocator(policy)
     found = []
-    for extra in extra_bytes:
-        allocation = allocator.allocate(one_model + extra)
+    for asked in budgets:
+        allocation = allocator.allocate(one_model + asked.extra_bytes(store))
         copies = int(sum(allocator.copies(allocation)))
         found.append(
             Offer(
-                extra,
+                asked,
                 allocation.nbytes / one_model - 1,
                 allocation.nbytes + fixed,
                 copies,
@@ -85,9 +100,14 @@ def recommended(found: Sequence[Offer], without: Offer, traffic: np.ndarray) -> 
     return len(found) - 1
 
 
-def table(store: Store, found: Sequence[Offer], best: int, unit: str, policy: str) -> Table:
+def mean_name(traffic: np.ndarray) -> str:
+    """What the mean over tenants is called. traffic: float64 [tenants], summing to 1."""
+    return "mean" if np.allclose(traffic, traffic[0]) else "mean by traffic"
+
+
+def table(store: Store, found: Sequence[Offer], best: int, unit: str, policy: str, traffic: np.ndarray) -> Table:
     made = Table(title=f"{store.path}: policy {policy}, predicted loss in {unit}", title_justify="left")
-    for column in ("", "extra", "experts and one tenant", "copies", "mean", "worst"):
+    for column in ("", "extra", "experts and one tenant", "copies", mean_name(traffic), "worst"):
         made.add_column(column, justify="right")
     for name in store.tenants:
         made.add_column(name, justify="right")
@@ -97,14 +117,14 @@ def table(store: Store, found: Sequence[Offer], best: int, unit: str, policy: st
             f"{offer.extra:.1%}",
             format_bytes(offer.nbytes),
             str(offer.copies),
-            f"{offer.losses.mean():.4g}",
+            f"{offer.losses @ traffic:.4g}",
             f"{offer.losses.max():.4g}",
             *(f"{loss:.3g}" for loss in offer.losses),
         )
     return made
 
 
-def draw(store: Store, found: Sequence[Offer], best: int, unit: str, path: Path) -> None:
+def draw(store: Store, found: Sequence[Offer], best: int, unit: str, path: Path, traffic: np.ndarray) -> None:
     """Predicted loss of each tenant and their mean against bytes."""
     try:
         import matplotlib
@@ -117,7 +137,8 @@ def draw(store: Store, found: Sequence[Offer], best: int, unit: str, path: Path)
     extra = [100 * o.extra for o in found]
     for t, name in enumerate(store.tenants):
         axes.plot(extra, [o.losses[t] for o in found], linewidth=0.9, marker=".", label=name)
-    axes.plot(extra, [o.losses.mean() for o in found], color="black", linewidth=2.2, label="mean")
+    mean = [float(o.losses @ traffic) for o in found]
+    axes.plot(extra, mean, color="black", linewidth=2.2, label=mean_name(traffic))
     axes.axvline(extra[best], color="black", linestyle=":", linewidth=1, label="recommended")
     if min(o.losses.min() for o in found) > 0:
         axes.set_yscale("log")
@@ -152,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
             f"policy {args.policy!r} has one plan for every budget from one copy a position on; choose one of: "
             + ", ".join(n for n, p in POLICIES.items() if p.uses_extra)
         )
-    extra = [int(share * one_model) for share in args.extra] + [b - fixed - one_model for b in args.budget]
+    asked = [Asked(extra=share) for share in args.extra] + [Asked(budget_bytes=b) for b in args.budget]
     short = [b for b in args.budget if b < fixed + one_model]
     if short:
         raise PlanError(
@@ -160,31 +181,34 @@ def run(args: argparse.Namespace) -> int:
             f"take ({format_bytes(fixed + one_model)}); `moetel build --budget` leaves positions out"
         )
     planner = planner_for(store, args, bars)
-    if not extra:
-        most = (len(store.tenants) - 1) * one_model
-        extra = sorted({min(most, int(share * one_model)) for share in EXTRAS})
-    without, *found = offers(store, planner, args.policy, [0, *sorted(extra)])
+    if not asked:
+        most = len(store.tenants) - 1
+        asked = [Asked(extra=float(share)) for share in sorted({min(most, share) for share in EXTRAS})]
+    asked.sort(key=lambda a: a.extra_bytes(store))
+    without, *found = offers(store, planner, args.policy, [Asked(extra=0.0), *asked])
     best = recommended(found, without, planner.traffic)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
-    console.print(table(store, found, best, planner.unit, args.policy))
+    console.print(table(store, found, best, planner.unit, args.policy, planner.traffic))
     if planner.unit == "squared distance":
         console.print("no tenant is calibrated: distances of weights stand in; give --calibrate NAME=FILE for nats")
     offer = found[best]
     console.print(
         f"recommended: --extra {offer.extra:.1%} ({format_bytes(offer.nbytes)} with one tenant's other weights), "
-        f"predicted loss {offer.losses.mean():.4g} on the mean, {offer.losses.max():.4g} for the worst tenant"
+        f"predicted loss {offer.losses @ planner.traffic:.4g} on the {mean_name(planner.traffic)}, "
+        f"{offer.losses.max():.4g} for the worst tenant"
     )
     if args.plot:
-        draw(store, found, best, planner.unit, args.plot)
+        draw(store, found, best, planner.unit, args.plot, planner.traffic)
         console.print(f"drawn: {args.plot}")
     if args.apply:
         done = replan(
             args.store,
             policy=args.policy,
-            extra=offer.asked_bytes / one_model,
-            calibration=dict(args.calibrate),
+            budget_bytes=offer.asked.budget_bytes,
+            extra=offer.asked.extra,
+            calibration={name: planner.profiles[name] for name in dict(args.calibrate)},
             traffic=dict(args.traffic) or None,
             progress=bars,
         )

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common import EngineError, MoetelError, SamplingParams, Store, UnknownTenantError, build_store, load_engine
-from common.calibration import CalibrationSet, Profile, divergence
+from common.calibration import CalibrationSet, Profile, divergence, refused_pair
 from common.checkpoints import open_checkpoint
 from common.consolidation import plan_all
 from common.engine import Engine, Prompt
@@ -69,7 +69,8 @@ class Task:
         """A JSONL file; `limit` lines of each kind at most. Raises TaskError that names file and line."""
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): a JSON string may hold characters that it takes for the end of a line.
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise TaskError(f"{path}: cannot be read: {error}") from error
         questions: list[Question] = []
@@ -82,10 +83,13 @@ class Task:
                 value = json.loads(line)
             except ValueError as error:
                 raise TaskError(f"{where}: not JSON ({error}); write one object a line") from error
-            if not isinstance(value, dict) or ("prompt" in value) == ("text" in value):
+            if not isinstance(value, dict) or not ({"prompt", "text"} & set(value)):
                 raise TaskError(
                     f'{where}: expected {{"prompt": ..., "answer": ...}} or {{"text": ...}}, found {line[:60]!r}'
                 )
+            pair = refused_pair(value)
+            if pair is not None:
+                raise TaskError(f"{where}: {pair}")
             if "text" in value:
                 texts.append(_words(value["text"], f"{where}: text"))
             else:

@@ -1,4 +1,4 @@
-"""Remove a tenant from a store, free what only it used, and plan again."""
+"""Remove a tenant from a store, free what only it used, and plan again or keep the plan."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from scripts import build, command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--tenant", required=True, metavar="NAME")
+    parser.add_argument(
+        "--keep-plan", action="store_true", help="leave what other tenants are served bit for bit as it is"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    build.report(remove_tenant(args.store, args.tenant, progress=bars), Console(highlight=False, soft_wrap=True))
+    store = remove_tenant(args.store, args.tenant, keep_plan=args.keep_plan, progress=bars)
+    build.report(store, Console(highlight=False, soft_wrap=True))
     return 0
 
 

@@ -82,11 +82,11 @@ class Recipe:
 # Recipes by name; options override their values.
 PRESETS = {
     "demo": Recipe(),
-    "ten": Recipe(vocab_size=768, batch=64, base_steps=1200, tune_steps=300, tune_lr=3e-3, languages=ALL_LANGUAGES),
+    "ten": Recipe(vocab_size=768, batch=64, base_steps=5000, tune_steps=500, tune_lr=3e-3, languages=ALL_LANGUAGES),
 }
 PRESET_HELP = (
     "where the other defaults come from. demo: what examples/ holds, tenants that share experts at almost no loss; "
-    "ten: ten languages from a base trained for less long, tuned hotter, so that experts move far apart and sharing "
+    "ten: ten languages, tuned hotter, so that experts move far apart and sharing "
     "them costs something"
 )
 

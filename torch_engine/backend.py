@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.engine import Backend, Observer, Row, Step
+from common.backend import Backend, Observer, Part, Row, Step
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families import MixtralConfig
 from common.store import Store
+from common.units import format_bytes
 from torch_engine import native
-from torch_engine.cache import KeyValueCache
-from torch_engine.model import Segment, forward, head
-from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace
+from torch_engine.cache import BLOCK, Arena, Blocks, block_bytes, token_width
+from torch_engine.model import Run, Segment, Singles, forward, head
+from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace, TenantWeights
 from torch_engine.options import TorchOptions
 from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
 from torch_engine.products import Weight, can_pack, pack, pack_native
 
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
+
+# What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded, and on a CPU at
+# most this many bytes.
+CPU_CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 4 << 30
+CUDA_CACHE_SHARE = 0.8  # the rest is for activations
+MAX_BLOCKS_PER_TENANT = 64  # of whole contexts: more than so many sequences at once is of no use
 
 
 def _device(name: str) -> torch.device:
@@ -69,9 +77,8 @@ class TorchBackend(Backend):
                 self.pool = GroupedPool(store, self.dtype, self.device, options.spare_slots)
             else:
                 self.pool = LoopPool(store, self.dtype, self.device, options.spare_slots, product)
-            num_tenants = len(store.tenants)
-            default = num_tenants if self.device.type == "cpu" else min(2, num_tenants)
-            self.max_ready_tenants = min(num_tenants, options.ready_tenants or default)
+            self._wanted_ready = options.ready_tenants
+            self.max_ready_tenants = self._max_ready(store)
             self.ready: ReadyTenants
             if self.device.type == "cpu":
                 self.ready = TenantsInPlace(store, self.dtype, self.max_ready_tenants, product)
@@ -84,8 +91,41 @@ class TorchBackend(Backend):
                 f"the device is too small for this store ({store.plan.num_slots} resident copies of "
                 f"{store.copy_bytes} bytes); build it with a smaller --budget or fewer --slots"
             ) from error
-        self._batches: list[TorchBatch] = []
         self.observer: Observer | None = None
+        self.default_chunk = 128 if self.device.type == "cpu" else 1024
+        self.prefetches = self.device.type == "cuda"
+        self.cache = self._make_cache(options.kv_cache_bytes)
+        self._sequences: dict[int, _Sequence] = {}
+        self._numbers = 0
+
+    def _max_ready(self, store: Store) -> int:
+        default = len(store.tenants) if self.device.type == "cpu" else 2
+        return min(len(store.tenants), self._wanted_ready or default)
+
+    @staticmethod
+    def _configs(store: Store) -> list[MixtralConfig]:
+        found = []
+        for name in store.tenants:
+            config = store.config(name)
+            assert isinstance(config, MixtralConfig)
+            found.append(config)
+        return found
+
+    def _make_cache(self, wanted: int | None) -> Arena:
+        configs = self._configs(self.store)
+        layers, width = configs[0].experts.num_layers, max(token_width(c) for c in configs)
+        one = block_bytes(layers, width, self.dtype)
+        nbytes = wanted
+        if nbytes is None:
+            nbytes = _free_cache_bytes(self.device)
+            most = sum(-(-c.max_positions // BLOCK) for c in configs) * MAX_BLOCKS_PER_TENANT
+            nbytes = min(nbytes, most * one)
+        if nbytes < one:
+            raise EngineError(
+                f"kv_cache_bytes is {format_bytes(nbytes)}, a block of {BLOCK} tokens takes {format_bytes(one)}; "
+                "give at least that, and enough for the longest sequence"
+            )
+        return Arena(layers, width, nbytes // one, self.dtype, self.device)
 
     def _expert_implementation(self, options: TorchOptions) -> str:
         spec = self.store.experts
@@ -99,8 +139,159 @@ class TorchBackend(Backend):
             return options.experts
         return "grouped" if self.device.type == "cuda" and fits else "loop"
 
-    def start(self, rows: Sequence[Row]) -> TorchBatch:
-        return TorchBatch(self, rows)
+    def begin(self, row: Row) -> int:
+        self._numbers += 1
+        self._sequences[self._numbers] = _Sequence(row.tenant, (*row.prompt, *row.answer), row.unread, _limit(row))
+        return self._numbers
+
+    def end(self, sequences: Iterable[int]) -> None:
+        for number in sequences:
+            found = self._sequences.pop(number, None)
+            if found is not None:
+                self.cache.release(found.blocks)
+
+    def fits(self, parts: Sequence[Part], ahead: int = 0) -> bool:
+        needed = 0
+        for part in parts:
+            sequence = self._sequences[part.sequence]
+            length = sequence.length + (part.read or 1)
+            needed += Arena.needed(sequence.blocks, max(length, min(length + ahead, sequence.limit)))
+        return needed <= self.cache.free
+
+    def max_length(self, tenant: str) -> int:
+        config = self.store.config(tenant)
+        return min(config.max_positions, self.cache.num_blocks * BLOCK)
+
+    def prefetch(self, tenants: Sequence[str]) -> None:
+        self.ready.prefetch(tenants)
+
+    def update(self, store: Store) -> None:
+        if store.family.name != self.store.family.name or store.experts != self.store.experts:
+            raise EngineError(f"{store.path}: its experts have other shapes than those in use; load it as an engine")
+        for name, config in zip(store.tenants, self._configs(store), strict=True):
+            if token_width(config) > self.cache.keys[0].shape[1]:
+                raise EngineError(
+                    f"tenant {name!r} has keys of {token_width(config)} numbers a token, the caches of this engine "
+                    f"have room for {self.cache.keys[0].shape[1]}; load the engine again with this tenant in the store"
+                )
+        capacity = self._max_ready(store)
+        try:
+            # Tenants first: what fails there has changed nothing, and a pool alone would name tenants not ready.
+            old, old_capacity = self.store, self.max_ready_tenants
+            self.ready.update(store, capacity)
+            try:
+                self.pool.update(store)
+            except Exception:
+                self.ready.update(old, old_capacity)
+                raise
+        except CheckpointError as error:
+            raise StoreError(f"{error}; run `moetel verify {store.path}`") from error
+        except torch.OutOfMemoryError as error:
+            raise EngineError(f"the device has no room for the changed store at {store.path} ({error})") from error
+        self.store, self.max_ready_tenants = store, capacity
+
+    @torch.inference_mode()
+    def step(self, parts: Sequence[Part]) -> Step:
+        by_tenant: dict[str, list[int]] = {}
+        for i, part in enumerate(parts):
+            by_tenant.setdefault(self._sequences[part.sequence].tenant, []).append(i)
+        weights = self.ready.acquire(by_tenant)
+        segments, order, start = [], [], 0
+        for name, mine in by_tenant.items():
+            # Single tokens first: see `Segment`.
+            mine = sorted(mine, key=lambda i: parts[i].read > 0)
+            segments.append(self._segment(name, weights[name], start, [parts[i] for i in mine]))
+            order += mine
+            start = segments[-1].stop
+        hidden, misses = forward(segments, self.pool, self.cache, self.observer)
+        return self._step(parts, order, segments, hidden, misses)
+
+    def _segment(self, name: str, weights: TenantWeights, start: int, parts: Sequence[Part]) -> Segment:
+        """Take the parts' tokens into their sequences, with room in the cache."""
+        ids: list[int] = []
+        positions, places = [], []
+        blocks, lengths, runs = [], [], []
+        for part in parts:
+            sequence = self._sequences[part.sequence]
+            first, count = sequence.length, part.read or 1
+            if part.read:
+                done = len(sequence.tokens) - sequence.unread
+                new = sequence.tokens[done : done + count]
+                sequence.unread -= count
+            else:
+                new = (part.token_id,)
+            sequence.length += count
+            self.cache.reserve(sequence.blocks, sequence.length)
+            if part.read:
+                known = sequence.blocks.places(0, sequence.length) if first else None
+                run_places = None if known is None else torch.from_numpy(known).to(self.device)
+                runs.append(Run(len(ids), len(ids) + count, first, run_places))
+            else:
+                blocks.append(sequence.blocks)
+                lengths.append(sequence.length)
+            ids += new
+            positions.append(np.arange(first, sequence.length))
+            places.append(sequence.blocks.places(first, sequence.length))
+        at = np.concatenate(positions)
+        return Segment(
+            tenant_index=self.store.tenants.index(name),
+            weights=weights,
+            start=start,
+            stop=start + len(ids),
+            token_ids=torch.tensor(ids, dtype=torch.int64).to(self.device),
+            positions=torch.from_numpy(at).to(self.device),
+            places=torch.from_numpy(np.concatenate(places)).to(self.device),
+            last=int(at.max()),
+            singles=Singles(blocks, np.array(lengths, dtype=np.int64)) if blocks else None,
+            runs=runs,
+        )
+
+    def _step(
+        self,
+        parts: Sequence[Part],
+        order: Sequence[int],
+        segments: Sequence[Segment],
+        hidden: Tensor,
+        misses: np.ndarray,
+    ) -> Step:
+        """What the parts get. order: the part that each of the segments' singles and runs, one after another, is."""
+        token_ids = np.full(len(parts), -1, dtype=np.int64)
+        logits: list[np.ndarray | None] = [None] * len(parts)
+        counts = np.array([parts[i].read or 1 for i in order], dtype=np.int64)
+        stops = np.cumsum(counts)
+        part_misses = np.zeros(len(parts), dtype=np.int64)
+        part_misses[list(order)] = np.add.reduceat(misses, stops - counts)
+        found: list[tuple[list[int], Tensor]] = []
+        for segment in segments:
+            mine = [
+                (i, int(stop) - 1)
+                for i, stop in zip(order, stops, strict=True)
+                if segment.start < stop <= segment.stop and self._sequences[parts[i].sequence].unread == 0
+            ]
+            if not mine:
+                continue
+            lasts = [last for _, last in mine]
+            if lasts == list(range(segment.start, segment.stop)):
+                rows = hidden[segment.start : segment.stop]
+            else:
+                rows = hidden.index_select(0, torch.tensor(lasts, device=self.device))
+            found.append(([i for i, _ in mine], head(segment, rows)))
+        if found:
+            # One look at the device for all tenants' winners.
+            winners = torch.cat([values.argmax(dim=-1) for _, values in found]).cpu().numpy()
+            token_ids[[i for numbers, _ in found for i in numbers]] = winners
+        for numbers, values in found:
+            wanted = [k for k, i in enumerate(numbers) if parts[i].want_logits]
+            if wanted:
+                on_host = (values if len(wanted) == len(numbers) else values[wanted]).cpu().numpy()
+                for row, k in zip(on_host, wanted, strict=True):
+                    logits[numbers[k]] = row
+        spec = self.store.experts
+        lookups = np.array([part.read or 1 for part in parts], dtype=np.int64) * spec.num_layers * spec.top_k
+        if self.device.type == "cuda" and not found:
+            torch.cuda.current_stream(self.device).synchronize()  # so that times are those of this step
+        seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
+        return Step(token_ids, logits, lookups - part_misses, part_misses, seconds)
 
     @torch.inference_mode()
     def logits(
@@ -110,19 +301,34 @@ class TorchBackend(Backend):
         found: list[np.ndarray] = []
         start = 0
         while start < len(rows):
-            stop, longest = start, 0
-            while stop < len(rows):
-                longest = max(longest, len(rows[stop]))
-                if stop > start and longest * (stop + 1 - start) > LOGITS_TOKENS:
-                    break
+            stop, tokens = start, 0
+            while stop < len(rows) and (stop == start or tokens + len(rows[stop]) <= LOGITS_TOKENS):
+                tokens += len(rows[stop])
                 stop += 1
-            batch = TorchBatch(self, [Row(tenant, tuple(r), 1) for r in rows[start:stop]])
-            segment, hidden = batch.read_prompts()
+            segment = self._prompts(tenant, rows[start:stop])
+            hidden, _ = forward([segment], self.pool, None, self.observer)
             values = head(segment, hidden).cpu().numpy()
-            ends = np.cumsum(segment.lengths)[:-1]
-            found += np.split(values, ends)
+            found += np.split(values, [run.stop for run in segment.runs[:-1]])
             start = stop
         return found
+
+    def _prompts(self, tenant: str, rows: Sequence[Sequence[int]]) -> Segment:
+        """Whole prompts whose keys are not kept."""
+        stops = np.cumsum([len(r) for r in rows]).tolist()
+        positions = np.concatenate([np.arange(len(r)) for r in rows])
+        ids = np.concatenate([np.array(r, dtype=np.int64) for r in rows])
+        return Segment(
+            tenant_index=self.store.tenants.index(tenant),
+            weights=self.ready.acquire([tenant])[tenant],
+            start=0,
+            stop=len(ids),
+            token_ids=torch.from_numpy(ids).to(self.device),
+            positions=torch.from_numpy(positions).to(self.device),
+            places=None,
+            last=int(positions.max()),
+            singles=None,
+            runs=[Run(stop - len(r), stop, 0, None) for stop, r in zip(stops, rows, strict=True)],
+        )
 
     def observe(self, observer: Observer | None) -> None:
         self.observer = observer
@@ -147,11 +353,15 @@ class TorchBackend(Backend):
             "reconfigurations": self.ready.switches,
             "reconfigured_bytes": self.ready.copied_bytes,
             "ready_tenants": self.ready.ready,
+            "kv_cache_bytes": self.cache.nbytes,
+            "kv_cache_used_bytes": self.cache.used_bytes,
         }
 
     def close(self) -> None:
         self.pool.close()
         self.ready.close()
+        self.cache.close()
+        self._sequences.clear()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
@@ -173,143 +383,31 @@ def _plain(weight: Tensor) -> Weight:
     return weight
 
 
-class _TenantRows:
-    """The rows of one tenant in a batch."""
+@dataclass
+class _Sequence:
+    """tokens: prompt and, after a preemption, answer; `unread` of them are not in the cache yet. length: tokens in the
+    cache. limit: the most that it can come to hold."""
 
-    def __init__(self, name: str, index: int, rows: Sequence[Row]):
-        self.name, self.index = name, index
-        self.prompts = [r.prompt for r in rows]
-        self.lengths = np.array([len(r.prompt) for r in rows], dtype=np.int64)
-        self.cache: KeyValueCache | None = None
+    tenant: str
+    tokens: tuple[int, ...]
+    unread: int
+    limit: int
+    length: int = 0
+    blocks: Blocks = field(default_factory=Blocks)
 
 
-class TorchBatch:
-    """Rows that are decoded together, grouped by tenant."""
+def _limit(row: Row) -> int:
+    return len(row.prompt) + max(row.max_new_tokens, len(row.answer))
 
-    def __init__(self, backend: TorchBackend, rows: Sequence[Row]):
-        self._backend = backend
-        self.reconfiguration_s: dict[str, float] = {}
-        self._tenants = [
-            _TenantRows(name, backend.store.tenants.index(name), list(group))
-            for name, group in groupby(rows, key=lambda r: r.tenant)
-        ]
-        names = [t.name for t in self._tenants]
-        if len(set(names)) != len(names):
-            raise AssertionError("rows of one tenant must be adjacent")
-        self._weights = backend.ready.acquire(names)
-        for tenant in self._tenants:
-            config = self._config(tenant)
-            # Room for a few answers' worth; the cache grows if more comes.
-            asked = min(config.max_positions, int(tenant.lengths.max()) + KeyValueCache.STEP)
-            tenant.cache = KeyValueCache(config, len(tenant.lengths), asked, backend.dtype, backend.device)
 
-    def _config(self, tenant: _TenantRows) -> MixtralConfig:
-        return self._weights[tenant.name].config
-
-    def _segment(
-        self, tenant: _TenantRows, start: int, ids: np.ndarray, positions: np.ndarray, rows: np.ndarray, prefill: bool
-    ) -> Segment:
-        assert tenant.cache is not None
-        device = self._backend.device
-        return Segment(
-            tenant_index=tenant.index,
-            weights=self._weights[tenant.name],
-            cache=tenant.cache,
-            start=start,
-            stop=start + len(ids),
-            token_ids=torch.from_numpy(ids).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            rows=torch.from_numpy(rows).to(device),
-            lengths=tenant.lengths,
-            prefill=prefill,
-        )
-
-    def _prompt_segments(self) -> list[Segment]:
-        segments, start = [], 0
-        for tenant in self._tenants:
-            ids = np.concatenate([np.array(p, dtype=np.int64) for p in tenant.prompts])
-            positions = np.concatenate([np.arange(n, dtype=np.int64) for n in tenant.lengths])
-            rows = np.repeat(np.arange(len(tenant.lengths), dtype=np.int64), tenant.lengths)
-            segments.append(self._segment(tenant, start, ids, positions, rows, prefill=True))
-            start += len(ids)
-        return segments
-
-    @torch.inference_mode()
-    def read_prompts(self) -> tuple[Segment, Tensor]:
-        """The one tenant's prompts: their segment and hidden states [T, H]."""
-        (segment,) = self._prompt_segments()
-        return segment, forward([segment], self._backend.pool, self._backend.observer)[0]
-
-    @torch.inference_mode()
-    def prefill(self, want_logits: bool) -> Step:
-        segments = self._prompt_segments()
-        hidden, misses = forward(segments, self._backend.pool, self._backend.observer)
-        lasts = [s.start + np.cumsum(s.lengths) - 1 for s in segments]
-        step = self._step(segments, hidden, lasts, misses, np.concatenate([s.lengths for s in segments]), want_logits)
-        self.reconfiguration_s = {t.name: self._backend.ready.seconds(t.name) for t in self._tenants}
-        return step
-
-    @torch.inference_mode()
-    def decode(self, token_ids: np.ndarray, want_logits: bool) -> Step:
-        segments, start = [], 0
-        for tenant in self._tenants:
-            assert tenant.cache is not None
-            count = len(tenant.lengths)
-            positions = tenant.lengths.copy()
-            tenant.lengths = tenant.lengths + 1
-            tenant.cache.reserve(int(tenant.lengths.max()))
-            ids = token_ids[start : start + count]
-            segments.append(
-                self._segment(tenant, start, ids, positions, np.arange(count, dtype=np.int64), prefill=False)
-            )
-            start += count
-        hidden, misses = forward(segments, self._backend.pool, self._backend.observer)
-        lasts = [np.arange(s.start, s.stop) for s in segments]
-        return self._step(segments, hidden, lasts, misses, np.ones(start, dtype=np.int64), want_logits)
-
-    def _step(
-        self,
-        segments: list[Segment],
-        hidden: Tensor,
-        lasts: list[np.ndarray],
-        misses: np.ndarray,
-        tokens_of_row: np.ndarray,
-        want_logits: bool,
-    ) -> Step:
-        """The most probable token after each row's last one, and all logits there if asked for."""
-        parts = []
-        for segment, last in zip(segments, lasts, strict=True):
-            if len(last) == segment.stop - segment.start:
-                rows = hidden[segment.start : segment.stop]
-            else:
-                rows = hidden.index_select(0, torch.from_numpy(last).to(self._backend.device))
-            parts.append(head(segment, rows))
-        winners = torch.cat([p.argmax(dim=-1) for p in parts]).cpu().numpy()
-        logits = None
-        if want_logits:
-            width = max(p.shape[1] for p in parts)
-            logits = np.full((len(winners), width), -np.inf, dtype=np.float32)
-            start = 0
-            for part in parts:
-                logits[start : start + len(part), : part.shape[1]] = part.cpu().numpy()
-                start += len(part)
-        firsts = np.concatenate(([0], np.cumsum(tokens_of_row)[:-1]))
-        row_misses = np.add.reduceat(misses, firsts)
-        spec = self._backend.store.experts
-        lookups = tokens_of_row * spec.num_layers * spec.top_k
-        return Step(winners, logits, lookups - row_misses, row_misses)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        start = 0
-        kept_tenants = []
-        for tenant in self._tenants:
-            mine = np.array([r - start for r in rows if start <= r < start + len(tenant.lengths)], dtype=np.int64)
-            start += len(tenant.lengths)
-            if not len(mine):
-                continue
-            if len(mine) < len(tenant.lengths):
-                assert tenant.cache is not None
-                tenant.cache.keep(torch.from_numpy(mine).to(self._backend.device))
-                tenant.lengths = tenant.lengths[mine]
-            kept_tenants.append(tenant)
-        self._tenants = kept_tenants
+def _free_cache_bytes(device: torch.device) -> int:
+    """What caches may take of the memory that is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(CUDA_CACHE_SHARE * free)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return CPU_CACHE_BYTES
+    return min(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * available))

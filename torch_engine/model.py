@@ -1,7 +1,8 @@
 """Mixtral's forward pass over tokens of several tenants.
 
-Tokens are flat: no padding enters a matrix product. A `Segment` is the run of tokens of one tenant; what is not an
-expert is computed segment by segment with the tenant's own weights, the experts once for all tokens.
+Tokens are flat: no padding enters a matrix product. A `Segment` holds the tokens of one tenant, be they next tokens of
+answers or pieces of prompts; what is not an expert is computed segment by segment with the tenant's own weights, the
+experts once for all tokens.
 
 Source: Mixtral of Experts (arXiv 2401.04088); names and order of rounding as in transformers,
 models/mixtral/modeling_mixtral.py.
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.engine import Observer
+from common.backend import Observer
 from torch_engine import native
-from torch_engine.cache import KeyValueCache
+from torch_engine.cache import BLOCK, Arena, Blocks, padded_tables
 from torch_engine.non_expert import LayerWeights, TenantWeights
 from torch_engine.pool import ExpertPool, TokenTenants
 from torch_engine.products import linear
@@ -28,38 +29,66 @@ from torch_engine.rotary import rotate
 
 
 @dataclass(frozen=True)
+class Run:
+    """Tokens of one sequence that are read in a step: start..stop of the segment's, at positions first...
+
+    places: int64 [first + stop - start], where the sequence's keys lie in the cache; None if they are not kept and
+    first is 0.
+    """
+
+    start: int
+    stop: int
+    first: int
+    places: Tensor | None
+
+
+@dataclass(frozen=True)
+class Singles:
+    """The rows that append one token each: the first tokens of a segment, a row each.
+
+    blocks: where their keys lie. lengths: int64 [rows] on the host, tokens after this step.
+    """
+
+    blocks: list[Blocks]
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
 class Segment:
-    """The tokens of one tenant in a step: all tokens of its prompts (prefill), or the next token of each row (decode).
+    """The tokens of one tenant in a step: first single ones, then runs.
 
     start, stop: its place among the step's tokens. token_ids, positions: int64 [T of this segment].
-    rows: int64 [T], the row of each token. lengths: tokens a row after this step, on the host.
-    prefill: whether every row starts at position 0.
+    places: int64 [T], where keys and values go in the cache; None if they are not kept. last: the largest position.
     """
 
     tenant_index: int
     weights: TenantWeights
-    cache: KeyValueCache
     start: int
     stop: int
     token_ids: Tensor
     positions: Tensor
-    rows: Tensor
-    lengths: np.ndarray
-    prefill: bool
+    places: Tensor | None
+    last: int
+    singles: Singles | None
+    runs: list[Run]
 
 
 @dataclass(frozen=True)
 class _Prepared:
     """What all layers of a step share for one segment.
 
-    mask: bool, broadcast to [B, heads, queries, keys], True where seen.
+    fresh: runs from position 0 on, those of one length together: (length, int64 [rows, length] of the segment's
+    tokens, or a slice where they are adjacent, and mask). going_on: the other runs, each with its mask.
+    single_places: int64 [rows, longest], where the keys of single rows lie; None where a kernel reads them in place.
+    A mask is bool, broadcast to [B, heads, queries, keys], True where seen; None: causal.
     """
 
     cos: Tensor
     sin: Tensor
-    longest: int
-    uniform: bool
-    mask: Tensor | None
+    fresh: list[tuple[int, int, Tensor | slice, Tensor | None]]
+    going_on: list[tuple[Run, Tensor]]
+    single_places: Tensor | None
+    single_mask: Tensor | None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -94,68 +123,109 @@ def _window_mask(queries: Tensor, num_keys: int, window: int | None) -> Tensor:
 
 
 def _prepare(segment: Segment) -> _Prepared:
-    lengths = segment.lengths
-    longest = int(lengths.max())
-    uniform = bool((lengths == longest).all())
-    cos, sin = segment.weights.rotary.at(segment.positions, longest - 1)
+    device = segment.positions.device
+    cos, sin = segment.weights.rotary.at(segment.positions, segment.last)
     window = segment.weights.config.sliding_window
-    if window is not None and window >= longest:
-        window = None
-    mask = None
-    if segment.prefill:
-        if window is not None:
-            mask = _window_mask(torch.arange(longest, device=cos.device), longest, window)
-    elif window is not None or not uniform:
-        mask = _window_mask(segment.positions, longest, window)[:, None, None, :]
-    return _Prepared(cos, sin, longest, uniform, mask)
+
+    def within(longest: int) -> int | None:
+        return window if window is not None and window < longest else None
+
+    by_length: dict[int, list[Run]] = {}
+    going_on = []
+    for run in segment.runs:
+        if run.first == 0:
+            by_length.setdefault(run.stop - run.start, []).append(run)
+        else:
+            length = run.first + run.stop - run.start
+            queries = torch.arange(run.first, length, device=device)
+            going_on.append((run, _window_mask(queries, length, within(length))))
+    fresh: list[tuple[int, int, Tensor | slice, Tensor | None]] = []
+    for length, runs in by_length.items():
+        mask = None
+        if within(length) is not None:
+            mask = _window_mask(torch.arange(length, device=device), length, window)
+        tokens: Tensor | slice = slice(runs[0].start, runs[-1].stop)
+        if runs[-1].stop - runs[0].start != length * len(runs):
+            starts = torch.tensor([r.start for r in runs], device=device)
+            tokens = (starts[:, None] + torch.arange(length, device=device)).reshape(-1)
+        fresh.append((length, len(runs), tokens, mask))
+    places = mask = None
+    singles = segment.singles
+    if singles is not None and segment.weights.kernels is None:
+        longest = int(singles.lengths.max())
+        table = padded_tables(singles.blocks)
+        positions = np.arange(longest)
+        places = torch.from_numpy(table[:, positions // BLOCK] * BLOCK + positions % BLOCK).to(device)
+        queries = torch.from_numpy(singles.lengths - 1).to(device)
+        mask = _window_mask(queries, longest, within(longest))[:, None, None, :]
+    return _Prepared(cos, sin, fresh, going_on, places, mask)
 
 
-def _attention(segment: Segment, prepared: _Prepared, layer: int, weights: LayerWeights, x: Tensor) -> Tensor:
+def _attention(
+    segment: Segment, prepared: _Prepared, layer: int, weights: LayerWeights, x: Tensor, cache: Arena | None
+) -> Tensor:
     """[T, H] -> [T, H]: projections, rotary, cache, scaled dot products."""
     config = segment.weights.config
     n, g, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    num_tokens, num_rows = len(x), len(segment.lengths)
+    num_tokens = len(x)
     qkv = linear(x, weights.qkv).view(num_tokens, n + 2 * g, d)
     rotated = rotate(qkv[:, : n + g], prepared.cos, prepared.sin)
     q, k, v = rotated[:, :n], rotated[:, n:], qkv[:, n + g :]
-    keys, values = segment.cache.keys[layer], segment.cache.values[layer]
-    longest = prepared.longest
-    if prepared.uniform:
-        at = slice(0, longest) if segment.prefill else slice(longest - 1, longest)
-        keys[:, :, at] = k.view(num_rows, -1, g, d).transpose(1, 2)
-        values[:, :, at] = v.view(num_rows, -1, g, d).transpose(1, 2)
-    else:
-        keys[segment.rows, :, segment.positions] = k
-        values[segment.rows, :, segment.positions] = v
-    kernels = segment.weights.kernels
-    if not segment.prefill and kernels is not None:
-        attended = native.decode_attention(kernels, q, keys, values, segment.lengths, config.sliding_window)
-        return linear(attended, weights.o)
-    keys, values = keys[:, :, :longest], values[:, :, :longest]
-    if not segment.prefill:
-        # The query heads of a group stand in for queries, so keys and values are read once and never repeated.
-        out = F.scaled_dot_product_attention(q.view(num_rows, g, n // g, d), keys, values, attn_mask=prepared.mask)
-        return linear(out.reshape(num_rows, n * d), weights.o)
-    if prepared.uniform:
-        queries = q.view(num_rows, longest, n, d)
-    else:
-        queries = q.new_zeros(num_rows, longest, n, d)
-        queries[segment.rows, segment.positions] = q
+    if segment.places is not None:
+        assert cache is not None
+        cache.write(layer, segment.places, k.reshape(num_tokens, g * d), v.reshape(num_tokens, g * d))
+    parts: list[tuple[slice | Tensor, Tensor]] = []
+    if segment.singles is not None:
+        assert cache is not None
+        rows = slice(0, len(segment.singles.lengths))
+        parts.append((rows, _attend_singles(segment, prepared, layer, q[rows], cache)))
+    for length, count, tokens, mask in prepared.fresh:
+        parts.append((tokens, _attend(q[tokens], k[tokens], v[tokens], count, length, mask)))
+    for run, mask in prepared.going_on:
+        assert cache is not None and run.places is not None
+        keys, values = (t.view(-1, g, d) for t in cache.read(layer, run.places, g * d))
+        tokens = slice(run.start, run.stop)
+        parts.append((tokens, _attend(q[tokens], keys, values, 1, run.stop - run.start, mask)))
+    if len(parts) == 1:
+        return linear(parts[0][1], weights.o)
+    whole = x.new_empty(num_tokens, n * d)
+    for tokens, found in parts:
+        whole[tokens] = found
+    return linear(whole, weights.o)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, rows: int, queries: int, mask: Tensor | None) -> Tensor:
+    """q: [rows * queries, N, D]; k, v: [rows * keys, G, D]. Returns [rows * queries, N * D]."""
+    n, d = q.shape[1:]
+    g = k.shape[1]
     out = F.scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        keys,
-        values,
-        attn_mask=prepared.mask,
-        is_causal=prepared.mask is None,
+        q.view(rows, queries, n, d).transpose(1, 2),
+        k.reshape(rows, -1, g, d).transpose(1, 2),
+        v.reshape(rows, -1, g, d).transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=n != g,
-    ).transpose(1, 2)
-    # Padding stands after a row's tokens, so a causal mask alone keeps it from being seen.
-    flat = (
-        out.reshape(num_tokens, n * d)
-        if prepared.uniform
-        else out[segment.rows, segment.positions].view(num_tokens, n * d)
     )
-    return linear(flat, weights.o)
+    return out.transpose(1, 2).reshape(rows * queries, n * d)
+
+
+def _attend_singles(segment: Segment, prepared: _Prepared, layer: int, q: Tensor, cache: Arena) -> Tensor:
+    """One new token a row, itself in the cache already: [B, N, D] -> [B, N * D]."""
+    singles, config, kernels = segment.singles, segment.weights.config, segment.weights.kernels
+    assert singles is not None
+    g = config.num_key_value_heads
+    rows, n, d = q.shape
+    if kernels is not None:
+        keys, values = cache.keys[layer], cache.values[layer]
+        tables = [b.table for b in singles.blocks]
+        return native.decode_attention(
+            kernels, q, keys, values, g, tables, BLOCK, singles.lengths, config.sliding_window
+        )
+    assert prepared.single_places is not None
+    keys, values = (t.view(rows, -1, g, d).transpose(1, 2) for t in cache.read(layer, prepared.single_places, g * d))
+    # The query heads of a group stand in for queries, so keys and values are read once and never repeated.
+    out = F.scaled_dot_product_attention(q.reshape(rows, g, n // g, d), keys, values, attn_mask=prepared.single_mask)
+    return out.reshape(rows, n * d)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -178,9 +248,12 @@ def _observe(
     return torch.from_numpy(np.ascontiguousarray(added, dtype=np.float32)).to(normed.device)
 
 
-def forward(segments: list[Segment], pool: ExpertPool, observer: Observer | None = None) -> tuple[Tensor, np.ndarray]:
+def forward(
+    segments: list[Segment], pool: ExpertPool, cache: Arena | None, observer: Observer | None = None
+) -> tuple[Tensor, np.ndarray]:
     """Run all layers. Returns hidden states [T, H] before the last norm, and misses int64 [T] of each token.
 
+    cache: where keys and values are kept; None if no segment keeps them.
     observer: called for each segment in each layer, between router and experts.
     """
     prepared = [_prepare(s) for s in segments]
@@ -196,7 +269,7 @@ def forward(segments: list[Segment], pool: ExpertPool, observer: Observer | None
             s.weights.wait(layer + 1)
             weights = s.weights.layers[layer]
             normed = _norm(s.weights, x[s.start : s.stop], weights.input_norm)
-            attended.append(_attention(s, p, layer, weights, normed))
+            attended.append(_attention(s, p, layer, weights, normed, cache))
         x = x + _joined(attended)
         normed_parts, routed = [], []
         added: list[tuple[Segment, Tensor]] = []

@@ -116,15 +116,30 @@ def mapped_entry(store: Store, tenant: str, entry: Entry) -> list[Tensor]:
     return [as_tensor(store.ref(tenant, source).map()) for source in entry.sources]
 
 
+def unchanged(old: Store, new: Store) -> set[str]:
+    """Tenants that both stores have with the same non-expert weights."""
+    return {n for n in old.tenants if n in new.tenants and old.tenant_content(n) == new.tenant_content(n)}
+
+
 class ReadyTenants(Protocol):
     """Which tenants' weights the device can compute with now."""
 
     capacity: int
     switches: int
     copied_bytes: int
+    switched: list[str]
+    """What the last `acquire` named and the one before it did not."""
 
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:
         """Make these tenants ready, at most `capacity` of them; others may be dropped, least recently used first."""
+        ...
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to make tenants ready without waiting, where there is a place that the last `acquire` left free."""
+        ...
+
+    def update(self, store: Store, capacity: int) -> None:
+        """Serve another store's tenants; those that did not change stay ready. Nothing changes if this raises."""
         ...
 
     def seconds(self, name: str) -> float:
@@ -150,18 +165,28 @@ class TenantsInPlace:
         self.capacity = capacity
         self.switches = 0
         self.copied_bytes = 0
+        self.switched: list[str] = []
         self._last: frozenset[str] = frozenset()
         self._ready: OrderedDict[str, TenantWeights] = OrderedDict()
         self._seconds: dict[str, float] = {}
         for name in store.tenants[:capacity]:
-            self._ready[name] = self._load(name)
+            self._ready[name] = self._load(store, name)
 
-    def _load(self, name: str) -> TenantWeights:
-        config = self._store.config(name)
+    def update(self, store: Store, capacity: int) -> None:
+        kept = [n for n in self._ready if n in unchanged(self._store, store)]
+        new = [n for n in store.tenants if n not in kept][: max(0, capacity - len(kept))]
+        loaded = {name: self._load(store, name) for name in new}
+        self._store, self.capacity = store, capacity
+        ready = {**{n: self._ready[n] for n in kept}, **loaded}
+        self._ready = OrderedDict(list(ready.items())[-capacity:])
+        self._last = frozenset(n for n in self._last if n in kept)
+
+    def _load(self, store: Store, name: str) -> TenantWeights:
+        config = store.config(name)
         assert isinstance(config, MixtralConfig)
         tensors = {}
         for entry in entries(config):
-            parts = mapped_entry(self._store, name, entry)
+            parts = mapped_entry(store, name, entry)
             tensors[entry.name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype)
         return arrange(config, tensors, self._product, RotaryTable(config, self._dtype, torch.device("cpu")))
 
@@ -169,13 +194,14 @@ class TenantsInPlace:
         wanted = list(dict.fromkeys(names))
         assert len(wanted) <= self.capacity
         self._seconds = {}
+        self.switched = [n for n in wanted if n not in self._last]
         found = {}
         for name in wanted:
             start = time.perf_counter()
             if name not in self._ready:
                 while len(self._ready) >= self.capacity:
                     self._ready.pop(next(n for n in self._ready if n not in wanted))
-                self._ready[name] = self._load(name)
+                self._ready[name] = self._load(self._store, name)
                 self.copied_bytes += sum(e.elements for e in entries(self._ready[name].config)) * self._dtype.itemsize
             self._ready.move_to_end(name)
             found[name] = self._ready[name]
@@ -184,6 +210,9 @@ class TenantsInPlace:
                 self._seconds[name] = time.perf_counter() - start
         self._last = frozenset(wanted)
         return found
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Nothing: weights that are not ready are read and packed by the processor that computes."""
 
     def seconds(self, name: str) -> float:
         return self._seconds.get(name, 0.0)
@@ -245,6 +274,16 @@ class _DeviceBuffer:
     weights: TenantWeights | None = None
 
 
+@dataclass(frozen=True)
+class _HostTenant:
+    """One tenant's weights on the host; host: [layout.elements]."""
+
+    config: MixtralConfig
+    layout: FlatLayout
+    host: Tensor
+    rotary: RotaryTable
+
+
 class TenantsByCopy:
     """Tenants in flat host buffers, of which `capacity` are copied to device buffers, least recently used first out.
 
@@ -257,35 +296,61 @@ class TenantsByCopy:
         self.capacity = capacity
         self.switches = 0
         self.copied_bytes = 0
-        self._configs: dict[str, MixtralConfig] = {}
-        self._layouts: dict[str, FlatLayout] = {}
-        self._host: dict[str, Tensor] = {}
-        self._rotary: dict[str, RotaryTable] = {}
-        for name in store.tenants:
-            config = store.config(name)
-            assert isinstance(config, MixtralConfig)
-            self._configs[name] = config
-            self._layouts[name] = layout = FlatLayout.of(config)
-            self._rotary[name] = RotaryTable(config, dtype, device)
-            host = torch.zeros(layout.elements, dtype=dtype, pin_memory=device.type == "cuda")
-            views = layout.views(config, host)
-            for entry in entries(config):
-                start = 0
-                for part in mapped_entry(store, name, entry):
-                    views[entry.name][start : start + len(part)].copy_(part)
-                    start += len(part)
-            self._host[name] = host
-        largest = max(layout.elements for layout in self._layouts.values())
+        self._store = store
+        self._tenants = {name: self._on_host(store, name) for name in store.tenants}
+        largest = max(t.layout.elements for t in self._tenants.values())
         self._buffers = [_DeviceBuffer(torch.empty(largest, dtype=dtype, device=device)) for _ in range(capacity)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._order: OrderedDict[str, _DeviceBuffer] = OrderedDict()
         self._timers: dict[str, tuple[torch.cuda.Event, torch.cuda.Event] | float] = {}
+        self.switched: list[str] = []
         self._last: frozenset[str] = frozenset()
+
+    def _on_host(self, store: Store, name: str) -> _HostTenant:
+        """A tenant's weights in a flat buffer, pinned where the device is a CUDA one."""
+        config = store.config(name)
+        assert isinstance(config, MixtralConfig)
+        layout = FlatLayout.of(config)
+        host = torch.zeros(layout.elements, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+        views = layout.views(config, host)
+        for entry in entries(config):
+            start = 0
+            for part in mapped_entry(store, name, entry):
+                views[entry.name][start : start + len(part)].copy_(part)
+                start += len(part)
+        return _HostTenant(config, layout, host, RotaryTable(config, self._dtype, self._device))
+
+    def update(self, store: Store, capacity: int) -> None:
+        kept = unchanged(self._store, store)
+        tenants = {n: self._tenants[n] if n in kept else self._on_host(store, n) for n in store.tenants}
+        largest = max(t.layout.elements for t in tenants.values())
+        if capacity != len(self._buffers) or largest > len(self._buffers[0].data):
+            self._order.clear()
+            self._buffers = [
+                _DeviceBuffer(torch.empty(largest, dtype=self._dtype, device=self._device)) for _ in range(capacity)
+            ]
+        for name in [n for n in self._order if n not in kept]:
+            buffer = self._order.pop(name)
+            buffer.tenant = buffer.weights = None
+        self._store, self._tenants, self.capacity = store, tenants, capacity
+        self._last = frozenset(n for n in self._last if n in self._order)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._order:
+                continue
+            busy = self._last | set(names)
+            if all(b.tenant is not None for b in self._buffers) and all(n in busy for n in self._order):
+                return
+            self._order[name] = self._copy(name, self._free_buffer(list(busy)))
+            self._order.move_to_end(name)
 
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:
         wanted = list(dict.fromkeys(names))
         assert len(wanted) <= self.capacity
-        self._timers = {}
+        self.switched = [n for n in wanted if n not in self._last]
+        # What a prefetch measured is told when its tenant comes into use.
+        self._timers = {n: t for n, t in self._timers.items() if n in self.switched or n not in self._last}
         found = {}
         for name in wanted:
             if name not in self._order:
@@ -306,7 +371,8 @@ class TenantsByCopy:
         return self._order.pop(next(n for n in self._order if n not in wanted))
 
     def _copy(self, name: str, buffer: _DeviceBuffer) -> _DeviceBuffer:
-        config, layout, host = self._configs[name], self._layouts[name], self._host[name]
+        tenant = self._tenants[name]
+        config, layout, host = tenant.config, tenant.layout, tenant.host
         start = 0
         if self._stream is None:
             begun = time.perf_counter()
@@ -336,7 +402,7 @@ class TenantsByCopy:
 
         buffer.tenant = name
         views = layout.views(config, buffer.data)
-        buffer.weights = arrange(config, views, lambda w: w, self._rotary[name], wait)
+        buffer.weights = arrange(config, views, lambda w: w, tenant.rotary, wait)
         return buffer
 
     def seconds(self, name: str) -> float:
@@ -354,4 +420,4 @@ class TenantsByCopy:
     def close(self) -> None:
         self._order.clear()
         self._buffers.clear()
-        self._host.clear()
+        self._tenants.clear()

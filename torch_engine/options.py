@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from common.errors import EngineError
+from common.units import is_whole
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class TorchOptions:
         works here.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a CPU, 2 on CUDA.
+    kv_cache_bytes: the most that keys and values of all sequences may take; None: a quarter of the free memory of a
+        CPU's machine, at most 4 GiB, and four fifths of what is free on a CUDA device once weights are loaded.
     """
 
     device: str = "auto"
@@ -27,6 +30,7 @@ class TorchOptions:
     products: Literal["auto", "native", "packed", "plain"] = "auto"
     spare_slots: int = 16
     ready_tenants: int | None = None
+    kv_cache_bytes: int | None = None
 
     @classmethod
     def make(cls, **values: Any) -> TorchOptions:
@@ -43,10 +47,10 @@ class TorchOptions:
         ):
             if getattr(options, name) not in allowed:
                 raise EngineError(f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}")
-        if not isinstance(options.spare_slots, int) or options.spare_slots < 1:
+        if not is_whole(options.spare_slots) or options.spare_slots < 1:
             raise EngineError(f"spare_slots is {options.spare_slots!r}; give a whole number from 1")
-        if options.ready_tenants is not None and (
-            not isinstance(options.ready_tenants, int) or options.ready_tenants < 1
-        ):
-            raise EngineError(f"ready_tenants is {options.ready_tenants!r}; give a whole number from 1, or None")
+        for name in ("ready_tenants", "kv_cache_bytes"):
+            value = getattr(options, name)
+            if value is not None and (not is_whole(value) or value < 1):
+                raise EngineError(f"{name} is {value!r}; give a whole number from 1, or None")
         return options

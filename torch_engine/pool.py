@@ -54,6 +54,28 @@ class TokenTenants:
     single: int | None
 
 
+class _Plan:
+    """What a pool knows of a plan beside the weights of its copies.
+
+    can_miss: bool [layers, tenants]; where none can, nothing has to be counted or waited for.
+    """
+
+    def __init__(self, store: Store, device: torch.device, kernels: native.Kernels | None):
+        self.store = store
+        self.slots_of_layer, self.keys = _key_tables(store.plan)
+        self.can_miss = np.array(
+            [(k >= len(s)).any(axis=1) for k, s in zip(self.keys, self.slots_of_layer, strict=True)]
+        )
+        self.residuals = ResidentResiduals(store, device, kernels)
+        # Mapped now, so that a damaged store is found before the first request, and a replaced one does no harm.
+        self.missing = {
+            (int(tenant), int(layer), int(expert)): _mapped(
+                store.copy_refs(store.tenants[tenant], int(layer), int(expert))
+            )
+            for tenant, layer, expert in np.argwhere(store.plan.serving == MISS)
+        }
+
+
 class ExpertPool(ABC):
     """Resident copies of every layer on one device."""
 
@@ -66,26 +88,26 @@ class ExpertPool(ABC):
         kernels: native.Kernels | None = None,
     ):
         """kernels: our own, for the products of residuals, where they are used."""
-        self.store, self.plan, self.dtype, self.device = store, store.plan, dtype, device
+        self.dtype, self.device = dtype, device
         spec = store.experts
         self.top_k = spec.top_k
         self.spare_slots = spare_slots
         self.counts = PoolCounts()
         self.activation = ACTIVATIONS[spec.activation]
-        self.slots_of_layer, self.keys = _key_tables(store.plan)
-        # Layers and tenants that can miss at all; where none can, nothing has to be counted or waited for.
-        self.can_miss = np.array(
-            [(k >= len(s)).any(axis=1) for k, s in zip(self.keys, self.slots_of_layer, strict=True)]
-        )
         self.copy_bytes = spec.copy_elements * dtype.itemsize
-        self.residuals = ResidentResiduals(store, device, kernels)
-        # Mapped now, so that a damaged store is found before the first request, and a replaced one does no harm.
-        self._missing = {
-            (int(tenant), int(layer), int(expert)): _mapped(
-                store.copy_refs(store.tenants[tenant], int(layer), int(expert))
-            )
-            for tenant, layer, expert in np.argwhere(store.plan.serving == MISS)
-        }
+        self._kernels = kernels
+        self._take_plan(_Plan(store, device, kernels))
+
+    def _take_plan(self, made: _Plan) -> None:
+        self.store, self.plan = made.store, made.store.plan
+        self.slots_of_layer, self.keys = made.slots_of_layer, made.keys
+        self.can_miss = made.can_miss
+        self.residuals = made.residuals
+        self._missing = made.missing
+
+    @abstractmethod
+    def update(self, store: Store) -> None:
+        """Hold what another store's plan says. Copies that are here already stay; nothing changes if this raises."""
 
     @abstractmethod
     def forward(
@@ -205,8 +227,26 @@ class LoopPool(ExpertPool):
         kernels = native.load(dtype) if product is pack_native else None
         super().__init__(store, dtype, device, spare_slots, kernels)
         self._product = product
+        self._contents = [[store.slot_content(i) for i in slots] for slots in self.slots_of_layer]
         self._resident = [[self._ready(_mapped(store.slot_refs(i))) for i in slots] for slots in self.slots_of_layer]
         self._spare: OrderedDict[tuple[int, int], _Expert] = OrderedDict()
+        self._native = self._whole_layer_kernels()
+
+    def update(self, store: Store) -> None:
+        made = _Plan(store, self.device, self._kernels)
+        here = {
+            content: expert
+            for contents, experts in zip(self._contents, self._resident, strict=True)
+            for content, expert in zip(contents, experts, strict=True)
+        }
+        contents = [[store.slot_content(i) for i in slots] for slots in made.slots_of_layer]
+        resident = [
+            [here.get(c) or self._ready(_mapped(store.slot_refs(i))) for i, c in zip(slots, row, strict=True)]
+            for slots, row in zip(made.slots_of_layer, contents, strict=True)
+        ]
+        self._spare.clear()  # its keys are those of the old plan
+        self._take_plan(made)
+        self._contents, self._resident = contents, resident
         self._native = self._whole_layer_kernels()
 
     def _whole_layer_kernels(self) -> native.Kernels | None:
@@ -359,28 +399,71 @@ class GroupedPool(ExpertPool):
 
     def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, spare_slots: int):
         super().__init__(store, dtype, device, spare_slots)
-        spec = store.experts
-        hidden, inter = spec.hidden_size, spec.intermediate_size
         self._gate_up: list[Tensor] = []
         self._down: list[Tensor] = []
         for slots in self.slots_of_layer:
-            gate_up = torch.empty(len(slots), 2 * inter, hidden, dtype=dtype, device=device)
-            down = torch.empty(len(slots), hidden, inter, dtype=dtype, device=device)
+            gate_up, down = self._empty(len(slots))
             for slot, index in enumerate(slots):
                 _fill(gate_up[slot], down[slot], _mapped(store.slot_refs(index)))
             self._gate_up.append(gate_up)
             self._down.append(down)
-        self._tables = [torch.from_numpy(k).to(device) for k in self.keys]
-        self._residual_numbers = [torch.from_numpy(n).to(device) for n in self.residuals.numbers]
-        self._slot_numbers = [torch.arange(len(s), device=device) for s in self.slots_of_layer]
-        num_spare = spare_slots if self.can_miss.any() else 0
-        self._spare_gate_up = torch.empty(num_spare, 2 * inter, hidden, dtype=dtype, device=device)
-        self._spare_down = torch.empty(num_spare, hidden, inter, dtype=dtype, device=device)
+        self._contents = [[store.slot_content(i) for i in slots] for slots in self.slots_of_layer]
         self._spare: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._spare_gate_up, self._spare_down = self._empty(0)
+        self._staging: _Staging | None = None
+        self._make_tables()
         grouped_mm = find_grouped_mm()
         assert grouped_mm is not None
         self._grouped_mm = grouped_mm
-        self._staging = _Staging(spec.copy_elements, dtype, device) if device.type == "cuda" and num_spare else None
+
+    def _empty(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Places for so many copies."""
+        hidden, inter = self.store.experts.hidden_size, self.store.experts.intermediate_size
+        return (
+            torch.empty(slots, 2 * inter, hidden, dtype=self.dtype, device=self.device),
+            torch.empty(slots, hidden, inter, dtype=self.dtype, device=self.device),
+        )
+
+    def _make_tables(self) -> None:
+        """The plan's tables on the device, and spare slots if it can miss."""
+        device = self.device
+        self._tables = [torch.from_numpy(k).to(device) for k in self.keys]
+        self._residual_numbers = [torch.from_numpy(n).to(device) for n in self.residuals.numbers]
+        self._slot_numbers = [torch.arange(len(s), device=device) for s in self.slots_of_layer]
+        if self.can_miss.any() and not len(self._spare_gate_up):
+            self._spare_gate_up, self._spare_down = self._empty(self.spare_slots)
+            if device.type == "cuda":
+                self._staging = _Staging(self.store.experts.copy_elements, self.dtype, device)
+
+    def update(self, store: Store) -> None:
+        made = _Plan(store, self.device, self._kernels)
+        contents = [[store.slot_content(i) for i in slots] for slots in made.slots_of_layer]
+        # All that is new is mapped before anything is overwritten: a missing file is found here.
+        mapped = {
+            (layer, slot): _mapped(store.slot_refs(index))
+            for layer, slots in enumerate(made.slots_of_layer)
+            for slot, index in enumerate(slots)
+            if contents[layer][slot] not in self._contents[layer]
+        }
+        for layer, row in enumerate(contents):
+            old = {content: slot for slot, content in enumerate(self._contents[layer])}
+            if row == self._contents[layer]:
+                continue
+            if len(row) == len(old) and all(old.get(c, slot) == slot for slot, c in enumerate(row)):
+                gate_up, down = self._gate_up[layer], self._down[layer]  # what stays has its place already
+            else:
+                gate_up, down = self._empty(len(row))
+            for slot, content in enumerate(row):
+                if content not in old:
+                    _fill(gate_up[slot], down[slot], mapped[layer, slot])
+                elif gate_up is not self._gate_up[layer]:
+                    gate_up[slot].copy_(self._gate_up[layer][old[content]])
+                    down[slot].copy_(self._down[layer][old[content]])
+            self._gate_up[layer], self._down[layer] = gate_up, down
+        self._spare.clear()  # its keys are those of the old plan
+        self._contents = contents
+        self._take_plan(made)
+        self._make_tables()
 
     def _products(
         self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, residuals: Sequence[RowResidual] = ()

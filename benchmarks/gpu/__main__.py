@@ -8,20 +8,26 @@ random weights, no download:
    and what a switch adds to the time until the first token;
 2. expert products: the grouped product against the loop, one layer, by number of tokens;
 3. prefill and decode beside transformers on the first layers of the model, with the floor from its own bandwidth;
-4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode step.
+4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode step;
+5. mixed tenants: a decode step of 4 tenants with 4 rows each beside one tenant with 16;
+6. a switch hidden behind the prompt before it, on as many layers as the card holds;
+7. QoS in the time that is left: several tenants under open-loop arrivals, this engine beside the paper's way (first
+   come, first served, batch 1, replacement before the request), on the same layers.
 
 The experts of all layers are written as the same few tensors: the store keeps them once, so it fits on a small disk,
-while on the card every slot is memory of its own, so all reads are real. `--device cpu --tiny` runs the same code on
-any machine, for tests.
+while on the card every slot is memory of its own, so all reads are real. The same holds for tenants in 5 to 7, which
+are one checkpoint under several names. `--device cpu --tiny` runs the same code on any machine, for tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -31,8 +37,16 @@ import numpy as np
 import torch
 
 from benchmarks.common import Report, Shape, Spread, machine, ratios, write_random
+from benchmarks.mixed_tenants import Side, step_bytes
 from common import Store, build_store, load_engine
+from common.backend import Backend
+from common.consolidation import plan_round_robin
 from common.engine import Engine, Row
+from scripts import qos_report
+from scripts.load_test import System
+from scripts.qos import Experiment, compare
+from scripts.qos_systems import EngineSystem, Paper, Setup
+from scripts.traffic import Load
 from torch_engine.non_expert import TenantsByCopy
 from torch_engine.pool import GroupedPool, LoopPool, TokenTenants
 
@@ -110,7 +124,7 @@ def first_token(store: Store, shape: Shape, device: torch.device, clock: Clock) 
     rng = np.random.default_rng(0)
 
     def answer(tenant: str, prompt: tuple[int, ...]) -> Callable[[], Any]:
-        return lambda: backend.start([Row(tenant, prompt, 1)]).prefill(False)
+        return lambda: read_prompts(backend, tenant, [prompt])
 
     for length in (20, 256):
         stay, switch = [], []
@@ -131,6 +145,13 @@ def first_token(store: Store, shape: Shape, device: torch.device, clock: Clock) 
         report.add(**{"prompt": length, **dict(zip(report.columns[1:], cells, strict=True))})
     engine.close()
     return report
+
+
+def read_prompts(backend: Backend, tenant: str, prompts: Sequence[tuple[int, ...]]) -> None:
+    """Until the first token of each, then forget them; freeing caches takes the device no time."""
+    batch = backend.start([Row(tenant, prompt, 1) for prompt in prompts])
+    batch.prefill(False)
+    batch.close()
 
 
 def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:
@@ -206,15 +227,10 @@ def decode_and_prefill(
     steps = 3 if tiny else 16
 
     def ours(prompts: np.ndarray, forced: np.ndarray) -> tuple[float, float]:
-        batch: Any = None
-
-        def start() -> None:
-            nonlocal batch
-            batch = backend.start([Row(store.tenants[0], tuple(p.tolist()), 1) for p in prompts])
-            batch.prefill(False)
-
-        first = clock(start)
+        batch = backend.start([Row(store.tenants[0], tuple(p.tolist()), len(forced) + 1) for p in prompts])
+        first = clock(lambda: batch.prefill(False))
         rest = clock(lambda: [batch.decode(ids, False) for ids in forced])
+        batch.close()
         return first, rest / len(forced)
 
     @torch.inference_mode()
@@ -287,7 +303,7 @@ def misses(build: Callable[..., Store], device: torch.device, clock: Clock) -> R
         ("decode step, every miss fetched", 1),
     ):
         engine: Engine = load_engine(store, device=str(device), dtype="bfloat16", experts="grouped", spare_slots=spare)
-        batch = engine._require_backend().start([Row(store.tenants[0], (5, 6, 7), 1)])
+        batch = engine._require_backend().start([Row(store.tenants[0], (5, 6, 7), 16)])
         batch.prefill(False)
         ids = np.array([9])
         before = engine.stats()["fetches"]
@@ -303,7 +319,171 @@ def misses(build: Callable[..., Store], device: torch.device, clock: Clock) -> R
                 "share of pinned": share,
             }
         )
+        batch.close()
         engine.close()
+    return report
+
+
+def several(store: Store, num_layers: int, num_tenants: int) -> Store:
+    """The store's first tenant with another number of layers and under several names; nothing is written.
+
+    Every layer has the weights of layer 0, and one copy of each expert serves all tenants.
+    """
+    first, family = store.manifest.tenants[0], store.family
+    config = family.parse_config({**first.config.raw, "num_hidden_layers": num_layers}, "several")
+    tensors = {
+        name: first.tensors[re.sub(r"^model\.layers\.\d+", "model.layers.0", name)]
+        for name in family.all_shapes(config)
+    }
+    names = tuple(f"tenant{i}" for i in range(num_tenants))
+    tenants = tuple(replace(first, name=name, config=config, tensors=tensors) for name in names)
+    plan = plan_round_robin(np.zeros((num_layers, config.experts.num_experts)), names)
+    return Store(store.path, replace(store.manifest, tenants=tenants, plan=plan, merged={}, residuals=()))
+
+
+def mixed(store: Store, shape: Shape, device: torch.device, clock: Clock, tiny: bool) -> Report:
+    """Rows of all tenants in one batch beside as many rows of one, step by step in turn."""
+    report = Report(
+        "Decoding for several tenants in one batch",
+        (
+            "tenants",
+            "rows",
+            "step, ms",
+            "of one tenant's rate",
+            "experts hit",
+            "floor, ms",
+            "floor of one tenant / floor",
+        ),
+    )
+    bandwidth = device_bandwidth(device, clock, 10**7 if tiny else 4 << 30)
+    rng = np.random.default_rng(0)
+    rows, warm_up, steps = 4 * len(store.tenants), 5, 5 if tiny else 60
+    with load_engine(store, device=str(device), dtype="bfloat16", ready_tenants=len(store.tenants)) as engine:
+        backend = engine._require_backend()
+        prompts = rng.integers(3, shape.vocab_size, size=(rows, 20))
+        sides = [Side(backend, names, prompts, warm_up + steps + 4) for names in (store.tenants[:1], store.tenants)]
+        for number in range(warm_up + steps):
+            forced = rng.integers(3, shape.vocab_size, size=rows)
+            for side in sides if number % 2 else sides[::-1]:
+                took = side.step(forced)
+                if number >= warm_up:
+                    side.times.append(took)
+        counted = rng.integers(3, shape.vocab_size, size=(4, rows))
+        hits = [side.experts_hit(counted) for side in sides]
+        read = [step_bytes(shape, hit, side.num_tenants, 2) for hit, side in zip(hits, sides, strict=True)]
+        for side, hit, size in zip(sides, hits, read, strict=True):
+            report.add(
+                **{
+                    "tenants": side.num_tenants,
+                    "rows": rows,
+                    "step, ms": Spread.of(side.times).scaled(1e3),
+                    "of one tenant's rate": ratios(sides[0].times, side.times),
+                    "experts hit": f"{hit:.2f}",
+                    "floor, ms": f"{size / bandwidth * 1e3:.3g}",
+                    "floor of one tenant / floor": f"{read[0] / size:.3f}",
+                }
+            )
+            side.batch.close()
+    report.note(f"{shape.num_hidden_layers} layers; device memory read {bandwidth / 1e9:.0f} GB/s")
+    return report
+
+
+KV_BYTES = 2 << 30
+
+
+def layers_that_fit(shape: Shape, device: torch.device, ready_tenants: int) -> int:
+    """How many layers' experts the card holds beside so many tenants, caches and room to compute; all on a CPU."""
+    if device.type != "cuda":
+        return shape.num_hidden_layers
+    free, _ = torch.cuda.mem_get_info(device)
+    vocabulary = 2 * shape.vocab_size * shape.hidden_size * 2  # embedding and head
+    rest = (shape.step_weights(0) - shape.vocab_size * shape.hidden_size) / shape.num_hidden_layers
+    layer = 2 * (shape.num_local_experts * shape.expert_weights + ready_tenants * rest)
+    room = 0.9 * free - KV_BYTES - (4 << 30) - ready_tenants * vocabulary
+    return max(1, min(shape.num_hidden_layers, int(room / layer)))
+
+
+def hidden_switch(store: Store, device: torch.device, clock: Clock, tiny: bool) -> Report:
+    """A tenant's first token after another tenant's long prompt: in place already, not there, brought meanwhile."""
+    report = Report(
+        "A switch hidden behind the prompt before it",
+        ("next tenant", "its first token, ms", "the prompt before it, ms", "both beside in place, ms"),
+    )
+    rng = np.random.default_rng(0)
+    vocab = store.config(store.tenants[0]).vocab_size
+
+    def prompts(count: int, length: int) -> list[tuple[int, ...]]:
+        return [tuple(p) for p in rng.integers(3, vocab, size=(count, length)).tolist()]
+
+    options: dict[str, Any] = {"ready_tenants": 2, "kv_cache_bytes": 1 << 24 if tiny else KV_BYTES}
+    with load_engine(store, device=str(device), dtype="bfloat16", **options) as engine:
+        backend, (now, coming, other) = engine._require_backend(), store.tenants[:3]
+        ways = ("in place", "not there", "brought meanwhile")
+        long, first = ({way: [] for way in ways} for _ in range(2))  # type: dict[str, list[float]]
+        for repeat in range(4 if tiny else 8):
+            busy, short = prompts(2, 8) if tiny else prompts(8, 512), prompts(1, 20)
+            for way in ways:
+                for name in (coming if way == "in place" else other, now):
+                    read_prompts(backend, name, short)
+
+                def prompt_before(way: str = way, busy: Any = busy) -> None:
+                    if way == "brought meanwhile":
+                        backend.prefetch([coming])
+                    read_prompts(backend, now, busy)
+
+                long_s = clock(prompt_before)
+                first_s = clock(lambda: read_prompts(backend, coming, short))  # noqa: B023
+                if repeat:
+                    long[way].append(long_s)
+                    first[way].append(first_s)
+        for way in ways:
+            both = [a + b for a, b in zip(long[way], first[way], strict=True)]
+            beside = [a + b for a, b in zip(long["in place"], first["in place"], strict=True)]
+            report.add(
+                **{
+                    "next tenant": way,
+                    "its first token, ms": Spread.of(first[way]).scaled(1e3),
+                    "the prompt before it, ms": Spread.of(long[way]).scaled(1e3),
+                    "both beside in place, ms": Spread.of([a - b for a, b in zip(both, beside, strict=True)]).scaled(
+                        1e3
+                    ),
+                }
+            )
+        report.note(f"{store.experts.num_layers} layers, {len(busy)} x {len(busy[0])} tokens before it")
+    return report
+
+
+def qos(store: Store, device: torch.device, seconds: float, tiny: bool) -> Report:
+    """Open-loop arrivals over all tenants, two of them ready at once: this engine, then the paper's way."""
+    report = Report("QoS of several tenants", qos_report.COLUMNS)
+    kv_bytes = 1 << 24 if tiny else KV_BYTES
+    setup = Setup(store.path, 4 if tiny else 32, options={"device": str(device), "kv_cache_bytes": kv_bytes})
+
+    async def ours() -> System:
+        return await EngineSystem.load("moetel", store, setup, ready_tenants=2)
+
+    async def theirs() -> System:
+        one = replace(setup, max_num_seqs=1)
+        return Paper(await EngineSystem.load("paper", store, one, ready_tenants=1))
+
+    experiment = Experiment(
+        dict.fromkeys(store.tenants, store.config(store.tenants[0]).vocab_size),
+        Load(input_len=8 if tiny else 128, output_len=25, range_ratio=0.5),
+        loads=(0.1, 0.3),
+        duration_s=seconds,
+        drain_s=seconds / 2,
+        capacity_s=seconds / 2,
+        concurrency=setup.max_num_seqs,
+    )
+    found = asyncio.run(compare({"moetel": ours, "paper": theirs}, experiment))
+    for cell in found.cells:
+        report.add(**dict(zip(report.columns, qos_report.row(cell), strict=True)))
+    for line in qos_report.remarks(found):
+        report.note(line)
+    report.note(
+        f"{store.experts.num_layers} layers, {len(store.tenants)} tenants of which 2 (paper: 1) are ready at once; "
+        "load: share of moetel's own saturation rate; a replacement streams layer by layer here, the paper's too"
+    )
     return report
 
 
@@ -341,6 +521,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the suite itself")
     parser.add_argument("--layers", type=int, default=4, help="layers for parts 2 to 4 (2.8 GB each, twice)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="most that the suite may take")
     parser.add_argument("--out", type=Path, help="folder for DATE-DEVICE.md")
     parser.add_argument("--scratch", help="folder for the random stores, about 30 GB with the defaults")
     args = parser.parse_args(argv)
@@ -366,11 +547,20 @@ def main(argv: list[str] | None = None) -> int:
         store = build(slots="all")
         reports.append(expert_products(store, device, clock))
         reports.append(decode_and_prefill(store, checkpoint, cut, device, clock, args.tiny))
+        reports.append(mixed(several(store, cut.num_hidden_layers, 4), cut, device, clock, args.tiny))
         if device.type == "cuda":
             torch.cuda.empty_cache()
         reports.append(misses(build, device, clock))
         thin = non_expert_store(root, full)
         reports[:0] = [reconfiguration(thin, device, clock), first_token(thin, full, device, clock)]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        deep = several(store, layers_that_fit(full, device, 2), 4)
+
+        def left_s() -> float:
+            return args.minutes * 60 - (time.perf_counter() - begun)
+
+        reports += last_parts(deep, device, clock, args.tiny, left_s)
     reports[0].note(f"{machine()}; whole suite {time.perf_counter() - begun:.0f} s")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -378,6 +568,30 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text("\n".join([f"# {heading}", "", *(r.markdown() for r in reports)]))
         print(f"written: {path}")
     return 0
+
+
+LOAD_S = 40.0
+"""What loading an engine of all layers that fit is supposed to take at most, in seconds."""
+
+QOS_TESTS = 12
+"""A run of `qos` takes about so many times its `seconds`, loading apart."""
+
+
+def last_parts(
+    store: Store, device: torch.device, clock: Clock, tiny: bool, left_s: Callable[[], float]
+) -> list[Report]:
+    """Parts 6 and 7, as far as the time goes."""
+    found = []
+    if tiny or left_s() > 2 * LOAD_S:
+        found.append(hidden_switch(store, device, clock, tiny))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    seconds = 0.5 if tiny else min(15.0, (left_s() - 3 * LOAD_S) / QOS_TESTS)
+    if seconds >= 0.5:
+        found.append(qos(store, device, seconds, tiny))
+    if len(found) < 2:
+        print(f"left out for lack of time: {', '.join(('hidden switch', 'QoS')[len(found) :])}; give --minutes more")
+    return found
 
 
 def non_expert_store(root: Path, full: Shape) -> Store:

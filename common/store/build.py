@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common.calibration import CalibrationSet, Profile, calibrate
-from common.checkpoints import Checkpoint, TensorSource, open_checkpoint
+from common.checkpoints import Checkpoint, TensorRef, TensorSource, open_checkpoint
 from common.checkpoints.safetensors_file import fsync
 from common.consolidation import MERGED, Plan, plan_all
 from common.dtypes import BY_NAME, common_dtype, is_lossless
@@ -34,12 +34,13 @@ from common.families import Family, ModelConfig
 from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES, Planner
 from common.progress import Progress, silent
 from common.similarity import Distances, compare, tenant_pairs
+from common.store.beside import BESIDE, leave
 from common.store.lock import FILE as LOCK_FILE
 from common.store.lock import exclusive
 from common.store.manifest import Manifest, Tenant
 from common.store.objects import Objects, asset_damage, check_dtype, save_assets
 from common.store.store import Store, is_store, non_expert_bytes
-from common.units import format_bytes
+from common.units import format_bytes, is_whole
 from common.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -71,13 +72,12 @@ class Settings:
             raise PlanError(f"no policy {self.policy!r}; there is: {', '.join(POLICIES)}")
         if sum(v is not None for v in (self.slots, self.budget_bytes, self.extra)) > 1:
             raise PlanError("give one of slots, a budget, and a share of extra bytes")
-        if self.slots is not None and self.slots != "all" and (not _is_int(self.slots) or int(self.slots) < 0):
+        if self.slots is not None and self.slots != "all" and (not is_whole(self.slots) or int(self.slots) < 0):
             raise PlanError(f"slots is {self.slots!r}; give a whole number from 0, or 'all'")
-        if self.budget_bytes is not None and not _is_int(self.budget_bytes):
+        if self.budget_bytes is not None and not is_whole(self.budget_bytes):
             raise PlanError(f"budget_bytes is {self.budget_bytes!r}; give a whole number of bytes")
         if self.extra is not None:
-            if isinstance(self.extra, bool) or not isinstance(self.extra, int | float) or not 0 <= self.extra < 1e6:
-                raise PlanError(f"extra is {self.extra!r}; give a share of one model's expert bytes, such as 0.15")
+            check_extra(self.extra)
             if self.extra > 0 and not POLICIES[self.policy].uses_extra:
                 raise PlanError(
                     f"policy {self.policy!r} keeps one copy a position and has no use for extra bytes; "
@@ -96,10 +96,6 @@ class Settings:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Settings:
         return cls(value["policy"], value["slots"], value["budget_bytes"], value.get("extra"), value.get("traffic", {}))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass
@@ -213,12 +209,19 @@ def add_tenant(
     calibration: CalibrationSet | None = None,
     progress: Progress = silent,
 ) -> Store:
-    """Add a tenant and plan again with the settings that the store was built with.
+    """Add a tenant and plan again with the settings that the store was built with; `extend_store` keeps the plan.
 
     config: as for `build_store`. calibration: examples of the new tenant's use.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
+    examples = {} if calibration is None else {name: calibration}
+    return _change(Path(path), with_tenant(name, checkpoint, config), examples, progress)
+
+
+def with_tenant(name: str, checkpoint: str | Path, config: str | Path | None) -> Callable[[Store], list[_Source]]:
+    """What makes the sources of a store's tenants and, last, a new one's. Raises StoreError for a name that is not
+    allowed, and when it is called CheckpointError or StoreError."""
     _check_name(name)
 
     def with_it(store: Store) -> list[_Source]:
@@ -229,7 +232,7 @@ def add_tenant(
         _check_agreement(sources)
         return sources
 
-    return _change(Path(path), with_it, {} if calibration is None else {name: calibration}, progress)
+    return with_it
 
 
 def replan(
@@ -239,15 +242,22 @@ def replan(
     slots: Slots = None,
     budget_bytes: int | None = None,
     extra: float | None = None,
-    calibration: Mapping[str, CalibrationSet] | None = None,
+    calibration: Mapping[str, CalibrationSet | Profile] | None = None,
     traffic: Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> Store:
-    """Plan a store anew for its tenants. Arguments as for `build_store`; policy and traffic default to the store's own.
+    """Plan a store anew for its tenants. Arguments as for `build_store`, but calibration may be what was measured.
+
+    policy and traffic default to the store's own. Without any of slots, budget_bytes and extra there is as much memory
+    as the store was planned with last, except that a policy without a use for extra bytes takes none.
 
     Raises PlanError, StoreError, RequestError; the store is then as it was.
     """
     old = Settings.from_json(Store.open(path).manifest.provenance["settings"])
+    if slots is None and budget_bytes is None and extra is None:
+        slots, budget_bytes, extra = old.slots, old.budget_bytes, old.extra
+        if policy in POLICIES and not POLICIES[policy].uses_extra:
+            extra = None
     settings = Settings(policy or old.policy, slots, budget_bytes, extra, old.traffic if traffic is None else traffic)
     settings.check()
 
@@ -257,8 +267,14 @@ def replan(
     return _change(Path(path), the_same, calibration or {}, progress, settings)
 
 
-def remove_tenant(path: str | Path, name: str, *, progress: Progress = silent) -> Store:
-    """Remove a tenant, free what only it used, and plan again. Raises UnknownTenantError, StoreError."""
+def remove_tenant(path: str | Path, name: str, *, keep_plan: bool = False, progress: Progress = silent) -> Store:
+    """Remove a tenant, free what only it used, and plan again.
+
+    keep_plan: do not plan again; what other tenants are served stays bit for bit. Copies that serve none of them are
+        dropped, and slots are numbered anew in the same order.
+
+    Raises UnknownTenantError, StoreError; the store is then as it was.
+    """
 
     def without_it(store: Store) -> list[_Source]:
         if name not in store.tenants:
@@ -269,6 +285,8 @@ def remove_tenant(path: str | Path, name: str, *, progress: Progress = silent) -
             )
         return [_Source.from_store(store, t) for t in store.tenants if t != name]
 
+    if keep_plan:
+        return change_beside(Path(path), without_it, lambda old, draft, put: leave(old, draft, name), progress)
     return _change(Path(path), without_it, {}, progress)
 
 
@@ -326,7 +344,16 @@ def _with_plan(
         if record.dtype != np.uint8 or record.shape != (residual.nbytes(shapes),):
             raise PlanError(f"the record of {residual} is {record.dtype} {list(record.shape)}, not what its parts need")
     kept = tuple(put(record) for record in records)
-    return replace(manifest, plan=plan, objects=entries, merged=ids, residuals=kept, prediction=prediction)
+    provenance = {key: value for key, value in manifest.provenance.items() if key != BESIDE}  # it is for all tenants
+    return replace(
+        manifest,
+        plan=plan,
+        objects=entries,
+        merged=ids,
+        residuals=kept,
+        prediction=prediction,
+        provenance=provenance,
+    )
 
 
 def _calibration_objects(calibration: Mapping[str, Any]) -> list[str]:
@@ -337,7 +364,7 @@ def _calibration_objects(calibration: Mapping[str, Any]) -> list[str]:
 def _change(
     path: Path,
     edit: Callable[[Store], list[_Source]],
-    calibration: Mapping[str, CalibrationSet],
+    calibration: Mapping[str, CalibrationSet | Profile],
     progress: Progress,
     settings: Settings | None = None,
 ) -> Store:
@@ -360,6 +387,40 @@ def _change(
         )
         _commit(directory, manifest)
     return Store.open(path)
+
+
+def change_beside(
+    path: Path,
+    edit: Callable[[Store], list[_Source]],
+    change: Callable[[Store, Store, Callable[[np.ndarray], str]], Manifest],
+    progress: Progress,
+) -> Store:
+    """Give a store the tenants that `edit` makes of it, and the plan that `change` makes of the one it has.
+
+    change: (the store before, one with all tensors of the new tenants, what stores an array) -> the manifest, its
+        objects left out.
+    """
+    Store.open(path)
+    with _new_or_existing(path) as directory:
+        old = Store.open(directory)
+        draft = _draft(directory, edit(old), old.dtype, old.distances, old.manifest.provenance, progress)
+        entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
+        manifest = change(old, draft, _putter(draft.objects, entries))
+        for object_id in (
+            *(i for ids in manifest.merged.values() for i in ids.values()),
+            *manifest.residuals,
+            *_calibration_objects(manifest.calibration),
+        ):
+            if object_id not in entries:
+                entries[object_id] = dict(old.manifest.objects[object_id])
+        _commit(directory, replace(manifest, objects=entries))
+    return Store.open(path)
+
+
+def check_extra(extra: Any) -> None:
+    """Raises PlanError for what is no share of one model's expert bytes."""
+    if isinstance(extra, bool) or not isinstance(extra, int | float) or not 0 <= extra < 1e6:
+        raise PlanError(f"extra is {extra!r}; give a share of one model's expert bytes, such as 0.15")
 
 
 def _check_name(name: str) -> None:
@@ -427,18 +488,18 @@ def _resolve(settings: Settings, sources: Sequence[_Source], dtype: str) -> _Amo
     return _Amount(spec.num_positions, int(extra * spec.num_positions * copy_bytes))
 
 
-def _assemble(
+def _draft(
     directory: Path,
     sources: Sequence[_Source],
-    settings: Settings,
-    amount: _Amount,
     dtype: str,
     old: Distances | None,
-    profiles: Mapping[str, Profile],
-    calibration: Mapping[str, CalibrationSet],
+    provenance: Mapping[str, Any],
     progress: Progress,
-) -> Manifest:
-    """Put every tensor of every source into `directory`, plan, and describe it all."""
+) -> Store:
+    """Put every tensor of every source into `directory`: a store, not yet committed, that shares what is identical.
+
+    old: distances of tenants that need not be measured again.
+    """
     objects = Objects(directory / "objects")
     matrix = _store_experts(objects, sources, dtype, old, progress)
     _store_non_experts(objects, sources, dtype, progress)
@@ -457,6 +518,26 @@ def _assemble(
         tenants.append(
             Tenant(source.name, source.origin, source.config, source.ids, folder, files, _notes(source, dtype))
         )
+    # What is planned and measured from here on looks at the tensors through a store that shares nothing.
+    everything = plan_all(_contents(sources), distances.tenants)
+    return Store(
+        directory,
+        Manifest(sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance),
+    )
+
+
+def _assemble(
+    directory: Path,
+    sources: Sequence[_Source],
+    settings: Settings,
+    amount: _Amount,
+    dtype: str,
+    old: Distances | None,
+    profiles: Mapping[str, Profile],
+    calibration: Mapping[str, CalibrationSet | Profile],
+    progress: Progress,
+) -> Manifest:
+    """Put every tensor of every source into `directory`, plan, and describe it all."""
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings.to_json(),
@@ -467,16 +548,15 @@ def _assemble(
             "safetensors": version("safetensors"),
         },
     }
-    # What is planned and measured from here on looks at the tensors through a store that shares nothing.
-    everything = plan_all(_contents(sources), distances.tenants)
-    draft = Store(
-        directory,
-        Manifest(sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance),
-    )
-    if calibration:
-        profiles = {**profiles, **calibrate(draft, calibration, progress=progress)}
-    kept = {name: profile.to_json(_putter(objects, entries)) for name, profile in profiles.items()}
-    draft = Store(directory, replace(draft.manifest, calibration=kept))
+    draft = _draft(directory, sources, dtype, old, provenance, progress)
+    measured = {name: given for name, given in calibration.items() if isinstance(given, Profile)}
+    for name, profile in measured.items():
+        profile.check(sources[0].config.experts, name)
+    asked = {name: given for name, given in calibration.items() if not isinstance(given, Profile)}
+    profiles = {**profiles, **measured, **(calibrate(draft, asked, progress=progress) if asked else {})}
+    entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
+    kept = {name: profile.to_json(_putter(draft.objects, entries)) for name, profile in profiles.items()}
+    draft = Store(directory, replace(draft.manifest, objects=entries, calibration=kept))
     if amount.slots is None:
         return draft.manifest
     outcome = Planner(draft, profiles, settings.traffic, progress).plan(
@@ -494,6 +574,16 @@ def _putter(objects: Objects, entries: dict[str, dict[str, Any]]) -> Callable[[n
         return object_id
 
     return put
+
+
+def _read(objects: Objects, source: _Source, tensor: str, dtype: str) -> np.ndarray:
+    """A tensor in the store's type. What is stored already is compared with its checksum, as new tensors are hashed:
+    else distances of damaged weights would be kept, and plans made by them. Hashing (1.8 GB/s a thread) costs less than
+    most disks' reading."""
+    ref = source.refs[tensor]
+    if tensor in source.ids and isinstance(ref, TensorRef):
+        return objects.read(ref)
+    return _convert(source, tensor, dtype)
 
 
 def _convert(source: _Source, tensor: str, dtype: str) -> np.ndarray:
@@ -536,7 +626,7 @@ def _store_experts(
 
     def one(job: tuple[int, int, str, str]) -> tuple[int, int, np.ndarray, list[str]]:
         layer, expert, _, tensor = job
-        arrays = [_convert(s, tensor, dtype) for s in sources]
+        arrays = [_read(objects, s, tensor, dtype) for s in sources]
         part, finite = compare(arrays, compared)
         for tenant in np.flatnonzero(~finite):
             _refuse_not_finite(sources[int(tenant)], tensor, dtype)

@@ -67,6 +67,23 @@ class Objects:
             raise StoreError(f"{path}: holds other tensors than the store's manifest says; build the store again")
         return ref
 
+    def read(self, ref: TensorRef) -> np.ndarray:
+        """What `ref` of this store says, compared with the checksum that names its file. Raises StoreError.
+
+        For whatever is measured or made from it: damage would become what the store says is right.
+        """
+        array = ref.read()
+        self.check(ref, array)
+        return array
+
+    def check(self, ref: TensorRef, array: np.ndarray) -> None:
+        """Compare what was read or mapped at `ref` with its file's checksum. Raises StoreError that names the file."""
+        if content_id(array) != ref.path.stem:
+            raise StoreError(
+                f"{ref.path}: content does not match its checksum; `moetel verify {self.root.parent}` lists all "
+                "damaged files; restore them from a backup or build the store again"
+            )
+
     def damage(self, object_id: str, dtype: str, shape: Shape) -> str | None:
         """Read the whole object and say what is wrong with it, or None."""
         try:

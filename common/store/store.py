@@ -97,6 +97,14 @@ class Store:
             for projection, _ in config.experts.projections
         }
 
+    def own_expert(self, name: str, layer: int, expert: int) -> dict[str, np.ndarray]:
+        """A tenant's own expert at a position: projection -> float32 [out, in].
+
+        Its files are compared with their checksums. Raises StoreError that names a damaged one.
+        """
+        refs = self.copy_refs(name, layer, expert)
+        return {projection: to_float32(self.objects.read(ref)) for projection, ref in refs.items()}
+
     def slot_refs(self, slot: int) -> dict[str, TensorRef]:
         """The weights of a resident copy, its owner's or merged ones: projection -> reference."""
         copy = self.plan.copies[slot]
@@ -104,6 +112,16 @@ class Store:
             return self.copy_refs(self.tenants[copy.owner], copy.layer, copy.expert)
         ids = self.manifest.merged[slot]
         return {name: self.objects.ref(ids[name], self.dtype, shape) for name, shape in self.experts.projections}
+
+    def slot_content(self, slot: int) -> tuple[str, ...]:
+        """Equal for resident copies whose weights are the same, in this store and any other."""
+        return tuple(ref.path.name for ref in self.slot_refs(slot).values())
+
+    def tenant_content(self, name: str) -> tuple[str, ...]:
+        """Equal for tenants whose non-expert weights and configs are the same, in this store and any other."""
+        tenant = self.tenant(name)
+        ids = [tenant.tensors[t] for t in self.family.non_expert_shapes(tenant.config)]
+        return (repr(tenant.config), *ids)
 
     def residual_ref(self, index: int) -> TensorRef:
         """The record of `plan.residuals[index]`: uint8 [bytes], laid out as `common.residuals` says."""
@@ -126,13 +144,13 @@ class Store:
 
     @cached_property
     def distances(self) -> Distances:
-        """The full matrices measured at build."""
+        """The full matrices measured at build. Raises StoreError where their file is damaged."""
         entry = self.manifest.similarity
         shape = (len(tenant_pairs(len(self.tenants))), self.experts.num_layers, self.experts.num_experts)
         if not shape[0]:
             return Distances(self.tenants, np.zeros(shape))
         ref = self.objects.ref(entry["object"], "float32", shape)
-        return Distances(self.tenants, ref.read().astype(np.float64))
+        return Distances(self.tenants, self.objects.read(ref).astype(np.float64))
 
     # Memory, in bytes of the store's type.
 

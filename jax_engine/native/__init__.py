@@ -117,7 +117,9 @@ class Kernels:
         that a row names are read.
 
         residuals: the words and the table of a `jax_engine.residuals.LayerResiduals`, laid out in blocks. The table is
-        looked at when the call runs; a part that lies outside the words is an error then, which jax raises.
+        looked at when the call runs; a part that lies outside the words is an error then, which jax raises. If it has
+        S rows for each of several tenants, `slots` are rows of it, and row v's weights are those of slot v mod S: they
+        are read once for all tenants' rows.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is not supported, expected one of {sorted(ACTIVATIONS)}")

@@ -349,33 +349,54 @@ ffi::Error linear(ffi::ThreadPool pool, int64_t threads, Matrix x, ffi::AnyBuffe
     return ffi::Error::Success();
 }
 
+// Rows first .. first + count in the order of slots: those of one slot, and of one tenant where residuals tell them
+// apart. number: their row of the residuals' table, that of the slot itself without residuals.
 struct Group {
-    int64_t slot, first, count;  // rows first .. first + count in the order of slots
-    int64_t chunk, chunks;       // rows of a work item, and how many for one block
-    int64_t chunks_before;       // of the groups before this one
+    int64_t slot, number, first, count;
+    int64_t chunk;  // rows of a work item
 };
 
-// The rows of each slot that is named, in `order`; rows of no slot are left out.
-std::vector<Group> group_rows(const int32_t *slots, int64_t T, int64_t S, std::vector<int32_t> &order) {
-    std::vector<int64_t> starts(S + 1, 0);
-    const auto is_slot = [&](int64_t t) { return slots[t] >= 0 && slots[t] < S; };
-    for (int64_t t = 0; t < T; t++)
-        if (is_slot(t)) starts[slots[t] + 1]++;
+// Some rows of a group: with a block of outputs, a work item.
+struct Chunk {
+    int64_t group, first, count;
+};
+
+// A slot that is hit: its chunks lie together, so that one after the other meets a block of weights in a cache.
+struct Hit {
+    int64_t slot, chunks, chunks_before;
+};
+
+struct Work {
     std::vector<Group> groups;
-    int64_t chunks_before = 0;
-    for (int64_t s = 0; s < S; s++) {
-        const int64_t count = starts[s + 1];
-        if (count > 0) {
-            const int64_t chunk = chunk_of(count), chunks = (count + chunk - 1) / chunk;
-            groups.push_back({s, starts[s], count, chunk, chunks, chunks_before});
-            chunks_before += chunks;
-        }
-        starts[s + 1] += starts[s];
-    }
-    order.resize(starts[S]);
+    std::vector<Chunk> chunks;
+    std::vector<Hit> hits;
+    std::vector<int32_t> order;  // of the rows; those of no slot are left out
+};
+
+// The rows of each number that is named, in the order of slots: number v stands for slot v % S.
+Work share_out(const int32_t *numbers, int64_t T, int64_t S, int64_t V) {
+    const auto place_of = [&](int64_t v) { return v % S * (V / S) + v / S; };
+    std::vector<int64_t> starts(V + 1, 0);
+    const auto is_number = [&](int64_t t) { return numbers[t] >= 0 && numbers[t] < V; };
     for (int64_t t = 0; t < T; t++)
-        if (is_slot(t)) order[starts[slots[t]]++] = static_cast<int32_t>(t);
-    return groups;
+        if (is_number(t)) starts[place_of(numbers[t]) + 1]++;
+    Work work;
+    for (int64_t place = 0; place < V; place++) {
+        const int64_t count = starts[place + 1], slot = place / (V / S);
+        if (count > 0) {
+            const int64_t chunk = chunk_of(count), group = static_cast<int64_t>(work.groups.size());
+            if (work.hits.empty() || work.hits.back().slot != slot)
+                work.hits.push_back({slot, 0, static_cast<int64_t>(work.chunks.size())});
+            work.groups.push_back({slot, place % (V / S) * S + slot, starts[place], count, chunk});
+            for (int64_t offset = 0; offset < count; offset += chunk, work.hits.back().chunks++)
+                work.chunks.push_back({group, starts[place] + offset, std::min(chunk, count - offset)});
+        }
+        starts[place + 1] += starts[place];
+    }
+    work.order.resize(starts[V]);
+    for (int64_t t = 0; t < T; t++)
+        if (is_number(t)) work.order[starts[place_of(numbers[t])]++] = static_cast<int32_t>(t);
+    return work;
 }
 
 // ---- residuals
@@ -389,7 +410,7 @@ struct LowRank {
     int64_t at;
 };
 
-// What the slots that are hit add, each at a side: 0 before the activation, 1 after the last product.
+// What the groups' rows get beside their slots' weights, each at a side: 0 before the activation, 1 after the last product.
 struct Residuals {
     // Of one projection of one slot.
     struct Matrix {
@@ -441,7 +462,7 @@ std::string bad_part(const int32_t *field) {
     return text + "], which is none, or lies outside the records";
 }
 
-// Looks up the parts of the slots that are hit. Empty, or what is wrong with the table.
+// Looks up the parts of the groups. Empty, or what is wrong with the table.
 std::string find_residuals(const Words &words, const Table &table, const std::vector<Group> &groups, int64_t T,
                            int64_t K, int64_t I, int64_t N, int64_t projections, Residuals &found) {
     const int64_t parts = table.dimensions()[2], bytes = 4 * static_cast<int64_t>(words.element_count());
@@ -451,7 +472,7 @@ std::string find_residuals(const Words &words, const Table &table, const std::ve
         for (int64_t p = 0; p < projections; p++) {
             const int side = p == projections - 1;
             const int64_t outputs = side ? N : I, inputs = side ? I : K;
-            const int32_t *field = table.typed_data() + (group.slot * projections + p) * parts * kFields;
+            const int32_t *field = table.typed_data() + (group.number * projections + p) * parts * kFields;
             for (int64_t i = 0; i < parts && field[0] != kNone; i++, field += kFields) {
                 const int64_t kind = field[0], bits = field[1], size = field[2], start = 4 * int64_t{field[3]};
                 if (size < 1 || start < 0 || start > bytes) return bad_part(field);
@@ -486,17 +507,17 @@ std::string find_residuals(const Words &words, const Table &table, const std::ve
 
 template <typename W>
 void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool gated, const Matrix &x,
-                const std::vector<Group> &groups, const std::vector<int32_t> &order,
-                const std::vector<const W *> &weights, int64_t I, Matrix &y, float *inner, const Residuals *residuals) {
+                const Work &work, const std::vector<const W *> &weights, int64_t I, Matrix &y, float *inner,
+                const Residuals *residuals) {
     const int64_t K = x.dimensions()[1], N = y.dimensions()[1], T = x.dimensions()[0];
     const int64_t projections = gated ? 3 : 2, blocks[2] = {blocks_of(I), blocks_of(N)};
-    const int64_t width = blocks[0] * kBlock, chunks = groups.back().chunks_before + groups.back().chunks;
-    const Rows<const float> in = {x.typed_data(), K, order.data()};
-    const Rows<float> out = {y.typed_data(), N, order.data()}, gate = {inner, width}, up = {inner + T * width, width};
+    const int64_t width = blocks[0] * kBlock, chunks = static_cast<int64_t>(work.chunks.size());
+    const Rows<const float> in = {x.typed_data(), K, work.order.data()};
+    const Rows<float> out = {y.typed_data(), N, work.order.data()}, gate = {inner, width}, up = {inner + T * width, width};
     const Rows<const float> hidden = {inner, width};
     const Residuals none;
     const std::array<Residuals::Matrix, 3> nothing;
-    int64_t multiplications = static_cast<int64_t>(order.size()) * I * (K * (projections - 1) + N);
+    int64_t multiplications = static_cast<int64_t>(work.order.size()) * I * (K * (projections - 1) + N);
     std::vector<int64_t> items = {chunks * blocks[0], chunks * blocks[1]};
     if (residuals) {  // the first step of a side's parts comes before its products
         multiplications += residuals->multiplications;
@@ -518,15 +539,16 @@ void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool
             }
             phase = side;
         }
-        const auto after = std::upper_bound(groups.begin(), groups.end(), item, [&](int64_t value, const Group &group) {
-            return value < group.chunks_before * blocks[phase];
+        const auto after = std::upper_bound(work.hits.begin(), work.hits.end(), item, [&](int64_t value, const Hit &hit) {
+            return value < hit.chunks_before * blocks[phase];
         });
-        const Group &group = *(after - 1);
-        item -= group.chunks_before * blocks[phase];
-        const int64_t b = item / group.chunks, offset = item % group.chunks * group.chunk;
-        const int64_t first = group.first + offset, count = std::min(group.chunk, group.count - offset);
-        const W *const *packed = &weights[group.slot * projections];
-        const auto &more = residuals ? residuals->matrices[&group - groups.data()] : nothing;
+        const Hit &hit = *(after - 1);
+        item -= hit.chunks_before * blocks[phase];
+        const int64_t b = item / hit.chunks;
+        const Chunk &chunk = work.chunks[hit.chunks_before + item % hit.chunks];
+        const int64_t first = chunk.first, count = chunk.count;
+        const W *const *packed = &weights[hit.slot * projections];
+        const auto &more = residuals ? residuals->matrices[chunk.group] : nothing;
         const auto whole = [&](int side, int64_t p, Rows<const float> x, Rows<float> y, int64_t K, int64_t N) {
             product_with<W>(residuals ? *residuals : none, side, more[p], x, y, first, count, packed[p], K, N, b);
         };
@@ -544,7 +566,8 @@ void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool
 }
 
 // y[t] = feed-forward of slot slots[t], zeros where that is no slot. arrays: the packed projections of slot 0, of slot
-// 1, ... inner: scratch [projections - 1, T, I up to a whole block]. words, table: residuals of one tenant, or null.
+// 1, ... inner: scratch [projections - 1, T, I up to a whole block]. words, table: residuals, or null. The table has S
+// rows for each of one or several tenants; then slots[t] is a row of it, and stands for slot slots[t] % S.
 ffi::Error compute(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool gated, int64_t I, const Matrix &x,
                    const Slots &slots, const Words *words, const Table *table, const ffi::RemainingArgs &arrays,
                    ffi::Result<Matrix> &y, ffi::Result<Scratch> &inner) {
@@ -557,10 +580,10 @@ ffi::Error compute(ffi::ThreadPool &pool, int64_t threads, int64_t activation, b
         return invalid(std::to_string(arrays.size()) + " arrays in the pool, expected a multiple of " +
                        std::to_string(projections));
     if (activation < kRelu || activation > kSilu) return invalid("no activation " + std::to_string(activation));
-    if (table && (table->dimensions()[0] < num_slots || table->dimensions()[1] != projections ||
+    if (table && (table->dimensions()[0] < num_slots || table->dimensions()[0] % num_slots != 0 || table->dimensions()[1] != projections ||
                   table->dimensions()[3] != kFields))
-        return invalid("the residuals' table is " + shape_of(*table) + ", expected [" + std::to_string(num_slots) +
-                       " slots, " + std::to_string(projections) + " projections, parts, " + std::to_string(kFields) +
+        return invalid("the residuals' table is " + shape_of(*table) + ", expected [a multiple of " +
+                       std::to_string(num_slots) + " slots, " + std::to_string(projections) + " projections, parts, " + std::to_string(kFields) +
                        "]");
     ffi::DataType type = ffi::DataType::INVALID;
     std::vector<const float *> singles;
@@ -579,21 +602,20 @@ ffi::Error compute(ffi::ThreadPool &pool, int64_t threads, int64_t activation, b
         else
             halves.push_back(array->reinterpret_data<uint16_t>());
     }
-    std::vector<int32_t> order;
-    const std::vector<Group> groups = group_rows(slots.typed_data(), T, num_slots, order);
-    if (static_cast<int64_t>(order.size()) < T) std::memset(y->typed_data(), 0, y->size_bytes());
-    if (groups.empty() || N == 0) return ffi::Error::Success();
+    const Work work = share_out(slots.typed_data(), T, num_slots, table ? table->dimensions()[0] : num_slots);
+    if (static_cast<int64_t>(work.order.size()) < T) std::memset(y->typed_data(), 0, y->size_bytes());
+    if (work.groups.empty() || N == 0) return ffi::Error::Success();
     Residuals found;
     if (table) {
-        const std::string wrong = find_residuals(*words, *table, groups, T, K, I, N, projections, found);
+        const std::string wrong = find_residuals(*words, *table, work.groups, T, K, I, N, projections, found);
         if (!wrong.empty()) return invalid(wrong);
     }
     const Residuals *residuals = table ? &found : nullptr;
     float *scratch = inner->typed_data();
     if (type == ffi::F32)
-        experts_of<float>(pool, threads, activation, gated, x, groups, order, singles, I, *y, scratch, residuals);
+        experts_of<float>(pool, threads, activation, gated, x, work, singles, I, *y, scratch, residuals);
     else
-        experts_of<uint16_t>(pool, threads, activation, gated, x, groups, order, halves, I, *y, scratch, residuals);
+        experts_of<uint16_t>(pool, threads, activation, gated, x, work, halves, I, *y, scratch, residuals);
     return ffi::Error::Success();
 }
 

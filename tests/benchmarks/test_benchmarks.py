@@ -80,8 +80,11 @@ def test_gpu_suite_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert gpu.main(["--device=cpu", "--tiny", f"--out={tmp_path}"]) == 0
     (written,) = tmp_path.glob("*-cpu.md")
     text = written.read_text()
-    for title in ("Tenant switch", "What a switch adds", "Products of one layer", "beside transformers", "Misses"):
+    titles = ["Tenant switch", "What a switch adds", "Products of one layer", "beside transformers", "Misses"]
+    titles += ["several tenants in one batch", "hidden behind the prompt", "QoS of several tenants"]
+    for title in titles:
         assert title in text
+    assert "| brought meanwhile |" in text and "| paper |" in text and "saturation rate, moetel / paper: " in text
     assert "| tenant switch |" in text
 
 

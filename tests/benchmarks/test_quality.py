@@ -63,6 +63,31 @@ def test_text_in_the_papers_form(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rows[-1][1:] == ["400.0%", "100.0%", "100.0%", "100.0%"]
 
 
+def test_another_recipe_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = material(tmp_path)
+    (root / "text").rename(root / "text_mild")
+    options = [
+        "--material",
+        str(root),
+        "--folder",
+        "text_mild",
+        "--tenants",
+        "2",
+        "--quiet",
+        "--methods",
+        "round_robin",
+    ]
+    results = quality.main(["text", *options, "--out", str(tmp_path / "out")])
+    assert [(r.material, list(r.tenants)) for r in results] == [("text_mild, 2 tenants", ["base", "ptb"])] * 2
+    assert all(r.mean("perplexity") for r in results), "it is judged as its family is"
+    assert "## text_mild, 2 tenants: perplexity of held-out text" in (tmp_path / "out" / "text_mild.md").read_text()
+    assert (tmp_path / "out" / "text_mild-2-tenants" / "quality.json").is_file()
+    assert capsys.readouterr().out.count("# Quality: text_mild") == 1
+    with pytest.raises(SystemExit) as leave:
+        quality.main(["text", "--material", str(root)])
+    assert leave.value.code == 1 and f"{root}/text/seed0/base: not there" in capsys.readouterr().err
+
+
 def test_switch_as_more_variants_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("jax")
     options = ["--material", str(material(tmp_path)), "--tenants", "2", "3", "--scored", "3", "--quiet"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from common import RequestError, Store, UnknownTenantError, build_store, load_engine
+import common.calibration
+from common import PlanError, RequestError, Store, UnknownTenantError, build_store, load_engine
 from common.calibration import (
+    LEAST_SAMPLES,
+    MOST_SAMPLES,
+    SAMPLE_BYTES,
     CalibrationSet,
     Example,
     Profile,
@@ -23,6 +27,7 @@ from common.calibration import (
     iter_logits,
     log_softmax,
     rows_of,
+    usual_samples,
 )
 from common.store import add_tenant, remove_tenant, replan
 from tests import helpers, switch_models
@@ -156,10 +161,11 @@ def test_switch_profiles_are_what_the_routers_of_both_sides_do(switch: Case) -> 
     found = calibrate(switch.store, switch.sets, samples=MANY)
     for name, model in zip(switch.paths, switch.models, strict=True):
         examples = switch.sets[name].examples
-        seen = switch_routing(model, [list(e.prompt) for e in examples], [list(e.answer or ()) for e in examples])  # type: ignore[arg-type]
+        answers = [list(e.answer or ())[:-1] for e in examples]
+        seen = switch_routing(model, [list(e.prompt) for e in examples], answers)  # type: ignore[arg-type]
         check_profile(found[name], seen)
-        # Prompts in the encoder; in the decoder the answers behind a start token.
-        assert found[name].tokens.tolist() == [20 + 9 + 14, 6 + 0 + 9 + 3]
+        # Prompts in the encoder; in the decoder the answers behind a start token, without their last tokens.
+        assert found[name].tokens.tolist() == [20 + 9 + 14, 6 + 1 + 9]
         assert (found[name].sensitivity > 0).all()
 
 
@@ -176,21 +182,54 @@ def test_a_sample_is_drawn_evenly(mixtral: Case) -> None:
     np.testing.assert_array_equal(again.inputs, part.inputs)
 
 
+def test_how_much_is_kept_follows_from_the_experts_size(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as fits are better for, but no more bytes than a large model's store has room for."""
+    spec = mixtral.store.experts
+    assert usual_samples(spec) == MOST_SAMPLES
+    large = replace(spec, expert_layers=tuple(map(str, range(32))), num_experts=8, hidden_size=4096)
+    assert usual_samples(large) == LEAST_SAMPLES == SAMPLE_BYTES // (4 * 4096 * 32 * 8)
+    monkeypatch.setattr(common.calibration, "LEAST_SAMPLES", 2)
+    monkeypatch.setattr(common.calibration, "MOST_SAMPLES", 3)
+    found = calibrate(mixtral.store, {"ana": mixtral.sets["ana"]})["ana"]
+    assert np.diff(found.starts).max() == 3
+    for wrong in (0, True, 2.0):
+        with pytest.raises(RequestError, match=f"samples is {wrong}; give a whole number from 1"):
+            calibrate(mixtral.store, {"ana": mixtral.sets["ana"]}, samples=wrong)  # type: ignore[arg-type]
+
+
 def test_answers_are_generated_where_they_are_not_given(mixtral: Case) -> None:
     (prompt,) = prompts(7, [11])
     with load_engine(alone(mixtral.store), dtype="float32") as engine:
         (row,) = rows_of(engine, "ana", CalibrationSet.of([prompt], max_new_tokens=5))
         expected = hf_greedy(mixtral.models[1], prompt, 5, eos=2)
-        assert row.prompt == (*prompt, *expected) and row.answer == () and row.first == 10
+        # The last token is foretold and not read.
+        assert row.prompt == (*prompt, *expected[:-1]) and row.answer == () and row.first == 10
         given = rows_of(engine, "ana", CalibrationSet((Example(prompt, expected),)))
         assert given == [row]
         (logits,) = iter_logits(engine, "ana", [row])
         whole = helpers.hf_logits(mixtral.models[1], [list(row.prompt)])[0]
         helpers.assert_close(logits, whole[10:])
+        assert logits.argmax(axis=-1).tolist() == expected, "each logit is that of an answer's token"
         # Longer than the context: cut, and something is left to be scored.
         (cut,) = rows_of(engine, "ana", CalibrationSet((Example([5] * 300, [6]),)))
         assert len(cut.prompt) == 256 and cut.first == 255
         assert [len(v) for v in iter_logits(engine, "ana", [cut, row])] == [1, len(whole) - 10]
+
+
+def test_the_end_of_sequence_is_the_last_token_foretold(mixtral: Case, switch: Case) -> None:
+    """Nothing comes after it when a tenant serves: what a model would say there is neither scored nor shown."""
+    eos, prompt = 2, prompts(7, [11])[0]
+    with load_engine(alone(mixtral.store), dtype="float32") as engine:
+        rows = rows_of(engine, "ana", CalibrationSet((Example(prompt, [5, 6, eos]), Example(prompt, [eos]))))
+        assert [(r.prompt, r.first) for r in rows] == [((*prompt, 5, 6), 10), (tuple(prompt), 10)]
+        assert [len(v) for v in iter_logits(engine, "ana", rows)] == [3, 1]
+        # A text goes on: what is said behind its last token counts.
+        (text,) = rows_of(engine, "ana", CalibrationSet.texts([prompt]))
+        assert [len(v) for v in iter_logits(engine, "ana", [text])] == [11]
+    with load_engine(alone(switch.store), dtype="float32") as engine:
+        rows = rows_of(engine, "ana", CalibrationSet((Example(prompt, [5, 6, 1]), Example(prompt, [1]))))
+        assert [r.answer for r in rows] == [(5, 6), ()]
+        assert [len(v) for v in iter_logits(engine, "ana", rows)] == [3, 1]
 
 
 def test_an_answer_longer_than_the_decoder_reads_is_cut(switch: Case) -> None:
@@ -297,6 +336,8 @@ def test_examples_are_read_line_by_line(tmp_path: Path) -> None:
         (['{"prompt": NaN}'], "line 1: prompt"),
         ([{"prompt": "a", "answer": 4}], "line 1: prompt"),
         ([{"text": ["a"]}], "line 1: prompt"),
+        ([{"text": "a"}, {"prompt": "b", "text": "a"}], "line 2: has both prompt and text; keep"),
+        ([{"text": "a", "answer": "b"}], "line 1: has both text and answer; write prompt and answer, or text alone"),
     ],
 )
 def test_bad_lines_are_named(lines: list[Any], message: str, tmp_path: Path) -> None:
@@ -373,6 +414,20 @@ def test_calibration_is_measured_whatever_the_plan(mixtral: Case, tmp_path: Path
     for options in ({"slots": "all"}, {"slots": 0}, {"policy": "round_robin"}):
         store = build_store(tmp_path / "store", mixtral.paths, calibration={"ana": mixtral.sets["ana"]}, **options)  # type: ignore[arg-type]
         same(Profile.from_store(store, "ana"), calibrate(store, {"ana": mixtral.sets["ana"]})["ana"])
+
+
+def test_a_measured_profile_is_kept_as_it_is(mixtral: Case, tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", mixtral.paths, policy="round_robin")
+    (profile,) = calibrate(store, {"ana": mixtral.sets["ana"]}).values()
+    store = replan(store.path, policy="fit", calibration={"ana": profile, "bob": mixtral.sets["bob"]})
+    same(Profile.from_store(store, "ana"), profile)
+    assert Profile.from_store(store, "bob") is not None and store.verify() == []
+    before = helpers.fingerprint(store.path)
+    other = replace(profile, counts=profile.counts[:, :2])
+    message = "calibration of 'ana' is of 2 layers with 2 experts of width 16, the store's have 2, 3 and 16; measure"
+    with pytest.raises(PlanError, match=message):
+        replan(store.path, calibration={"ana": other})
+    assert helpers.fingerprint(store.path) == before
 
 
 @pytest.mark.parametrize("change", ["examples", "stranger"])

@@ -21,7 +21,7 @@ from tests import helpers
 DRIVER = """
 import json, os, shutil, sys
 from pathlib import Path
-from common import Store, StoreError, add_tenant, build_store, remove_tenant
+from common import Store, StoreError, add_tenant, build_store, extend_store, remove_tenant
 
 place, case, checkpoints = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 a, b, c = checkpoints
@@ -43,6 +43,10 @@ def change():
         add_tenant(path, "c", c)
     elif case == "remove":
         remove_tenant(path, "a")
+    elif case == "extend":
+        extend_store(path, "c", c, extra=0.5)
+    elif case == "leave":
+        remove_tenant(path, "a", keep_plan=True)
     else:
         build_store(path, {"b": b, "c": c}, slots="all")
 
@@ -118,7 +122,7 @@ print(json.dumps(outcomes | {"steps": step}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["new", "replace", "add", "remove"])
+@pytest.mark.parametrize("case", ["new", "replace", "add", "remove", "extend", "leave"])
 def test_dying_before_any_step(case: str, tmp_path: Path) -> None:
     base = helpers.random_mixtral(0, num_hidden_layers=1, num_local_experts=2, hidden_size=8, intermediate_size=8)
     checkpoints = [helpers.save(helpers.tuned(base, i), tmp_path / name) for i, name in enumerate("abc")]

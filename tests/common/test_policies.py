@@ -213,6 +213,29 @@ def test_a_budget_in_bytes(mixtral: Case, policy: str) -> None:
         mixtral.plan(policy, budget_bytes=fixed + one - 1)
 
 
+def test_a_replan_has_the_memory_of_the_plan_before(mixtral: Case) -> None:
+    opened = Store.open(mixtral.path)
+    budget = max(opened.non_expert_bytes(n) for n in opened.tenants) + 8 * opened.copy_bytes
+
+    def settings(store: Store) -> tuple[Any, Any, Any]:
+        found = store.manifest.provenance["settings"]
+        return found["slots"], found["budget_bytes"], found["extra"]
+
+    mixtral.plan("medoid", budget_bytes=budget)
+    store = mixtral.plan("fit")
+    assert settings(store) == (None, budget, None) and store.bytes_budget == budget
+    assert settings(mixtral.plan("mean")) == (None, budget, None)
+    mixtral.plan("fit", extra=0.5)
+    store = mixtral.plan("medoid")
+    assert settings(store) == (None, None, 0.5) and store.extra_bytes == 3 * store.copy_bytes
+    # A policy that cannot use extra bytes takes none, and says so in what the next plan starts from.
+    store = mixtral.plan("round_robin")
+    assert settings(store) == (None, None, None) and store.extra_bytes == 0
+    mixtral.plan("medoid", slots=4)
+    assert settings(mixtral.plan("mean")) == (4, None, None)
+    assert settings(mixtral.plan("mean", slots=6)) == (6, None, None)
+
+
 def planner(store: Store, traffic: dict[str, float] | None = None, calibrated: bool = True) -> Planner:
     profiles = {n: p for n in store.tenants if (p := Profile.from_store(store, n))} if calibrated else {}
     return Planner(store, profiles, traffic)
@@ -265,7 +288,23 @@ def test_what_is_built_is_near_what_was_reckoned(mixtral: Case) -> None:
         for extra in (0.3,):
             reckoned = made.allocator(policy).allocate(int(one_model * (1 + extra))).losses.sum()
             built = made.plan(policy, extra_bytes=int(one_model * extra)).prediction.losses.sum()
-            assert built < 1.5 * reckoned
+            # Parts beside each other gain less than each alone; the more so, the smaller the matrices.
+            assert built < 1.6 * reckoned
+
+
+def test_the_more_samples_the_less_the_last_projection_is_held(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few samples move it little from the tenant's own; the same ones seen many times are believed."""
+    position = planner(Store.open(mixtral.path))._position(0)
+    own = position.own[1]["w2"]
+    copy = position.copy(np.full(3, 1 / 3), np.arange(3), False)
+    x, gates = position.sample(1)
+    moved = []
+    for times in (1, 8, 64):
+        monkeypatch.setattr(position, "sample", lambda t, n=times: (np.tile(x, (n, 1)), np.tile(gates, n)))
+        position._outputs.clear()
+        moved.append(float(np.linalg.norm(position._last_target(1, copy)[0] - own)))
+    assert 0.01 * np.linalg.norm(own) < 1.5 * moved[0] < moved[1] < moved[2]
+    np.testing.assert_allclose(position._last_target(1, position.own[1])[0], own, atol=1e-5)
 
 
 # Traffic.
@@ -424,7 +463,15 @@ def test_what_cannot_be_planned_is_refused(mixtral: Case, tmp_path: Path) -> Non
         (PlanError, "extra is '15%'", lambda: replan(path, extra="15%")),  # type: ignore[arg-type]
         (PlanError, "give one of slots, a budget", lambda: replan(path, extra=0.1, slots=3)),
         (PlanError, "7 slots, but 6 positions", lambda: replan(path, slots=7)),
-        (PlanError, "9 slots; give 0..6", lambda: planner(Store.open(path)).plan("fit", slots=9)),
+        (PlanError, "slots is 9; give a whole number 0..6", lambda: planner(Store.open(path)).plan("fit", slots=9)),
+        (PlanError, "slots is True; give a whole", lambda: planner(Store.open(path)).plan("fit", slots=True)),
+        (PlanError, "slots is 2.5; give a whole", lambda: planner(Store.open(path)).plan("fit", slots=2.5)),  # type: ignore[arg-type]
+        (PlanError, "extra_bytes is True; give", lambda: planner(Store.open(path)).plan("fit", extra_bytes=True)),
+        (PlanError, "extra_bytes is -1; give", lambda: planner(Store.open(path)).plan("fit", extra_bytes=-1)),
+        (PlanError, "slots is True; give a whole number", lambda: replan(path, slots=True)),
+        (PlanError, "budget_bytes is True; give a whole number", lambda: replan(path, budget_bytes=True)),
+        (PlanError, "extra is True; give a share", lambda: replan(path, extra=True)),
+        (PlanError, "traffic of 'ana' is True", lambda: replan(path, policy="fit", traffic={"ana": True})),
         (PlanError, "traffic is given for 'eve'", lambda: replan(path, policy="fit", traffic={"eve": 1.0})),
         (PlanError, "traffic of 'ana' is 0", lambda: replan(path, policy="fit", traffic={"ana": 0})),
         (PlanError, "traffic of 'ana' is nan", lambda: replan(path, policy="fit", traffic={"ana": float("nan")})),

@@ -9,10 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common import RequestError, SamplingParams
-from common.sampling import sample
+from common.sampling import adjusted, log_probabilities, sample
 
 
 def reference(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -102,6 +108,12 @@ def test_padding_of_a_narrower_vocabulary_is_never_drawn() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0; give a whole number from 1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ({"max_new_tokens": True}, "max_new_tokens is True; give a whole number from 1"),
+        ({"temperature": True}, "temperature is True; give a number from 0"),
+        ({"top_k": True}, "top_k is True; give a whole number"),
+        ({"top_p": True}, "top_p is True; give a number above 0"),
+        ({"seed": False}, "seed is False; give a whole number from 0"),
+        ({"stop_token_ids": [True]}, r"stop_token_ids is \(True,\); give whole numbers"),
         ({"temperature": -0.1}, "temperature is -0.1; give a number from 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
@@ -116,6 +128,17 @@ def test_padding_of_a_narrower_vocabulary_is_never_drawn() -> None:
         ({"top_p": None}, "top_p is None; give a number above 0"),
         ({"stop_token_ids": 5}, "stop_token_ids is 5; give a list"),
         ({"stop_token_ids": ["a"]}, r"stop_token_ids is \('a',\); give whole numbers"),
+        ({"min_p": 1.5}, r"min_p is 1\.5; give a number from 0 to 1"),
+        ({"min_tokens": -1}, "min_tokens is -1; give a whole number from 0"),
+        ({"min_tokens": 9, "max_new_tokens": 8}, "min_tokens is 9 and max_new_tokens 8"),
+        ({"presence_penalty": 3}, "presence_penalty is 3; give a number from -2 to 2"),
+        ({"frequency_penalty": "x"}, "frequency_penalty is 'x'"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; give a number above 0"),
+        ({"logprobs": 21}, "logprobs is 21; give a whole number from 0 to 20"),
+        ({"logprobs": True}, "logprobs is True"),
+        ({"logit_bias": [1]}, r"logit_bias is \[1\]; give token ids with a number for each"),
+        ({"logit_bias": {"x": 1}}, "logit_bias is .*; give token ids"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias is .*; give finite numbers"),
     ],
     ids=str,
 )
@@ -130,3 +153,55 @@ def test_stop_may_be_one_string() -> None:
 
 def test_no_stop_may_be_none() -> None:
     assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
+def test_log_probabilities_are_torchs() -> None:
+    logits = np.random.default_rng(0).normal(size=50).astype(np.float32) * 5
+    expected = torch.log_softmax(torch.from_numpy(logits), dim=-1)
+    found = log_probabilities(logits, 7, 5)
+    assert found.token_id == 7 and found.logprob == pytest.approx(float(expected[7]), abs=1e-5)
+    best = expected.topk(5)
+    assert [i for i, _ in found.top] == best.indices.tolist()
+    np.testing.assert_allclose([p for _, p in found.top], best.values, atol=1e-5)
+    assert log_probabilities(logits, 7, 0).top == ()
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
+    logits = np.random.default_rng(1).normal(size=30).astype(np.float32)
+    prompt, answer = [3, 4, 4], [5, 3]
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([prompt + answer]), torch.from_numpy(logits.copy())[None]
+    )[0]
+    found = adjusted(logits, SamplingParams(repetition_penalty=penalty), prompt, answer, ())
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    found = adjusted(np.zeros(6, dtype=np.float32), params, [5, 5], [1, 2, 1], ())
+    np.testing.assert_array_equal(found, [0, -1.0, -0.75, 0, 0, 0])
+
+
+def test_min_p_is_transformers() -> None:
+    logits = np.random.default_rng(2).normal(size=40).astype(np.float32) * 2
+    kept = MinPLogitsWarper(0.2)(torch.zeros(1, 1), torch.from_numpy(logits / 1.5)[None])[0]
+    expected = set(torch.isfinite(kept).nonzero().flatten().tolist())
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=1.5, min_p=0.2)
+    assert {sample(logits, params, rng) for _ in range(5000)} == expected
+
+
+def test_biases_and_banned_tokens() -> None:
+    logits = np.array([1.0, 5.0, 2.0], dtype=np.float32)
+    rng = np.random.default_rng(0)
+    assert sample(logits, SamplingParams(logit_bias={"2": 100}), rng) == 2  # type: ignore[dict-item]
+    assert sample(logits, SamplingParams(), rng, banned={1}) == 2
+    assert sample(logits, SamplingParams(temperature=1.0), rng, banned={1, 2}) == 0
+    np.testing.assert_array_equal(logits, [1.0, 5.0, 2.0])  # the caller's are not changed
+
+
+def test_what_needs_all_logits() -> None:
+    assert not SamplingParams(top_p=0.5, seed=3, min_p=0.1).needs_logits
+    for options in ({"temperature": 1.0}, {"min_tokens": 1}, {"logprobs": 0}, {"logit_bias": {1: 1.0}}):
+        assert SamplingParams(**options).needs_logits, options  # type: ignore[arg-type]

@@ -31,9 +31,11 @@ from common import (
     plan_round_robin,
     remove_tenant,
 )
+from common.calibration import CalibrationSet
 from common.checkpoints import TensorRef, open_checkpoint
 from common.dtypes import to_float32
 from common.similarity import measure
+from common.store import replan
 from common.store.lock import exclusive
 from tests import helpers
 from tests.conftest import Family
@@ -563,6 +565,47 @@ def test_a_change_never_takes_a_damaged_asset_for_sound(damage: str, store: Stor
         assert helpers.fingerprint(store.path) == before
     assert [p.file for p in Store.open(store.path).verify()] == [path]
     assert build_store(store.path, family.paths, slots=5).verify() == []
+
+
+def flip(path: Path) -> None:
+    """The last byte of a file, which is a weight's."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_expert_is_never_compared(store: Store, family: Family, tmp_path: Path) -> None:
+    """Its distances would be kept, and the plan made by them, with nothing wrong to be seen."""
+    tensor = store.family.expert_tensor(store.config("ana"), 1, 2, "w2")
+    path = store.objects.path(store.tenant("ana").tensors[tensor])
+    flip(path)
+    before = helpers.fingerprint(store.path)
+    changes: list[Callable[[], Any]] = [
+        lambda: add_tenant(store.path, "more", family.paths["bob"]),
+        lambda: replan(store.path, policy="mean", slots=8),  # whose merged copies would be made of it
+    ]
+    for change in changes:
+        with pytest.raises(
+            StoreError, match=rf"{path}: content does not match its checksum; `moetel verify {store.path}`"
+        ):
+            change()
+        assert helpers.fingerprint(store.path) == before
+    assert [p.file for p in Store.open(store.path).verify()] == [path]
+    # Without the tenant whose it is, all is well again.
+    assert remove_tenant(store.path, "ana").verify() == []
+    assert add_tenant(store.path, "ana", family.paths["ana"]).verify() == []
+
+
+@pytest.mark.parametrize("what", ["distances", "inputs"])
+def test_damaged_measurements_are_never_planned_with(what: str, family: Family, tmp_path: Path) -> None:
+    sets = {"ana": CalibrationSet.texts(helpers.prompts(0, [20] * 3))}
+    store = build_store(tmp_path / "store", family.paths, slots=5, calibration=sets)
+    kept = {"distances": store.manifest.similarity["object"]} | store.manifest.calibration["ana"]["objects"]
+    flip(store.objects.path(kept[what]))
+    before = helpers.fingerprint(store.path)
+    with pytest.raises(StoreError, match=rf"{kept[what]}.*: content does not match its checksum"):
+        remove_tenant(store.path, "bob")
+    assert helpers.fingerprint(store.path) == before
 
 
 def test_places_by_other_names(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from common import SamplingParams, load_engine
-from jax_engine.backend import JaxBackend, JaxBatch
 from tests.helpers import assert_close, build_round_robin, padded, prompts
 from tests.jax_engine.conftest import SwitchFamily
-from tests.jax_engine.test_steps import backend_of, backend_rows
+from tests.jax_engine.test_steps import backend_of, backend_rows, lowered_decode
 from tests.switch_models import hf_logits, oracle
 
 pytestmark = pytest.mark.skipif(
@@ -49,39 +48,15 @@ def test_equal_to_hugging_face_and_to_one_device(
                 assert (ours.timings.hits, ours.timings.misses) == (theirs.timings.hits, theirs.timings.misses)
 
 
-def compiled_decode(backend: JaxBackend, batch: JaxBatch) -> str:
-    """The optimised HLO of a decode step."""
-    steps, tenant = batch._steps, batch._tenant
-    size = batch._size
-    text: str = (
-        steps._decode.lower(
-            batch._cache,
-            backend.pool.leaves,
-            tenant.leaves,
-            tenant.slot_of,
-            tenant.vocab_size,
-            backend.by_row(np.zeros((size, 1), np.int32)),
-            backend.by_row(np.ones((size, 1), bool)),
-            np.int32(1),
-            batch._encoded,
-            batch._encoder_live,
-        )
-        .compile()
-        .as_text()
-    )
-    return text
-
-
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 4), (4, 2)], ids=str)
 def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int]) -> None:
     """Each device holds its share of the slots, and the compiled step moves no array of an expert's size."""
     with load_engine(build_round_robin(tmp_path / "store", switch_family.paths), mesh=mesh) as engine:
         backend = backend_of(engine)
-        for leaf in backend.pool.leaves:
+        for leaf in backend.loaded.pool.leaves:
             assert leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] // mesh[1]
-        batch = JaxBatch(backend, backend_rows(engine, [[5, 6, 7]] * 4))
-        batch.prefill(want_logits=False)
-        text = compiled_decode(backend, batch)
+        lowered, _ = lowered_decode(backend, backend_rows(engine, [[5, 6, 7]] * 4))
+        text = lowered.compile().as_text()
         spec = engine.store.experts
         weights = spec.hidden_size * spec.intermediate_size
         moved = re.findall(r"= \S*?f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute|all-reduce)\(", text)

@@ -17,13 +17,12 @@ import torch
 from common import Engine, EngineError, SamplingParams, Store, load_engine
 from common.residuals import LOW_RANK, SIGN, Part, Residual, matrices, row_bytes
 from jax_engine import residuals as module
-from jax_engine.backend import JaxBatch
 from jax_engine.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
 from jax_engine.residuals import FIELDS, KINDS, LayerResiduals, part_on_device
 from tests.helpers import assert_close, build_round_robin, padded, prompts, random_record
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.jax_engine.test_oracle import EVERY_WAY, check, load
-from tests.jax_engine.test_steps import backend_of, backend_rows
+from tests.jax_engine.test_steps import backend_of, backend_rows, lowered_decode
 from tests.switch_models import (
     Model,
     hf_greedy,
@@ -184,6 +183,44 @@ def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, s
     assert_close(np.asarray(found), expected, 1e-4)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", ["native", "loop"])
+@pytest.mark.parametrize("tokens", [3, 16, 500])
+def test_tokens_of_several_tenants_go_through_a_layer_together(way: str, tokens: int, gated: bool) -> None:
+    """Each gets what a call for its own tenant gives it: the same bits from our own kernels."""
+    names = ("wi_0", "wi_1") if gated else ("wi",)
+    shapes = {**dict.fromkeys(names, (70, 45)), "wo": (45, 70)}
+    slots, tenants = 3, 4  # the last tenant has no residuals, and pads the table
+    forms = [[Part(names[0], SIGN, 1, 5)], [Part("wo", LOW_RANK, 4, 20), Part(names[-1], SIGN, 1, 1)], []]
+    specs = [forms[(t + s) % 3] if t < 3 else [] for t in range(tenants) for s in range(slots)]
+    joint, _ = layer_of(specs, shapes, blocked=way == "native")
+    rng = np.random.default_rng(tokens)
+    copies = [[rng.standard_normal(s).astype(np.float32) * s[1] ** -0.5 for s in shapes.values()] for _ in range(slots)]
+    x = rng.standard_normal((tokens, 45)).astype(np.float32)
+    of_tenant, of_slot = rng.integers(0, tenants, tokens), rng.integers(0, slots, tokens)
+    none = rng.random(tokens) < 0.1
+    dispatch: Any = LoopDispatch()
+    held: Any = [tuple(jnp.asarray(w) for w in copy) for copy in copies]
+    if way == "native":
+        from jax_engine import native
+
+        kernels = native.load()
+        if kernels is None:
+            pytest.skip("our own CPU kernels need AVX-512 and a C++ compiler")
+        dispatch, held = NativeDispatch(kernels), [tuple(native.pack(w) for w in copy) for copy in held]
+    run = jax.jit(lambda x, numbers, r: dispatch(x, numbers, held, FeedForward("relu", gated, 70), r))
+    numbers = np.where(none, -1, of_tenant * slots + of_slot).astype(np.int32)
+    found = np.asarray(run(x, numbers, joint))
+    for tenant in range(tenants):
+        own = replace(joint, table=joint.table[tenant * slots : (tenant + 1) * slots])
+        expected = np.asarray(run(x, np.where(none, -1, of_slot).astype(np.int32), own))
+        mine = of_tenant == tenant
+        if way == "native":
+            assert np.array_equal(found[mine], expected[mine])
+        else:
+            assert_close(found, np.where(mine[:, None], expected, found), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [(0, 9), (1, 3), (2, 0), (2, 10**6), (2, 2**31 - 1), (3, -1), (3, 10**8)], ids=str
 )
@@ -259,7 +296,7 @@ def test_merged_copies_alone(small_family: SwitchFamily, tmp_path: Path) -> None
     with load_engine(store) as engine:
         for i, model in enumerate(served(small_family, store)):
             check(engine, engine.tenants[i], model, seed=i)
-        assert backend_of(engine).ready.acquire("ana")[0].residuals == ()
+        assert backend_of(engine).loaded.ready.acquire(["ana"])[0]["ana"].residuals == ()
 
 
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
@@ -312,7 +349,7 @@ def test_a_switch_compiles_and_copies_nothing(small_family: SwitchFamily, tmp_pa
         backend, row = backend_of(engine), prompts(0, [9])[0]
 
         def places() -> set[int]:
-            held = [backend.ready.acquire(n)[0].residuals for n in engine.tenants]
+            held = [tenant.residuals for tenant in backend.loaded.ready.acquire(engine.tenants)[0].values()]
             return {layer.words.unsafe_buffer_pointer() for tenant in held for layer in tenant if layer is not None}
 
         engine.generate("base", row, FREE)
@@ -345,28 +382,12 @@ def test_bytes_are_counted_and_freed(small_family: SwitchFamily, tmp_path: Path,
             shapes = dict(store.experts.projections)
             signs = [shapes[p.projection] for r in store.plan.residuals for p in r.parts if p.kind == SIGN]
             assert more == sum((-(-outputs // 64) * 64 - outputs) * inputs // 8 for outputs, inputs in signs)
-    assert backend.residuals.device_bytes == 0
+    assert backend.loaded.residuals.device_bytes == 0
 
 
 def lowered(engine: Engine) -> Any:
     """A decode step of the first tenant."""
-    backend = backend_of(engine)
-    batch = JaxBatch(backend, backend_rows(engine, [[5, 6, 7]]))
-    batch.prefill(want_logits=False)
-    tenant = batch._tenant
-    return batch._steps._decode.lower(
-        batch._cache,
-        backend.pool.leaves,
-        tenant.leaves,
-        tenant.slot_of,
-        tenant.vocab_size,
-        np.zeros((1, 1), np.int32),
-        np.ones((1, 1), bool),
-        np.int32(1),
-        batch._encoded,
-        batch._encoder_live,
-        tenant.residuals,
-    )
+    return lowered_decode(backend_of(engine), backend_rows(engine, [[5, 6, 7]]))[0]
 
 
 @pytest.mark.parametrize("products", ["plain", "auto"])

@@ -8,17 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from common import Engine, SamplingParams, StoreError, load_engine
-from common.engine import Row
-from jax_engine.backend import JaxBackend, JaxBatch
-from jax_engine.steps import cache_bucket, power_of_two, prompt_bucket
+from common.backend import Row
+from jax_engine.backend import JaxBackend
+from jax_engine.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
 from tests import helpers, switch_models
 from tests.helpers import build_round_robin, prompts
 from tests.jax_engine.conftest import SwitchFamily
@@ -33,7 +33,27 @@ def backend_of(engine: Engine) -> JaxBackend:
 
 
 def pointers(backend: JaxBackend) -> list[int]:
-    return [leaf.unsafe_buffer_pointer() for leaf in backend.pool.leaves]
+    return [leaf.unsafe_buffer_pointer() for leaf in backend.loaded.pool.leaves]
+
+
+def lowered_decode(backend: JaxBackend, rows: Sequence[Row]) -> Any:
+    """A decode step of sequences of one tenant that have been read, ready to compile; and its cache."""
+    batch = backend.start(rows)
+    batch.prefill(want_logits=False)
+    (name,) = {row.tenant for row in rows}
+    tenant = backend.loaded.ready.acquire([name])[0][name]
+    lane = backend.sequences._lanes[name]
+    table = lane.rows(dict.fromkeys(lane.numbers[lane.numbers >= 0].tolist(), 5))
+    return backend.loaded.steps(tenant)._decode.lower(
+        lane.cache,
+        backend.loaded.pool.leaves,
+        tenant.leaves,
+        tenant.slot_of,
+        tenant.vocab_size,
+        backend._devices.rows_given(table),
+        lane.encoded,
+        tenant.residuals,
+    ), lane.cache
 
 
 @pytest.mark.parametrize("products", ["plain", "auto"])
@@ -63,26 +83,10 @@ def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path
     path = helpers.save(switch_models.random_switch(0, **sizes), tmp_path / "large")
     store = build_round_robin(tmp_path / "store", {"base": path})
     with load_engine(store, products=products) as engine:
-        backend = backend_of(engine)
-        batch = JaxBatch(backend, backend_rows(engine, [[5, 6, 7]]))
-        batch.prefill(want_logits=False)
-        steps, tenant = batch._steps, batch._tenant
-        ids, live = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
-        lowered = steps._decode.lower(
-            batch._cache,
-            backend.pool.leaves,
-            tenant.leaves,
-            tenant.slot_of,
-            tenant.vocab_size,
-            ids,
-            live,
-            np.int32(1),
-            batch._encoded,
-            batch._encoder_live,
-        )
+        lowered, cache = lowered_decode(backend_of(engine), backend_rows(engine, [[5, 6, 7]]))
         memory = lowered.compile().memory_analysis()
         assert memory.temp_size_in_bytes < store.copy_bytes < store.plan.num_slots * store.copy_bytes / 4
-        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(batch._cache))  # donated
+        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))  # donated
 
 
 def backend_rows(engine: Engine, rows: list[list[int]]) -> Any:
@@ -95,11 +99,12 @@ def test_shapes_are_rounded_up_so_that_compilations_are_few(switch_family: Switc
             engine.generate("base", prompts(0, [length])[0], SamplingParams(max_new_tokens=30, ignore_eos=True))
         assert engine.stats()["compilations"] == 2  # the encoder at 16, the decoder at 16 and a cache of 32
         engine.generate("base", prompts(0, [17])[0], SamplingParams(max_new_tokens=40, ignore_eos=True))
-        assert engine.stats()["compilations"] == 5  # the encoder at 32, the decoder at 32 with caches of 32 and 64
+        # The encoder at 32, the decoder at 32 with caches of 32 and 64, and a move from the one to the other.
+        assert engine.stats()["compilations"] == 6
         rows = [("base", r) for r in prompts(0, [4, 5, 6])]
         engine.generate_batch(rows, SamplingParams(max_new_tokens=4, ignore_eos=True))
         engine.generate_batch([*rows, rows[0]], SamplingParams(max_new_tokens=4, ignore_eos=True))
-        assert engine.stats()["compilations"] == 7  # both for four rows
+        assert engine.stats()["compilations"] == 8  # encoder and decoder for four rows
 
 
 def test_buckets() -> None:
@@ -108,7 +113,8 @@ def test_buckets() -> None:
     ]  # fmt: skip
     assert [cache_bucket(n) for n in (1, 32, 33, 65)] == [32, 32, 64, 128]
     assert [power_of_two(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
-    for bucket in (prompt_bucket, cache_bucket, power_of_two):
+    assert [joint_bucket(n) for n in (1, 8, 9, 17)] == [8, 8, 16, 32]
+    for bucket in (prompt_bucket, cache_bucket, joint_bucket, power_of_two):
         sizes = [bucket(n) for n in range(1, 4097)]
         assert all(size >= n for n, size in enumerate(sizes, 1)) and len(set(sizes)) <= 2 * 12
         assert all(a <= b for a, b in itertools.pairwise(sizes))

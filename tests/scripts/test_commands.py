@@ -85,7 +85,15 @@ def test_generate_prints_ids_or_json(store: Path, capsys: pytest.CaptureFixture[
     code, out, _ = run(capsys, *arguments, "--json")
     value = json.loads(out)
     assert value["token_ids"] == list(expected.token_ids) and value["finish_reason"] == "length"
-    assert set(value["timings"]) == {"reconfiguration", "ttft", "total", "hits", "misses"}
+    assert set(value["timings"]) == {
+        "reconfiguration",
+        "ttft",
+        "total",
+        "hits",
+        "misses",
+        "queued",
+        "preemptions",
+    }
     code, out, _ = run(capsys, *arguments, "--temperature", 3, "--seed", 1, "--dtype", "bfloat16")
     assert code == 0 and len(out.split()) == 6
 

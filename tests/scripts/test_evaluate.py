@@ -295,7 +295,8 @@ def test_no_scores_can_be_drawn(tmp_path: Path, store: Store) -> None:
     [
         ("{", "line 2: not JSON"),
         ('{"question": "1"}', "line 2: expected"),
-        ('{"prompt": "1", "text": "2"}', "line 2: expected"),
+        ('{"prompt": "1", "text": "2"}', "line 2: has both prompt and text; keep"),
+        ('{"answer": "1", "text": "2"}', "line 2: has both text and answer; write"),
         ('{"prompt": ""}', "line 2: prompt is ''"),
         ('{"prompt": "1", "answer": 3}', "line 2: answer is '3'"),
         ('{"text": [1, "a"]}', "line 2: text is"),
@@ -309,6 +310,13 @@ def test_bad_task_files(line: str, what: str, tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(TaskError, match="no line in it"):
         Task.read(file)
+
+
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    file = tmp_path / "task.jsonl"
+    file.write_text('{"text": "four\u2028lines\x85of\u2029one"}\r\n\n{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    found = Task.read(file)
+    assert found.texts == ("four\u2028lines\x85of\u2029one",) and found.questions == (Question("a\u2028b"),)
 
 
 def test_bad_arguments(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:

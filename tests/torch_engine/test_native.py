@@ -131,13 +131,21 @@ def test_rms_norm_equals_the_plain_one(dtype: torch.dtype) -> None:
 def test_decode_attention(dtype: torch.dtype, window: int | None, groups: int, per_group: int, size: int) -> None:
     found = kernels(dtype)
     lengths = np.array([1, 9, 30], dtype=np.int64)
-    keys, values = noise(0, 3, groups, 40, size).to(dtype), noise(1, 3, groups, 40, size).to(dtype)
+    block, width = 4, groups * size + 3  # an arena that is wider than this tenant's keys
+    keys, values = noise(0, 100, width).to(dtype), noise(1, 100, width).to(dtype)
+    numbers = np.random.default_rng(0).permutation(25)  # blocks in any order
+    tables = [numbers[:1].copy(), numbers[1:4].copy(), numbers[4:12].copy()]
     fused = noise(2, 3, groups * per_group + 2, size).to(dtype)
     q = fused[:, : groups * per_group]  # rows of q lie apart, as they do beside rotated keys
-    out = native.decode_attention(found, q, keys, values, lengths, window)
+    out = native.decode_attention(found, q, keys, values, groups, tables, block, lengths, window)
     for row, length in enumerate(lengths):
         first = 0 if window is None else max(0, length - window)
-        k, v = (t[row, :, first:length].double().repeat_interleave(per_group, 0) for t in (keys, values))
+        positions = np.arange(first, length)
+        places = torch.from_numpy(tables[row][positions // block] * block + positions % block)
+        k, v = (
+            t[places, : groups * size].view(-1, groups, size).transpose(0, 1).double().repeat_interleave(per_group, 0)
+            for t in (keys, values)
+        )
         exact = F.scaled_dot_product_attention(q[row].double()[:, None], k, v)[:, 0].reshape(-1)
         close(out[row], exact, dtype)
 

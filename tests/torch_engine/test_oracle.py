@@ -15,7 +15,7 @@ import torch
 from common import EngineError, SamplingParams, load_engine
 from tests import helpers
 from tests.conftest import Family
-from tests.helpers import assert_close, hf_greedy, hf_logits
+from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits
 from torch_engine.non_expert import TenantsByCopy
 from torch_engine.pool import grouped_mm_fits
 
@@ -70,7 +70,9 @@ def compare(engine: Any, name: str, model: Any, seed: int = 0) -> None:
         ids, mask = helpers.padded(rows, side)
         found = engine.logits(name, ids, attention_mask=mask)
         for i, row in enumerate(rows):
-            assert_close(found[i][mask[i] == 1], expected[i], what=f"{name}, {side} padding, {len(row)} tokens")
+            # The fixtures' bound is absolute; these random models' logits may be many times as large.
+            tolerance = max(TOLERANCE, 1e-5 * float(np.abs(expected[i]).max()))
+            assert_close(found[i][mask[i] == 1], expected[i], tolerance, f"{name}, {side} padding, {len(row)} tokens")
             assert not found[i][mask[i] == 0].any()
     answers = engine.generate_batch([(name, row) for row in rows], NEW)
     for row, answer in zip(rows, answers, strict=True):

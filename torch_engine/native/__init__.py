@@ -121,8 +121,8 @@ def load(dtype: torch.dtype) -> Kernels | None:
     residual.argtypes = [pointer, size, pointer, size, pointer, size, pointer, ctypes.c_int]
     rms_norm.argtypes = [pointer, size, size, pointer, ctypes.c_float, pointer]
     attention.argtypes = [
-        pointer, size, pointer, pointer, *[size] * 6, pointer, size, size, ctypes.c_float, pointer, pointer,
-        ctypes.c_int
+        pointer, size, pointer, pointer, size, pointer, *[size] * 5, pointer, size, size, ctypes.c_float, pointer,
+        pointer, ctypes.c_int
     ]  # fmt: skip
     for function in (linear, experts, residual, rms_norm, attention):
         function.restype = None
@@ -318,16 +318,25 @@ def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def decode_attention(
-    kernels: Kernels, q: Tensor, keys: Tensor, values: Tensor, lengths: np.ndarray, window: int | None
+    kernels: Kernels,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    groups: int,
+    tables: list[np.ndarray],
+    block: int,
+    lengths: np.ndarray,
+    window: int | None,
 ) -> Tensor:
     """Attention of one new token a row, itself in the cache already: [B, N, D] -> [B, N * D].
 
-    keys, values: the whole cache [B, G, capacity, D], its last two axes contiguous. lengths: int64 [B].
+    keys, values: a layer's cache [tokens, groups * D or more], the last axis contiguous. tables: for each row int64,
+    the numbers of its blocks of `block` tokens. lengths: int64 [B].
     """
     rows, heads, size = q.shape
-    groups = keys.shape[1]
     longest = int(lengths.max())
     lengths = np.ascontiguousarray(lengths)
+    places = np.array([table.ctypes.data for table in tables], dtype=np.int64)
     scores = torch.empty(rows * heads * longest, dtype=torch.float32)
     out = torch.empty(rows, heads * size, dtype=q.dtype)
     kernels.attention(
@@ -336,7 +345,8 @@ def decode_attention(
         keys.data_ptr(),
         values.data_ptr(),
         keys.stride(0),
-        keys.stride(1),
+        places.ctypes.data,
+        block,
         rows,
         groups,
         heads // groups,

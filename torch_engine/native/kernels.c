@@ -350,38 +350,43 @@ DEFINE(f32, float, block_f32, SAME)
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
-    /* One query token a row against its cache. q, out: [B][G * group][D], rows of q `q_stride` apart; keys, values:   \
-     * row b and head g at b * row_stride + g * head_stride, then [position][D]; a row sees positions                  \
-     * lengths[b] - window .. lengths[b] - 1. scores: scratch [B * G][group][longest]. */                              \
+    /* One query token a row against its cache. q, out: [B][G * group][D], rows of q `q_stride` apart. Row b's position \
+     * j lies at tables[b][j / block] * block + j % block, in tokens `token_stride` apart, head g at g * D of it. A row \
+     * sees positions lengths[b] - window .. lengths[b] - 1. scores: scratch [B * G][group][longest]. */               \
     void moetel_attention_##SUFFIX(const TYPE *q, long q_stride, const TYPE *keys, const TYPE *values,                 \
-                                   long row_stride, long head_stride, long B, long G, long group, long D,              \
-                                   const long *lengths, long longest, long window, float scale, float *scores,         \
-                                   TYPE *out, int threads) {                                                           \
+                                   long token_stride, const long *const *tables, long block, long B, long G,           \
+                                   long group, long D, const long *lengths, long longest, long window, float scale,    \
+                                   float *scores, TYPE *out, int threads) {                                            \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (B * G * longest * D > 65536)")             \
         for (long task = 0; task < B * G; task++) {                                                                    \
-            const long b = task / G, g = task % G;                                                                     \
-            const long first = lengths[b] > window ? lengths[b] - window : 0, count = lengths[b] - first;              \
-            const TYPE *k = keys + b * row_stride + g * head_stride + first * D;                                       \
-            const TYPE *v = values + b * row_stride + g * head_stride + first * D;                                     \
-            float query[D], sum[D];                                                                                    \
+            const long b = task / G, g = task % G, length = lengths[b];                                                \
+            const long first = length > window ? length - window : 0;                                                  \
+            float query[group][D], sum[group][D], largest[group], total[group];                                        \
             for (long h = 0; h < group; h++) {                                                                         \
-                float *score = scores + (task * group + h) * longest, largest = -INFINITY, total = 0.0f;               \
                 const TYPE *from = q + b * q_stride + (g * group + h) * D;                                             \
-                for (long d = 0; d < D; d++) query[d] = LOAD(from[d]) * scale;                                         \
-                for (long j = 0; j < count; j++) {                                                                     \
+                for (long d = 0; d < D; d++) query[h][d] = LOAD(from[d]) * scale, sum[h][d] = 0.0f;                    \
+                largest[h] = -INFINITY, total[h] = 0.0f;                                                               \
+            }                                                                                                          \
+            for (long j = first; j < length; j++) {                                                                    \
+                const TYPE *k = keys + (tables[b][j / block] * block + j % block) * token_stride + g * D;              \
+                for (long h = 0; h < group; h++) {                                                                     \
                     float dot = 0.0f;                                                                                  \
-                    _Pragma("omp simd reduction(+ : dot)") for (long d = 0; d < D; d++) dot += query[d] * LOAD(k[j * D + d]); \
-                    score[j] = dot;                                                                                    \
-                    if (dot > largest) largest = dot;                                                                  \
+                    _Pragma("omp simd reduction(+ : dot)") for (long d = 0; d < D; d++) dot += query[h][d] * LOAD(k[d]); \
+                    scores[(task * group + h) * longest + j - first] = dot;                                            \
+                    if (dot > largest[h]) largest[h] = dot;                                                            \
                 }                                                                                                      \
-                for (long d = 0; d < D; d++) sum[d] = 0.0f;                                                            \
-                for (long j = 0; j < count; j++) {                                                                     \
-                    const float p = expf(score[j] - largest);                                                          \
-                    total += p;                                                                                        \
-                    _Pragma("omp simd") for (long d = 0; d < D; d++) sum[d] += p * LOAD(v[j * D + d]);                 \
+            }                                                                                                          \
+            for (long j = first; j < length; j++) {                                                                    \
+                const TYPE *v = values + (tables[b][j / block] * block + j % block) * token_stride + g * D;            \
+                for (long h = 0; h < group; h++) {                                                                     \
+                    const float p = expf(scores[(task * group + h) * longest + j - first] - largest[h]);               \
+                    total[h] += p;                                                                                     \
+                    _Pragma("omp simd") for (long d = 0; d < D; d++) sum[h][d] += p * LOAD(v[d]);                      \
                 }                                                                                                      \
+            }                                                                                                          \
+            for (long h = 0; h < group; h++) {                                                                         \
                 TYPE *to = out + (b * G * group + g * group + h) * D;                                                  \
-                for (long d = 0; d < D; d++) to[d] = STORE(sum[d] / total);                                            \
+                for (long d = 0; d < D; d++) to[d] = STORE(sum[h][d] / total[h]);                                      \
             }                                                                                                          \
         }                                                                                                              \
     }

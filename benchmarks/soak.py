@@ -1,0 +1,311 @@
+"""A server under everything that clients do, for as many requests as two hours of ordinary traffic bring.
+
+    python -m benchmarks.soak STORE --requests 20000 --extra-tenant it=CHECKPOINT --markdown FILE
+
+Starts `moetel serve` as a process of its own and sends it, many at once: greedy answers, compared with the first
+of their kind, sampled ones, streams that are read to their end or left in the middle, requests whose deadline passes,
+invalid JSON, bodies that are too long, unknown tenants; meanwhile a tenant is loaded and unloaded again and again. Its
+memory is looked at all along. At the end it gets SIGTERM under load: what it had begun must arrive whole.
+
+Nothing may be lost: each request has one right kind of answer, and every other is a failure of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Report, add_output, machine, write_output
+from common.store import Store
+
+BODY_LIMIT = 20_000
+PROMPTS = 40  # different ones of each tenant
+TOKENS = 12
+
+# How often each kind of request is sent.
+KINDS = {
+    "greedy": 50,
+    "stream": 15,
+    "sampled": 10,
+    "left in the middle": 10,
+    "deadline": 3,
+    "invalid JSON": 5,
+    "wrong field": 3,
+    "too long": 2,
+    "unknown tenant": 2,
+}
+
+
+@dataclass
+class Soak:
+    """What was seen. wrong: requests that got another answer than they should."""
+
+    port: int
+    tenants: list[str]
+    rng: random.Random
+    expected: dict[tuple[str, int], str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    async def send(self, path: str, body: bytes, read_bytes: int | None = None) -> tuple[int, bytes]:
+        """POST and read the answer, or only so much of it and go away. Status 0: the connection broke."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        data = b""
+        try:
+            # A server that refuses a long body may close the connection while it is still being sent.
+            with contextlib.suppress(ConnectionError):
+                writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+                await writer.drain()
+            with contextlib.suppress(ConnectionError):
+                while read_bytes is None or len(data) < read_bytes:
+                    part = await reader.read(1 << 16)
+                    if not part:
+                        break
+                    data += part
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+        return (int(data.split(b" ", 2)[1]) if data.startswith(b"HTTP/") else 0), data
+
+    async def one(self) -> None:
+        """One request of a random kind."""
+        kind = self.rng.choices(list(KINDS), list(KINDS.values()))[0]
+        tenant = self.rng.choice(self.tenants)
+        number = self.rng.randrange(PROMPTS)
+        asked: dict[str, Any] = {
+            "model": tenant,
+            "prompt": prompt(number),
+            "max_tokens": TOKENS,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
+        self.counts[kind] += 1
+        if kind == "invalid JSON":
+            await self.refused(kind, 400, self.rng.choice([b"{", b"[]", b"\xff\xfe", b'{"model": }', b"null"]))
+        elif kind == "wrong field":
+            await self.refused(kind, 400, json.dumps({**asked, "temperature": "hot"}).encode())
+        elif kind == "too long":
+            await self.refused(kind, 413, json.dumps({**asked, "prompt": "1 " * BODY_LIMIT}).encode())
+        elif kind == "unknown tenant":
+            await self.refused(kind, 404, json.dumps({**asked, "model": "nobody"}).encode())
+        elif kind == "deadline":
+            status, _ = await self.send(
+                "/v1/completions", json.dumps({**asked, "max_tokens": 200, "deadline_ms": 1}).encode()
+            )
+            self.check(kind, status in (200, 504), f"status {status}")
+        elif kind == "left in the middle":
+            await self.send("/v1/completions", json.dumps({**asked, "max_tokens": 200, "stream": True}).encode(), 400)
+        elif kind == "sampled":
+            status, data = await self.send("/v1/completions", json.dumps({**asked, "temperature": 1.0}).encode())
+            self.check(kind, status == 200 and tokens_of(data) == TOKENS, f"status {status}, {tokens_of(data)} tokens")
+        else:
+            await self.greedy(kind, tenant, number, asked)
+
+    async def greedy(self, kind: str, tenant: str, number: int, asked: dict[str, Any]) -> None:
+        """An answer that must be the same whenever it is asked for and whatever goes on beside it."""
+        # Ended where the tenant ends it: what it would say after that are ties that any rounding decides.
+        asked |= {"stream": kind == "stream", "ignore_eos": False, "max_tokens": 100}
+        status, data = await self.send("/v1/completions", json.dumps(asked).encode())
+        text = streamed_text(data) if kind == "stream" else text_of(data)
+        if status != 200 or text is None:
+            self.check(kind, False, f"status {status}")
+            return
+        first = self.expected.setdefault((tenant, number), text)
+        self.check(kind, text == first, f"{tenant} answers prompt {number} with {text!r}, before with {first!r}")
+
+    async def refused(self, kind: str, status: int, body: bytes) -> None:
+        found, data = await self.send("/v1/completions", body)
+        # What is far too long may be cut off before the refusal is read.
+        right = found == status or (kind == "too long" and found == 0)
+        self.check(kind, right and (found == 0 or b'"error"' in data), f"status {found}")
+
+    def check(self, kind: str, right: bool, what: str) -> None:
+        if not right:
+            self.wrong.append(f"{kind}: {what}")
+
+
+def prompt(number: int) -> str:
+    return str(1000 + 37 * number)
+
+
+def body_of(data: bytes) -> bytes:
+    """The body of an answer, without the marks of chunked encoding."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" not in head.lower():
+        return body
+    found = b""
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        count = int(size or b"0", 16)
+        if not count:
+            break
+        found, body = found + rest[:count], rest[count + 2 :]
+    return found
+
+
+def text_of(data: bytes) -> str | None:
+    try:
+        return str(json.loads(body_of(data))["choices"][0]["text"])
+    except (ValueError, KeyError, IndexError):
+        return None
+
+
+def tokens_of(data: bytes) -> int | None:
+    try:
+        return int(json.loads(body_of(data))["usage"]["completion_tokens"])
+    except (ValueError, KeyError):
+        return None
+
+
+def streamed_text(data: bytes) -> str | None:
+    """The text of a whole stream; None if it does not end as it should."""
+    events = [e.removeprefix(b"data: ") for e in body_of(data).split(b"\n\n") if e]
+    if not events or events[-1] != b"[DONE]":
+        return None
+    return "".join(str(c["text"]) for e in events[:-1] for c in json.loads(e).get("choices", []))
+
+
+def resident_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"no VmRSS of process {pid}")
+
+
+async def tenants_come_and_go(soak: Soak, name: str, checkpoint: str, stop: asyncio.Event) -> int:
+    """Load and unload a tenant until `stop`; how often."""
+    times = 0
+    while not stop.is_set():
+        for path, body in (
+            ("/v1/load_tenant", {"tenant_name": name, "tenant_path": checkpoint}),
+            ("/v1/unload_tenant", {"tenant_name": name}),
+        ):
+            status, data = await soak.send(path, json.dumps(body).encode())
+            soak.check(path, status == 200, f"status {status}: {body_of(data)[:200]!r}")
+            asked = {"model": name, "prompt": "7", "max_tokens": 4, "ignore_eos": True}
+            status, _ = await soak.send("/v1/completions", json.dumps(asked).encode())
+            soak.check(path, status == (200 if path == "/v1/load_tenant" else 404), f"then its request gets {status}")
+        times += 1
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 5)
+    return times
+
+
+async def run(args: argparse.Namespace, soak: Soak, pid: int, report: Report) -> None:
+    start = time.perf_counter()
+    left = args.requests
+    memory: list[float] = []
+
+    async def client() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            await soak.one()
+
+    async def watch(stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            memory.append(resident_mib(pid))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), max(0.2, args.requests / 50_000))
+
+    stop = asyncio.Event()
+    watching = asyncio.create_task(watch(stop))
+    changing = None
+    if args.extra_tenant:
+        name, _, checkpoint = args.extra_tenant.partition("=")
+        changing = asyncio.create_task(tenants_come_and_go(soak, name, checkpoint, stop))
+    await asyncio.gather(*(client() for _ in range(args.concurrency)))
+    stop.set()
+    await watching
+    changes = await changing if changing else 0
+    took = time.perf_counter() - start
+    for kind in KINDS:
+        report.add(what=kind, number=soak.counts[kind])
+    report.add(what="tenant loaded and unloaded", number=changes)
+    report.add(what="wrong answers", number=len(soak.wrong))
+    fifth = max(1, len(memory) // 5)
+    early, late = (sorted(part)[len(part) // 2] for part in (memory[fifth : 2 * fifth], memory[-fifth:]))
+    report.add(what="seconds", number=f"{took:.0f}")
+    report.add(what="requests a second", number=f"{args.requests / took:.0f}")
+    report.add(what="server's memory, second fifth of the time, median, MiB", number=f"{early:.1f}")
+    report.add(what="server's memory, last fifth, median, MiB", number=f"{late:.1f}")
+    report.add(
+        what="growth a thousand requests, KiB", number=f"{(late - early) * 1024 / (0.7 * args.requests / 1e3):.1f}"
+    )
+
+
+async def sigterm_under_load(soak: Soak, process: subprocess.Popen[str], report: Report) -> None:
+    """Whoever's answer had begun gets all of it; the process ends with 0."""
+
+    async def whole() -> bool | None:
+        body = {"model": soak.rng.choice(soak.tenants), "prompt": "12", "max_tokens": 100, "ignore_eos": True}
+        try:
+            status, data = await soak.send("/v1/completions", json.dumps({**body, "stream": True}).encode())
+        except ConnectionError:
+            return None  # came when the door was shut already
+        return None if status in (0, 503) else streamed_text(data) is not None
+
+    asked = [asyncio.create_task(whole()) for _ in range(24)]
+    await asyncio.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    found = await asyncio.gather(*asked)
+    code = await asyncio.to_thread(process.wait, 60)
+    begun = [f for f in found if f is not None]
+    report.add(what="SIGTERM: answers under way, all whole", number=f"{len(begun)}, {all(begun)}")
+    report.add(what="SIGTERM: exit status", number=code)
+    soak.check("SIGTERM", all(begun) and code == 0, f"{begun}, exit status {code}")
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, help="its tenants have tokenizers; --extra-tenant changes it")
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--concurrency", type=int, default=24)
+    parser.add_argument("--extra-tenant", metavar="NAME=CHECKPOINT", help="load and unload it all along")
+    parser.add_argument("--seed", type=int, default=0)
+    add_output(parser)
+    args = parser.parse_args(argv)
+    command = [sys.executable, "-m", "scripts.serve", str(args.store), "--port", "0", "--enable-admin"]
+    command += ["--max-request-bytes", str(BODY_LIMIT), "--log-level", "error", "--dtype", "float32"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    report = Report(f"Soak of moetel serve, {args.requests} requests, {args.concurrency} at once", ("what", "number"))
+    try:
+        line = process.stdout.readline()
+        if "://" not in line:
+            raise SystemExit(f"the server did not start: {line!r}")
+        soak = Soak(int(line.rsplit(":", 1)[1]), list(Store.open(args.store).tenants), random.Random(args.seed))
+
+        async def everything() -> None:
+            await run(args, soak, process.pid, report)
+            await sigterm_under_load(soak, process, report)
+
+        asyncio.run(everything())
+    finally:
+        process.kill()
+        process.wait()
+    report.note(f"{machine()}; `python -m benchmarks.soak {args.store} --requests {args.requests}`")
+    for wrong in soak.wrong[:20]:
+        report.note(f"wrong: {wrong}")
+    write_output(args, [report], "Soak")
+    if soak.wrong:
+        raise SystemExit(f"{len(soak.wrong)} requests got a wrong answer, such as: {soak.wrong[0]}")
+    return report.rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""Which requests advance in the next step, and by how much: continuous batching across tenants.
+
+Every step is chosen anew from all requests that are there:
+
+1. *Tenants.* If the device holds fewer tenants' non-expert weights than have requests, a step is for those in use. A
+   tenant stays in use for a *turn*, long enough that reconfigurations take at most `switch_share` of the time; then
+   the tenant that was served least takes the place of the one that was served most.
+2. *Places.* The `max_num_seqs` places of a step are shared among tenants by weighted max-min fairness: what one does
+   not need goes to the others. A tenant's own requests take its places by priority, then deadline, then arrival. A
+   request that loses its place keeps its caches and goes on later.
+3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of prompts, those of the
+   tenant that was served least first; while others answer, at most `prefill_chunk` of them, so that a long prompt
+   stalls nobody.
+4. *Memory.* A request begins only if the caches have room for it. If those that run outgrow them, the one that should
+   go last gives its caches up and is computed again later.
+
+What a tenant was served is counted as in "Fairness in Serving Large Language Models" (arXiv 2401.00588): tokens, an
+answer's counting more than a prompt's, over the tenant's weight; a tenant that comes back from idleness starts at the
+least of those at work, so that nobody saves up service.
+
+Nothing here knows an architecture, a framework or a clock: times are given by the caller.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from common.backend import Backend, Part, Step
+from common.errors import EngineError, OverloadedError, UnknownTenantError
+from common.request import Request
+from common.units import is_whole
+
+ANSWER_COST = 4.0
+"""What a token of an answer counts, a prompt's token counting 1: what providers charge for them, and about what they
+cost a batch of a few rows."""
+
+AHEAD = 32
+"""Tokens that a request must have room to grow by before it begins, so that it is not put off at once."""
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """max_num_seqs: requests that advance in a step. max_num_batched_tokens: tokens of a step.
+    prefill_chunk: tokens of prompts in a step in which others answer; None: the backend's `default_chunk`.
+    max_model_len: bound of prompt and answer together; None: the tenant's context and the room in the caches.
+    max_queue, max_queue_per_tenant: requests that may wait for their first step; None: no bound of its own.
+    weights: tenant -> its share beside the others' (1 where none is given).
+    limits: tenant -> most places it takes in a step, however many are free; `default_limit`: of the others.
+    switch_share: most of the time that reconfigurations may take, if the device cannot hold all tenants that have
+        requests.
+    """
+
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    prefill_chunk: int | None = None
+    max_model_len: int | None = None
+    max_queue: int = 1024
+    max_queue_per_tenant: int | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
+    default_limit: int | None = None
+    switch_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raises EngineError for a value out of range."""
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "prefill_chunk",
+            "max_model_len",
+            "max_queue",
+            "max_queue_per_tenant",
+            "default_limit",
+        ):
+            value = getattr(self, name)
+            if value is None and name not in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
+                continue
+            if not is_whole(value) or value < 1:
+                raise EngineError(f"{name} is {value!r}; give a whole number from 1")
+        for tenant, weight in self.weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise EngineError(f"the weight of tenant {tenant!r} is {weight!r}; give a number above 0")
+        for tenant, limit in self.limits.items():
+            if not is_whole(limit) or limit < 1:
+                raise EngineError(f"the limit of tenant {tenant!r} is {limit!r}; give a whole number from 1")
+        if not 0 < self.switch_share <= 1:
+            raise EngineError(f"switch_share is {self.switch_share!r}; give a number above 0, at most 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise EngineError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
+                f"({self.max_num_seqs}); give each sequence of a step at least one token"
+            )
+
+    def check_tenants(self, tenants: Collection[str]) -> None:
+        """Raises UnknownTenantError if a weight or limit names a tenant that is not there."""
+        for name in [*self.weights, *self.limits]:
+            if name not in tenants:
+                raise UnknownTenantError(name, tuple(tenants))
+
+    def weight(self, tenant: str) -> float:
+        return self.weights.get(tenant, 1.0)
+
+    def limit(self, tenant: str) -> int:
+        """Most places of a step that a tenant takes."""
+        return min(self.max_num_seqs, self.limits.get(tenant, self.default_limit or self.max_num_seqs))
+
+
+@dataclass
+class _Tenant:
+    """A tenant's requests and what it was served.
+
+    since: when its turn among the tenants in use began.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    served: float = 0.0
+    since: float = 0.0
+    switch_s: float = 0.0
+
+
+class NoRoomError(EngineError):
+    """A request that needs more cache than there is, though it has all of it."""
+
+    def __init__(self, request: Request):
+        super().__init__(
+            f"a request of tenant {request.tenant!r} with {request.unread} tokens needs more cache than there is; "
+            "give the engine more (kv_cache_bytes), or send a shorter one"
+        )
+        self.request = request
+
+
+class Scheduler:
+    """Holds all unfinished requests, and says what the next step does. Drives `Backend.begin`, `fits` and `end`."""
+
+    def __init__(self, backend: Backend, options: SchedulerOptions):
+        self._backend, self.options = backend, options
+        self._tenants: dict[str, _Tenant] = {}
+        self._in_use: list[str] = []
+        self._numbers = 0
+        self.preemptions = 0
+
+    # Requests come and go.
+
+    def add(self, request: Request, *, bounded: bool = True) -> None:
+        """Take a request. bounded: refuse it if the queue is full. Raises OverloadedError."""
+        if bounded:
+            self._refuse_if_full(request.tenant)
+        self._numbers += 1
+        request.number = self._numbers
+        mine = self._tenants.setdefault(request.tenant, _Tenant())
+        if not mine.requests:
+            others = [t.served for t in self._tenants.values() if t.requests]
+            mine.served = max(mine.served, min(others, default=mine.served))
+        mine.requests.append(request)
+
+    def _refuse_if_full(self, tenant: str) -> None:
+        bound = self.options.max_queue_per_tenant
+        mine = self.waiting(tenant)
+        if bound is not None and mine >= bound:
+            raise OverloadedError(f"{mine} requests of tenant {tenant!r} wait already; try again later", mine)
+        total = sum(self.waiting(t) for t in self._tenants)
+        if total >= self.options.max_queue:
+            raise OverloadedError(f"{total} requests wait already; try again later", total)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, finished or not, and free its caches."""
+        self._give_up(request)
+        mine = self._tenants.get(request.tenant)
+        if mine is not None and request in mine.requests:
+            mine.requests.remove(request)
+
+    def forget_tenant(self, tenant: str) -> None:
+        """Drop the account of a tenant without requests."""
+        assert not self.requests(tenant)
+        self._tenants.pop(tenant, None)
+        self._in_use = [t for t in self._in_use if t != tenant]
+
+    def requests(self, tenant: str | None = None) -> list[Request]:
+        """All unfinished requests, or those of a tenant."""
+        names = self._tenants if tenant is None else [tenant]
+        return [r for n in names if n in self._tenants for r in self._tenants[n].requests]
+
+    def waiting(self, tenant: str) -> int:
+        """Requests of which nothing was read yet."""
+        return sum(r.started_at is None for r in self.requests(tenant))
+
+    def expired(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed."""
+        return [r for r in self.requests() if r.deadline <= now]
+
+    @property
+    def has_work(self) -> bool:
+        return any(t.requests for t in self._tenants.values())
+
+    def served(self, tenant: str) -> float:
+        """What a tenant was served, in prompt tokens over its weight."""
+        return self._tenants[tenant].served if tenant in self._tenants else 0.0
+
+    # A step.
+
+    def next(self, now: float, *, alone: bool = False) -> list[tuple[Request, Part]]:
+        """The requests of the next step, and what each does. Empty only if there is no request.
+
+        alone: nobody waits for these answers one by one, so prompts are read in as large pieces as a step takes.
+        Raises NoRoomError.
+        """
+        active = [name for name, tenant in self._tenants.items() if tenant.requests]
+        if not active:
+            return []
+        in_use = self._choose_tenants(active, now)
+        places = self._choose_places(in_use)
+        ranked = [r for name in in_use for r in self._ranked(name, places[name])]
+        answering = [r for r in ranked if r.sequence is not None and r.unread == 0]
+        parts = self._answer(answering)
+        # Those that were put off just now are read again from their beginning, after those that kept their caches.
+        reading = [r for r in ranked if r not in parts]
+        room = self.options.max_num_batched_tokens - len(parts)
+        if parts and not alone:
+            room = min(room, self.options.prefill_chunk or self._backend.default_chunk)
+        self._read(reading, parts, room)
+        if not parts:
+            parts = self._make_progress(ranked, room)
+        for request in parts:
+            if request.started_at is None:
+                request.started_at = now
+        return list(parts.items())
+
+    def done(self, parts: Sequence[tuple[Request, Part]], step: Step, now: float) -> None:
+        """Count what a step served, and how far reading got."""
+        for request, part in parts:
+            # Computing again what was given up is not charged to who gave it up.
+            cost = 0.0 if request.preemptions else float(part.read)
+            request.unread -= part.read
+            if request.unread == 0:
+                cost += ANSWER_COST
+            self._tenants[request.tenant].served += cost / self.options.weight(request.tenant)
+        for name, seconds in step.reconfiguration_s.items():
+            if name in self._tenants:
+                self._tenants[name].switch_s = seconds
+
+    # Tenants.
+
+    def _choose_tenants(self, active: list[str], now: float) -> list[str]:
+        """Those of which the step may hold requests, at most as many as are ready at once."""
+        room = self._backend.max_ready_tenants
+        if len(active) <= room:
+            for name in active:
+                if name not in self._in_use:
+                    self._tenants[name].since = now
+            self._in_use = active
+            return active
+        if self._backend.prefetches and room > 1:
+            room -= 1  # the place into which the next tenant's weights are brought meanwhile
+        by_service = sorted(active, key=lambda n: self._tenants[n].served)
+        kept = [n for n in self._in_use if n in active][:room]
+        entering = [n for n in by_service if n not in kept]
+        while len(kept) < room:
+            self._begin_turn(entering[0], now)
+            kept.append(entering.pop(0))
+        over = [n for n in kept if now - self._tenants[n].since >= self._turn_s(n)]
+        for leaving in sorted(over, key=lambda n: -self._tenants[n].served):
+            if entering and self._tenants[entering[0]].served < self._tenants[leaving].served:
+                self._begin_turn(entering[0], now)
+                kept[kept.index(leaving)] = entering.pop(0)
+        if entering:
+            self._backend.prefetch(entering[:1])
+        self._in_use = kept
+        return kept
+
+    def _begin_turn(self, name: str, now: float) -> None:
+        self._tenants[name].since = now
+
+    def _turn_s(self, name: str) -> float:
+        """How long a tenant stays in use at least: its own reconfiguration is at most `switch_share` of it."""
+        return self._tenants[name].switch_s / self.options.switch_share
+
+    # Places.
+
+    def _ranked(self, tenant: str, places: int) -> list[Request]:
+        """The requests of a tenant that take its places, first ones first."""
+        return heapq.nsmallest(places, self._tenants[tenant].requests, key=lambda r: r.order)
+
+    def _choose_places(self, names: Sequence[str]) -> dict[str, int]:
+        """Weighted max-min fair numbers of places; what is left over goes to those served least."""
+        demand = {n: min(len(self._tenants[n].requests), self.options.limit(n)) for n in names}
+        given = dict.fromkeys(names, 0)
+        left = self.options.max_num_seqs
+        while left:
+            wanting = [n for n in names if given[n] < demand[n]]
+            if not wanting:
+                break
+            total = sum(self.options.weight(n) for n in wanting)
+            share = {n: int(left * self.options.weight(n) / total) for n in wanting}
+            if not any(share.values()):
+                for n in sorted(wanting, key=lambda n: self._tenants[n].served)[:left]:
+                    given[n] += 1
+                break
+            for n in wanting:
+                more = min(share[n], demand[n] - given[n])
+                given[n] += more
+                left -= more
+        return given
+
+    # Tokens and memory.
+
+    def _answer(self, answering: Sequence[Request]) -> dict[Request, Part]:
+        """One token for each, after putting off as many requests as the caches' room demands."""
+        going = list(answering)
+        while going:
+            parts = {r: self._part(r) for r in going}
+            if self._backend.fits(list(parts.values())):
+                return parts
+            victim = self._victim(keep=going[:1])
+            if victim is None:
+                return {}
+            self._put_off(victim)
+            if victim in going:
+                going.remove(victim)
+        return {}
+
+    def _part(self, request: Request, read: int = 0) -> Part:
+        assert request.sequence is not None
+        token_id = -1 if read else request.next_token
+        return Part(request.sequence, read, token_id, request.wants_logits and read in (0, request.unread))
+
+    def _read(self, reading: Sequence[Request], parts: dict[Request, Part], room: int) -> None:
+        """Fill the step's room with pieces of prompts; a request that does not fit holds up its tenant's later ones."""
+        queues: dict[str, list[Request]] = {}
+        for request in reading:
+            queues.setdefault(request.tenant, []).append(request)
+        counts = {name: self._tenants[name].served for name in queues}
+        while queues and room > 0:
+            name = min(queues, key=lambda n: counts[n])
+            request = queues[name].pop(0)
+            if not queues[name]:
+                del queues[name]
+            piece = min(request.unread, room)
+            if self._begin(request, piece, parts, set(reading)):
+                room -= piece
+                counts[name] += piece / self.options.weight(name)
+            else:
+                queues.pop(name, None)
+
+    def _begin(self, request: Request, piece: int, parts: dict[Request, Part], placed: set[Request]) -> bool:
+        """Add a piece of a request's prompt to the step, if the caches have room for it.
+
+        placed: requests that have a place in this step; others that wait with their caches may have to give them up.
+        """
+        begun = request.sequence is None
+        while True:
+            if request.sequence is None:
+                request.sequence = self._backend.begin(request.row())
+            part = self._part(request, piece)
+            # One that begins must find room for all of its prompt and to grow; one that goes on, for this step.
+            needed = self._part(request, request.unread) if begun else part
+            if self._backend.fits([*parts.values(), needed], AHEAD if begun else 0):
+                parts[request] = part
+                return True
+            served = self._tenants[request.tenant].served
+            victim = self._victim(keep=[*parts, *placed])
+            if victim is None or self._tenants[victim.tenant].served <= served:
+                if begun:
+                    self._give_up(request)
+                return False
+            self._put_off(victim)
+
+    def _make_progress(self, ranked: Sequence[Request], room: int) -> dict[Request, Part]:
+        """The step of a device whose caches are full of requests that may not go on: the first of `ranked` goes."""
+        first = min(ranked, key=lambda r: (self._tenants[r.tenant].served, r.order))
+        while True:
+            if first.sequence is None:
+                first.sequence = self._backend.begin(first.row())
+            part = self._part(first, min(first.unread, room)) if first.unread else self._part(first)
+            if self._backend.fits([part]):
+                return {first: part}
+            victim = self._victim(keep=[first])
+            if victim is None:
+                self._give_up(first)
+                raise NoRoomError(first)
+            self._put_off(victim)
+
+    def _victim(self, keep: Iterable[Request]) -> Request | None:
+        """Whose caches to give up: of the tenant that was served most, the request that should go last."""
+        kept = set(keep)
+        having = [r for r in self.requests() if r.sequence is not None and r not in kept]
+        return max(having, key=lambda r: (self._tenants[r.tenant].served, r.order), default=None)
+
+    def _put_off(self, request: Request) -> None:
+        self._give_up(request)
+        request.preemptions += 1
+        self.preemptions += 1
+
+    def _give_up(self, request: Request) -> None:
+        """Free a request's caches; all that it has is to be read again."""
+        if request.sequence is not None:
+            self._backend.end([request.sequence])
+            request.sequence = None
+        request.unread = request.row().unread

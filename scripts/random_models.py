@@ -1,0 +1,152 @@
+"""Stores of random tenants of real shapes, for measurements of speed: no download, minutes to write, kept for later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import Store, StoreError, build_store
+from common.checkpoints import write_hugging_face
+from common.dtypes import BY_NAME
+from common.families import FAMILIES
+from common.progress import Progress, silent
+
+NOISE = 1 << 20
+
+_MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+}
+
+_SWITCH: dict[str, Any] = {
+    "model_type": "switch_transformers",
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 3072,
+    "num_heads": 12,
+    "num_layers": 12,
+    "num_decoder_layers": 12,
+    "num_sparse_encoder_layers": 6,
+    "num_sparse_decoder_layers": 6,
+    "num_experts": 8,
+    "expert_capacity": 64,
+    "dense_act_fn": "relu",
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": True,
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    # A Mixtral of 0.8 B parameters, half the layers of the one that benchmarks/mixtral_cpu.py runs.
+    "mixtral": _MIXTRAL,
+    # google/switch-base-8.
+    "switch": _SWITCH,
+    # For trying the command itself.
+    "tiny-mixtral": _MIXTRAL
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 96,
+        "max_position_embeddings": 512,
+    },
+    "tiny-switch": _SWITCH
+    | {
+        "vocab_size": 96,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 256,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "num_experts": 4,
+    },
+}
+
+
+def write_random(path: Path, config: dict[str, Any], dtype: str, seed: int) -> Path:
+    """Write a random checkpoint; routers spread tokens over experts. Seeds give tenants without anything in common."""
+    family = FAMILIES[config["model_type"]]
+    checked = family.parse_config(config, "a random model")
+    noise = np.random.default_rng(0).standard_normal(NOISE, dtype=np.float32)
+    path.mkdir(parents=True)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        # Each tensor repeats one block of noise from another start: fresh noise for gigabytes would take minutes.
+        for number, (name, shape) in enumerate(family.all_shapes(checked).items()):
+            if len(shape) == 1:
+                yield name, np.ones(shape, BY_NAME[dtype])
+                continue
+            start = (number * 7919 + seed * 104729) % NOISE
+            values = np.resize(np.roll(noise, -start), int(np.prod(shape))) * np.float32(_spread(name, shape, config))
+            yield name, values.astype(BY_NAME[dtype]).reshape(shape)
+
+    write_hugging_face(path, family.hf_config(checked, dtype), tensors())
+    return path
+
+
+def _spread(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
+    """Standard deviation of a tensor's weights."""
+    if any(part in name for part in ("embed_tokens", "shared", "router", "gate.weight")):
+        return 1.0
+    std = 1 / math.sqrt(shape[-1])
+    if ".q." in name:  # T5 does not divide attention scores by the head's size
+        std /= math.sqrt(config["d_kv"])
+    if any(part in name for part in (".o.", ".wo.", "o_proj", ".w2.")):
+        std *= 0.2  # else what all tokens share grows with depth, and routers send them to few experts
+    return std
+
+
+def random_store(work: Path, model: str, num_tenants: int, dtype: str, progress: Progress = silent) -> Store:
+    """A store of random tenants under `work`, one copy a position by the paper's rule; the one that is there if it is.
+
+    Takes the tenants' sizes on disk, and as much again while it is built. Raises StoreError.
+    """
+    config = MODELS[model]
+    version = hashlib.sha256(json.dumps([config, dtype]).encode()).hexdigest()[:8]
+    path = work / f"{model}-{num_tenants}-{version}"
+    if path.exists():
+        try:
+            return Store.open(path)
+        except StoreError as error:
+            raise StoreError(f"{error}; remove {path} to have it made anew") from error
+    scratch = work / f".{path.name}.checkpoints"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    names = [f"tenant{i}" for i in range(num_tenants)]
+    try:
+        with progress("writing random tenants", num_tenants) as advance:
+            for seed, name in enumerate(names):
+                write_random(scratch / name, config, dtype, seed)
+                advance()
+        return build_store(path, {n: scratch / n for n in names}, policy="round_robin", progress=progress)
+    except OSError as error:
+        raise StoreError(f"{work}: cannot be written: {error}; free some space or choose another --work") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""The FastAPI application over an engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from common.errors import MoetelError
+from common.version import __version__
+from scripts.server import completions, operations
+from scripts.server.errors import SERVER, ApiError, from_exception
+from scripts.server.front import Front
+from scripts.server.schema import MENDS
+from scripts.server.service import Service
+from scripts.server.settings import Settings
+
+if TYPE_CHECKING:
+    from common.serving import AsyncEngine
+
+log = logging.getLogger(__name__)
+
+
+def create_app(async_engine: AsyncEngine | None, settings: Settings) -> FastAPI:
+    """The application. Without an engine it says that the store is loaded until `app.state.service.attach` is called.
+
+    It does not own the engine: who made it closes it.
+    """
+    app = FastAPI(
+        title="Moetel",
+        version=__version__,
+        description="Many fine-tuned Mixture-of-Experts models from one set of shared experts, with OpenAI's routes.",
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    service = app.state.service = Service(settings)
+    if async_engine is not None:
+        service.attach(async_engine)
+    app.add_middleware(Front, service=service)
+    for error, handler in (
+        (ApiError, _known),
+        (MoetelError, _known),
+        (RequestValidationError, _invalid),
+        (HTTPException, _http),
+    ):
+        app.add_exception_handler(error, handler)
+    app.include_router(completions.router)
+    app.include_router(operations.router)
+    app.openapi = _without_422(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _known(request: Request, error: Exception) -> Response:
+    found = from_exception(error)
+    if found is None:
+        raise error
+    if found.status >= 500:
+        log.warning("%s %s: %s", request.method, request.url.path, found.message)
+    return found.response()
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such route, another method, a body that is no JSON text."""
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"no route {request.method} {request.url.path}; GET /openapi.json lists them"
+    elif error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}; GET /openapi.json lists the routes"
+    kind = {} if error.status_code < 500 else {"kind": SERVER}
+    return ApiError(error.status_code, message, headers=error.headers, **kind).response()
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A body that is no JSON, or has a field of another type."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON ({first['ctx']['error']} at character {where[-1]})").response()
+    place, path = where[0], where[1:]
+    message = str(first["msg"])
+    if not path:
+        kind = request.headers.get("content-type", "")
+        if place == "body" and not kind.partition(";")[0].strip().lower().endswith("json"):
+            return ApiError(
+                415, f"the body is said to be {kind or 'nothing'}; send the header 'Content-Type: application/json'"
+            ).response()
+        if message.startswith("Value error, "):  # our own, which names its field
+            message = message.removeprefix("Value error, ")
+            return ApiError(400, message, param=message.partition(":")[0]).response()
+        return ApiError(400, "the body is no JSON object; send {...}").response()
+    names = _names(path)
+    mend = MENDS.get(names[-1])
+    if mend is None or first["type"] == "missing":
+        mend = message[:1].lower() + message[1:]
+    param = ".".join(names)
+    return ApiError(400, f"{param}: {mend}", param=param).response()
+
+
+def _names(path: list[str]) -> list[str]:
+    """Fields and indices alone: after a field of several forms Pydantic names the form as well."""
+    for i, part in enumerate(path):
+        if part in MENDS:
+            return path[: i + 1]
+    return [part for part in path if part.isidentifier() or part.isdigit()] or path[:1]
+
+
+def _without_422(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """FastAPI's own status for invalid requests is never sent: OpenAI's is 400."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = made()
+        for operations_ in found["paths"].values():
+            for operation in operations_.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found.get("components", {}).get("schemas", {}).pop(name, None)
+        return found
+
+    return openapi

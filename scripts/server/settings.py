@@ -1,0 +1,40 @@
+"""What `moetel serve` is told, apart from the engine's own options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.server.keys import KeyRing
+
+MIN_REQUEST_BYTES = 2**20
+"""The default bound of a request's body is at least so much."""
+
+REQUEST_BYTES_PER_TOKEN = 32
+"""Room in that bound for each token of the longest context: a prompt's text or its ids, JSON's escapes included."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """keys: who may call, None: everybody.
+    enable_admin: whether tenants can be loaded and unloaded. tenant_roots: directories that they are loaded from;
+        empty: any.
+    rate_limit: requests a minute for each key, or for each tenant without keys; None: no limit.
+    max_request_bytes: longest body; None: by the longest context.
+    max_sequences: most answers that one request asks for, its prompts times `n`.
+    drain_timeout_s: how long running requests may go on after the first signal to stop.
+    """
+
+    keys: KeyRing | None = None
+    enable_admin: bool = False
+    tenant_roots: tuple[Path, ...] = ()
+    rate_limit: int | None = None
+    max_request_bytes: int | None = None
+    max_sequences: int = 1024
+    drain_timeout_s: float = 30.0
+
+    def body_limit(self, context: int) -> int:
+        """Bytes of a request's body, for tenants whose longest context is so many tokens."""
+        if self.max_request_bytes is not None:
+            return self.max_request_bytes
+        return max(MIN_REQUEST_BYTES, REQUEST_BYTES_PER_TOKEN * context)

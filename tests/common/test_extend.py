@@ -1,0 +1,488 @@
+"""Tenants that come and go without a new plan: what others are served stays bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import MixtralForCausalLM
+
+from common import (
+    CheckpointError,
+    MoetelError,
+    PlanError,
+    Store,
+    StoreError,
+    UnknownTenantError,
+    add_tenant,
+    build_store,
+    extend_store,
+    load_engine,
+    remove_tenant,
+)
+from common.calibration import CalibrationSet
+from common.consolidation import MERGED, MISS
+from common.policies import DEFAULT_EXTRA
+from common.store import replan, set_plan
+from common.store.beside import BESIDE
+from common.store.lock import exclusive
+from scripts import cli
+from tests import helpers, switch_models
+from tests.conftest import Family
+
+Experts = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time here would be fsync's; test_crash.py is about what it is for."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture(scope="module")
+def newcomer(family: Family, tmp_path_factory: pytest.TempPathFactory) -> tuple[MixtralForCausalLM, Path]:
+    """A fourth tenant of the family, nearest to ana."""
+    model = helpers.tuned(family.models[1], 7, 0.02)
+    return model, helpers.save(model, tmp_path_factory.mktemp("newcomer") / "cy")
+
+
+# Plans of every kind: how to build each.
+PLANS: dict[str, dict[str, Any]] = {
+    "paper": {"policy": "round_robin"},
+    "misses": {"policy": "round_robin", "slots": 5},
+    "nothing shared": {"slots": "all"},
+    "several copies": {"policy": "medoid", "extra": 1.0},
+    "merged": {"policy": "merge", "extra": 0.5},
+    "residuals": {"policy": "residual"},
+    "signs in bfloat16": {"policy": "sign", "extra": 0.15, "dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(params=PLANS)
+def store(request: pytest.FixtureRequest, family: Family, tmp_path: Path) -> Store:
+    return build_store(tmp_path / "store", family.paths, **PLANS[request.param])
+
+
+def served(store: Store, name: str) -> list[Experts]:
+    """What answers for a tenant, position by position."""
+    spec = store.experts
+    return [store.served_expert(name, i, e) for i in range(spec.num_layers) for e in range(spec.num_experts)]
+
+
+def own(store: Store, name: str) -> list[Experts]:
+    spec = store.experts
+    return [store.own_expert(name, i, e) for i in range(spec.num_layers) for e in range(spec.num_experts)]
+
+
+def equal(a: list[Experts], b: list[Experts]) -> bool:
+    return all(x.keys() == y.keys() and all(np.array_equal(x[p], y[p]) for p in x) for x, y in zip(a, b, strict=True))
+
+
+def squared(a: list[Experts], b: list[Experts]) -> float:
+    return float(sum(((x[p].astype(np.float64) - y[p]) ** 2).sum() for x, y in zip(a, b, strict=True) for p in x))
+
+
+def check(store: Store) -> None:
+    """What must hold of every store: sound, and no file without a use or use without a file."""
+    manifest = store.manifest
+    assert store.verify() == []
+    assert store.objects.unreferenced(set(manifest.objects)) == []
+    used = {i for t in manifest.tenants for i in t.tensors.values()} | set(manifest.residuals)
+    used |= {i for ids in manifest.merged.values() for i in ids.values()}
+    used |= {i for c in manifest.calibration.values() for i in c["objects"].values()}
+    used |= {manifest.similarity["object"]} - {None}
+    assert set(manifest.objects) == used
+    folders = {p.name for p in (store.path / "assets").iterdir()}
+    assert folders == {t.assets_folder for t in manifest.tenants}
+
+
+def nearest(store: Store, name: str, layer: int, expert: int) -> int:
+    """By going through all resident copies of the position."""
+    mine = store.own_expert(name, layer, expert)
+    found = []
+    for slot, at in enumerate(store.plan.copies):
+        if (at.layer, at.expert) == (layer, expert):
+            weights = {p: ref.read() for p, ref in store.slot_refs(slot).items()}
+            found.append((squared([mine], [{p: w.astype(np.float32) for p, w in weights.items()}]), slot))
+    return min(found)[1] if found else MISS
+
+
+def test_a_tenant_joins_beside_any_plan(store: Store, newcomer: tuple[Any, Path]) -> None:
+    before = {name: served(store, name) for name in store.tenants}
+    contents = [store.slot_content(i) for i in range(store.plan.num_slots)]
+    grown = extend_store(store.path, "cy", newcomer[1])
+    check(grown)
+    assert grown.tenants == (*store.tenants, "cy") and grown.plan.tenants == grown.tenants
+    for name, weights in before.items():
+        assert equal(served(grown, name), weights)
+    assert [grown.slot_content(i) for i in range(grown.plan.num_slots)] == contents
+    assert np.array_equal(grown.plan.serving[:-1], store.plan.serving)
+    assert [replace(c, mix=c.mix[:-1]) for c in grown.plan.copies] == list(store.plan.copies)
+    kept = len(store.plan.residuals)
+    assert grown.plan.residuals[:kept] == store.plan.residuals
+    assert grown.manifest.residuals[:kept] == store.manifest.residuals
+    assert {r.tenant for r in grown.plan.residuals[kept:]} <= {3}
+    for layer, expert in np.ndindex(*grown.plan.serving.shape[1:]):
+        assert grown.plan.serving[3, layer, expert] == nearest(grown, "cy", layer, expert)
+    # As wide as for a planned tenant, so far as the policy knows what to do with bytes.
+    one_model = store.experts.num_positions * store.copy_bytes
+    asked = store.manifest.provenance["settings"]
+    share = 0.0
+    if asked["policy"] != "round_robin" and asked["slots"] is None:
+        share = DEFAULT_EXTRA if asked["extra"] is None else asked["extra"] / 3
+    took = grown.residual_bytes - store.residual_bytes
+    assert 0.8 * share * one_model <= took <= share * one_model
+    assert grown.manifest.provenance[BESIDE] == {"added": ["cy"], "removed": []}
+
+
+def test_distances_and_the_next_plan_are_those_of_a_fresh_build(
+    family: Family, newcomer: tuple[Any, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    for options in (PLANS["paper"], PLANS["misses"], PLANS["residuals"]):
+        fresh = build_store(tmp_path / "fresh", family.paths | {"cy": newcomer[1]}, **options)
+        build_store(path, family.paths, **options)
+        grown = extend_store(path, "cy", newcomer[1])
+        assert np.array_equal(grown.distances.matrix, fresh.distances.matrix)
+        assert grown.manifest.similarity == fresh.manifest.similarity
+        again = replan(path)
+        assert again.plan == fresh.plan and set(again.manifest.objects) == set(fresh.manifest.objects)
+        assert again.manifest.prediction == fresh.manifest.prediction
+        assert BESIDE not in again.manifest.provenance
+        check(again)
+    # And so for a tenant that is added or removed with a new plan.
+    build_store(path, {n: family.paths[n] for n in ("base", "ana")}, policy="round_robin")
+    extend_store(path, "bob", family.paths["bob"])
+    grown = add_tenant(path, "cy", newcomer[1])
+    fresh = build_store(tmp_path / "fresh", family.paths | {"cy": newcomer[1]}, policy="round_robin")
+    assert grown.plan == fresh.plan and BESIDE not in grown.manifest.provenance
+    remove_tenant(path, "ana", keep_plan=True)
+    rest = {n: p for n, p in (family.paths | {"cy": newcomer[1]}).items() if n != "ana"}
+    assert replan(path).plan == build_store(tmp_path / "fresh", rest, policy="round_robin").plan
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_residuals_bring_the_newcomer_nearer(
+    dtype: str, family: Family, newcomer: tuple[Any, Path], tmp_path: Path
+) -> None:
+    errors, bare = [], 0.0
+    for share in (0.0, 0.02, 0.1, 0.4, 3.0):
+        path = build_store(tmp_path / "store", family.paths, policy="merge", extra=0, dtype=dtype).path
+        grown = extend_store(path, "cy", newcomer[1], extra=share)
+        check(grown)
+        assert grown.residual_bytes <= share * grown.experts.num_positions * grown.copy_bytes
+        assert bool(grown.plan.residuals) == (share > 0)
+        errors.append(squared(served(grown, "cy"), own(grown, "cy")))
+        # Without calibration the prediction is what was measured, for every tenant.
+        assert grown.manifest.prediction is not None and grown.manifest.prediction["bound"] is None
+        top_k, experts = grown.experts.top_k, grown.experts.num_experts
+        for name, loss in zip(grown.tenants, grown.manifest.prediction["losses"], strict=True):
+            found = squared(served(grown, name), own(grown, name)) * top_k / experts
+            np.testing.assert_allclose(loss, found, rtol=1e-4)
+        bare = bare or errors[0]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.7 * bare and errors[-1] < 0.01 * bare
+    # No residual takes more than the tenant's own expert would.
+    assert grown.residual_bytes <= grown.experts.num_positions * grown.copy_bytes
+
+
+def test_the_papers_plan_takes_residuals_when_asked(family: Family, newcomer: tuple[Any, Path], tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", family.paths, **PLANS["misses"])
+    grown = extend_store(store.path, "cy", newcomer[1], extra=0.2)
+    bare = store.plan.serving[0] != MISS
+    assert {(r.layer, r.expert) for r in grown.plan.residuals} <= set(map(tuple, np.argwhere(bare).tolist()))
+    assert np.array_equal(grown.plan.serving[3] != MISS, bare)
+    mine, found = own(grown, "cy"), served(grown, "cy")
+    for place, (a, b) in enumerate(zip(mine, found, strict=True)):
+        assert (squared([a], [b]) == 0) == (not bare.reshape(-1)[place])
+    model, _ = newcomer
+    rows = helpers.prompts(3, [9, 5])
+    with load_engine(grown, spare_slots=2) as engine:
+        expected = helpers.hf_logits(helpers.oracle_of_store(grown, [*family.models, model], 3), rows[:1])
+        helpers.assert_close(engine.logits("cy", rows[:1]), expected)
+
+
+def test_a_tenant_whose_experts_are_resident_needs_nothing(family: Family, tmp_path: Path) -> None:
+    model = copy.deepcopy(family.models[1])  # a LoRA that touches attention, and one expert of another
+    model.model.layers[0].self_attn.q_proj.weight.data += 0.1
+    model.model.layers[1].mlp.experts.down_proj.data[2] += 0.1
+    checkpoint = helpers.save(model, tmp_path / "lora")
+    store = build_store(tmp_path / "store", family.paths, slots="all")
+    grown = extend_store(store.path, "lora", checkpoint, extra=0.5)
+    check(grown)
+    ana = grown.plan.serving[1].copy()
+    assert np.array_equal(grown.plan.serving[3], ana)
+    assert [(r.tenant, r.layer, r.expert) for r in grown.plan.residuals] == [(3, 1, 2)]
+    # Its one tensor of experts, its projection, and what is new of distances and residuals.
+    assert len(set(grown.manifest.objects) - set(store.manifest.objects)) == 4
+    # When ana goes, its copies are those of the tenant that has the same, all but one.
+    shrunk = remove_tenant(store.path, "ana", keep_plan=True)
+    check(shrunk)
+    owners = [shrunk.plan.copies[slot].owner for slot in shrunk.plan.serving[2].reshape(-1)]
+    assert owners == [2] * 6 + [MERGED] + [2]
+
+
+@pytest.mark.parametrize("name", ["base", "ana", "bob"])
+def test_a_tenant_leaves_any_plan(name: str, store: Store) -> None:
+    stay = [t for t in store.tenants if t != name]
+    before = {n: served(store, n) for n in stay}
+    gone = store.tenants.index(name)
+    rest = [t for t in range(3) if t != gone]
+    kept = sorted(set(store.plan.serving[rest].reshape(-1).tolist()) - {MISS})
+    contents = [store.slot_content(slot) for slot in kept]
+    places = [(store.plan.copies[s].layer, store.plan.copies[s].expert) for s in kept]
+    owners = [store.plan.copies[s].owner for s in kept]
+    distances = store.distances.matrix[store.distances.pairs.index((rest[0], rest[1]))]
+    shrunk = remove_tenant(store.path, name, keep_plan=True)
+    check(shrunk)
+    assert shrunk.tenants == shrunk.plan.tenants == tuple(stay)
+    for n, weights in before.items():
+        assert equal(served(shrunk, n), weights)
+    assert [shrunk.slot_content(i) for i in range(shrunk.plan.num_slots)] == contents
+    assert [(c.layer, c.expert) for c in shrunk.plan.copies] == places
+    for old, at in zip(owners, shrunk.plan.copies, strict=True):
+        assert at.owner == (MERGED if old in (MERGED, gone) else rest.index(old))
+        assert at.mix == () or (len(at.mix) == 2 and sum(at.mix) == pytest.approx(1))
+    assert np.array_equal(shrunk.plan.serving == MISS, store.plan.serving[rest] == MISS)
+    assert len(shrunk.plan.residuals) == sum(r.tenant != gone for r in store.plan.residuals)
+    assert np.array_equal(shrunk.distances.matrix[0], distances)
+    assert shrunk.manifest.provenance[BESIDE] == {"added": [], "removed": [name]}
+    if store.manifest.prediction is not None:
+        losses = store.manifest.prediction["losses"]
+        assert shrunk.manifest.prediction is not None
+        assert shrunk.manifest.prediction["losses"] == [losses[t] for t in rest]
+        assert shrunk.manifest.prediction["bound"] is None
+
+
+def test_copies_that_serve_nobody_are_dropped(family: Family, tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", family.paths, slots="all")
+    assert store.plan.num_slots == 24
+    shrunk = remove_tenant(store.path, "ana", keep_plan=True)
+    assert shrunk.plan.num_slots == 16 and not shrunk.manifest.merged
+    # The last user of a position takes its copy along, and a newcomer misses there.
+    serving = shrunk.plan.serving.copy()
+    serving[0, 1, 3] = MISS
+    set_plan(store.path, replace(shrunk.plan, serving=serving))
+    serving[1] = MISS
+    alone = replace(shrunk.plan, serving=serving)
+    set_plan(store.path, alone)
+    rest = remove_tenant(store.path, "bob", keep_plan=True)
+    assert rest.plan.num_slots == 7
+    grown = extend_store(store.path, "bob", family.paths["bob"])
+    assert (grown.plan.serving[1] == MISS).sum() == 1 and grown.plan.serving[1, 1, 3] == MISS
+    check(grown)
+
+
+def test_what_was_removed_comes_back_without_loss(family: Family, tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", family.paths, policy="round_robin")
+    owned = store.plan.owner == 0
+    remove_tenant(store.path, "base", keep_plan=True)
+    back = extend_store(store.path, "base", family.paths["base"])
+    check(back)
+    assert back.tenants == ("ana", "bob", "base")
+    # Its own copies stayed, and it is served by them; a copy without an owner is no merged one that anyone sees.
+    assert np.array_equal(back.plan.serving[2], store.plan.serving[0])
+    same = np.array([squared([a], [b]) == 0 for a, b in zip(own(back, "base"), served(back, "base"), strict=True)])
+    assert np.array_equal(same.reshape(owned.shape), owned)
+    assert np.array_equal(back.plan.owner == MERGED, owned)
+    assert back.manifest.provenance[BESIDE] == {"added": ["base"], "removed": ["base"]}
+    assert remove_tenant(store.path, "base", keep_plan=True).manifest.provenance[BESIDE] == {
+        "added": [],
+        "removed": ["base"],
+    }
+
+
+def test_coming_and_going_leaves_no_trace(store: Store, newcomer: tuple[Any, Path]) -> None:
+    before = store.manifest.to_json()
+    extend_store(store.path, "cy", newcomer[1], extra=0.1)
+    after = remove_tenant(store.path, "cy", keep_plan=True).manifest.to_json()
+    if before["prediction"] is not None:
+        before["prediction"]["bound"] = None
+    assert json.dumps(after) == json.dumps(before)
+
+
+def test_mixtures_say_what_they_are_made_of(family: Family, newcomer: tuple[Any, Path], tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", family.paths, policy="round_robin")
+    plan, merged = helpers.with_merged(store, [0, 3, 5])
+    copies = list(plan.copies)
+    half = {p: (merged[3][p] * 3 - store.own_expert("ana", *at)[p]) / 2 for at in [_place(plan, 3)] for p in merged[3]}
+    copies[3] = replace(copies[3], mix=(0.5, 0.0, 0.5))
+    set_plan(store.path, replace(plan, copies=tuple(copies)), merged | {3: half})
+    grown = extend_store(store.path, "cy", newcomer[1])
+    assert grown.plan.copies[0].mix == (1 / 3, 1 / 3, 1 / 3, 0.0)
+    assert grown.plan.copies[3].mix == (0.5, 0.0, 0.5, 0.0)
+    shrunk = remove_tenant(store.path, "ana", keep_plan=True)
+    assert shrunk.plan.copies[0].mix == () and shrunk.plan.copies[0].owner == MERGED
+    assert shrunk.plan.copies[3].mix == (0.5, 0.5, 0.0)
+    check(shrunk)
+
+
+def _place(plan: Any, slot: int) -> tuple[int, int]:
+    return plan.copies[slot].layer, plan.copies[slot].expert
+
+
+def test_extra_bytes_follow_the_stores_settings(family: Family, newcomer: tuple[Any, Path], tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    two = {n: family.paths[n] for n in ("base", "ana")}
+
+    def took(options: dict[str, Any], **more: Any) -> float:
+        store = build_store(path, two, **options)
+        grown = extend_store(path, "cy", newcomer[1], **more)
+        one_model = store.experts.num_positions * store.copy_bytes
+        return (grown.residual_bytes - store.residual_bytes) / one_model
+
+    assert 0.8 * DEFAULT_EXTRA < took({}) <= DEFAULT_EXTRA
+    assert took({"extra": 0.0}) == 0.0 == took({"slots": 8})
+    assert 0.08 < took({"extra": 0.2}) <= 0.1
+    # No more than is left of a budget, and an error where what was asked for does not fit.
+    loose = build_store(path, two, policy="merge")
+    one_model = loose.experts.num_positions * loose.copy_bytes
+    fixed = loose.non_expert_bytes("base") + one_model
+    assert took({"budget_bytes": fixed}) == 0.0
+    assert took({"policy": "merge", "budget_bytes": fixed + int(0.01 * one_model)}) <= 0.01
+    assert took({"policy": "mean", "budget_bytes": fixed + one_model}, extra=0.3) > 0.25
+    store = build_store(path, two, policy="mean", budget_bytes=fixed + int(0.1 * one_model))
+    before = helpers.fingerprint(path)
+    with pytest.raises(
+        PlanError, match=r"with tenant 'cy' the store takes .* more than the budget of .* larger budget"
+    ):
+        extend_store(path, "cy", newcomer[1], extra=0.3)
+    assert helpers.fingerprint(path) == before and store.verify() == []
+    # Of what three tenants were planned with, a fourth and a fifth get as much as each.
+    build_store(path, family.paths, extra=0.3)
+    sizes = [extend_store(path, n, newcomer[1]).residual_bytes / one_model for n in ("cy", "di")]
+    assert 0.08 < sizes[1] - sizes[0] <= 0.1
+
+
+def test_a_store_of_one_tenant_grows(family: Family, tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", {"base": family.paths["base"]})
+    grown = extend_store(store.path, "ana", family.paths["ana"])
+    assert (grown.plan.serving == np.arange(8).reshape(2, 4)).all()
+    assert grown.plan.residuals and not grown.manifest.merged
+    check(grown)
+    rest = remove_tenant(store.path, "base", keep_plan=True)
+    assert len(rest.manifest.merged) == 8 and rest.tenants == ("ana",)
+    check(rest)
+
+
+def test_refused_changes_leave_the_store_as_it_was(family: Family, newcomer: tuple[Any, Path], tmp_path: Path) -> None:
+    store = build_store(tmp_path / "store", family.paths, policy="mean")
+    path, ana = store.path, family.paths["ana"]
+    poison = copy.deepcopy(family.models[0])
+    poison.model.layers[1].mlp.experts.down_proj.data[1, 2, 3] = float("nan")
+    poisoned = helpers.save(poison, tmp_path / "poisoned")
+    narrow = helpers.save(helpers.random_mixtral(9, num_local_experts=3), tmp_path / "narrow")
+    bad: list[tuple[Callable[[], Any], type[MoetelError], str]] = [
+        (lambda: extend_store(path, "ana", ana), StoreError, "'ana' is in this store already"),
+        (lambda: extend_store(path, "../x", ana), StoreError, "is not allowed"),
+        (lambda: extend_store(path, "x", narrow), StoreError, "cannot share experts"),
+        (lambda: extend_store(path, "x", poisoned), CheckpointError, "NaN"),
+        (lambda: extend_store(path, "x", tmp_path / "none"), CheckpointError, "no such directory"),
+        (lambda: extend_store(path, "x", ana, extra=-1), PlanError, "extra is -1; give a share"),
+        (lambda: extend_store(path, "x", ana, extra=True), PlanError, "extra is True"),
+        (lambda: extend_store(tmp_path / "none", "x", ana), StoreError, "not a store"),
+        (lambda: remove_tenant(path, "nobody", keep_plan=True), UnknownTenantError, "no tenant 'nobody'"),
+    ]
+    before = helpers.fingerprint(path)
+    for change, error, message in bad:
+        with pytest.raises(error, match=message):
+            change()
+        assert helpers.fingerprint(path) == before
+    with exclusive(path), pytest.raises(StoreError, match="another process is writing this store"):
+        extend_store(path, "cy", newcomer[1])
+    assert helpers.fingerprint(path) == before
+    # A merged copy is never measured against when it is damaged.
+    damaged = store.objects.path(store.manifest.merged[3]["w2"])
+    data = bytearray(damaged.read_bytes())
+    data[-9] ^= 16
+    damaged.write_bytes(bytes(data))
+    before = helpers.fingerprint(path)
+    with pytest.raises(StoreError, match=f"{damaged.name}: content does not match its checksum"):
+        extend_store(path, "cy", newcomer[1])
+    assert helpers.fingerprint(path) == before
+    one = build_store(tmp_path / "one", {"ana": ana})
+    with pytest.raises(StoreError, match="'ana' is the only one in this store"):
+        remove_tenant(one.path, "ana", keep_plan=True)
+
+
+def test_what_was_measured_and_asked_of_others_stays(
+    family: Family, newcomer: tuple[Any, Path], tmp_path: Path
+) -> None:
+    examples = {n: CalibrationSet.texts(helpers.prompts(i, [20] * 4)) for i, n in enumerate(("base", "bob"))}
+    traffic = {"ana": 3.0, "bob": 2.0}
+    store = build_store(tmp_path / "store", family.paths, calibration=examples, traffic=traffic)
+    assert store.manifest.prediction is not None and store.manifest.prediction["unit"] == "nats"
+    old = store.manifest.prediction["losses"]
+    grown = extend_store(store.path, "cy", newcomer[1])
+    check(grown)
+    # Nats of a tenant that was never run are not known.
+    assert grown.manifest.prediction == {"losses": [*old, None], "unit": "nats", "bound": None}
+    assert grown.manifest.calibration == store.manifest.calibration
+    assert grown.manifest.provenance["settings"] == store.manifest.provenance["settings"]
+    assert cli.main(["inspect", str(store.path)]) == 0
+    shrunk = remove_tenant(store.path, "bob", keep_plan=True)
+    check(shrunk)
+    assert shrunk.manifest.calibration == {"base": store.manifest.calibration["base"]}
+    assert shrunk.manifest.provenance["settings"]["traffic"] == {"ana": 3.0}
+    assert shrunk.manifest.prediction == {"losses": [old[0], old[1], None], "unit": "nats", "bound": None}
+    again = replan(store.path)
+    assert again.manifest.provenance["settings"]["traffic"] == {"ana": 3.0}
+    # A plan that is given is for all tenants.
+    extend_store(store.path, "bob", family.paths["bob"])
+    plan = replace(
+        again.plan, tenants=(*again.plan.tenants, "bob"), residuals=(), copies=(), serving=np.full((4, 2, 4), MISS)
+    )
+    assert BESIDE not in set_plan(store.path, plan).manifest.provenance
+
+
+def test_switch_tenants_come_and_go(tmp_path: Path) -> None:
+    base = switch_models.random_switch(0, gated=True)
+    models = [base, *(switch_models.tuned(base, i, 0.03) for i in (1, 2))]
+    paths = [helpers.save(m, tmp_path / f"checkpoint-{i}") for i, m in enumerate(models)]
+    store = build_store(tmp_path / "store", {"a": paths[0], "b": paths[1]})
+    before = served(store, "b")
+    grown = extend_store(store.path, "c", paths[2], extra=0.2)
+    bare = squared(own(grown, "c"), [_copy(grown, "c", i, e) for i, e in np.ndindex(*grown.plan.serving.shape[1:])])
+    assert squared(own(grown, "c"), served(grown, "c")) < 0.8 * bare
+    shrunk = remove_tenant(store.path, "a", keep_plan=True)
+    check(shrunk)
+    assert equal(served(shrunk, "b"), before) and equal(served(shrunk, "c"), served(grown, "c"))
+
+
+def _copy(store: Store, name: str, layer: int, expert: int) -> Experts:
+    slot = int(store.plan.serving[store.tenants.index(name), layer, expert])
+    return {p: ref.read() for p, ref in store.slot_refs(slot).items()}
+
+
+def test_commands(
+    family: Family, newcomer: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = build_store(tmp_path / "store", family.paths).path
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, " ".join(out.split()), err
+
+    tenant = f"--tenant=cy={newcomer[1]}"
+    assert "beside the plan" not in run("inspect", path)[1]
+    code, _, err = run("add", path, tenant, "--extra", "5%")
+    assert code == 1 and "--extra goes with --keep-plan" in err
+    code, _, err = run("add", path, tenant, "--keep-plan", "--calibrate", tmp_path / "none.jsonl")
+    assert code == 1 and "makes no use of calibration" in err
+    code, out, _ = run("add", path, tenant, "--keep-plan", "--extra", "5%")
+    assert code == 0 and "4 tenants (base, ana, bob, cy)" in out
+    out = run("inspect", path)[1]
+    assert "planned for 3 tenants, 1 added (cy) beside the plan; run `moetel plan --apply` to plan anew" in out
+    code, out, _ = run("remove", path, "--tenant", "base", "--keep-plan")
+    assert code == 0 and "3 tenants (ana, bob, cy)" in out
+    assert "planned for 3 tenants, 1 added (cy) and 1 removed (base) beside the plan" in run("inspect", path)[1]
+    assert run("plan", path, "--extra", "10%", "--apply")[0] == 0
+    assert "beside the plan" not in run("inspect", path)[1]
