@@ -1,8 +1,9 @@
 """Decoding for several tenants in one batch beside one tenant with all its rows: one store, in turn, in one process.
 
-A base and its fine-tunes share one copy a position (their experts are equal, so that the store is built soon). What is not an expert each tenant has of its own, and a step reads
-it for every tenant that is in it; so the bytes that a step must read, over the memory's rate, are the floor of each
-side, and bound how near the mixed batch can come. Next tokens are random ids, the same for both sides.
+A base and its fine-tunes share one copy a position (their experts are equal, so that the store is built soon). What is
+not an expert each tenant has of its own, and a step reads it for every tenant that is in it; so the bytes that a step
+must read, over the memory's rate, are the floor of each side, and bound how near the mixed batch can come. Next tokens
+are random ids, the same for both sides.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def measure(args: argparse.Namespace, shape: SwitchShape, report: Report) -> Non
             paths[path.name] = write_random_switch(
                 path, shape, args.dtype, seed=i, moved=0.1 * (i > 0), frozen_experts=True
             )
-        store = build_store(Path(scratch) / "store", paths)
+        store = build_store(Path(scratch) / "store", paths, policy="round_robin")
         backend = load_backend(store, device="cpu", products=args.products)
         compare(args, shape, report, backend, store.tenants)
         backend.close()

@@ -264,15 +264,17 @@ def _round_columns(
         codes, numbers = _rounded(rows.astype(np.float64) / scale, bits)
         return codes, numbers
     order = np.argsort(-np.diag(moments), kind="stable")
-    left, scale, moments = rows[:, order].astype(np.float64), scale[:, order], moments[np.ix_(order, order)]
+    # A column is a row here, so that what is handed on is added to memory that lies together.
+    left, scale = np.array(rows.T[order], dtype=np.float64), np.array(scale.T[order])
+    moments = moments[np.ix_(order, order)]
     damped = moments + 1e-2 * (np.trace(moments) / len(moments) + 1e-30) * np.eye(len(moments))
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     codes, numbers = np.empty(left.shape), np.empty(left.shape)
     for j, column in enumerate(order):
-        codes[:, column], numbers[:, column] = found = _rounded(left[:, j] / scale[:, j], bits)
-        error = (left[:, j] - found[1] * scale[:, j]) / upper[j, j]
-        left[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
-    return codes, numbers
+        codes[column], numbers[column] = found = _rounded(left[j] / scale[j], bits)
+        error = (left[j] - found[1] * scale[j]) / upper[j, j]
+        left[j + 1 :] -= np.outer(upper[j, j + 1 :], error)
+    return np.ascontiguousarray(codes.T), np.ascontiguousarray(numbers.T)
 
 
 def _fit_low_rank(left: np.ndarray, weighting: Weighting, part: Part) -> np.ndarray:
