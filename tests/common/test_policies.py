@@ -288,7 +288,7 @@ def test_what_is_built_is_near_what_was_reckoned(mixtral: Case) -> None:
         for extra in (0.3,):
             reckoned = made.allocator(policy).allocate(int(one_model * (1 + extra))).losses.sum()
             built = made.plan(policy, extra_bytes=int(one_model * extra)).prediction.losses.sum()
-            # Parts beside each other gain less than each alone; the more so, the smaller the matrices.
+            # What is rounded and fitted together gains less than singular values say.
             assert built < 1.6 * reckoned
 
 
