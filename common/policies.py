@@ -43,7 +43,7 @@ Matrix = dict[str, np.ndarray]
 # Positions on which the ridge of fits is chosen.
 RIDGE_POSITIONS = 6
 # How often a copy is fitted anew beside the residuals that were fitted to it, as long as that helps.
-REFITS = 4
+REFITS = 2
 # How far the last projection that would serve a tenant best is held to its own, as a share of what one sample's moments
 # add: the more samples, the less it is held. With little of it hundreds of samples are fitted too closely; what
 # cross-validation over them chose was too little for other texts (docs/consolidation.md).
@@ -327,34 +327,31 @@ class Planner:
             return [None] * len(merges), {}
         position = self._position(p)
 
-        def attempt(added: Mapping[int, Matrix]) -> tuple[list[Matrix], dict[int, tuple[Residual, np.ndarray]]]:
+        def attempt(
+            added: Mapping[int, Matrix],
+        ) -> tuple[list[Matrix], dict[int, tuple[Residual, np.ndarray]], dict[int, Matrix], float]:
+            """Copies beside residuals, residuals fitted to these copies, what they add, and what all of it costs."""
             copies = [position.copy(m, u, config.fitted, added) for m, u in zip(config.mixes, users, strict=True)]
-            made = {}
+            made, adds, cost = {}, {}, 0.0
             for t, number in enumerate(config.serves):
                 copy = copies[int(number)]
+                loss = position.loss(t, copy)
                 found = self._residual(t, p, config, float(prices[t]), kinds, copy)
-                # The spectrum is a prediction; what is kept must help.
-                if found is not None and position.loss(t, _sum(copy, self._matrices({t: found})[t])) < position.loss(
-                    t, copy
-                ):
-                    made[t] = found
-            return copies, made
+                if found is not None:
+                    matrix = self._matrices({t: found})[t]
+                    # The spectrum is a prediction; what is kept must help.
+                    if (left := position.loss(t, _sum(copy, matrix))) < loss:
+                        made[t], adds[t], loss = found, matrix, left
+                cost += float(self.traffic[t]) * loss
+            return copies, made, adds, cost
 
-        def cost(copies: list[Matrix], added: Mapping[int, Matrix]) -> float:
-            served = [_sum(copies[int(number)], added.get(t, {})) for t, number in enumerate(config.serves)]
-            return float(sum(self.traffic[t] * position.loss(t, weights) for t, weights in enumerate(served)))
-
-        copies, made = attempt({})
+        copies, made, adds, best = attempt({})
         if config.fitted and made:
-            added = self._matrices(made)
-            best = cost(copies, added)
             for _ in range(REFITS):
-                again = attempt(added)
-                added = self._matrices(again[1])
-                now = cost(again[0], added)
-                if now >= best:
+                others, found, adds, cost = attempt(adds)
+                if cost >= best:
                     break
-                (copies, made), best = again, now
+                copies, made, best = others, found, cost
         return [c if merged else None for c, merged in zip(copies, merges, strict=True)], made
 
     def _matrices(self, made: Mapping[int, tuple[Residual, np.ndarray]]) -> dict[int, Matrix]:
