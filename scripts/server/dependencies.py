@@ -19,13 +19,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (401, "No API key, or an unknown one."),
         (403, "The key may not do this."),
         (404, "No such model."),
-        (408, "The body came too slowly."),
+        (408, "The body came too slowly, or the request's deadline passed."),
         (413, "The body is too long."),
         (415, "The body is not said to be JSON."),
         (429, "Too many requests; see Retry-After."),
         (500, "An error of the server's."),
         (503, "Loading, or stopping."),
-        (504, "The request's deadline passed."),
     )
 }
 """Any route may answer so."""

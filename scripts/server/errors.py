@@ -23,6 +23,7 @@ from common.errors import (
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 RATE = "rate_limit_error"
+LATE = "timeout_error"
 
 
 class ApiError(Exception):
@@ -89,7 +90,10 @@ def from_exception(error: BaseException) -> ApiError | None:
     if isinstance(error, OverloadedError):
         return ApiError(429, str(error), RATE, code="overloaded", headers=retry_after(error.retry_after_s or 1.0))
     if isinstance(error, DeadlineError):
-        return ApiError(504, str(error), SERVER, param="deadline_ms", code="deadline_exceeded")
+        # The client set the deadline: nothing broke here. Its library would ask again after a 408, and be late again.
+        return ApiError(
+            408, str(error), LATE, param="deadline_ms", code="deadline_exceeded", headers={"x-should-retry": "false"}
+        )
     if isinstance(error, RequestError):
         return ApiError(400, str(error))
     if isinstance(error, CheckpointError | StoreError | PlanError):

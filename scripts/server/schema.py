@@ -70,7 +70,7 @@ class Asked(Taken):
     priority: int | None = Field(
         None, ge=-(2**31), lt=2**31, description="Smaller goes first among the tenant's own requests. (vLLM)"
     )
-    deadline_ms: Number | None = Field(None, gt=0, le=1e9, description="Give up, with 504, if not done by then.")
+    deadline_ms: Number | None = Field(None, gt=0, le=1e9, description="Give up, with 408, if not done by then.")
     return_token_ids: bool | None = Field(None, description="(vLLM)")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
