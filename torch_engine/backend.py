@@ -141,6 +141,8 @@ class TorchBackend(Backend):
 
     def begin(self, row: Row) -> int:
         self._numbers += 1
+        if self.prefetches:
+            self.pool.expect(self.store.tenants.index(row.tenant))
         self._sequences[self._numbers] = _Sequence(row.tenant, (*row.prompt, *row.answer), row.unread, _limit(row))
         return self._numbers
 
@@ -164,6 +166,8 @@ class TorchBackend(Backend):
 
     def prefetch(self, tenants: Sequence[str]) -> None:
         self.ready.prefetch(tenants)
+        for name in tenants:
+            self.pool.expect(self.store.tenants.index(name))
 
     def update(self, store: Store) -> None:
         if store.family.name != self.store.family.name or store.experts != self.store.experts:
@@ -349,6 +353,7 @@ class TorchBackend(Backend):
             "hits": counts.hits,
             "misses": counts.misses,
             "fetches": counts.fetches,
+            "prefetches": counts.prefetches,
             "fetched_bytes": counts.fetched_bytes,
             "reconfigurations": self.ready.switches,
             "reconfigured_bytes": self.ready.copied_bytes,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +38,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class PoolCounts:
     """Look-ups since the engine was loaded.
 
-    fetches: misses that were not in a spare slot; fetched_bytes: what they moved.
+    fetches: misses that were not in a spare slot; prefetches: experts brought before anybody missed them;
+    fetched_bytes: what both moved.
     """
 
     hits: int = 0
     misses: int = 0
     fetches: int = 0
+    prefetches: int = 0
     fetched_bytes: int = 0
 
 
@@ -117,6 +120,9 @@ class ExpertPool(ABC):
 
         x: [T, H]; expert_ids: int64 [T, K]; weights: float32 [T, K], as routed. misses: int64 [T], added to.
         """
+
+    def expect(self, tenant: int) -> None:  # noqa: B027 (a hint; doing nothing is right)
+        """A tenant (its index) is about to enter: bring what it will miss, while others compute."""
 
     @property
     @abstractmethod
@@ -395,6 +401,9 @@ class GroupedPool(ExpertPool):
     device.
 
     gate_up: [S, 2I, H]; down: [S, H, I] a layer. Spare slots: the same, one tensor for all layers.
+
+    A miss that is expected (see `expect`) is brought by a thread of its own: reading an expert from its file into
+    pinned memory takes the host longer than a layer takes the device.
     """
 
     def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, spare_slots: int):
@@ -411,6 +420,11 @@ class GroupedPool(ExpertPool):
         self._spare: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._spare_gate_up, self._spare_down = self._empty(0)
         self._staging: _Staging | None = None
+        self._passes = 0
+        self._used_in = [0] * spare_slots
+        self._coming: dict[int, Future[torch.cuda.Event | None]] = {}
+        self._carrier: ThreadPoolExecutor | None = None
+        self._carrier_staging: _Staging | None = None
         self._make_tables()
         grouped_mm = find_grouped_mm()
         assert grouped_mm is not None
@@ -430,6 +444,7 @@ class GroupedPool(ExpertPool):
         self._tables = [torch.from_numpy(k).to(device) for k in self.keys]
         self._residual_numbers = [torch.from_numpy(n).to(device) for n in self.residuals.numbers]
         self._slot_numbers = [torch.arange(len(s), device=device) for s in self.slots_of_layer]
+        self._uses = np.zeros((len(self.plan.tenants), self.plan.num_layers, self.plan.num_experts), dtype=np.int64)
         if self.can_miss.any() and not len(self._spare_gate_up):
             self._spare_gate_up, self._spare_down = self._empty(self.spare_slots)
             if device.type == "cuda":
@@ -460,7 +475,7 @@ class GroupedPool(ExpertPool):
                     gate_up[slot].copy_(self._gate_up[layer][old[content]])
                     down[slot].copy_(self._down[layer][old[content]])
             self._gate_up[layer], self._down[layer] = gate_up, down
-        self._spare.clear()  # its keys are those of the old plan
+        self._forget_spare()  # its keys are those of the old plan
         self._contents = contents
         self._take_plan(made)
         self._make_tables()
@@ -480,6 +495,7 @@ class GroupedPool(ExpertPool):
     def forward(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
     ) -> Tensor:
+        self._passes += layer == 0
         can_miss = self.can_miss[layer, np.unique(tenants.ids)].any()
         has_residuals = self.residuals.among(layer, tenants.ids, tenants.single)
         keys = self._looked_up(self._tables[layer], expert_ids, tenants)
@@ -498,7 +514,10 @@ class GroupedPool(ExpertPool):
         ends = torch.searchsorted(sorted_keys, self._slot_numbers[layer], right=True).to(torch.int32)
         if can_miss:
             # The host must know what to fetch, so it waits for the routing of this layer.
-            self._count_misses(layer, keys.cpu().numpy(), tenants, misses)
+            on_host = keys.cpu().numpy()
+            self._count_misses(layer, on_host, tenants, misses)
+            missed = on_host[on_host >= len(self.slots_of_layer[layer])] - len(self.slots_of_layer[layer])
+            np.add.at(self._uses[:, layer], np.divmod(missed, self.plan.num_experts), 1)
             out = self._with_misses(layer, by_key, sorted_keys.cpu().numpy(), ends, residuals)
         else:
             out = self._products(by_key, self._gate_up[layer], self._down[layer], ends, residuals)
@@ -543,21 +562,89 @@ class GroupedPool(ExpertPool):
         """The spare slot that holds a missing expert, fetching it if need be; those `needed` in this round stay."""
         if (layer, key) in self._spare:
             self._spare.move_to_end((layer, key))
-            return self._spare[layer, key]
-        slot = len(self._spare)
-        if slot == self.spare_slots:
-            oldest = next(k for k in self._spare if k[0] != layer or k[1] not in needed)
-            slot = self._spare.pop(oldest)
-        if self._staging is None:
-            _fill(self._spare_gate_up[slot], self._spare_down[slot], self._missed(layer, key))
+            slot = self._spare[layer, key]
+            if slot in self._coming:
+                arrived = self._coming[slot].result()
+                del self._coming[slot]
+                if arrived is not None:
+                    torch.cuda.current_stream(self.device).wait_event(arrived)
         else:
-            gate_up, down = self._staging.views(self._spare_gate_up[slot].shape, self._spare_down[slot].shape)
-            _fill(gate_up, down, self._missed(layer, key))
-            self._staging.send((gate_up, self._spare_gate_up[slot]), (down, self._spare_down[slot]))
-        self._spare[layer, key] = slot
-        self.counts.fetches += 1
-        self.counts.fetched_bytes += self.copy_bytes
+            slot = len(self._spare)
+            if slot == self.spare_slots:
+                slot = self._emptied(next(k for k in self._spare if k[0] != layer or k[1] not in needed))
+            arrived = self._bring(slot, layer, key, self._staging, self._now())
+            if arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(arrived)
+            self._spare[layer, key] = slot
+            self.counts.fetches += 1
+            self.counts.fetched_bytes += self.copy_bytes
+        self._used_in[slot] = self._passes
         return slot
+
+    def _emptied(self, key: tuple[int, int]) -> int:
+        """The slot of a spare expert, which is forgotten."""
+        slot = self._spare.pop(key)
+        coming = self._coming.pop(slot, None)
+        if coming is not None:
+            coming.exception()  # waits; whether it came no longer matters
+        return slot
+
+    def _now(self) -> torch.cuda.Event | None:
+        """After all that was issued so far: kernels that still read a slot's last content."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    @torch.inference_mode()
+    def _bring(
+        self, slot: int, layer: int, key: int, staging: _Staging | None, after: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
+        """Copy a missing expert into a spare slot, on the device after `after`. When it has arrived; None: it has."""
+        gate_up, down = self._spare_gate_up[slot], self._spare_down[slot]
+        if staging is None or after is None:
+            _fill(gate_up, down, self._missed(layer, key))
+            return None
+        host_gate_up, host_down = staging.views(gate_up.shape, down.shape)
+        _fill(host_gate_up, host_down, self._missed(layer, key))
+        return staging.send(((host_gate_up, gate_up), (host_down, down)), after)
+
+    def expect(self, tenant: int) -> None:
+        """The experts that it missed most often so far come into spare slots that the last pass did not use."""
+        uses = self._uses[tenant]
+        if not uses.any():
+            return
+        num_experts = self.plan.num_experts
+        own = range(tenant * num_experts, (tenant + 1) * num_experts)
+        idle = [
+            (layer, key)
+            for (layer, key), slot in self._spare.items()
+            if self._used_in[slot] < self._passes and key - len(self.slots_of_layer[layer]) not in own
+        ]
+        room = self.spare_slots - len(self._spare) + len(idle)
+        for flat in np.argsort(-uses, axis=None, kind="stable")[: np.count_nonzero(uses)].tolist():
+            if not room:
+                return
+            layer, expert = divmod(flat, num_experts)
+            key = len(self.slots_of_layer[layer]) + own[expert]
+            if (layer, key) in self._spare:
+                continue
+            slot = len(self._spare) if len(self._spare) < self.spare_slots else self._emptied(idle.pop(0))
+            room -= 1
+            if self._carrier is None:
+                self._carrier = ThreadPoolExecutor(1, thread_name_prefix="moetel-expected-misses")
+                if self._staging is not None:
+                    self._carrier_staging = _Staging(self.store.experts.copy_elements, self.dtype, self.device)
+            self._coming[slot] = self._carrier.submit(self._bring, slot, layer, key, self._carrier_staging, self._now())
+            self._spare[layer, key] = slot
+            self._used_in[slot] = self._passes
+            self.counts.prefetches += 1
+            self.counts.fetched_bytes += self.copy_bytes
+
+    def _forget_spare(self) -> None:
+        for key in list(self._spare):
+            self._emptied(key)
 
     @property
     def device_bytes(self) -> int:
@@ -569,9 +656,11 @@ class GroupedPool(ExpertPool):
         return len(self._spare)
 
     def close(self) -> None:
+        self._forget_spare()
+        if self._carrier is not None:
+            self._carrier.shutdown()
         self._gate_up.clear()
         self._down.clear()
-        self._spare.clear()
         self._missing.clear()
         self.residuals.close()
         self._spare_gate_up = self._spare_down = torch.empty(0)
@@ -604,14 +693,13 @@ class _Staging:
         buffer = self._buffers[self._turn]
         return buffer[: gate_up.numel()].view(gate_up), buffer[gate_up.numel() :].view(down)
 
-    def send(self, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Copy host to device on the own stream; work issued from now on waits for it."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)  # kernels that still read the slot's last content
+    def send(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event) -> torch.cuda.Event:
+        """Copy host to device on the own stream, once `after` has come. When they have arrived."""
+        self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             for host, device in pairs:
                 device.copy_(host, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._sent[self._turn] = event
-        current.wait_event(event)
+        return event

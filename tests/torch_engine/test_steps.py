@@ -17,6 +17,7 @@ from tests import helpers
 from tests.conftest import Family
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits
 from torch_engine.backend import TorchBackend
+from torch_engine.pool import GroupedPool
 
 WAYS: list[dict[str, Any]] = [
     {},
@@ -100,6 +101,73 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(family: Family, missing: St
             assert step.logits[0] is not None
             assert_close(step.logits[0], expected[-1], what=f"cut in {cuts}")
             backend.end([sequence])
+
+
+@pytest.mark.parametrize("spare_slots", [1, 3, 6])
+def test_expected_misses_are_brought_before_they_are_missed(family: Family, missing: Store, spare_slots: int) -> None:
+    """What CUDA does while others compute, on a CPU's tensors: the same answers, and fewer fetches in their way."""
+    rows = helpers.prompts(8, [6, 4])
+    order = [0, 1, 0, 2, 1, 0]
+    expected = [[hf_greedy(helpers.oracle(family.models, i, missing.plan), row, 3) for row in rows] for i in range(3)]
+    fetches = []
+    for prefetches in (False, True):
+        with load_engine(
+            missing, experts="grouped", products="plain", spare_slots=spare_slots, ready_tenants=1
+        ) as engine:
+            backend_of(engine).prefetches = prefetches
+            for index in order:
+                answers = engine.generate_batch([(family.names[index], row) for row in rows], new(3))
+                assert [list(a.token_ids) for a in answers] == expected[index]
+            stats = engine.stats()
+        # The last pass of the tenant before used an only slot, which stays.
+        assert (stats["prefetches"] > 0) == (prefetches and spare_slots > 1)
+        assert stats["fetched_bytes"] == (stats["fetches"] + stats["prefetches"]) * missing.copy_bytes
+        fetches.append(stats["fetches"])
+    assert fetches[1] < fetches[0] or spare_slots == 1
+
+
+def test_what_is_expected_is_what_was_missed_most(family: Family, missing: Store) -> None:
+    row = helpers.prompts(8, [6])[0]
+    with load_engine(missing, experts="grouped", products="plain", spare_slots=4) as engine:
+        pool = backend_of(engine).pool
+        assert isinstance(pool, GroupedPool)
+        pool.expect(0)
+        assert pool.counts.prefetches == 0  # nothing is known of it yet
+        for index in (0, 1):
+            engine.generate(family.names[index], row, new(4))
+        uses = pool._uses[0].copy()
+        assert uses.sum() == pool._uses.sum() - pool._uses[1].sum() > 0
+        held = set(pool._spare)
+        pool.expect(0)
+        found = {(layer, key - len(pool.slots_of_layer[layer])) for layer, key in pool._spare}
+        brought = [(layer, key - len(pool.slots_of_layer[layer])) for layer, key in set(pool._spare) - held]
+        assert brought and pool.counts.prefetches == len(brought)
+        left = [uses[layer, e] for layer, e in np.argwhere(uses) if (layer, e) not in found]
+        assert min(uses[place] for place in brought) >= max(left, default=0)
+        # What the last pass used stays; a second hint finds nothing to do.
+        pool.expect(0)
+        assert pool.counts.prefetches == len(brought)
+
+
+def test_an_expected_miss_that_cannot_be_read_fails_who_misses_it(
+    family: Family, missing: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = helpers.prompts(8, [6])[0]
+    with load_engine(missing, experts="grouped", products="plain", spare_slots=4) as engine:
+        pool = backend_of(engine).pool
+        for index in (0, 1):
+            engine.generate(family.names[index], row, new(4))
+
+        def broken(layer: int, key: int) -> dict[str, Any]:
+            raise OSError("the disk is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "_missed", broken)
+            pool.expect(0)
+            assert pool.counts.prefetches > 0
+            with pytest.raises(OSError, match="the disk is gone"):
+                engine.generate(family.names[0], row, new(4))
+        engine.generate(family.names[1], row, new(4))
 
 
 def test_a_paused_sequence_keeps_its_caches(family: Family, missing: Store) -> None:
