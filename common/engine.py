@@ -85,6 +85,42 @@ class Engine:
     def plan(self) -> Plan:
         return self.store.plan
 
+    def warm_up(self, prompt_tokens: int = 24, new_tokens: int = 16) -> None:
+        """Let the backend compile now what usual steps need, so that the first requests do not wait for it.
+
+        Made-up prompts of so many tokens come, each time as many as are there already, while those answer, up to what
+        a step may hold: of the first tenant alone, then beside one of the second. Other lengths and mixtures are still
+        compiled when they come. For when there are no requests; `stats()["tenants"]` does not count it.
+        """
+        backend, names, most = self._require_backend(), self.store.tenants, self.max_batch_size
+        longest = min(map(backend.max_length, names[:2]))
+        prompt = (1,) * max(1, min(prompt_tokens, longest - new_tokens))
+        first, *others = (Row(name, prompt, new_tokens) for name in names[:2])
+        self._warm_up_with(backend, [[first]], first, most)
+        if others and min(most, backend.max_ready_tenants) > 1:
+            self._warm_up_with(backend, [[*others, first]], first, most)
+
+    @staticmethod
+    def _warm_up_with(backend: Backend, arrivals: list[list[Row]], more: Row, most: int) -> None:
+        """Steps in which some rows read while all before them answer, the last without any to read. Stops where memory
+        ends."""
+        there = len(arrivals[0])
+        while there < most:
+            arrivals = [*arrivals, [more] * min(there, most - there)]
+            there += len(arrivals[-1])
+        begun: list[int] = []
+        try:
+            for rows in [*arrivals, []]:
+                new = [backend.begin(row) for row in rows]
+                parts = [Part(s, token_id=1) for s in begun]
+                parts += [Part(s, read=row.unread) for s, row in zip(new, rows, strict=True)]
+                begun += new
+                if not backend.fits(parts):
+                    return
+                backend.step(parts)
+        finally:
+            backend.end(begun)
+
     def generate(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Generation:
         """Continue a prompt (text, or token ids) as the tenant would.
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -128,6 +129,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=_whole, metavar="N", help="tokens of prompts in a step in which others answer"
     )
 
+    load.add_argument(
+        "--warm-up",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute made-up requests before the first real ones, which would wait for the compiler",
+    )
+
     share = parser.add_argument_group("sharing among tenants")
     share.add_argument(
         "--tenant-weight",
@@ -221,6 +229,10 @@ def _load(args: argparse.Namespace) -> Engine:
     )
     for name in engine.tenants:
         engine.has_tokenizer(name)  # loads it, which the tenant's first request would have to wait for
+    if args.warm_up:
+        begun = time.perf_counter()
+        engine.warm_up()
+        log.info("warmed up in %.1f s", time.perf_counter() - begun)
     return engine
 
 
