@@ -1,14 +1,16 @@
 """What sharing costs in quality, on tenants that are trained for it, with the paper's rule and merging beside it.
 
-    python -m benchmarks.quality numbers --material DIR --seeds 0 1 2 --tenants 4 10
-    python -m benchmarks.quality text --material DIR --seeds 0 1 2
-    python -m benchmarks.quality switch --material DIR --seeds 0 1 2 --tenants 2 3 4 10
+    python -m benchmarks.quality numbers --material DIR --train --seeds 0 1 2 --tenants 4 10
+    python -m benchmarks.quality text --material DIR --train --seeds 0 1 2
+    python -m benchmarks.quality switch --material DIR --train --seeds 0 1 2 --tenants 2 3 4 10
 
-DIR holds numbers/seedN, text/seedN and switch/seedN, as these make them (another recipe of the same kind lies in a
-folder of another name: --folder text_mild reads DIR/text_mild/seedN):
+DIR holds numbers/seedN, text/seedN and switch/seedN; another recipe of the same kind lies in a folder of another name
+(--folder text_mild reads DIR/text_mild/seedN). --train makes what is not there, a process and a core for each seed, as
+these do:
 
     python -m scripts.train_demo --preset ten --seed N --out DIR/numbers/seedN
     python -m scripts.train_text --seed N --out DIR/text/seedN
+    python -m scripts.train_text --tune-lr 5e-4 --seed N --out DIR/text_mild/seedN
     python -m scripts.train_switch_demo --preset ten --seed N --out DIR/switch/seedN
 
 numbers: Mixtrals that spell numbers in a language each; the share of held-out numbers answered exactly right that the
@@ -20,8 +22,14 @@ the experts with it, as in the paper's table. Calibration prompts are numbers an
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from common import MoetelError
@@ -41,6 +49,13 @@ from scripts.quality import (
 )
 from scripts.quality_report import by_method, cell, markdown, provenance, write
 
+# What makes a folder's seeds. The few held-out numbers are for the trainings' own tables.
+RECIPES: dict[str, tuple[str, ...]] = {
+    "numbers": ("scripts.train_demo", "--preset", "ten", "--scored", "100", "--threads", "1"),
+    "text": ("scripts.train_text", "--threads", "1"),
+    "text_mild": ("scripts.train_text", "--tune-lr", "5e-4", "--threads", "1"),
+    "switch": ("scripts.train_switch_demo", "--preset", "ten", "--scored", "100"),
+}
 TEXTS = ("base", "ptb", "code", "docs")
 FAMILIES = ("numbers", "text", "switch")
 
@@ -64,6 +79,47 @@ def number_prompts(count: int, seed: int) -> CalibrationSet:
     return CalibrationSet.of(str(rng.choice(by_digits[digits[i % len(digits)]])) for i in range(count))
 
 
+def train_missing(material: Path, folder: str, seeds: Sequence[int]) -> None:
+    """Train the seeds that are not there, each by a process on one core; what it prints goes to seedN.log.
+
+    A seed's folder gets its name when all of its tenants are there. Raises TaskError.
+    """
+    if folder not in RECIPES:
+        raise TaskError(f"--train knows no recipe for {folder!r}; it knows: {', '.join(RECIPES)}")
+    module, *options = RECIPES[folder]
+    waiting = [seed for seed in seeds if not (material / folder / f"seed{seed}").exists()]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    running: dict[int | None, tuple[int, subprocess.Popen[bytes]]] = {}
+    try:
+        while waiting or running:
+            for core in [c for c in cores if c not in running][: len(waiting)]:
+                running[core] = (seed := waiting.pop(0)), _start(material / folder, module, options, seed, core)
+            time.sleep(0.2)
+            for core, (seed, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[core]
+                path = material / folder / f"seed{seed}"
+                if process.returncode:
+                    raise TaskError(f"training {path} failed; {path}.log says why")
+                path.with_name(path.name + ".partial").rename(path)
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.wait()
+
+
+def _start(folder: Path, module: str, options: list[str], seed: int, core: int | None) -> subprocess.Popen[bytes]:
+    partial_out = folder / f"seed{seed}.partial"
+    shutil.rmtree(partial_out, ignore_errors=True)  # of a run that was stopped
+    partial_out.mkdir(parents=True)
+    command = [sys.executable, "-m", module, *options, "--seed", str(seed), "--out", str(partial_out)]
+    pin = None if core is None else partial(os.sched_setaffinity, 0, {core})
+    print(f"training {folder.name}, seed {seed}: {' '.join(command[1:])}", flush=True)
+    with (folder / f"seed{seed}.log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin)
+
+
 def materials(args: argparse.Namespace) -> list[Material]:
     """Every number of tenants with every seed. Raises TaskError for a folder that is not there or not finished."""
     found = []
@@ -76,7 +132,7 @@ def materials(args: argparse.Namespace) -> list[Material]:
             tenants = {name: folder / name for name in names[:count]}
             missing = [str(p) for p in (folder / "base", *tenants.values()) if not p.is_dir()]
             if missing:
-                raise TaskError(f"{missing[0]}: not there; the help of this command says how to make it")
+                raise TaskError(f"{missing[0]}: not there; --train makes it")
             if args.family == "text":
                 texts = folder / "texts"
                 tasks = {name: Task.read(texts / f"{name}.heldout.jsonl", args.scored) for name in tenants}
@@ -144,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--material", type=Path, required=True, metavar="DIR")
     parser.add_argument("--folder", metavar="NAME", help="in DIR, with seedN in it; default: the family's name")
+    parser.add_argument("--train", action="store_true", help="train what DIR does not hold yet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tenants", type=int, nargs="+", help=f"how many share; default: {TENANTS}")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="as of `moetel eval`; default: all")
@@ -175,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
             (args.out / f"{args.folder or args.family}.md").write_text(text, encoding="utf-8")
 
     try:
+        if args.train:
+            train_missing(args.material, args.folder or args.family, args.seeds)
         for material in materials(args):
             evaluate([material], methods(args, len(material.tenants)), options, keep, silent if args.quiet else bars)
     except MoetelError as error:

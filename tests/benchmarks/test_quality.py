@@ -106,6 +106,31 @@ def test_calibration_uses_training_numbers() -> None:
     assert {len(str(n)) for n in numbers} == {3, 4, 5}
 
 
+def test_training_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("num2words")
+    sizes = "--hidden-size 16 --intermediate-size 16 --layers 1 --heads 2 --kv-heads 1 --experts 2 --vocab-size 300"
+    tiny = f"{sizes} --languages en fr --batch 2 --base-steps 2 --tune-steps 1 --scored 2 --threads 1".split()
+    monkeypatch.setitem(quality.RECIPES, "numbers", ("scripts.train_demo", *tiny))
+    there = tmp_path / "numbers"
+    (there / "seed3").mkdir(parents=True)
+    (there / "seed4.partial" / "left").mkdir(parents=True)
+    quality.train_missing(tmp_path, "numbers", [3, 4])
+    assert sorted(p.name for p in there.iterdir()) == ["seed3", "seed4", "seed4.log"]
+    assert not list((there / "seed3").iterdir()), "what is there is not trained again"
+    assert {p.name for p in (there / "seed4").iterdir()} == {"base", "en", "fr", "metrics.json"}
+    assert json.loads((there / "seed4" / "metrics.json").read_text())["recipe"]["seed"] == 4
+
+    monkeypatch.setitem(quality.RECIPES, "text", ("scripts.train_text", "--texts", str(tmp_path / "nowhere")))
+    for folder, what in (("text", f"{tmp_path}/text/seed0.log says why"), ("mine", "no recipe for 'mine'")):
+        with pytest.raises(SystemExit) as leave:
+            quality.main(["text", "--material", str(tmp_path), "--folder", folder, "--train"])
+        assert leave.value.code == 1
+        assert what in capsys.readouterr().err
+    assert not (tmp_path / "text" / "seed0").exists()
+
+
 def test_missing_material_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, what in (
         (["numbers", "--material", str(tmp_path)], f"{tmp_path}/numbers/seed0/base: not there"),
