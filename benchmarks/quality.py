@@ -11,6 +11,7 @@ these do:
     python -m scripts.train_demo --preset ten --seed N --out DIR/numbers/seedN
     python -m scripts.train_text --seed N --out DIR/text/seedN
     python -m scripts.train_text --tune-lr 5e-4 --seed N --out DIR/text_mild/seedN
+    python -m scripts.train_text --base-on-all --base-steps 1800 --tune-lr 5e-4 --seed N --out DIR/text_broad/seedN
     python -m scripts.train_switch_demo --preset ten --seed N --out DIR/switch/seedN
 
 numbers: Mixtrals that spell numbers in a language each; the share of held-out numbers answered exactly right that the
@@ -54,6 +55,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "numbers": ("scripts.train_demo", "--preset", "ten", "--scored", "100", "--threads", "1"),
     "text": ("scripts.train_text", "--threads", "1"),
     "text_mild": ("scripts.train_text", "--tune-lr", "5e-4", "--threads", "1"),
+    "text_broad": tuple("scripts.train_text --base-on-all --base-steps 1800 --tune-lr 5e-4 --threads 1".split()),
     "switch": ("scripts.train_switch_demo", "--preset", "ten", "--scored", "100"),
 }
 TEXTS = ("base", "ptb", "code", "docs")

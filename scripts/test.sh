@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install everything and run what CI runs: formatting, lint, types, tests (the slow ones too), the files of tests spread
-# over the processors. Arguments go to pytest.
+# Install everything, then formatting, lint, types and tests, the files of tests spread over the processors.
+# Arguments go to pytest: -m 'slow or not slow' adds the slow tests, as CI does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/install.sh all,dev
+bash scripts/install.sh "${MOETEL_EXTRAS:-all,dev}"
 bin="${MOETEL_VENV:-.venv}/bin"
 "$bin/ruff" format --check .
 "$bin/ruff" check .

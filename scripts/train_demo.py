@@ -405,7 +405,7 @@ def wide_console() -> Console:
 def add_recipe(parser: argparse.ArgumentParser, defaults: Any) -> None:
     """An option for each number that the recipe, a dataclass, holds; None where not given."""
     for name, value in asdict(defaults).items():
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
 
 

@@ -2,7 +2,8 @@
 
 The tenants and what they are trained on and judged by:
 
-    base  WikiText-2, validation part; judged on the test part
+    base  WikiText-2, validation part (--base-on-all: what the others are trained on as well, in equal parts, as bases
+          that people fine-tune have seen a bit of everything); judged on the test part of WikiText-2
     ptb   Penn Treebank (newspaper), validation part; judged on the test part
     code  Python source of this interpreter's standard library; a fixed tenth of the files is held out
     docs  docstrings of the same files, with the same split
@@ -92,6 +93,7 @@ class Recipe(Training):
     max_characters: int = 2_000_000
     heldout_tokens: int = 30_000
     calibration_tokens: int = 5_000
+    base_on_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,18 @@ class Windows:
         return ids, labels
 
 
+class Mixture:
+    """Rows of several streams, each row of any of them with the same chance."""
+
+    def __init__(self, streams: Sequence[Windows]):
+        self._streams = streams
+
+    def batch(self, size: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Windows.batch`."""
+        rows = [stream.batch(1, rng) for stream in rng.choices(self._streams, k=size)]
+        return torch.cat([ids for ids, _ in rows]), torch.cat([labels for _, labels in rows])
+
+
 def pieces(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], context: int) -> list[str]:
     """The documents cut into texts of at most `context` tokens, BOS included.
 
@@ -254,10 +268,10 @@ def run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict[str, 
     parameters = {n: p.numel() for n, p in base.named_parameters()}
     experts = sum(count for n, count in parameters.items() if is_expert(n))
     console.print(f"{sum(parameters.values())} parameters, {experts / sum(parameters.values()):.0%} of them experts")
-    losses, num_tokens = {}, {}
-    for tenant, its in texts.items():
-        windows = Windows(tokenizer, its.training, recipe.context)
-        num_tokens[tenant] = windows.num_tokens
+    losses = {}
+    windows = {tenant: Windows(tokenizer, its.training, recipe.context) for tenant, its in texts.items()}
+    num_tokens = {tenant: its.num_tokens for tenant, its in windows.items()}
+    for tenant, own in windows.items():
         is_base = tenant == "base"
         model = base if is_base else copy.deepcopy(base)
         steps, lr, seed = (
@@ -265,8 +279,9 @@ def run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict[str, 
             if is_base
             else (recipe.tune_steps, recipe.tune_lr, recipe.seed + 1)
         )
+        shown = Mixture(list(windows.values())) if is_base and recipe.base_on_all else own
         with bars(tenant, steps) as advance:
-            losses[tenant] = train(model, windows, steps, recipe.batch, lr, seed, advance)
+            losses[tenant] = train(model, shown, steps, recipe.batch, lr, seed, advance)
         save(model, tokenizer, out / tenant)
     trained_s = time.perf_counter() - started
     metrics = evaluate(out, tokenizer, heldout, console) | {
@@ -340,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--texts", type=Path, default=default_texts(), help=f"default: {default_texts()}")
     add_recipe(parser, Recipe())
+    parser.add_argument("--base-on-all", action="store_true", help="train the base on the other tenants' texts as well")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,24 @@ def test_windows_begin_with_bos_and_teach_all_else(tokenizer: PreTrainedTokenize
     assert torch.equal(ids[:, 1:], labels[:, 1:])
     with pytest.raises(MoetelError, match="shorter than one row of 4000"):
         train_text.Windows(tokenizer, ["one two"], 4000)
+    other = train_text.Windows(tokenizer, ["9 8 7 6 " * 20], 12)
+    ids, labels = train_text.Mixture([windows, other]).batch(64, random.Random(0))
+    assert ids.shape == labels.shape == (64, 12) and torch.equal(ids[:, 1:], labels[:, 1:])
+    digits = [any(c.isdigit() for c in tokenizer.decode(row)) for row in ids]
+    assert 16 < sum(digits) < 48, "rows of either text, about as many of each"
+
+
+def test_a_base_that_saw_all_texts_is_better_at_the_others(
+    folder: Path, tiny: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_text, "standard_library", lambda: SOURCES)
+    monkeypatch.setattr(train_text, "Recipe", lambda **given: replace(TINY, **given))
+    out = ["--out", str(tmp_path), "--texts", str(folder), "--threads", "1", "--tune-steps", "1"]
+    assert train_text.main([*out, "--base-on-all"]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["recipe"]["base_on_all"] and not tiny[1]["recipe"]["base_on_all"]
+    for tenant in ("ptb", "code", "docs"):
+        assert found["tenants"][tenant]["base"] < 0.8 * tiny[1]["tenants"][tenant]["base"]
 
 
 def test_perplexity_is_that_of_the_models_own_loss(
