@@ -89,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flood", type=float, default=8.0, metavar="X",
         help="test moetel again with one tenant sending X times its rate; 0: do not (default: %(default)g)",
     )  # fmt: skip
+    load.add_argument(
+        "--pairs", type=int, default=3, metavar="N",
+        help="test single and moetel N times in turn at 0.7 of the load, both loaded; 0: do not (default: %(default)s)",
+    )  # fmt: skip
     load.add_argument("--flood-tenant", metavar="NAME", help="which (default: the last)")
 
     engine = parser.add_argument_group("engine")
@@ -166,6 +170,8 @@ def _experiment(args: argparse.Namespace, vocab_sizes: Mapping[str, int]) -> Exp
         raise TrafficError("duration and drain: give seconds, a duration above 0")
     if args.max_num_seqs < 1:
         raise TrafficError(f"max-num-seqs is {args.max_num_seqs}; give a whole number from 1")
+    if args.pairs < 0:
+        raise TrafficError(f"pairs is {args.pairs}; give a whole number from 0")
     if args.flood_tenant is not None and args.flood_tenant not in vocab_sizes:
         raise TrafficError(f"tenant {args.flood_tenant!r} is to flood, but there is: {', '.join(vocab_sizes)}")
     return Experiment(
@@ -188,6 +194,7 @@ def _experiment(args: argparse.Namespace, vocab_sizes: Mapping[str, int]) -> Exp
         concurrency=args.max_num_seqs,
         percentiles=percentiles,
         goodput=Goodput.parse(args.goodput),
+        pairs=args.pairs,
         flood_factor=args.flood,
         flood_tenant=args.flood_tenant,
     )

@@ -69,6 +69,12 @@ def remarks(found: Comparison) -> list[str]:
     if held:
         lines.append(f"weights held: {', '.join(held)}")
     lines += [f"{name} failed: {about['error']}" for name, about in found.systems.items() if "error" in about]
+    for pair in found.pairs:
+        shown = ", ".join(
+            f"{n} {r['mean_e2el_ms']:.0f} ms (TTFT {r['mean_ttft_ms']:.0f}, TPOT {r['mean_tpot_ms']:.1f})"
+            for n, r in pair.items()
+        )
+        lines.append(f"in turn, mean E2EL: {shown}")
     judgements = judge(found, "moetel" if "moetel" in found.systems else "http")
     lines += [str(j) for j in judgements if j.value is not None]
     for cell in found.cells:
@@ -107,6 +113,7 @@ def write(
         "systems": found.systems,
         "judgements": [{**j.__dict__, "met": j.met} for j in judge(found)],
         "results": [cell.to_json() for cell in found.cells],
+        "pairs": found.pairs,
     }
     paths = [directory / f"{name}.json", directory / f"{name}.md"]
     try:

@@ -18,7 +18,7 @@ from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, block_bytes, token_width
-from torch_engine.model import Run, Segment, Singles, forward, head
+from torch_engine.model import Run, Segment, Singles, forward, head, heads_of
 from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace, TenantWeights
 from torch_engine.options import TorchOptions
 from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
@@ -201,9 +201,11 @@ class TorchBackend(Backend):
             by_tenant.setdefault(self._sequences[part.sequence].tenant, []).append(i)
         weights = self.ready.acquire(by_tenant)
         segments, order, start = [], [], 0
-        for name, mine in by_tenant.items():
+        # Those whose attention can be computed together, together.
+        for name in sorted(by_tenant, key=lambda n: heads_of(weights[n].config)):
+            mine = by_tenant[name]
             # Single tokens first: see `Segment`.
-            mine = sorted(mine, key=lambda i: parts[i].read > 0)
+            mine.sort(key=lambda i: parts[i].read > 0)
             segments.append(self._segment(name, weights[name], start, [parts[i] for i in mine]))
             order += mine
             start = segments[-1].stop

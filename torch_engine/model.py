@@ -1,8 +1,9 @@
 """Mixtral's forward pass over tokens of several tenants.
 
 Tokens are flat: no padding enters a matrix product. A `Segment` holds the tokens of one tenant, be they next tokens of
-answers or pieces of prompts; what is not an expert is computed segment by segment with the tenant's own weights, the
-experts once for all tokens.
+answers or pieces of prompts. Products with what is not an expert are computed segment by segment with the tenant's own
+weights, in one call of our own kernels where they are used; the experts, and all that needs no weights, once for all
+tokens. Attention is computed for all adjacent segments at once that have heads of the same shape (`Group`).
 
 Source: Mixtral of Experts (arXiv 2401.04088); names and order of rounding as in transformers,
 models/mixtral/modeling_mixtral.py.
@@ -12,7 +13,9 @@ vocabulary V.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -20,11 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.backend import Observer
+from common.families import MixtralConfig
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, padded_tables
-from torch_engine.non_expert import LayerWeights, TenantWeights
+from torch_engine.non_expert import TenantWeights
 from torch_engine.pool import ExpertPool, TokenTenants
-from torch_engine.products import linear
+from torch_engine.products import linear, linears
 from torch_engine.rotary import rotate
 
 
@@ -73,20 +77,58 @@ class Segment:
     runs: list[Run]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What all layers of a step share for one segment.
+def heads_of(config: MixtralConfig) -> tuple[int, int, int, int]:
+    """What tenants must agree in for their attention to be computed together; 0: no window."""
+    window = config.sliding_window or 0
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim, window
 
-    fresh: runs from position 0 on, those of one length together: (length, int64 [rows, length] of the segment's
-    tokens, or a slice where they are adjacent, and mask). going_on: the other runs, each with its mask.
+
+class Rows:
+    """Adjacent segments, and where each one's tokens begin, counted from the first's: int64 [segments + 1]."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self.segments = segments
+        self.start, self.stop = segments[0].start, segments[-1].stop
+        self.starts = np.array([s.start - self.start for s in segments] + [self.stop - self.start], dtype=np.int64)
+        self._kernels = segments[0].weights.kernels
+        self._eps = np.array([s.weights.config.rms_norm_eps for s in segments], dtype=np.float32)
+
+    def slices(self) -> Iterator[tuple[Segment, slice]]:
+        for segment, start, stop in zip(self.segments, self.starts[:-1], self.starts[1:], strict=True):
+            yield segment, slice(int(start), int(stop))
+
+    def norm(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """`rms_norm` with each tenant's weight, in one call of our own kernels where they are used."""
+        if self._kernels is not None and len(x) <= self._kernels.max_rows:
+            return native.rms_norms(self._kernels, x, self.starts, weights, self._eps)
+        parts = zip(self.slices(), weights, strict=True)
+        return _joined([rms_norm(x[at], weight, s.weights.config.rms_norm_eps) for (s, at), weight in parts])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adjacent segments whose attention is computed together, and what all layers of a step share for them.
+
+    Tokens are counted from the group's first. cos, sin: [T, 1, D / 2]. places: int64 [T], as of segments.
+    single_rows: which tokens are single ones; blocks, lengths: of them all, as of `Singles`.
+    fresh: runs from position 0 on, those of one length together: (length, rows, int64 [rows * length] of the group's
+    tokens, or a slice where they are adjacent, and mask). going_on: start and stop of the other runs, where the keys
+    lie, and mask.
     single_places: int64 [rows, longest], where the keys of single rows lie; None where a kernel reads them in place.
     A mask is bool, broadcast to [B, heads, queries, keys], True where seen; None: causal.
     """
 
+    rows: Rows
+    config: MixtralConfig
+    kernels: native.Kernels | None
     cos: Tensor
     sin: Tensor
+    places: Tensor | None
+    single_rows: slice | Tensor | None
+    blocks: list[Blocks]
+    lengths: np.ndarray
     fresh: list[tuple[int, int, Tensor | slice, Tensor | None]]
-    going_on: list[tuple[Run, Tensor]]
+    going_on: list[tuple[int, int, Tensor, Tensor]]
     single_places: Tensor | None
     single_mask: Tensor | None
 
@@ -96,13 +138,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     scaled = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True).add_(eps))
     return scaled.to(x.dtype).mul_(weight)
-
-
-def _norm(weights: TenantWeights, x: Tensor, norm: Tensor) -> Tensor:
-    """`rms_norm` with a tenant's epsilon, in one call of our own kernels where they are used."""
-    if weights.kernels is not None and len(x) <= weights.kernels.max_rows:
-        return native.rms_norm(weights.kernels, x, norm, weights.config.rms_norm_eps)
-    return rms_norm(x, norm, weights.config.rms_norm_eps)
 
 
 def route_top_k(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -122,76 +157,99 @@ def _window_mask(queries: Tensor, num_keys: int, window: int | None) -> Tensor:
     return seen if window is None else seen & (keys > queries[..., None] - window)
 
 
-def _prepare(segment: Segment) -> _Prepared:
-    device = segment.positions.device
-    cos, sin = segment.weights.rotary.at(segment.positions, segment.last)
-    window = segment.weights.config.sliding_window
+def _group(segments: Sequence[Segment]) -> Group:
+    """segments: adjacent, of one `heads_of`."""
+    rows = Rows(segments)
+    device, config = segments[0].positions.device, segments[0].weights.config
+    window, kernels = config.sliding_window, segments[0].weights.kernels
+    angles = [s.weights.rotary.at(s.positions, s.last) for s in segments]
+    kept = [s.places for s in segments if s.places is not None]
 
     def within(longest: int) -> int | None:
         return window if window is not None and window < longest else None
 
-    by_length: dict[int, list[Run]] = {}
+    by_length: dict[int, list[int]] = {}
     going_on = []
-    for run in segment.runs:
-        if run.first == 0:
-            by_length.setdefault(run.stop - run.start, []).append(run)
-        else:
-            length = run.first + run.stop - run.start
+    single_parts: list[tuple[int, int]] = []
+    blocks: list[Blocks] = []
+    for segment, place in rows.slices():
+        for run in segment.runs:
+            start, stop = place.start + run.start, place.start + run.stop
+            if run.first == 0:
+                by_length.setdefault(stop - start, []).append(start)
+                continue
+            length = run.first + stop - start
             queries = torch.arange(run.first, length, device=device)
-            going_on.append((run, _window_mask(queries, length, within(length))))
+            assert run.places is not None
+            going_on.append((start, stop, run.places, _window_mask(queries, length, within(length))))
+        if segment.singles is not None:
+            single_parts.append((place.start, place.start + len(segment.singles.lengths)))
+            blocks += segment.singles.blocks
     fresh: list[tuple[int, int, Tensor | slice, Tensor | None]] = []
-    for length, runs in by_length.items():
+    for length, starts in by_length.items():
         mask = None
         if within(length) is not None:
             mask = _window_mask(torch.arange(length, device=device), length, window)
-        tokens: Tensor | slice = slice(runs[0].start, runs[-1].stop)
-        if runs[-1].stop - runs[0].start != length * len(runs):
-            starts = torch.tensor([r.start for r in runs], device=device)
-            tokens = (starts[:, None] + torch.arange(length, device=device)).reshape(-1)
-        fresh.append((length, len(runs), tokens, mask))
+        fresh.append((length, len(starts), _tokens([(s, s + length) for s in starts], device), mask))
+    lengths = np.concatenate([s.singles.lengths for s in segments if s.singles is not None] or [np.zeros(0, np.int64)])
     places = mask = None
-    singles = segment.singles
-    if singles is not None and segment.weights.kernels is None:
-        longest = int(singles.lengths.max())
-        table = padded_tables(singles.blocks)
+    if blocks and kernels is None:
+        longest = int(lengths.max())
+        table = padded_tables(blocks)
         positions = np.arange(longest)
         places = torch.from_numpy(table[:, positions // BLOCK] * BLOCK + positions % BLOCK).to(device)
-        queries = torch.from_numpy(singles.lengths - 1).to(device)
-        mask = _window_mask(queries, longest, within(longest))[:, None, None, :]
-    return _Prepared(cos, sin, fresh, going_on, places, mask)
+        mask = _window_mask(torch.from_numpy(lengths - 1).to(device), longest, within(longest))[:, None, None, :]
+    return Group(
+        rows=rows,
+        config=config,
+        kernels=kernels,
+        cos=_joined([cos for cos, _ in angles]),
+        sin=_joined([sin for _, sin in angles]),
+        places=_joined(kept) if kept else None,
+        single_rows=_tokens(single_parts, device) if blocks else None,
+        blocks=blocks,
+        lengths=lengths,
+        fresh=fresh,
+        going_on=going_on,
+        single_places=places,
+        single_mask=mask,
+    )
 
 
-def _attention(
-    segment: Segment, prepared: _Prepared, layer: int, weights: LayerWeights, x: Tensor, cache: Arena | None
-) -> Tensor:
+def _tokens(parts: Sequence[tuple[int, int]], device: torch.device) -> Tensor | slice:
+    """The tokens of these (start, stop), in order."""
+    if all(stop == start for (_, stop), (start, _) in pairwise(parts)):
+        return slice(parts[0][0], parts[-1][1])
+    return torch.from_numpy(np.concatenate([np.arange(*part) for part in parts])).to(device)
+
+
+def _attention(group: Group, layer: int, x: Tensor, cache: Arena | None) -> Tensor:
     """[T, H] -> [T, H]: projections, rotary, cache, scaled dot products."""
-    config = segment.weights.config
-    n, g, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    n, g, d, _ = heads_of(group.config)
     num_tokens = len(x)
-    qkv = linear(x, weights.qkv).view(num_tokens, n + 2 * g, d)
-    rotated = rotate(qkv[:, : n + g], prepared.cos, prepared.sin)
+    weights = [s.weights.layers[layer] for s in group.rows.segments]
+    qkv = linears(x, group.rows.starts, [w.qkv for w in weights]).view(num_tokens, n + 2 * g, d)
+    rotated = rotate(qkv[:, : n + g], group.cos, group.sin)
     q, k, v = rotated[:, :n], rotated[:, n:], qkv[:, n + g :]
-    if segment.places is not None:
+    if group.places is not None:
         assert cache is not None
-        cache.write(layer, segment.places, k.reshape(num_tokens, g * d), v.reshape(num_tokens, g * d))
+        cache.write(layer, group.places, k.reshape(num_tokens, g * d), v.reshape(num_tokens, g * d))
     parts: list[tuple[slice | Tensor, Tensor]] = []
-    if segment.singles is not None:
+    if group.single_rows is not None:
         assert cache is not None
-        rows = slice(0, len(segment.singles.lengths))
-        parts.append((rows, _attend_singles(segment, prepared, layer, q[rows], cache)))
-    for length, count, tokens, mask in prepared.fresh:
+        parts.append((group.single_rows, _attend_singles(group, layer, q[group.single_rows], cache)))
+    for length, count, tokens, mask in group.fresh:
         parts.append((tokens, _attend(q[tokens], k[tokens], v[tokens], count, length, mask)))
-    for run, mask in prepared.going_on:
-        assert cache is not None and run.places is not None
-        keys, values = (t.view(-1, g, d) for t in cache.read(layer, run.places, g * d))
-        tokens = slice(run.start, run.stop)
-        parts.append((tokens, _attend(q[tokens], keys, values, 1, run.stop - run.start, mask)))
-    if len(parts) == 1:
-        return linear(parts[0][1], weights.o)
-    whole = x.new_empty(num_tokens, n * d)
-    for tokens, found in parts:
-        whole[tokens] = found
-    return linear(whole, weights.o)
+    for start, stop, places, mask in group.going_on:
+        assert cache is not None
+        keys, values = (t.view(-1, g, d) for t in cache.read(layer, places, g * d))
+        parts.append((slice(start, stop), _attend(q[start:stop], keys, values, 1, stop - start, mask)))
+    attended = parts[0][1]
+    if len(parts) > 1:
+        attended = x.new_empty(num_tokens, n * d)
+        for tokens, found in parts:
+            attended[tokens] = found
+    return linears(attended, group.rows.starts, [w.o for w in weights])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: int, queries: int, mask: Tensor | None) -> Tensor:
@@ -209,22 +267,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rows: int, queries: int, mask: Tens
     return out.transpose(1, 2).reshape(rows * queries, n * d)
 
 
-def _attend_singles(segment: Segment, prepared: _Prepared, layer: int, q: Tensor, cache: Arena) -> Tensor:
+def _attend_singles(group: Group, layer: int, q: Tensor, cache: Arena) -> Tensor:
     """One new token a row, itself in the cache already: [B, N, D] -> [B, N * D]."""
-    singles, config, kernels = segment.singles, segment.weights.config, segment.weights.kernels
-    assert singles is not None
-    g = config.num_key_value_heads
+    g = group.config.num_key_value_heads
     rows, n, d = q.shape
-    if kernels is not None:
+    if group.kernels is not None:
         keys, values = cache.keys[layer], cache.values[layer]
-        tables = [b.table for b in singles.blocks]
-        return native.decode_attention(
-            kernels, q, keys, values, g, tables, BLOCK, singles.lengths, config.sliding_window
-        )
-    assert prepared.single_places is not None
-    keys, values = (t.view(rows, -1, g, d).transpose(1, 2) for t in cache.read(layer, prepared.single_places, g * d))
+        tables = [b.table for b in group.blocks]
+        window = group.config.sliding_window
+        return native.decode_attention(group.kernels, q, keys, values, g, tables, BLOCK, group.lengths, window)
+    assert group.single_places is not None
+    keys, values = (t.view(rows, -1, g, d).transpose(1, 2) for t in cache.read(layer, group.single_places, g * d))
     # The query heads of a group stand in for queries, so keys and values are read once and never repeated.
-    out = F.scaled_dot_product_attention(q.reshape(rows, g, n // g, d), keys, values, attn_mask=prepared.single_mask)
+    out = F.scaled_dot_product_attention(q.reshape(rows, g, n // g, d), keys, values, attn_mask=group.single_mask)
     return out.reshape(rows, n * d)
 
 
@@ -256,7 +311,8 @@ def forward(
     cache: where keys and values are kept; None if no segment keeps them.
     observer: called for each segment in each layer, between router and experts.
     """
-    prepared = [_prepare(s) for s in segments]
+    everything = Rows(segments)
+    groups = [_group(list(same)) for _, same in groupby(segments, lambda s: heads_of(s.weights.config))]
     for s in segments:
         s.weights.wait(0)
     x = _joined([F.embedding(s.token_ids, s.weights.embed) for s in segments])
@@ -264,30 +320,23 @@ def forward(
     tenants = TokenTenants(tenant_ids, segments[0].tenant_index if len(segments) == 1 else None)
     misses = np.zeros(len(tenant_ids), dtype=np.int64)
     for layer in range(pool.plan.num_layers):
-        attended = []
-        for s, p in zip(segments, prepared, strict=True):
-            s.weights.wait(layer + 1)
-            weights = s.weights.layers[layer]
-            normed = _norm(s.weights, x[s.start : s.stop], weights.input_norm)
-            attended.append(_attention(s, p, layer, weights, normed, cache))
-        x = x + _joined(attended)
-        normed_parts, routed = [], []
-        added: list[tuple[Segment, Tensor]] = []
         for s in segments:
-            weights = s.weights.layers[layer]
-            normed = _norm(s.weights, x[s.start : s.stop], weights.post_norm)
-            normed_parts.append(normed)
-            routed.append(route_top_k(linear(normed, weights.router), pool.top_k))
-            if observer is not None:
-                more = _observe(
-                    observer, pool.plan.tenants[s.tenant_index], layer, normed, routed[-1][1], routed[-1][0]
-                )
+            s.weights.wait(layer + 1)
+        weights = [s.weights.layers[layer] for s in segments]
+        normed = everything.norm(x, [w.input_norm for w in weights])
+        x = x + _joined([_attention(g, layer, normed[g.rows.start : g.rows.stop], cache) for g in groups])
+        normed = everything.norm(x, [w.post_norm for w in weights])
+        gates, expert_ids = route_top_k(linears(normed, everything.starts, [w.router for w in weights]), pool.top_k)
+        added: list[tuple[slice, Tensor]] = []
+        if observer is not None:
+            for s, place in everything.slices():
+                name = pool.plan.tenants[s.tenant_index]
+                more = _observe(observer, name, layer, normed[place], expert_ids[place], gates[place])
                 if more is not None:
-                    added.append((s, more))
-        gates, expert_ids = _joined([r[0] for r in routed]), _joined([r[1] for r in routed])
-        out = pool.forward(layer, _joined(normed_parts), expert_ids, gates, tenants, misses)
-        for s, more in added:
-            out[s.start : s.stop] += more
+                    added.append((place, more))
+        out = pool.forward(layer, normed, expert_ids, gates, tenants, misses)
+        for place, more in added:
+            out[place] += more
         x = x + out
     pool.counts.hits += len(tenant_ids) * pool.plan.num_layers * pool.top_k - int(misses.sum())
     return x, misses
@@ -295,6 +344,11 @@ def forward(
 
 def head(segment: Segment, hidden: Tensor) -> Tensor:
     """Last norm and language-model head: [T, H] -> float32 [T, V]."""
-    segment.weights.wait(segment.weights.config.experts.num_layers + 1)
-    normed = _norm(segment.weights, hidden, segment.weights.norm)
-    return linear(normed, segment.weights.head).float()
+    weights = segment.weights
+    weights.wait(weights.config.experts.num_layers + 1)
+    if weights.kernels is not None and len(hidden) <= weights.kernels.max_rows:
+        starts, eps = np.array([0, len(hidden)]), np.array([weights.config.rms_norm_eps], dtype=np.float32)
+        normed = native.rms_norms(weights.kernels, hidden, starts, [weights.norm], eps)
+    else:
+        normed = rms_norm(hidden, weights.norm, weights.config.rms_norm_eps)
+    return linear(normed, weights.head).float()

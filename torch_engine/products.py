@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,22 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
         return native.linear(weight.kernels, x, weight.place, weight.shape[0])
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.data, None, "none", [], "")
     return product
+
+
+def linears(x: Tensor, starts: np.ndarray, weights: Sequence[Weight]) -> Tensor:
+    """`linear` for runs of rows, each with a matrix of its own of one shape. starts: int64 [runs + 1], on the host."""
+    first = weights[0]
+    if len(weights) == 1:
+        return linear(x, first)
+    if isinstance(first, PackedWeight) and first.kernels is not None:
+        places = [w.place for w in weights if isinstance(w, PackedWeight) and w.place is not None]
+        if (
+            len(places) == len(weights)
+            and len({place.stride for place in places}) == 1
+            and np.diff(starts).max() <= first.kernels.max_rows
+        ):
+            return native.linears(first.kernels, x, starts, places, first.shape[0])
+    return torch.cat([linear(x[a:b], w) for a, b, w in zip(starts[:-1], starts[1:], weights, strict=True)])
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

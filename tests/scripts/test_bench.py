@@ -33,7 +33,17 @@ def arguments(*given: str) -> argparse.Namespace:
 def test_all_systems_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     given = ["--random=tiny-mixtral", "--num-tenants=2", f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'out'}"]
-    load = ["--duration=0.5", "--load", "0.2", "--goodput", "ttft:1000", "e2el:5000", "--flood=3", "--drain=30"]
+    load = [
+        "--duration=0.5",
+        "--load",
+        "0.2",
+        "--pairs=2",
+        "--goodput",
+        "ttft:1000",
+        "e2el:5000",
+        "--flood=3",
+        "--drain=30",
+    ]
     assert command.main("bench", bench, [*given, *FAST, *load]) == 0
     out = capsys.readouterr().out
     for line in (
@@ -66,6 +76,8 @@ def test_all_systems_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len({c["completed"] + c["failed"] for c in judged}) == 1
     assert len({c["request_rate"] for c in judged}) == 1
     text = (tmp_path / "out" / "qos.md").read_text()
+    assert [set(pair) for pair in value["pairs"]] == [{"single", "moetel"}] * 2
+    assert "; median of 2 pairs tested in turn, " in text and text.count("in turn, mean E2EL: ") == 2
     assert "| moetel, tenant1 x3 |" in text and "Worst tenant of each test" in text
     assert (tmp_path / "out" / "qos.png").stat().st_size > 10_000
 
@@ -107,6 +119,7 @@ def test_wrong_use(argv: list[str], message: str, capsys: pytest.CaptureFixture[
         (["--load", "0"], "load: give shares above 0"),
         (["--duration=0"], "a duration above 0"),
         (["--max-num-seqs=0"], "max-num-seqs is 0"),
+        (["--pairs=-1"], "pairs is -1"),
         (["--flood-tenant=x"], "'x' is to flood, but there is: a, b"),
         (["--goodput", "speed:3"], "goodput 'speed:3'"),
         (["--skew=-1"], "skew is -1"),
@@ -172,6 +185,51 @@ def test_systems_are_tested_one_after_another_until_they_saturate(monkeypatch: p
     assert tested["paper"] == [rates[0], rates[2]]
     assert [c.result["saturated"] for c in found.cells] == [False] * 7 + [True] * 2
     assert found.systems == {name: {"load_s": 0.0} for name in seconds}
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_pairs_are_tested_in_turn_with_both_loaded(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+    log: list[str] = []
+    traces: list[tuple[float, ...]] = []
+    # The machine becomes slower and slower; what is tested in turn is hit alike.
+    drift = iter(range(1, 100))
+
+    class Told(Steady):
+        async def about(self) -> dict[str, Any]:
+            return {"load_s": 0.0} | ({"compilations": 3} if compiles else {})
+
+    async def no_time(system: Steady, trace: Trace, drain_s: float) -> list[Record]:
+        log.append(f"test {system.name}")
+        traces.append(tuple(c.at_s for c in trace.calls))
+        took = system.seconds * next(drift)
+        return [Record(c, c.at_s, [(c.at_s + took, c.max_new_tokens)], c.at_s + took, error=None) for c in trace.calls]
+
+    monkeypatch.setattr(qos, "run_trace", no_time)
+
+    def opener(name: str, seconds: float) -> Any:
+        async def make() -> Steady:
+            return Told(name, seconds, log)
+
+        return make
+
+    openers = {"single": opener("single", 0.01), "moetel": opener("moetel", 0.01)}
+    experiment = Experiment({"a": 9}, request_rates=(20.0,), duration_s=1.0, capacity_s=0.0, flood_factor=0, pairs=2)
+    found = asyncio.run(compare(openers, experiment))
+    at = log.index("close moetel") + 1
+    assert log[at : at + 2] == ["open single", "open moetel"] and log[-2:] == ["close single", "close moetel"]
+    tests = [entry.split()[1] for entry in log[at + 2 : -2]]
+    order = ["moetel", "single", "single", "moetel"]
+    assert tests == ([name for name in order for _ in range(2)] if compiles else order)
+    measured = traces[-len(tests) :][compiles :: 1 + compiles]
+    assert measured[0] == measured[1] != measured[2] == measured[3]
+    assert [set(pair) for pair in found.pairs] == [{"single", "moetel"}] * 2
+    first = [pair["moetel"]["mean_e2el_ms"] / pair["single"]["mean_e2el_ms"] for pair in found.pairs]
+    assert first[0] < 1 < first[1]
+    assert judge(found)[0].value == pytest.approx(sum(first) / 2)
+    # Nothing to compare with: only one of the two there.
+    log.clear()
+    found = asyncio.run(compare({"moetel": openers["moetel"]}, experiment))
+    assert not found.pairs and log.count("open moetel") == 1
 
 
 def test_a_system_that_fails_is_passed_over_unless_it_is_the_first() -> None:
@@ -259,8 +317,17 @@ def test_judgements() -> None:
     assert [j.met for j in lines] == [True, True, True, True, False]
     assert (
         str(lines[0])
-        == "mean E2EL, moetel / single at 1 requests/s (70% load of one model): 1.05 (aim at most 1.1, met)"
+        == "mean E2EL, moetel / single at 1 requests/s (70% load of one model): 1.05 (aim at most 1.1, met); "
+        "one test each, one after the other"
     )
+    found.pairs = [
+        {"single": cell("single", 1.0).result, "moetel": cell("moetel", seconds).result} for seconds in (1.3, 1.2, 0.9)
+    ]
+    assert judge(found)[0].value == pytest.approx(1.2)
+    assert str(judge(found)[0]).endswith(
+        ": 1.2 (aim at most 1.1, MISSED); median of 3 pairs tested in turn, 0.9 to 1.3"
+    )
+    found.pairs = []
     assert "the true ratio is smaller" in str(lines[1])
     assert "8 times the rate of b: 1.33 (aim at most 1.2, MISSED); 4 requests of the others" in str(lines[4])
     shown = remarks(found)

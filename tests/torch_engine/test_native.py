@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests import helpers
 from torch_engine import native, products
 from torch_engine.model import rms_norm
 from torch_engine.pool import ACTIVATIONS
+from torch_engine.products import linears, pack_native
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -120,21 +122,48 @@ def test_a_whole_layer_of_experts(dtype: torch.dtype, activation: str, tokens: i
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_equals_the_plain_one(dtype: torch.dtype) -> None:
     found = kernels(dtype)
-    x, weight = noise(0, 7, 100).to(dtype), (noise(1, 100) + 2).to(dtype)
-    close(native.rms_norm(found, x, weight, 1e-5), rms_norm(x, weight, 1e-5), dtype)
-    assert torch.equal(native.rms_norm(found, x * 0, weight, 1e-5), x * 0)
+    x, weights = noise(0, 7, 100).to(dtype), [(noise(i, 100) + 2).to(dtype) for i in (1, 2)]
+    starts, eps = np.array([0, 3, 7], dtype=np.int64), np.array([1e-5, 0.3], dtype=np.float32)
+    out = native.rms_norms(found, x, starts, weights, eps)
+    close(out[:3], rms_norm(x[:3], weights[0], 1e-5), dtype)
+    close(out[3:], rms_norm(x[3:], weights[1], 0.3), dtype)
+    assert torch.equal(native.rms_norms(found, x * 0, starts, weights, eps), x * 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 1, 4, 100])
-@pytest.mark.parametrize(("groups", "per_group", "size"), [(2, 2, 8), (1, 5, 4), (4, 1, 64)])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 8, 1), (2, 0, 13)])
+def test_several_runs_of_rows_in_one_call(
+    dtype: torch.dtype, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = kernels(dtype)
+    starts = np.cumsum([0, *rows]).astype(np.int64)
+    x, weights = noise(0, sum(rows), 70).to(dtype), [noise(1 + i, 130, 70).to(dtype) for i in range(len(rows))]
+    packed = [pack_native(w) for w in weights]
+    calls: list[int] = []
+    own = native.linears
+    monkeypatch.setattr(native, "linears", lambda *a: (calls.append(1), own(*a))[1])
+    exact = torch.cat([x[a:b].double() @ w.double().T for a, b, w in zip(starts, starts[1:], weights, strict=False)])
+    close(linears(x, starts, packed), exact, dtype)
+    assert len(calls) == 1
+    # What the kernels do not take in one call: too many rows, plain weights among packed ones.
+    few = [replace(p, kernels=replace(found, max_rows=1)) for p in packed]
+    mixed = [*packed[:-1], weights[-1]]
+    for other in (few, mixed, weights):
+        close(linears(x, starts, other), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 4, 40, 100])
+@pytest.mark.parametrize(
+    ("groups", "per_group", "size"), [(2, 2, 8), (1, 5, 4), (4, 1, 64), (2, 4, 64), (1, 9, 80), (1, 4, 128)]
+)
 def test_decode_attention(dtype: torch.dtype, window: int | None, groups: int, per_group: int, size: int) -> None:
     found = kernels(dtype)
-    lengths = np.array([1, 9, 30], dtype=np.int64)
+    lengths = np.array([1, 9, 70], dtype=np.int64)
     block, width = 4, groups * size + 3  # an arena that is wider than this tenant's keys
     keys, values = noise(0, 100, width).to(dtype), noise(1, 100, width).to(dtype)
     numbers = np.random.default_rng(0).permutation(25)  # blocks in any order
-    tables = [numbers[:1].copy(), numbers[1:4].copy(), numbers[4:12].copy()]
+    tables = [numbers[:1].copy(), numbers[1:4].copy(), numbers[4:22].copy()]
     fused = noise(2, 3, groups * per_group + 2, size).to(dtype)
     q = fused[:, : groups * per_group]  # rows of q lie apart, as they do beside rotated keys
     out = native.decode_attention(found, q, keys, values, groups, tables, block, lengths, window)

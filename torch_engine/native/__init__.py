@@ -48,7 +48,7 @@ _CPU_FLAG = {torch.bfloat16: "avx512_bf16", torch.float32: "avx512f"}
 class Kernels:
     """The functions for one type. max_rows: up to how many rows a matrix they are the faster choice here."""
 
-    linear: Any
+    linears: Any
     experts: Any
     residual: Any
     rms_norm: Any
@@ -109,26 +109,26 @@ def load(dtype: torch.dtype) -> Kernels | None:
         logger.info("own CPU kernels are not used: %s", error)
         return None
     size, pointer = ctypes.c_long, ctypes.c_void_p
-    linear, experts, residual, rms_norm, attention = (
+    linears, experts, residual, rms_norm, attention = (
         getattr(library, f"moetel_{name}_{_SUFFIX[dtype]}")
-        for name in ("linear", "experts", "residual", "rms_norm", "attention")
+        for name in ("linears", "experts", "residual", "rms_norm", "attention")
     )
-    linear.argtypes = [pointer, size, size, pointer, size, size, pointer, ctypes.c_int]
+    linears.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, ctypes.c_int]
     experts.argtypes = [
         pointer, *[size] * 5, pointer, size, pointer, size, *[pointer] * 4, ctypes.c_int, *[pointer] * 3, ctypes.c_int,
         pointer, size, pointer, pointer
     ]  # fmt: skip
     residual.argtypes = [pointer, size, pointer, size, pointer, size, pointer, ctypes.c_int]
-    rms_norm.argtypes = [pointer, size, size, pointer, ctypes.c_float, pointer]
+    rms_norm.argtypes = [pointer, size, size, pointer, pointer, pointer, pointer]
     attention.argtypes = [
         pointer, size, pointer, pointer, size, pointer, *[size] * 5, pointer, size, size, ctypes.c_float, pointer,
         pointer, ctypes.c_int
     ]  # fmt: skip
-    for function in (linear, experts, residual, rms_norm, attention):
+    for function in (linears, experts, residual, rms_norm, attention):
         function.restype = None
     # With AMX oneDNN multiplies several times faster than these kernels once products are bound by arithmetic.
     max_rows = 16 if dtype == torch.bfloat16 and "amx_bf16" in flags else 96
-    kernels = Kernels(linear, experts, residual, rms_norm, attention, max_rows)
+    kernels = Kernels(linears, experts, residual, rms_norm, attention, max_rows)
     if not _proves_right(kernels, dtype):
         logger.warning("own CPU kernels are not used: a product differs from torch's")
         return None
@@ -186,15 +186,25 @@ def locate(weight: Tensor, packed: Tensor) -> Place | None:
 
 def linear(kernels: Kernels, x: Tensor, place: Place, out_features: int) -> Tensor:
     """`x @ weight.T` for few rows: [rows, in] -> [rows, out]."""
+    return linears(kernels, x, np.array([0, len(x)], dtype=np.int64), [place], out_features)
+
+
+def linears(kernels: Kernels, x: Tensor, starts: np.ndarray, places: Sequence[Place], out_features: int) -> Tensor:
+    """`linear` for several runs of rows, each with a matrix of its own of one shape and stride, in one call.
+
+    starts: int64 [runs + 1], where each run's rows begin.
+    """
     x = x.contiguous()
     out = torch.empty(len(x), out_features, dtype=x.dtype)
-    kernels.linear(
+    pointers = np.array([place.pointer for place in places], dtype=np.uint64)
+    kernels.linears(
         x.data_ptr(),
-        len(x),
         x.shape[1],
-        place.pointer,
-        place.stride,
+        len(places),
+        pointers.ctypes.data,
+        places[0].stride,
         out_features,
+        starts.ctypes.data,
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -309,11 +319,23 @@ def experts(
     return out
 
 
-def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`torch_engine.model.rms_norm` in one call."""
+def rms_norms(kernels: Kernels, x: Tensor, starts: np.ndarray, weights: Sequence[Tensor], eps: np.ndarray) -> Tensor:
+    """`torch_engine.model.rms_norm` of several runs of rows, each with a weight and an epsilon of its own.
+
+    starts: int64 [runs + 1], where each run's rows begin. eps: float32 [runs].
+    """
     x = x.contiguous()
     out = torch.empty_like(x)
-    kernels.rms_norm(x.data_ptr(), len(x), x.shape[1], weight.data_ptr(), eps, out.data_ptr())
+    pointers = np.array([weight.data_ptr() for weight in weights], dtype=np.uint64)
+    kernels.rms_norm(
+        x.data_ptr(),
+        x.shape[1],
+        len(weights),
+        pointers.ctypes.data,
+        eps.ctypes.data,
+        starts.ctypes.data,
+        out.data_ptr(),
+    )
     return out
 
 

@@ -36,6 +36,12 @@ static inline uint16_t to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+/* 16 values as floats. */
+static inline __m512 load16_bf16(const uint16_t *from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
 #define ALWAYS static inline __attribute__((always_inline))
 
 /* sums[m][0..63] of one block, for M rows of pairs. */
@@ -179,18 +185,19 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
 
 /* One source for both types: SUFFIX, TYPE, block function, conversion to and from float. */
 #define DEFINE(SUFFIX, TYPE, BLOCK_FUNCTION, STORE)                                                                    \
-    /* y[M][N] = x[M][K] w[N][K]^T */                                                                                  \
-    void moetel_linear_##SUFFIX(const TYPE *x, long M, long K, const TYPE *w, long stride, long N, TYPE *y,            \
-                                int threads) {                                                                         \
+    /* y[m][N] = x[m][K] w[g][N][K]^T for rows m = starts[g] .. starts[g + 1] - 1: one matrix for each group of rows. */\
+    void moetel_linears_##SUFFIX(const TYPE *x, long K, long groups, const TYPE *const *w, long stride, long N,        \
+                                 const long *starts, TYPE *y, int threads) {                                           \
         const long blocks = (N + BLOCK - 1) / BLOCK;                                                                   \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)") for (long b = 0; b < blocks; b++) {          \
+        _Pragma("omp parallel for schedule(dynamic, 2) num_threads(threads)")                                          \
+        for (long task = 0; task < groups * blocks; task++) {                                                          \
+            const long g = task / blocks, b = task % blocks, width = least(BLOCK, N - b * BLOCK);                      \
             float sums[MAX_M][BLOCK];                                                                                  \
             const TYPE *rows[MAX_M];                                                                                   \
-            const long width = least(BLOCK, N - b * BLOCK);                                                            \
-            for (long first = 0; first < M; first += MAX_M) {                                                          \
-                const int count = (int)least(MAX_M, M - first);                                                        \
+            for (long first = starts[g]; first < starts[g + 1]; first += MAX_M) {                                      \
+                const int count = (int)least(MAX_M, starts[g + 1] - first);                                            \
                 for (int m = 0; m < count; m++) rows[m] = x + (first + m) * K;                                         \
-                BLOCK_FUNCTION(count, rows, w + b * BLOCK * stride, K, sums);                                          \
+                BLOCK_FUNCTION(count, rows, w[g] + b * BLOCK * stride, K, sums);                                       \
                 for (int m = 0; m < count; m++)                                                                        \
                     for (long n = 0; n < width; n++) y[(first + m) * N + b * BLOCK + n] = STORE(sums[m][n]);           \
             }                                                                                                          \
@@ -338,16 +345,77 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
 DEFINE(bf16, uint16_t, block_bf16, to_bf16)
 DEFINE(f32, float, block_f32, SAME)
 
-#define DEFINE_SMALL(SUFFIX, TYPE, LOAD, STORE)                                                                        \
-    /* y = x / sqrt(mean(x^2) + eps), rounded to TYPE, times the weight: the order of rounding of transformers. */     \
-    void moetel_rms_norm_##SUFFIX(const TYPE *x, long M, long H, const TYPE *weight, float eps, TYPE *y) {             \
-        for (long m = 0; m < M; m++) {                                                                                 \
-            const TYPE *row = x + m * H;                                                                               \
-            float squares = 0.0f;                                                                                      \
-            _Pragma("omp simd reduction(+ : squares)") for (long n = 0; n < H; n++) squares += LOAD(row[n]) * LOAD(row[n]); \
-            const float scale = 1.0f / sqrtf(squares / (float)H + eps);                                                \
-            for (long n = 0; n < H; n++) y[m * H + n] = STORE(LOAD(STORE(LOAD(row[n]) * scale)) * LOAD(weight[n]));    \
+#define DEFINE_SMALL(SUFFIX, TYPE, LOAD, LOAD16, STORE)                                                                \
+    /* y = x / sqrt(mean(x^2) + eps), rounded to TYPE, times the weight: the order of rounding of transformers. Rows   \
+     * starts[g] .. starts[g + 1] - 1 have weights[g] and eps[g]. */                                                   \
+    void moetel_rms_norm_##SUFFIX(const TYPE *x, long H, long groups, const TYPE *const *weights, const float *eps,    \
+                                  const long *starts, TYPE *y) {                                                       \
+        for (long g = 0; g < groups; g++) {                                                                            \
+            const TYPE *weight = weights[g];                                                                           \
+            for (long m = starts[g]; m < starts[g + 1]; m++) {                                                         \
+                const TYPE *row = x + m * H;                                                                           \
+                float squares = 0.0f;                                                                                  \
+                _Pragma("omp simd reduction(+ : squares)")                                                             \
+                for (long n = 0; n < H; n++) squares += LOAD(row[n]) * LOAD(row[n]);                                   \
+                const float scale = 1.0f / sqrtf(squares / (float)H + eps[g]);                                         \
+                for (long n = 0; n < H; n++) y[m * H + n] = STORE(LOAD(STORE(LOAD(row[n]) * scale)) * LOAD(weight[n]));\
+            }                                                                                                          \
         }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* Up to 16 values as floats, the rest zero. */                                                                    \
+    ALWAYS __m512 some_##SUFFIX(const TYPE *from, long count) {                                                        \
+        if (count >= 16) return LOAD16(from);                                                                          \
+        TYPE part[16] = {0};                                                                                           \
+        memcpy(part, from, count * sizeof(TYPE));                                                                      \
+        return LOAD16(part);                                                                                           \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* scores[h * longest + j - first] = q_h k_j for positions first .. length - 1 of one row and key-value head.      \
+     * queries: [group][chunks * 16], zeros behind D. */                                                               \
+    static void attention_scores_##SUFFIX(const float *queries, const TYPE *keys, long token_stride,                   \
+                                          const long *table, long block, long first, long length, long group, long D,  \
+                                          float *scores, long longest) {                                               \
+        const long chunks = (D + 15) / 16;                                                                             \
+        __m512 key[chunks];                                                                                            \
+        for (long j = first; j < length;) {                                                                            \
+            const TYPE *k = keys + (table[j / block] * block + j % block) * token_stride;                              \
+            const long end = least(length, (j / block + 1) * block);                                                   \
+            for (; j < end; j++, k += token_stride) {                                                                  \
+                for (long c = 0; c < chunks; c++) key[c] = some_##SUFFIX(k + 16 * c, D - 16 * c);                      \
+                for (long h = 0; h < group; h++) {                                                                     \
+                    const float *query = queries + h * chunks * 16;                                                    \
+                    __m512 dot = _mm512_mul_ps(_mm512_loadu_ps(query), key[0]);                                        \
+                    for (long c = 1; c < chunks; c++)                                                                  \
+                        dot = _mm512_fmadd_ps(_mm512_loadu_ps(query + 16 * c), key[c], dot);                           \
+                    scores[h * longest + j - first] = _mm512_reduce_add_ps(dot);                                       \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* sums[h][n] = sum_j p_hj v_j[n] for H <= 4 heads and C <= 4 chunks of 16 values. */                              \
+    ALWAYS void attention_values_##SUFFIX(const int H, const int C, const float *p, long longest, const TYPE *values,  \
+                                          long token_stride, const long *table, long block, long first, long length,   \
+                                          long D, float (*sums)[4][16]) {                                              \
+        __m512 acc[4][4];                                                                                              \
+        _Pragma("GCC unroll 4") for (int h = 0; h < H; h++)                                                            \
+            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) acc[h][c] = _mm512_setzero_ps();                       \
+        for (long j = first; j < length;) {                                                                            \
+            const TYPE *v = values + (table[j / block] * block + j % block) * token_stride;                            \
+            const long end = least(length, (j / block + 1) * block);                                                   \
+            for (; j < end; j++, v += token_stride) {                                                                  \
+                __m512 value[4];                                                                                       \
+                _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) value[c] = some_##SUFFIX(v + 16 * c, D - 16 * c);  \
+                _Pragma("GCC unroll 4") for (int h = 0; h < H; h++) {                                                  \
+                    const __m512 weight = _mm512_set1_ps(p[h * longest + j - first]);                                  \
+                    _Pragma("GCC unroll 4") for (int c = 0; c < C; c++)                                                \
+                        acc[h][c] = _mm512_fmadd_ps(weight, value[c], acc[h][c]);                                      \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 4") for (int h = 0; h < H; h++)                                                            \
+            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) _mm512_storeu_ps(sums[h][c], acc[h][c]);               \
     }                                                                                                                  \
                                                                                                                        \
     /* One query token a row against its cache. q, out: [B][G * group][D], rows of q `q_stride` apart. Row b's position \
@@ -357,39 +425,51 @@ DEFINE(f32, float, block_f32, SAME)
                                    long token_stride, const long *const *tables, long block, long B, long G,           \
                                    long group, long D, const long *lengths, long longest, long window, float scale,    \
                                    float *scores, TYPE *out, int threads) {                                            \
+        const long chunks = (D + 15) / 16;                                                                             \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (B * G * longest * D > 65536)")             \
         for (long task = 0; task < B * G; task++) {                                                                    \
             const long b = task / G, g = task % G, length = lengths[b];                                                \
-            const long first = length > window ? length - window : 0;                                                  \
-            float query[group][D], sum[group][D], largest[group], total[group];                                        \
+            const long first = length > window ? length - window : 0, count = length - first;                          \
+            float queries[group][chunks * 16], largest, inverse[group], sums[4][4][16];                                \
+            float *mine = scores + task * group * longest;                                                             \
             for (long h = 0; h < group; h++) {                                                                         \
                 const TYPE *from = q + b * q_stride + (g * group + h) * D;                                             \
-                for (long d = 0; d < D; d++) query[h][d] = LOAD(from[d]) * scale, sum[h][d] = 0.0f;                    \
-                largest[h] = -INFINITY, total[h] = 0.0f;                                                               \
+                for (long d = 0; d < chunks * 16; d++) queries[h][d] = d < D ? LOAD(from[d]) * scale : 0.0f;           \
             }                                                                                                          \
-            for (long j = first; j < length; j++) {                                                                    \
-                const TYPE *k = keys + (tables[b][j / block] * block + j % block) * token_stride + g * D;              \
-                for (long h = 0; h < group; h++) {                                                                     \
-                    float dot = 0.0f;                                                                                  \
-                    _Pragma("omp simd reduction(+ : dot)") for (long d = 0; d < D; d++) dot += query[h][d] * LOAD(k[d]); \
-                    scores[(task * group + h) * longest + j - first] = dot;                                            \
-                    if (dot > largest[h]) largest[h] = dot;                                                            \
-                }                                                                                                      \
-            }                                                                                                          \
-            for (long j = first; j < length; j++) {                                                                    \
-                const TYPE *v = values + (tables[b][j / block] * block + j % block) * token_stride + g * D;            \
-                for (long h = 0; h < group; h++) {                                                                     \
-                    const float p = expf(scores[(task * group + h) * longest + j - first] - largest[h]);               \
-                    total[h] += p;                                                                                     \
-                    _Pragma("omp simd") for (long d = 0; d < D; d++) sum[h][d] += p * LOAD(v[d]);                      \
-                }                                                                                                      \
-            }                                                                                                          \
+            attention_scores_##SUFFIX(queries[0], keys + g * D, token_stride, tables[b], block, first, length, group,  \
+                                      D, mine, longest);                                                               \
             for (long h = 0; h < group; h++) {                                                                         \
-                TYPE *to = out + (b * G * group + g * group + h) * D;                                                  \
-                for (long d = 0; d < D; d++) to[d] = STORE(sum[h][d] / total[h]);                                      \
+                float *row = mine + h * longest, total = 0.0f;                                                         \
+                largest = -INFINITY;                                                                                   \
+                for (long j = 0; j < count; j++) largest = row[j] > largest ? row[j] : largest;                        \
+                long j = 0;                                                                                            \
+                for (__m512 top = _mm512_set1_ps(largest); j + 16 <= count; j += 16) {                                 \
+                    const __m512 p = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(row + j), top));                             \
+                    _mm512_storeu_ps(row + j, p);                                                                      \
+                    total += _mm512_reduce_add_ps(p);                                                                  \
+                }                                                                                                      \
+                for (; j < count; j++) total += row[j] = expf(row[j] - largest);                                       \
+                inverse[h] = 1.0f / total;                                                                             \
+            }                                                                                                          \
+            for (long h = 0; h < group; h += 4) for (long c = 0; c < chunks; c += 4) {                                 \
+                const int heads = (int)least(4, group - h), wide = (int)least(4, chunks - c);                          \
+                const TYPE *from = values + g * D + 16 * c;                                                            \
+                if (heads == 4 && wide == 4)                                                                           \
+                    attention_values_##SUFFIX(4, 4, mine + h * longest, longest, from, token_stride, tables[b], block, \
+                                              first, length, D - 16 * c, sums);                                        \
+                else                                                                                                   \
+                    for (int n = 0; n < heads; n++) for (int w = 0; w < wide; w++)                                     \
+                        attention_values_##SUFFIX(1, 1, mine + (h + n) * longest, longest, from + 16 * w, token_stride, \
+                                                  tables[b], block, first, length, D - 16 * (c + w),                   \
+                                                  (float(*)[4][16])sums[n][w]);                                        \
+                for (int n = 0; n < heads; n++) {                                                                      \
+                    TYPE *to = out + (b * G * group + g * group + h + n) * D;                                          \
+                    for (long d = 16 * c; d < least(D, 16 * (c + wide)); d++)                                          \
+                        to[d] = STORE(sums[n][(d - 16 * c) / 16][d % 16] * inverse[h + n]);                            \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
     }
 
-DEFINE_SMALL(bf16, uint16_t, from_bf16, to_bf16)
-DEFINE_SMALL(f32, float, SAME, SAME)
+DEFINE_SMALL(bf16, uint16_t, from_bf16, load16_bf16, to_bf16)
+DEFINE_SMALL(f32, float, SAME, _mm512_loadu_ps, SAME)
