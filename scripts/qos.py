@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,12 +119,14 @@ class Cell:
 @dataclass
 class Comparison:
     """capacity: requests a second at which each system saturates. systems: what each tells about itself.
-    pairs: results of both systems of each pair, by name."""
+    pairs: results of both systems of each pair, by name. floods: Moetel's p95 for the other tenants under a flood over
+    that without, one test after the other, each time under other arrivals."""
 
     capacity: dict[str, float] = field(default_factory=dict)
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     pairs: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    floods: list[float] = field(default_factory=list)
 
     def judged(self, system: str) -> Cell | None:
         """A system's test at the judged rate, without a flood."""
@@ -174,7 +177,8 @@ async def _test_in_turn(
     found: Comparison,
     on_step: Callable[[str], None],
 ) -> None:
-    """Fill `found.pairs`: both systems loaded, one tested after the other, then the other way round."""
+    """Fill `found.pairs` and `found.floods`: both systems loaded, one tested after the other, then the other way
+    round."""
     systems: list[System] = []
     try:
         for name, opener in openers:
@@ -182,8 +186,8 @@ async def _test_in_turn(
             systems.append(await opener())
             await _prepare(systems[-1], replace(experiment, capacity_s=0.0), found, on_step)
         for number in range(experiment.pairs):
-            load = replace(experiment.load, seed=experiment.load.seed + 100 + number)
-            trace = replace(experiment, load=load).trace(rate)
+            other = replace(experiment, load=replace(experiment.load, seed=experiment.load.seed + 100 + number))
+            trace = other.trace(rate)
             on_step(f"in turn at {rate:.3g} requests/s, pair {number + 1} of {experiment.pairs}")
             pair = {}
             for system in systems if number % 2 else systems[::-1]:
@@ -191,6 +195,10 @@ async def _test_in_turn(
                     await run_trace(system, experiment.prelude(trace), experiment.drain_s)
                 records = await run_trace(system, trace, experiment.drain_s)
                 pair[system.name] = report(records, trace.horizon_s, experiment.percentiles, experiment.goodput)
+                if system.name == OURS and (flood := experiment.flood(trace)) is not None:
+                    flooded = await run_trace(system, other.trace(rate, flood), experiment.drain_s)
+                    if (moved := _others_p95(flooded, flood) / _others_p95(records, flood)) > 0:
+                        found.floods.append(moved)
             found.pairs.append(pair)
     finally:
         for system in systems:
@@ -358,16 +366,23 @@ def _flood_judgement(found: Comparison, ours: str) -> Judgement:
     flooded = next((c for c in found.cells if c.system == ours and c.flood is not None), None)
     if calm is None or flooded is None or flooded.flood is None:
         return Judgement(what, None, at_most=1.2)
-    before, during = (_others_ms(cell.records, flooded.flood) for cell in (calm, flooded))
-    if not before or not during:
+    value = _others_p95(flooded.records, flooded.flood) / _others_p95(calm.records, flooded.flood)
+    if not value > 0:
         return Judgement(what, None, at_most=1.2)
-    value = float(np.percentile(during, 95) / np.percentile(before, 95))
+    note = f"{len(_others_ms(calm.records, flooded.flood))} requests of the others"
+    if found.floods:
+        value = float(np.median(found.floods))
+        span = f"{min(found.floods):.3g} to {max(found.floods):.3g}"
+        note = f"median of {len(found.floods)} pairs tested in turn, {span}"
     return Judgement(
-        f"{what}, {flooded.flood.factor:g} times the rate of {flooded.flood.tenant}",
-        value,
-        at_most=1.2,
-        note=f"{len(before)} requests of the others",
+        f"{what}, {flooded.flood.factor:g} times the rate of {flooded.flood.tenant}", value, at_most=1.2, note=note
     )
+
+
+def _others_p95(records: Sequence[Record], flood: Flood) -> float:
+    """Of the tenants that do not flood, in milliseconds; NaN if there is no request of theirs."""
+    times = _others_ms(records, flood)
+    return float(np.percentile(times, 95)) if times else math.nan
 
 
 def _others_ms(records: Sequence[Record], flood: Flood) -> list[float]:

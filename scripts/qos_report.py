@@ -114,6 +114,7 @@ def write(
         "judgements": [{**j.__dict__, "met": j.met} for j in judge(found)],
         "results": [cell.to_json() for cell in found.cells],
         "pairs": found.pairs,
+        "floods": found.floods,
     }
     paths = [directory / f"{name}.json", directory / f"{name}.md"]
     try:

@@ -226,6 +226,18 @@ def test_pairs_are_tested_in_turn_with_both_loaded(monkeypatch: pytest.MonkeyPat
     first = [pair["moetel"]["mean_e2el_ms"] / pair["single"]["mean_e2el_ms"] for pair in found.pairs]
     assert first[0] < 1 < first[1]
     assert judge(found)[0].value == pytest.approx(sum(first) / 2)
+    assert not found.floods
+    # With a second tenant that floods, Moetel is tested once more in each pair, under the same arrivals and the flood.
+    del log[:], traces[:]
+    two = Experiment({"a": 9, "b": 9}, request_rates=(20.0,), duration_s=1.0, capacity_s=0.0, pairs=1)
+    found = asyncio.run(compare(openers, two))
+    tests = [entry.split()[1] for entry in log if entry.startswith("test")]
+    expected = ["moetel"] * (3 if compiles else 2) + ["single"] * (2 if compiles else 1)
+    assert tests[-len(expected) :] == expected
+    calm, flooded = traces[-len(expected) :][compiles : compiles + 2]
+    assert len(flooded) > 2 * len(calm) and calm == traces[-1]
+    (moved,) = found.floods
+    assert judge(found)[-1].value == pytest.approx(moved) and "median of 1 pairs" in str(judge(found)[-1])
     # Nothing to compare with: only one of the two there.
     log.clear()
     found = asyncio.run(compare({"moetel": openers["moetel"]}, experiment))
