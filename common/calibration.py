@@ -99,11 +99,15 @@ class CalibrationSet:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
-                raise RequestError(f"{path}, line {number}: not JSON ({error})") from error
+            except json.JSONDecodeError as error:
+                raise RequestError(
+                    f"{path}, line {number}: not JSON ({error.msg} at character {error.pos + 1}); "
+                    "write one object a line"
+                ) from error
             if not isinstance(value, dict) or not ({"prompt", "text"} & set(value)):
                 raise RequestError(
-                    f'{path}, line {number}: expected {{"prompt": ..., "answer": ...}} or {{"text": ...}}'
+                    f'{path}, line {number}: expected {{"prompt": ...}}, {{"prompt": ..., "answer": ...}} or '
+                    '{"text": ...}'
                 )
             pair = refused_pair(value)
             if pair is not None:

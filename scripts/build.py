@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common import RequestError, Store, build_store
+from common import RequestError, Store, StoreError, build_store
 from common.calibration import CalibrationSet
 from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
 from common.progress import bars
@@ -41,13 +41,19 @@ def size(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """`15%` or `0.15`, for argparse."""
+    """`15%` or `0.15`, for argparse. A plain number above 1 is more likely a forgotten % than many models' worth."""
+    percent = text.endswith("%")
     try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        value = float(text.removesuffix("%")) / (100 if percent else 1)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a share of one model's expert bytes, as 15%% or 0.15")
+        raise argparse.ArgumentTypeError(f"{text!r}: give a share of one model's expert bytes, as 15% or 0.15")
+    if value > 1 and not percent:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is {value:.0%} of one model's expert bytes; write {text}% or {value / 100:g} for a hundredth of "
+            f"that, {value:.0%} if you mean it"
+        )
     return value
 
 
@@ -123,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--extra",
         type=share,
         metavar="SHARE",
-        help="bytes beyond one copy of each expert, as a share of one model's expert bytes, as 15%%; default: "
+        help="bytes beyond one copy of each expert, as a share of one model's expert bytes, as 15%; default: "
         f"{DEFAULT_EXTRA:.2%}".replace("%", "%%")
         + " for each tenant",
     )
@@ -162,7 +168,17 @@ def report(store: Store, console: Console) -> None:
     )
 
 
+def _tenants_of(path: Path) -> tuple[str, ...]:
+    """Of the store that is there, if one is."""
+    try:
+        return Store.open(path).tenants
+    except StoreError:
+        return ()
+
+
 def run(args: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    replaced = _tenants_of(args.store)
     store = build_store(
         args.store,
         args.tenant,
@@ -176,7 +192,9 @@ def run(args: argparse.Namespace) -> int:
         configs=dict(args.config),
         progress=bars,
     )
-    report(store, Console(highlight=False, soft_wrap=True))
+    report(store, console)
+    if replaced:
+        console.print(f"this replaced the store of {', '.join(replaced)} that was there")
     return 0
 
 

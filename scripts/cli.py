@@ -12,7 +12,7 @@ from scripts.command import guarded
 
 COMMANDS = {
     "build": "build a store from checkpoints",
-    "plan": "compare budgets before building; plan a store anew",
+    "plan": "compare budgets for a store; plan it anew",
     "add": "add a tenant to a store",
     "remove": "remove a tenant from a store",
     "inspect": "show tenants, distances, plan and memory of a store",

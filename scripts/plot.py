@@ -72,7 +72,8 @@ def draw_store(store: Store, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise EngineError(
-            f"{path}: the picture cannot be written ({error}); give a file name that ends in .png"
+            f"{path}: the picture cannot be written ({error}); give a file name that ends in .png, in a directory that "
+            "is there"
         ) from error
     finally:
         pyplot.close(figure)

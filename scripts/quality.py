@@ -81,8 +81,10 @@ class Task:
             where = f"{path}, line {number}"
             try:
                 value = json.loads(line)
-            except ValueError as error:
-                raise TaskError(f"{where}: not JSON ({error}); write one object a line") from error
+            except json.JSONDecodeError as error:
+                raise TaskError(
+                    f"{where}: not JSON ({error.msg} at character {error.pos + 1}); write one object a line"
+                ) from error
             if not isinstance(value, dict) or not ({"prompt", "text"} & set(value)):
                 raise TaskError(
                     f'{where}: expected {{"prompt": ..., "answer": ...}} or {{"text": ...}}, found {line[:60]!r}'

@@ -123,8 +123,11 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     Raises OSError, a full disk included.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask gives; the library's files are nobody else's to read
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:  # what the library makes of every error of the system's
         raise OSError(str(error)) from error
 

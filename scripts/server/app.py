@@ -60,7 +60,7 @@ async def _known(request: Request, error: Exception) -> Response:
     found = from_exception(error)
     if found is None:
         raise error
-    if found.status >= 500:
+    if found.status >= 500 and request.url.path != "/ready":  # which says so by its status, again and again
         log.warning("%s %s: %s", request.method, request.url.path, found.message)
     return found.response()
 

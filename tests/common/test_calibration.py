@@ -325,7 +325,7 @@ def test_examples_are_read_line_by_line(tmp_path: Path) -> None:
     [
         ([], "holds no example; give at least one line"),
         (["", "  "], "holds no example"),
-        ([{"prompt": "a"}, "{"], "line 2: not JSON"),
+        ([{"prompt": "a"}, "{"], r"line 2: not JSON \(Expecting .* at character 2\); write one object a line"),
         ([{"prompt": "a"}, "", "nonsense"], "line 3: not JSON"),
         ([["prompt"]], r"line 1: expected \{\"prompt\""),
         ([{"question": "a"}], "line 1: expected"),

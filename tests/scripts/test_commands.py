@@ -60,6 +60,7 @@ def test_build_inspect_verify_export_add_remove(
     code, out, _ = run(capsys, "verify", path)
     assert code == 0 and f"sound, {len(found.manifest.objects)} tensors checked" in out
     code, out, _ = run(capsys, "export", path, "--tenant", "ana", tmp_path / "exported")
+    assert len({file.stat().st_mode for file in (tmp_path / "exported").iterdir()}) == 1, "as readable as config.json"
     assert code == 0
     rows = helpers.prompts(0, [5])
     expected = helpers.hf_logits(helpers.oracle(family.models, 1, found.plan), rows)
