@@ -52,6 +52,11 @@ class Example:
     answer: Prompt | None = None
 
 
+def json_fault(error: ValueError) -> str:
+    """What is wrong with a line of JSON, without the number of the only line that the parser saw."""
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def refused_pair(value: Mapping[str, Any]) -> str | None:
     """What is wrong with a JSONL line that has two fields of which one would be ignored; None if nothing is."""
     if "text" in value and "prompt" in value:
@@ -99,10 +104,9 @@ class CalibrationSet:
                 continue
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise RequestError(
-                    f"{path}, line {number}: not JSON ({error.msg} at character {error.pos + 1}); "
-                    "write one object a line"
+                    f"{path}, line {number}: not JSON ({json_fault(error)}); write one object a line"
                 ) from error
             if not isinstance(value, dict) or not ({"prompt", "text"} & set(value)):
                 raise RequestError(

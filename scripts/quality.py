@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common import EngineError, MoetelError, SamplingParams, Store, UnknownTenantError, build_store, load_engine
-from common.calibration import CalibrationSet, Profile, divergence, refused_pair
+from common.calibration import CalibrationSet, Profile, divergence, json_fault, refused_pair
 from common.checkpoints import open_checkpoint
 from common.consolidation import plan_all
 from common.engine import Engine, Prompt
@@ -81,10 +81,8 @@ class Task:
             where = f"{path}, line {number}"
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(
-                    f"{where}: not JSON ({error.msg} at character {error.pos + 1}); write one object a line"
-                ) from error
+            except ValueError as error:
+                raise TaskError(f"{where}: not JSON ({json_fault(error)}); write one object a line") from error
             if not isinstance(value, dict) or not ({"prompt", "text"} & set(value)):
                 raise TaskError(
                     f'{where}: expected {{"prompt": ..., "answer": ...}} or {{"text": ...}}, found {line[:60]!r}'
