@@ -30,7 +30,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from common import MoetelError
@@ -116,10 +115,12 @@ def _start(folder: Path, module: str, options: list[str], seed: int, core: int |
     shutil.rmtree(partial_out, ignore_errors=True)  # of a run that was stopped
     partial_out.mkdir(parents=True)
     command = [sys.executable, "-m", module, *options, "--seed", str(seed), "--out", str(partial_out)]
-    pin = None if core is None else partial(os.sched_setaffinity, 0, {core})
     print(f"training {folder.name}, seed {seed}: {' '.join(command[1:])}", flush=True)
     with (folder / f"seed{seed}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})  # before it has threads, which inherit it
+    return process
 
 
 def materials(args: argparse.Namespace) -> list[Material]:

@@ -141,6 +141,7 @@ def test_switch_tenants(tmp_path: Path) -> None:
     assert rows["tenants, positions, resident copies"] == "2, 8, 8"
 
 
+@pytest.mark.slow
 def test_demo_scores(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     from benchmarks import demo_scores

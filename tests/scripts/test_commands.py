@@ -192,6 +192,7 @@ def test_the_console_command_is_installed() -> None:
     assert out.returncode == 0 and out.stdout.startswith("moetel 0.")
 
 
+@pytest.mark.slow
 def test_the_demo_answers_from_a_shared_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from scripts import command, demo
     from scripts.number_words import LANGUAGES, expected, held_out

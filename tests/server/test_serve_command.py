@@ -61,15 +61,16 @@ def serving(store: Path, *arguments: str) -> Iterator[Process]:
 @pytest.mark.slow
 def test_sigterm_under_load(store_path: Path) -> None:
     """All answers that were begun arrive whole, new ones are refused, the exit code is 0."""
-    with serving(store_path, "--max-num-seqs", "4") as server:
+    # Twelve long answers, four at a time: on a busy machine they take longer than the default.
+    with serving(store_path, "--max-num-seqs", "4", "--drain-timeout", "200") as server:
         assert re.fullmatch(r"moetel serves 3 tenants \(ana, bob, ids\) at http://127\.0\.0\.1:\d+\n", server.first)
-        expected = httpx2.post(f"{server.url}/v1/completions", json=GOOD | {"max_tokens": 800}, timeout=60)
+        expected = httpx2.post(f"{server.url}/v1/completions", json=GOOD | {"max_tokens": 800}, timeout=200)
         text = expected.json()["choices"][0]["text"]
         texts = []
 
         def send(stream: bool) -> None:
             body = GOOD | {"max_tokens": 800, "stream": stream}
-            with httpx2.Client(timeout=60) as client:
+            with httpx2.Client(timeout=200) as client:
                 if not stream:
                     texts.append(client.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"])
                     return
@@ -86,7 +87,7 @@ def test_sigterm_under_load(store_path: Path) -> None:
             refused = httpx2.post(f"{server.url}/v1/completions", json=GOOD)
             assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
             for each in sent:
-                each.result(60)
+                each.result(200)
         assert texts == [text] * 12
         _, log = server.process.communicate(timeout=30)
         assert server.process.returncode == 0, log
