@@ -22,7 +22,8 @@ class Timings:
     """Seconds on one clock from the moment that the engine took the request, and expert look-ups of this request.
 
     reconfiguration: making the tenant's non-expert weights the ones in use, before the first token; 0 if they were.
-    ttft: until the first token; total: until the last; queued: until the first step that read any of it.
+    ttft: until the first token; total: until the last; queued: until the first step that read any of it; with a
+    tenant's first request in a process, the load of its tokenizer too.
     hits: look-ups that a resident copy served (tokens * layers * top_k in all); misses: those that needed the
         tenant's own expert. preemptions: how often its caches were given up for others' and computed again.
     """

@@ -158,7 +158,7 @@ def report(store: Store, console: Console) -> None:
     if about["residuals"] or about["merged_copies"]:
         share_of_one = about["extra_bytes"] / (about["positions"] * about["copy_bytes"])
         console.print(
-            f"{about['merged_copies']} copies that are no tenant's own; {about['residuals']} residuals, "
+            f"{about['merged_copies']} merged copies; {about['residuals']} residuals, "
             f"{format_bytes(about['residual_bytes'])}; {share_of_one:+.1%} of one model's expert bytes"
         )
     saved = 1 - about["bytes_after"] / about["bytes_before"]

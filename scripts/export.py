@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     store = Store.open(args.store)
-    total = len(store.tenant(args.tenant).tensors)
-    with bars(f"exporting {args.tenant}", total) as advance:
-        store.export(args.tenant, args.target, advance)
+    store.export(args.tenant, args.target, bars)
     Console(highlight=False, soft_wrap=True).print(f"{args.target}: tenant {args.tenant} as served by {args.store}")
     return 0
 

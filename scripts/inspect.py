@@ -62,7 +62,7 @@ def memory_table(store: Store) -> Table:
         "shared: copies, residuals and one tenant (what --budget counts)", format_bytes(about["bytes_budget"])
     )
     table.add_row("one copy of an expert", format_bytes(about["copy_bytes"]))
-    merged = f", {about['merged_copies']} of them no tenant's own" if about["merged_copies"] else ""
+    merged = f", {about['merged_copies']} of them merged" if about["merged_copies"] else ""
     table.add_row("resident copies", f"{about['resident_copies']} for {about['positions']} positions{merged}")
     table.add_row("residuals", f"{about['residuals']}, {format_bytes(about['residual_bytes'])}")
     table.add_row("on disk, misses included", format_bytes(about["bytes_on_disk"]))

@@ -124,6 +124,20 @@ def table(store: Store, found: Sequence[Offer], best: int, unit: str, policy: st
     return made
 
 
+def as_built(store: Store, traffic: np.ndarray) -> str | None:
+    """The plan that the store has, beside what the table offers; None where no loss of it is known for a tenant."""
+    prediction = store.manifest.prediction
+    if prediction is None or any(loss is None for loss in prediction["losses"]):
+        return None
+    losses, about = np.array(prediction["losses"]), store.describe()
+    extra = about["extra_bytes"] / (about["positions"] * about["copy_bytes"])
+    return (
+        f"this store now: policy {store.plan.policy}, extra {extra:.1%}, {format_bytes(about['bytes_budget'])}, "
+        f"predicted loss {losses @ traffic:.4g} on the {mean_name(traffic)}, {losses.max():.4g} for the worst tenant, in "
+        f"{prediction['unit']}; from the weights that it keeps, where the table estimates what residuals will be worth"
+    )
+
+
 def draw(store: Store, found: Sequence[Offer], best: int, unit: str, path: Path, traffic: np.ndarray) -> None:
     """Predicted loss of each tenant and their mean against bytes."""
     try:
@@ -193,11 +207,15 @@ def run(args: argparse.Namespace) -> int:
     console.print(table(store, found, best, planner.unit, args.policy, planner.traffic))
     if planner.unit == "squared distance":
         console.print("no tenant is calibrated: distances of weights stand in; give --calibrate NAME=FILE for nats")
+    now = as_built(store, planner.traffic)
+    if now:
+        console.print(now)
     offer = found[best]
     console.print(
         f"recommended: --extra {offer.extra:.1%} ({format_bytes(offer.nbytes)} with one tenant's other weights), "
         f"predicted loss {offer.losses @ planner.traffic:.4g} on the {mean_name(planner.traffic)}, "
-        f"{offer.losses.max():.4g} for the worst tenant"
+        f"{offer.losses.max():.4g} for the worst tenant: the cheapest of these that leaves a tenth of the loss without "
+        "extra bytes, or the last if none does"
     )
     if args.plot:
         draw(store, found, best, planner.unit, args.plot, planner.traffic)

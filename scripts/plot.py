@@ -18,7 +18,7 @@ MERGED_COLOUR = "#BBBBBB"
 
 
 def draw_store(store: Store, path: Path) -> None:
-    """Draw layers x experts: left the distance summed over all pairs, right the copies' owners (stripes if several)."""
+    """Draw layers x experts: left the mean distance over all pairs, right the copies' owners (stripes if several)."""
     try:
         import matplotlib
     except ImportError as error:
@@ -32,9 +32,9 @@ def draw_store(store: Store, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(max(5.0, 2 * experts * cell + 4.5), max(3.2, layers * cell + 1.8)), layout="constrained"
     )
-    score = store.distances.score()
-    image = left.imshow(score, aspect="auto", cmap="viridis")
-    figure.colorbar(image, ax=left, label="L2 distance, summed over pairs")
+    pairs = max(1, len(store.distances.pairs))  # a store of one tenant has none
+    image = left.imshow(store.distances.score() / pairs, aspect="auto", cmap="viridis")
+    figure.colorbar(image, ax=left, label="L2 distance, mean over pairs")
     left.set_title("distance between tenants")
 
     colours = [COLOURS[i] if i < len(COLOURS) else pyplot.cm.tab20(i % 20) for i in range(len(store.tenants))]

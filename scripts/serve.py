@@ -310,6 +310,7 @@ async def _serve(args: argparse.Namespace, settings: Settings, sock: socket.sock
         stopping.cancel()
         if engine is not None:
             await asyncio.to_thread(engine.close)
+        log.info("stopped")
 
 
 def _in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:

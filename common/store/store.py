@@ -16,6 +16,7 @@ from common.consolidation import MERGED, MISS, Plan
 from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError, StoreError, UnknownTenantError
 from common.families import ExpertSpec, Family, ModelConfig
+from common.progress import Progress, silent
 from common.residuals import matrices
 from common.similarity import Distances, tenant_pairs
 from common.store.manifest import FILE, Manifest, Tenant
@@ -226,7 +227,7 @@ class Store:
             f"{t.name}: {tensor}" for t in self.manifest.tenants for tensor, i in t.tensors.items() if i == object_id
         ]
 
-    def export(self, name: str, target: str | Path, on_tensor: Callable[[], None] | None = None) -> None:
+    def export(self, name: str, target: str | Path, progress: Progress = silent) -> None:
         """Write a tenant, as the store serves it, as a plain Hugging Face checkpoint.
 
         Each expert is the copy that the plan gives the tenant (its own where it misses), with the tenant's residual
@@ -255,7 +256,8 @@ class Store:
                 if asset != "config.json":
                     (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
             config = self.family.hf_config(tenant.config, self.dtype)
-            write_hugging_face(partial, config, ((tensor, read()) for tensor, read in names), on_tensor=on_tensor)
+            with progress(f"exporting {name}", len(names)) as advance:
+                write_hugging_face(partial, config, ((tensor, read()) for tensor, read in names), on_tensor=advance)
             if target.exists():
                 target.rmdir()
             partial.rename(target)

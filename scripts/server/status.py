@@ -66,7 +66,7 @@ def expert_map(service: Service, tenant: str, access: Access) -> dict[str, Any]:
     """How a tenant's experts are served: for each layer a text with a letter an expert.
 
     o: its own copy, for it alone; s: a copy of a tenant's own weights that several use; m: a merged copy; -: none, it
-    misses. residual: 1 where the tenant adds a correction. owner: index into `owners`, -1 where there is none. users:
+    misses. residual: 1 where the tenant adds one. owner: index into `owners`, -1 where there is none. users:
     how many tenants the copy serves.
     """
     plan = service.require().engine.plan

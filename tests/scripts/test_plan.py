@@ -140,6 +140,8 @@ def test_a_picture(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_apply_plans_the_store_anew(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = Store.open(store).plan
+    code, out, _ = run(capsys, store)
+    assert code == 0 and "this store now: policy round_robin, extra 0.0%" in " ".join(out.split())
     code, out, _ = run(capsys, store, "--extra", "30%", "--policy", "low_rank", "--apply")
     after = Store.open(store)
     assert code == 0 and after.plan != before and after.plan.policy == "low_rank"
@@ -155,7 +157,7 @@ def test_apply_plans_the_store_anew(store: Path, capsys: pytest.CaptureFixture[s
     assert 100 * after.extra_bytes / one_model(store) == pytest.approx(float(share[1]), abs=2)
     assert after.manifest.prediction is not None
     # What is predicted of what was built is near what the table said.
-    stated = re.search(r"predicted loss ([\d.e-]+) on the mean", out)
+    stated = re.search(r"recommended: .*?predicted loss ([\d.e-]+) on the mean", " ".join(out.split()))
     assert stated is not None
     assert np.mean(after.manifest.prediction["losses"]) == pytest.approx(float(stated[1]), rel=0.5)
 
