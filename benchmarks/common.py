@@ -178,14 +178,17 @@ def shape_of(args: argparse.Namespace) -> Shape:
     return Shape(**{name: getattr(args, name) for name in Shape().__dict__})
 
 
-def write_random(path: Path, shape: Shape, dtype: torch.dtype, seed: int = 0) -> Path:
+def write_random(path: Path, shape: Shape, dtype: torch.dtype, seed: int = 0, moved: float = 0.0) -> Path:
     """Write a random checkpoint, a shard a layer. Routers get unit noise, so that tokens spread over experts.
 
     Each tensor repeats one block of noise from another start: fresh noise for gigabytes would take minutes.
+    moved: how far all other weights are from those of the same seed with moved = 0, as a share of these.
     """
     path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     block = torch.empty(1 << 20).normal_(generator=generator)
+    if moved:
+        block += moved * torch.empty_like(block).normal_(generator=torch.Generator().manual_seed(int(1e6 * moved)))
     weight_map: dict[str, str] = {}
     total = 0
 

@@ -134,7 +134,7 @@ def as_built(store: Store, traffic: np.ndarray) -> str | None:
     return (
         f"this store now: policy {store.plan.policy}, extra {extra:.1%}, {format_bytes(about['bytes_budget'])}, "
         f"predicted loss {losses @ traffic:.4g} on the {mean_name(traffic)}, {losses.max():.4g} for the worst tenant, "
-        f"in {prediction['unit']}; from the weights that it keeps, where the table estimates what residuals will be worth"
+        f"in {prediction['unit']}; of the weights that it keeps, where the table estimates what residuals will be worth"
     )
 
 

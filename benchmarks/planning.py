@@ -1,0 +1,134 @@
+"""What the default policy takes to plan tenants of a large model: seconds of one position by step, and memory.
+
+A store of a few positions of the real shapes is written (Mixtral-8x7B's by default; every tenant is the first one with
+its expert weights moved a little), calibrated with random inputs as many as a real calibration keeps, and planned as
+`moetel build` plans. Planning looks at one position at a time, so that a model's time is that of one position times
+their number; reading the checkpoints and running the calibration prompts come on top. The floor counts only the
+products without which nothing could be compared: every tenant's expert on every tenant's sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import (
+    Report,
+    Shape,
+    add_output,
+    add_shape,
+    machine,
+    peak_rss_gib,
+    seconds,
+    shape_of,
+    write_output,
+    write_random,
+)
+from common import Store, build_store
+from common.calibration import LEAST_SAMPLES, Profile
+from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, Planner
+
+
+class Stopwatch:
+    """A `Progress` that adds up the seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        begun = time.perf_counter()
+        yield lambda: None
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - begun
+
+
+def random_profile(store: Store, samples: int, seed: int) -> Profile:
+    """As many inputs of every expert as `samples`, of unit size, spread over a few hundred directions most."""
+    spec, rng = store.experts, np.random.default_rng(seed)
+    rows = spec.num_positions * samples
+    falling = (1 + np.arange(spec.hidden_size)) ** -0.5
+    inputs = rng.standard_normal((rows, spec.hidden_size)) * falling * np.sqrt(spec.hidden_size / (falling**2).sum())
+    gates = rng.uniform(0.3, 0.7, rows).astype(np.float32)
+    shape = (spec.num_layers, spec.num_experts)
+    return Profile(
+        tokens=np.full(spec.num_layers, samples * spec.num_experts // spec.top_k),
+        counts=np.full(shape, samples),
+        gate_squares=(gates.astype(np.float64) ** 2).reshape(*shape, samples).sum(axis=2),
+        inputs=inputs.astype(np.float32),
+        gates=gates,
+        starts=np.arange(0, rows + 1, samples),
+        sensitivity=np.full(spec.num_layers, 1e-3),
+    )
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_shape(parser, Shape(4096, 14336, 1, 2, vocab_size=1000))
+    add_output(parser)
+    parser.add_argument("--tenants", type=int, default=4)
+    parser.add_argument("--extra", type=float, help="of one model's experts; default: the policy's")
+    parser.add_argument("--positions", type=int, default=256, help="of the whole model; default: %(default)s")
+    parser.add_argument(
+        "--samples", type=int, default=LEAST_SAMPLES, help="inputs of an expert; as kept of large models"
+    )
+    parser.add_argument("--scratch", help="folder for checkpoints and store")
+    args = parser.parse_args(argv)
+    shape, count = shape_of(args), args.tenants
+    samples = args.samples
+    extra = DEFAULT_EXTRA * count if args.extra is None else args.extra
+    report = Report("Planning large experts", ("step", "s a position", "h for the model"))
+    report.note(machine())
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        root = Path(scratch)
+        tenants = {
+            f"tenant{i}": write_random(root / f"tenant{i}", shape, torch.bfloat16, moved=0.05 * i) for i in range(count)
+        }
+        store = build_store(root / "store", tenants, policy="round_robin")
+        profiles = {name: random_profile(store, samples, seed) for seed, name in enumerate(store.tenants)}
+        before, watch = peak_rss_gib(), Stopwatch()
+        here = store.experts.num_positions
+        begun = time.perf_counter()
+        planner = Planner(store, profiles, progress=watch)
+        outcome = planner.plan(DEFAULT_POLICY, extra_bytes=int(extra * here * store.copy_bytes))
+        whole = time.perf_counter() - begun
+    watch.seconds["all else (choosing the ridge of fits on up to six positions, allocation)"] = whole - sum(
+        watch.seconds.values()
+    )
+    for step, spent in {**watch.seconds, "together": whole}.items():
+        each = spent / here
+        report.add(
+            **{"step": step, "s a position": f"{each:.1f}", "h for the model": f"{each * args.positions / 3600:.2f}"}
+        )
+    flops = 2 * shape.expert_weights * count * count * samples
+    report.note(
+        f"experts of {shape.hidden_size} x {shape.intermediate_size}, {count} tenants, {samples} samples of each, "
+        f"{extra:.0%} extra; {len(outcome.plan.residuals)} residuals and {len(outcome.merged)} merged copies on {here} "
+        f"positions; {args.positions} in the whole model"
+    )
+    report.note(
+        f"every tenant's expert on every sample: {flops / 1e12:.2f} TFLOP a position; numpy's float32 products run at "
+        f"{product_rate(shape) / 1e9:.0f} GFLOP/s here; memory grew by {peak_rss_gib() - before:.1f} GiB"
+    )
+    write_output(args, [report], "Planning large experts")
+    return report.rows
+
+
+def product_rate(shape: Shape) -> float:
+    """Operations a second of a product of an expert's size."""
+    a = np.ones((256, shape.hidden_size), np.float32)
+    b = np.ones((shape.hidden_size, shape.intermediate_size), np.float32)
+    a @ b
+    spent = min(seconds(lambda: a @ b) for _ in range(3))
+    return 2 * a.size * shape.intermediate_size / spent
+
+
+if __name__ == "__main__":
+    main()
