@@ -29,6 +29,16 @@ def is_lossless(source: str, target: str) -> bool:
     return source == target or target == "float32"
 
 
+# Matrices of so many weights and more are compared and fitted in single precision: half the time, and still far finer
+# than what models of that size are stored in.
+LARGE = 1 << 22
+
+
+def working(size: int) -> np.dtype[Any]:
+    """The type in which matrices of `size` weights are compared and fitted."""
+    return np.dtype(np.float32 if size >= LARGE else np.float64)
+
+
 def to_float32(array: np.ndarray) -> np.ndarray:
     """The same values in float32. bfloat16 is widened by shifting bits, which is several times faster than a cast."""
     if array.dtype == np.float32:

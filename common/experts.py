@@ -51,11 +51,21 @@ def slope(x: np.ndarray, kind: str) -> np.ndarray:
 
 def inner(spec: ExpertSpec, x: np.ndarray, weights: Matrices) -> np.ndarray:
     """What the last projection reads: [T, H] -> [T, I]."""
+    return inner_of(spec, {name: x @ weights[name].T for name in inputs_and_output(spec)[0]})
+
+
+def inner_of(spec: ExpertSpec, before: Matrices) -> np.ndarray:
+    """The same, of what the projections that read the input make of it: [T, I] of each."""
     first, *second = inputs_and_output(spec)[0]
-    hidden = activate(x @ weights[first].T, spec.activation)
+    hidden = activate(before[first], spec.activation)
     for name in second:
-        hidden = hidden * (x @ weights[name].T)
+        hidden = hidden * before[name]
     return np.asarray(hidden)
+
+
+def plus(weights: Matrices, added: Matrices) -> dict[str, np.ndarray]:
+    """Weights with what is added to some projections."""
+    return {name: m + added[name] if name in added else m for name, m in weights.items()}
 
 
 def forward(spec: ExpertSpec, x: np.ndarray, weights: Matrices) -> np.ndarray:

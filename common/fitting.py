@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import residuals
-from common.dtypes import BFLOAT16
+from common.dtypes import BFLOAT16, LARGE, working
 from common.experts import Matrices, inner, inputs_and_output, slope
 from common.families import ExpertSpec
 from common.residuals import LOW_RANK, SIGN, Part
@@ -26,6 +26,8 @@ BITS = tuple(LEFT)
 STEPS = {2: 0.9957, 4: 0.3352, 8: 0.0308}
 # Inputs up to which correlations between them are estimated: a few hundred samples say little of more.
 MAX_MOMENTS = 2048
+# Rows of a large matrix on which it is estimated how much sign bits remove.
+SIGN_ROWS = 512
 # Singular values that a spectrum keeps; the rest count as not reachable by low rank.
 MAX_RANK = 128
 
@@ -45,18 +47,18 @@ class Weighting:
         return self.columns @ self.columns.T if self.columns is not None and self.columns.ndim == 2 else None
 
     def times_moments(self, matrix: np.ndarray) -> np.ndarray:
-        """[rows, in] times S S^T."""
+        """[rows, in] times S S^T, in the matrix's type."""
         if self.columns is None:
             return matrix
-        return np.asarray(
-            matrix * self.columns**2 if self.columns.ndim == 1 else matrix @ self.columns @ self.columns.T
-        )
+        columns = self.columns.astype(matrix.dtype, copy=False)
+        return np.asarray(matrix * columns**2 if columns.ndim == 1 else matrix @ columns @ columns.T)
 
     def times_columns(self, matrix: np.ndarray) -> np.ndarray:
-        """[rows, in] times S."""
+        """[rows, in] times S, in the matrix's type."""
         if self.columns is None:
             return matrix
-        return np.asarray(matrix * self.columns if self.columns.ndim == 1 else matrix @ self.columns)
+        columns = self.columns.astype(matrix.dtype, copy=False)
+        return np.asarray(matrix * columns if columns.ndim == 1 else matrix @ columns)
 
     def undo_columns(self, matrix: np.ndarray) -> np.ndarray:
         """[rows, in] times the inverse of S."""
@@ -67,11 +69,15 @@ class Weighting:
         return np.asarray(np.linalg.solve(self.columns.T, matrix.T).T)
 
     def white(self, matrix: np.ndarray) -> np.ndarray:
-        return self.times_columns(matrix * np.sqrt(self.rows)[:, None])
+        return self.times_columns(matrix * np.sqrt(self.rows)[:, None].astype(matrix.dtype))
 
     def loss(self, matrix: np.ndarray) -> float:
         """The weighted squared error that a matrix [out, in] is."""
-        return float((self.white(matrix) ** 2).sum())
+        return float((self.white(matrix) ** 2).sum(dtype=np.float64))
+
+    def of_rows(self, rows: np.ndarray) -> Weighting:
+        """How errors of some rows count."""
+        return Weighting(self.rows[rows], self.columns, self.inputs)
 
 
 def plain(shape: tuple[int, ...]) -> Weighting:
@@ -148,15 +154,19 @@ def sign_group(shape: tuple[int, ...]) -> int:
 
 
 def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
-    """Of a difference [out, in]."""
+    """Of a difference [out, in]. How much signs remove is estimated on some rows of a large one."""
     white = weighting.white(difference)
-    total = float((white**2).sum())
-    values = _top_singular(white)[1] ** 2
-    sign = 0.0
-    if total > 0:
-        left = difference - _sign_matrix(difference, weighting)[2]
-        sign = max(0.0, 1 - weighting.loss(left) / total)
-    return Spectrum(difference.shape, values, total, sign)
+    total = float((white**2).sum(dtype=np.float64))
+    if total <= 0:
+        return Spectrum(difference.shape, np.zeros(min(MAX_RANK, *difference.shape)), 0.0, 0.0)
+    values = _top_singular(white)[1].astype(np.float64) ** 2
+    rows, counted = difference, weighting
+    if difference.size >= LARGE and len(difference) > SIGN_ROWS:  # each row is rounded by itself
+        some = np.sort(np.random.default_rng(0).choice(len(difference), SIGN_ROWS, replace=False))
+        rows, counted = difference[some], weighting.of_rows(some)
+    before = counted.loss(rows)
+    after = counted.loss(rows - _sign_matrix(rows, counted)[2])
+    return Spectrum(difference.shape, values, total, max(0.0, 1 - after / before) if before > 0 else 0.0)
 
 
 def _top_singular(matrix: np.ndarray, rank: int = MAX_RANK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,7 +177,8 @@ def _top_singular(matrix: np.ndarray, rank: int = MAX_RANK) -> tuple[np.ndarray,
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vt[:rank]
     rng = np.random.default_rng(0)
-    basis = np.linalg.qr(matrix @ rng.standard_normal((matrix.shape[1], rank + 16)))[0]
+    random = rng.standard_normal((matrix.shape[1], rank + 16)).astype(matrix.dtype)
+    basis = np.linalg.qr(matrix @ random)[0]
     for _ in range(2):
         basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
     u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
@@ -179,15 +190,18 @@ def _sign_matrix(difference: np.ndarray, weighting: Weighting) -> tuple[np.ndarr
     group = sign_group(difference.shape)
     starts = np.arange(0, len(difference), group)
     scale = np.add.reduceat(np.abs(difference).mean(axis=1), starts) / np.diff([*starts, len(difference)])
-    each = np.repeat(scale, group)[: len(difference)] + 1e-30
-    _, numbers = _round_columns(difference, 1, weighting.moments, np.broadcast_to(2 * each[:, None], difference.shape))
-    signs = np.where(numbers > 0, 1.0, -1.0)
+    moments, numbers = weighting.moments, difference
+    if moments is not None:  # else a sign is that of the weight itself
+        each = np.repeat(scale, group)[: len(difference)] + 1e-30
+        numbers = _round_columns(difference, 1, moments, np.broadcast_to(2 * each[:, None], difference.shape))[1]
+    signs = np.where(numbers > 0, difference.dtype.type(1), difference.dtype.type(-1))
     # The scale that fits these signs best.
     behind = weighting.times_moments(signs)
-    above = np.add.reduceat(weighting.rows * (behind * difference).sum(axis=1), starts)
-    below = np.add.reduceat(weighting.rows * (behind * signs).sum(axis=1), starts)
+    above = np.add.reduceat(weighting.rows * (behind * difference).sum(axis=1, dtype=np.float64), starts)
+    below = np.add.reduceat(weighting.rows * (behind * signs).sum(axis=1, dtype=np.float64), starts)
     scale = np.maximum(0, above / np.maximum(1e-300, below)).astype(BFLOAT16).astype(np.float64)
-    return scale, signs > 0, signs * np.repeat(scale, group)[: len(difference), None]
+    each = np.repeat(scale, group)[: len(difference), None].astype(difference.dtype)
+    return scale, signs > 0, signs * each
 
 
 @dataclass(frozen=True)
@@ -205,11 +219,11 @@ class Choice:
 def fit(
     difference: np.ndarray, weighting: Weighting, projection: str, choice: Choice
 ) -> tuple[list[Part], list[np.ndarray], np.ndarray]:
-    """Parts, their packed bytes, and what of the difference they leave: float64 [out, in].
+    """Parts, their packed bytes, and what of the difference they leave: [out, in], in `working` type.
 
     Each part is fitted to what the ones before it left, so later ones mend their rounding.
     """
-    left = difference.astype(np.float64)
+    left = difference.astype(working(difference.size))
     parts, packed = [], []
     for part in choice.parts(projection, difference.shape):
         if part.kind == SIGN:

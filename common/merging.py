@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from common.experts import Matrices, forward, inner, inputs_and_output
+from common.dtypes import working
+from common.experts import Matrices, forward, inner, inner_of, inputs_and_output, plus
 from common.families import ExpertSpec
 
 # How far fits may be held to the tenants' mixture, as shares of the mean diagonal of second moments.
-RIDGES = (0.5, 0.2, 0.08, 0.03, 0.01, 0.003)
+RIDGES = (2.0, 0.5, 0.2, 0.08, 0.03, 0.01, 0.003)
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,34 @@ class Sample:
     weights: np.ndarray
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What one tenant's own expert makes of its sample: float32 [n, out] before the activation, by projection, and
+    float32 [n, H] at the end. Every fit needs them, so they are computed once."""
+
+    before: Mapping[str, np.ndarray]
+    output: np.ndarray
+
+    @classmethod
+    def of(cls, spec: ExpertSpec, x: np.ndarray, own: Matrices) -> Targets:
+        first, last = inputs_and_output(spec)
+        before = {name: x @ own[name].T for name in first}
+        return cls(before, inner_of(spec, before) @ own[last].T)
+
+    def of_rows(self, rows: slice | np.ndarray) -> Targets:
+        return Targets({name: m[rows] for name, m in self.before.items()}, self.output[rows])
+
+
 def mixture(mix: np.ndarray, own: Mapping[int, Matrices]) -> dict[str, np.ndarray]:
-    """A weighted sum of tenants' experts. mix: [tenants]. Returns float64 [out, in] of each projection."""
+    """A weighted sum of tenants' experts. mix: [tenants]. Returns [out, in] of each projection, in `working` type."""
     used = [int(t) for t in np.flatnonzero(mix)]
-    return {
-        name: np.asarray(sum(np.float64(mix[t]) * own[t][name].astype(np.float64) for t in used))
-        for name in own[used[0]]
-    }
+    found = {}
+    for name, matrix in own[used[0]].items():
+        dtype = working(matrix.size)
+        found[name] = dtype.type(mix[used[0]]) * matrix.astype(dtype, copy=False)
+        for t in used[1:]:
+            found[name] += dtype.type(mix[t]) * own[t][name].astype(dtype, copy=False)
+    return found
 
 
 def fit_matrix(
@@ -40,17 +62,22 @@ def fit_matrix(
 ) -> np.ndarray:
     """W [out, in] with the least `sum_i w_i |W x_i - y_i|^2 + ridge |W - towards|^2`, rows i of all tenants.
 
-    Solved for what is to be added to `towards`, in the smaller of the spaces of samples and of inputs.
+    Solved for what is to be added to `towards`, in the smaller of the spaces of samples and of inputs. W has the type
+    of `towards`; sums of squares and the solution are in double precision whatever that is.
     """
-    x = np.concatenate(inputs).astype(np.float64)
+    dtype = towards.dtype
+    x = np.concatenate(inputs).astype(dtype)
     every = np.concatenate(weights)
-    root = np.sqrt(every / max(float(every.mean()), 1e-300))[:, None]  # only what they are to each other counts
-    wanted = (np.concatenate(targets).astype(np.float64) - x @ towards.T) * root
+    root = np.sqrt(every / max(float(every.mean()), 1e-300))[:, None].astype(dtype)  # only their ratios count
+    wanted = (np.concatenate(targets).astype(dtype, copy=False) - x @ towards.T) * root
     x *= root
-    held = ridge * float((x**2).sum()) / x.shape[1] + 1e-12
+    exact = x.astype(np.float64, copy=False)
+    held = ridge * float((exact**2).sum()) / x.shape[1] + 1e-12
     if len(x) < x.shape[1]:
-        return np.asarray(towards + (x.T @ np.linalg.solve(x @ x.T + held * np.eye(len(x)), wanted)).T)
-    return np.asarray(towards + np.linalg.solve(x.T @ x + held * np.eye(x.shape[1]), x.T @ wanted).T)
+        solved = np.linalg.solve(exact @ exact.T + held * np.eye(len(x)), wanted)
+        return np.asarray(towards + solved.T.astype(dtype, copy=False) @ x)
+    solved = np.linalg.solve(exact.T @ exact + held * np.eye(x.shape[1]), x.T @ wanted)
+    return np.asarray(towards + solved.T.astype(dtype, copy=False))
 
 
 def least_squares(
@@ -60,13 +87,15 @@ def least_squares(
     mix: np.ndarray,
     ridge: float,
     added: Mapping[int, Matrices] | None = None,
+    targets: Mapping[int, Targets] | None = None,
 ) -> dict[str, np.ndarray]:
-    """One expert whose outputs are close to each tenant's own on that tenant's inputs: float64 [out, in].
+    """One expert whose outputs are close to each tenant's own on that tenant's inputs: [out, in], in `working` type.
 
     The projections that read the input are fitted to the tenants' (RegMean, arXiv 2212.09849); the last one is fitted
     to the tenants' outputs on what the fitted ones hand it, so it also mends their errors, where RegMean fits it to
     the tenants' own on their own hidden values. What samples do not determine is as in the mixture. For the tenants of
-    `samples` only. added: what residuals will add to some projections of the copy for some tenants.
+    `samples` only. added: what residuals will add to some projections of the copy for some tenants. targets: of these
+    samples, where they are known.
     """
     first, last = inputs_and_output(spec)
     added = added or {}
@@ -75,34 +104,32 @@ def least_squares(
     if not tenants:
         return start
     weights = [samples[t].weights for t in tenants]
+    known = {t: targets[t] if targets else Targets.of(spec, samples[t].x, own[t]) for t in tenants}
 
-    def beside(t: int, name: str) -> np.ndarray | float:
-        return added.get(t, {}).get(name, 0.0)
+    def less_added(wanted: np.ndarray, x: np.ndarray, t: int, name: str) -> np.ndarray:
+        """What the copy is to make of x, where a residual will add the rest."""
+        more = added.get(t, {}).get(name)
+        return wanted if more is None else np.asarray(wanted - x @ more.T)
 
     found = {
         name: fit_matrix(
             [samples[t].x for t in tenants],
-            [samples[t].x @ (own[t][name] - beside(t, name)).T for t in tenants],
+            [less_added(known[t].before[name], samples[t].x, t, name) for t in tenants],
             weights,
             start[name],
             ridge,
         )
         for name in first
     }
-    hidden = [
-        inner(spec, samples[t].x, {name: (found[name] + beside(t, name)).astype(np.float32) for name in first})
-        for t in tenants
-    ]
-    outputs = [forward(spec, samples[t].x, own[t]) for t in tenants]
-    for number, t in enumerate(tenants):
-        if last in added.get(t, {}):
-            outputs[number] = outputs[number] - hidden[number] @ added[t][last].T
+    copy = {name: found[name].astype(np.float32) for name in first}
+    hidden = [inner(spec, samples[t].x, plus(copy, added.get(t, {}))) for t in tenants]
+    outputs = [less_added(known[t].output, h, t, last) for t, h in zip(tenants, hidden, strict=True)]
     found[last] = fit_matrix(hidden, outputs, weights, start[last], ridge)
     return found
 
 
 def best_ridge(
-    spec: ExpertSpec, positions: Sequence[tuple[Mapping[int, Matrices], Mapping[int, Sample], np.ndarray]]
+    spec: ExpertSpec, positions: Iterable[tuple[Mapping[int, Matrices], Mapping[int, Sample], np.ndarray]]
 ) -> float:
     """The one of `RIDGES` whose fits to every second sample leave the least error on the others.
 
@@ -111,12 +138,14 @@ def best_ridge(
     totals = np.zeros(len(RIDGES))
     for own, samples, mix in positions:
         halves = [{t: Sample(s.x[i::2], s.weights[i::2]) for t, s in samples.items()} for i in (0, 1)]
-        outputs = [{t: forward(spec, s.x, own[t]) for t, s in half.items() if len(s.x)} for half in halves]
+        whole = {t: Targets.of(spec, s.x, own[t]) for t, s in samples.items() if len(s.x)}
+        targets = [{t: known.of_rows(slice(i, None, 2)) for t, known in whole.items()} for i in (0, 1)]
         for number, ridge in enumerate(RIDGES):
-            for seen, unseen, expected in ((0, 1, outputs[1]), (1, 0, outputs[0])):
-                fitted = least_squares(spec, own, halves[seen], mix, ridge)
-                weights = {name: m.astype(np.float32) for name, m in fitted.items()}
-                for t, wanted in expected.items():
-                    error = (forward(spec, halves[unseen][t].x, weights) - wanted) ** 2
-                    totals[number] += float(halves[unseen][t].weights @ error.sum(axis=1))
+            for seen, unseen in ((0, 1), (1, 0)):
+                fitted = least_squares(spec, own, halves[seen], mix, ridge, targets=targets[seen])
+                weights = {name: m.astype(np.float32, copy=False) for name, m in fitted.items()}
+                for t, known in targets[unseen].items():
+                    sample = halves[unseen][t]
+                    error = (forward(spec, sample.x, weights) - known.output) ** 2
+                    totals[number] += float(sample.weights @ error.sum(axis=1))
     return RIDGES[int(totals.argmin())]

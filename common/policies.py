@@ -5,7 +5,7 @@ docs/consolidation.md says what each does and what the tables say of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -27,12 +27,12 @@ from common.allocation import (
 )
 from common.calibration import Profile
 from common.consolidation import MERGED, MISS, Copy, Plan, plan_round_robin
-from common.dtypes import BY_NAME, to_float32
+from common.dtypes import BY_NAME, to_float32, working
 from common.errors import PlanError
-from common.experts import forward, inner, inputs_and_output
+from common.experts import forward, inner, inputs_and_output, plus
 from common.fitting import Choice, Spectrum, Weighting, fit, plain, second_moments, spectrum, weightings
 from common.losses import Losses, measure_losses
-from common.merging import Sample, best_ridge, fit_matrix, least_squares, mixture
+from common.merging import Sample, Targets, best_ridge, fit_matrix, least_squares, mixture
 from common.progress import Progress, silent
 from common.residuals import Part, Residual, join_parts, matrices
 from common.store.store import Store
@@ -44,6 +44,9 @@ Matrix = dict[str, np.ndarray]
 RIDGE_POSITIONS = 6
 # How often a copy is fitted anew beside the residuals that were fitted to it, as long as that helps.
 REFITS = 2
+# Of each expert's samples every eighth is not fitted to, so that what is fitted can be judged: where there are fewer
+# samples than inputs, as of large models, fits have next to no error on samples that they have seen.
+HELD_OUT = 8
 # How far the last projection that would serve a tenant best is held to its own, as a share of what one sample's moments
 # add: the more samples, the less it is held. With little of it hundreds of samples are fitted too closely; what
 # cross-validation over them chose was too little for other texts (docs/consolidation.md).
@@ -154,6 +157,8 @@ class Planner:
     def _candidates(self, policy: Policy) -> list[list[Config]]:
         """Configurations of every position."""
         if policy.copies not in self._configs:
+            if policy.copies == "fitted" and self.losses.sampled.any() and len(self.store.tenants) > 1:
+                _ = self._ridge  # before the candidates, as a step of its own
             with self.progress("finding candidates", len(self._places)) as advance:
                 found = []
                 for p in range(len(self._places)):
@@ -189,23 +194,32 @@ class Planner:
         """How far fits are held to mixtures, chosen on a few positions spread over the model."""
         count, everyone = len(self.store.tenants), range(len(self.store.tenants))
         spread = np.unique(np.linspace(0, len(self._places) - 1, RIDGE_POSITIONS).astype(int))
-        found = []
-        for p in spread:
-            position = self._position(int(p))
-            mix = np.full(count, 1 / count)
-            found.append((position.own, {t: position.weighted_sample(t) for t in everyone}, mix))
-        return best_ridge(self.store.experts, found)
+        mix = np.full(count, 1 / count)
+        with self.progress("choosing how closely copies are fitted", len(spread)) as advance:
+
+            def positions() -> Iterator[tuple[Mapping[int, Matrix], Mapping[int, Sample], np.ndarray]]:
+                for p in spread:  # one in memory at a time
+                    position = self._position(int(p))
+                    yield position.own, {t: position.weighted_sample(t) for t in everyone}, mix
+                    advance()
+
+            return best_ridge(self.store.experts, positions())
 
     def _weights(self, tenant: int, place: tuple[int, int]) -> Matrix:
         return self.store.own_expert(self.store.tenants[tenant], *place)
 
     def _measure_spectra(self, configs: list[list[Config]]) -> None:
-        """Spectra of what each tenant lacks beside the one copy of each configuration that has one."""
+        """Spectra of what each tenant lacks beside the one copy of each configuration that has one.
+
+        Not beside a mixture where a copy was fitted: what serves tenants better leaves less for residuals too.
+        """
         wanted = [
             (p, c)
             for p, row in enumerate(configs)
             for c in row
-            if len(c.mixes) == 1 and (c.curve, p) not in self._spectra
+            if len(c.mixes) == 1
+            and (c.curve, p) not in self._spectra
+            and not (c.curve == 0 and any(other.fitted for other in row))
         ]
         if not wanted:
             return
@@ -340,7 +354,7 @@ class Planner:
                 if found is not None:
                     matrix = self._matrices({t: found})[t]
                     # The spectrum is a prediction; what is kept must help.
-                    if (left := position.loss(t, _sum(copy, matrix))) < loss:
+                    if (left := position.loss(t, plus(copy, matrix))) < loss:
                         made[t], adds[t], loss = found, matrix, left
                 cost += float(self.traffic[t]) * loss
             return copies, made, adds, cost
@@ -362,6 +376,8 @@ class Planner:
         self, tenant: int, p: int, config: Config, price: float, kinds: Kinds, copy: Matrix
     ) -> tuple[Residual, np.ndarray] | None:
         if not np.isfinite(price) or config.losses[tenant] <= 0:
+            return None
+        if (config.curve, p) not in self._spectra:  # no curve was drawn
             return None
         spectra = self._spectra[config.curve, p][tenant]
         total = sum(s.total for s in spectra)
@@ -400,7 +416,7 @@ class Planner:
                         continue
                     copy = merged[slot] if owner == MERGED else self._weights(owner, (layer, expert))
                     if number is not None:
-                        copy = _sum(copy, matrices(plan.residuals[number], records[number], dict(spec.projections)))
+                        copy = plus(copy, matrices(plan.residuals[number], records[number], dict(spec.projections)))
                     position = self._position(layer * spec.num_experts + expert)
                     total[t] += position.loss(t, copy)
                 advance()
@@ -415,7 +431,7 @@ class _Position:
         self._spec = planner.store.experts
         self.own = {t: planner._weights(t, place) for t in range(len(planner.store.tenants))}
         self._weighting: dict[int, dict[str, Weighting]] = {}
-        self._outputs: dict[int, np.ndarray] = {}
+        self._targets: dict[int, Targets] = {}
 
     def sample(self, tenant: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs float32 [n, H] and gates [n], n = 0 for a tenant that was not calibrated."""
@@ -424,9 +440,25 @@ class _Position:
             return np.zeros((0, self._spec.hidden_size), np.float32), np.zeros(0, np.float32)
         return profile.sample(*self._place)
 
+    def held_out(self, tenant: int) -> np.ndarray:
+        """bool [n]: the samples that losses of weights are measured on; a lone one is fitted to as well."""
+        count = len(self.sample(tenant)[0])
+        return np.asarray(np.arange(count) % HELD_OUT == min(count, HELD_OUT) - 1)
+
+    def fitted_to(self, tenant: int) -> np.ndarray:
+        """bool [n]: the samples that copies and residuals are fitted to."""
+        held = self.held_out(tenant)
+        return ~held if len(held) > 1 else held
+
+    def seen(self, tenant: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and gates of the samples that are fitted to."""
+        x, gates = self.sample(tenant)
+        rows = self.fitted_to(tenant)
+        return x[rows], gates[rows]
+
     def weighting(self, tenant: int) -> dict[str, Weighting]:
         if tenant not in self._weighting:
-            self._weighting[tenant] = weightings(self._spec, self.own[tenant], *self.sample(tenant))
+            self._weighting[tenant] = weightings(self._spec, self.own[tenant], *self.seen(tenant))
         return self._weighting[tenant]
 
     def copy(
@@ -438,15 +470,16 @@ class _Position:
             return self.own[int(used[0])]
         if fitted:
             samples = {int(t): self.weighted_sample(int(t)) for t in users}
-            found = least_squares(self._spec, self.own, samples, mix, self._planner._ridge, added)
+            targets = {t: self.targets(t).of_rows(self.fitted_to(t)) for t, s in samples.items() if len(s.x)}
+            found = least_squares(self._spec, self.own, samples, mix, self._planner._ridge, added, targets)
         else:
             found = mixture(mix, self.own)
         dtype = BY_NAME[self._planner.store.dtype]
         return {name: to_float32(m.astype(dtype)) for name, m in found.items()}
 
     def weighted_sample(self, tenant: int) -> Sample:
-        """The same, weighted by what an error costs."""
-        x, gates = self.sample(tenant)
+        """What is fitted to, weighted by what an error costs."""
+        x, gates = self.seen(tenant)
         scale = self._planner.losses.scale[tenant, *self._place] * self._planner.traffic[tenant]
         return Sample(x, gates.astype(np.float64) ** 2 * scale)
 
@@ -454,13 +487,17 @@ class _Position:
         """The last projection [out, in] that would serve the tenant best behind the others of `weights`, and how errors
         of it count. Behind the tenant's own it is the tenant's own; behind others it also mends their errors."""
         last = inputs_and_output(self._spec)[1]
-        x, gates = self.sample(tenant)
+        x, gates = self.seen(tenant)
         if not len(x):
-            return self.own[tenant][last].astype(np.float64), plain(self.own[tenant][last].shape)
+            return self._own(tenant, last), plain(self.own[tenant][last].shape)
         hidden, squared = inner(self._spec, x, weights), gates.astype(np.float64) ** 2
         ridge = TARGET_RIDGE * hidden.shape[1] / len(x)  # `fit_matrix` takes shares of the mean diagonal of all moments
         found = fit_matrix(
-            [hidden], [self._output(tenant)], [squared], self.own[tenant][last].astype(np.float64), ridge
+            [hidden],
+            [self.targets(tenant).output[self.fitted_to(tenant)]],
+            [squared],
+            self._own(tenant, last),
+            ridge,
         )
         return found, Weighting(np.ones(len(found)), second_moments(hidden, squared), found.shape[1])
 
@@ -471,14 +508,14 @@ class _Position:
         """
         names, last = inputs_and_output(self._spec)
         whole = self.loss(tenant, copy)
+        if whole <= 0:  # its own
+            return [Spectrum(shape, np.zeros(1), 0.0, 0.0) for _, shape in self._spec.projections]
         target, weighting = self._last_target(tenant, copy)
         found = {last: spectrum(target - copy[last], weighting)}
-        found |= {
-            n: spectrum(self.own[tenant][n].astype(np.float64) - copy[n], self.weighting(tenant)[n]) for n in names
-        }
+        found |= {n: spectrum(self._own(tenant, n) - copy[n], self.weighting(tenant)[n]) for n in names}
         rest = whole
         if len(self.sample(tenant)[0]):
-            rest = min(whole, self.loss(tenant, {**copy, last: target.astype(np.float32)}))
+            rest = min(whole, self.loss(tenant, {**copy, last: target.astype(np.float32, copy=False)}))
             found[last] = found[last].scaled(whole - rest)
             parts = sum(found[n].total for n in names)
         else:
@@ -500,33 +537,38 @@ class _Position:
             if name == last:
                 target, weighting = self._last_target(tenant, served)
             else:
-                target, weighting = self.own[tenant][name].astype(np.float64), self.weighting(tenant)[name]
+                target, weighting = self._own(tenant, name), self.weighting(tenant)[name]
             parts, packed, left = fit(target - copy[name], weighting, name, by_name[name])
             made[name] = parts, packed
             served[name] = (target - left).astype(np.float32)
         found = [made[name] for name, _ in self._spec.projections if name in made]
         return [p for parts, _ in found for p in parts], [b for _, packed in found for b in packed]
 
-    def _output(self, tenant: int) -> np.ndarray:
-        """The tenant's own expert on its samples, float32 [n, H]."""
-        if tenant not in self._outputs:
-            self._outputs[tenant] = forward(self._spec, self.sample(tenant)[0], self.own[tenant])
-        return self._outputs[tenant]
+    def _own(self, tenant: int, name: str) -> np.ndarray:
+        """A projection of the tenant's own, in the type in which it is compared."""
+        matrix = self.own[tenant][name]
+        return matrix.astype(working(matrix.size), copy=False)
+
+    def targets(self, tenant: int) -> Targets:
+        """What the tenant's own expert makes of its samples."""
+        if tenant not in self._targets:
+            self._targets[tenant] = Targets.of(self._spec, self.sample(tenant)[0], self.own[tenant])
+        return self._targets[tenant]
 
     def loss(self, tenant: int, weights: Matrix) -> float:
-        """What serving a tenant with any weights costs it, in the unit of the planner's losses."""
+        """What serving a tenant with any weights costs it, in the unit of the planner's losses; of samples that nothing
+        was fitted to."""
         losses = self._planner.losses
         scale = float(losses.scale[tenant, *self._place])
         own = self.own[tenant]
         if not losses.sampled[tenant, *self._place]:
             return scale * sum(float(((weights[n].astype(np.float64) - own[n]) ** 2).sum()) for n in own)
         x, gates = self.sample(tenant)
-        error = (forward(self._spec, x, weights) - self._output(tenant)) * gates[:, None]
+        held = self.held_out(tenant)
+        squared = gates.astype(np.float64) ** 2
+        scale *= float(squared.sum() / max(1e-300, squared[held].sum()))  # they stand for all samples
+        error = (forward(self._spec, x[held], weights) - self.targets(tenant).output[held]) * gates[held, None]
         return scale * float((error.astype(np.float64) ** 2).sum())
-
-
-def _sum(copy: Matrix, added: Mapping[str, np.ndarray]) -> Matrix:
-    return {name: m + added[name] if name in added else m for name, m in copy.items()}
 
 
 def _single(config: Config, traffic: np.ndarray) -> tuple[int, float]:

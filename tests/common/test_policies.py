@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,8 +288,46 @@ def test_what_is_built_is_near_what_was_reckoned(mixtral: Case) -> None:
         for extra in (0.3,):
             reckoned = made.allocator(policy).allocate(int(one_model * (1 + extra))).losses.sum()
             built = made.plan(policy, extra_bytes=int(one_model * extra)).prediction.losses.sum()
-            # What is rounded and fitted together gains less than singular values say.
-            assert built < 1.6 * reckoned
+            # What is rounded and fitted to few samples gains less on others than singular values say.
+            assert built < 2.5 * reckoned
+
+
+def test_large_experts_are_planned_as_small_ones_are(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, with what signs gain estimated on some rows."""
+    store = Store.open(mixtral.path)
+    extra = int(0.3 * store.experts.num_positions * store.copy_bytes)
+    expected = {policy: planner(store).plan(policy, extra_bytes=extra).prediction for policy in ("fit", "residual")}
+    monkeypatch.setattr("common.dtypes.LARGE", 1)
+    monkeypatch.setattr("common.fitting.LARGE", 1)
+    monkeypatch.setattr("common.fitting.SIGN_ROWS", 16)
+    for policy, rtol in (("fit", 1e-3), ("residual", 0.15)):
+        found = planner(store).plan(policy, extra_bytes=extra).prediction
+        np.testing.assert_allclose(found.losses.sum(), expected[policy].losses.sum(), rtol=rtol)
+
+
+def thinned(profile: Profile, count: int) -> Profile:
+    """The same with no more than so many samples of an expert."""
+    rows = [np.arange(a, min(b, a + count)) for a, b in zip(profile.starts, profile.starts[1:], strict=False)]
+    kept = np.concatenate(rows)
+    starts = np.cumsum([0, *map(len, rows)])
+    return replace(profile, inputs=profile.inputs[kept], gates=profile.gates[kept], starts=starts)
+
+
+def test_fewer_samples_than_inputs_do_not_make_fits_look_perfect(mixtral: Case) -> None:
+    """As of large models, whose experts read thousands of values and are shown hundreds of samples. What a fit has seen
+    it serves with next to no error; that must not keep residuals from being bought."""
+    store = Store.open(mixtral.path)
+    whole = {n: p for n in store.tenants if (p := Profile.from_store(store, n))}
+    made = Planner(store, {n: thinned(p, 4) for n, p in whole.items()})
+    one_model = store.experts.num_positions * store.copy_bytes
+    fitted = made.plan("fit")
+    judged = Planner(store, whole).predict(fitted.plan, fitted.merged, fitted.records).losses.sum()
+    assert 0.3 * judged < fitted.prediction.losses.sum() < 3 * judged
+    outcome = made.plan("residual", extra_bytes=int(0.3 * one_model))
+    shapes = dict(store.experts.projections)
+    assert sum(r.nbytes(shapes) for r in outcome.plan.residuals) > 0.2 * one_model
+    judged_residuals = Planner(store, whole).predict(outcome.plan, outcome.merged, outcome.records).losses.sum()
+    assert judged_residuals < 0.7 * judged
 
 
 def test_the_more_samples_the_less_the_last_projection_is_held(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +339,7 @@ def test_the_more_samples_the_less_the_last_projection_is_held(mixtral: Case, mo
     moved = []
     for times in (1, 8, 64):
         monkeypatch.setattr(position, "sample", lambda t, n=times: (np.tile(x, (n, 1)), np.tile(gates, n)))
-        position._outputs.clear()
+        position._targets.clear()
         moved.append(float(np.linalg.norm(position._last_target(1, copy)[0] - own)))
     assert 0.01 * np.linalg.norm(own) < 1.5 * moved[0] < moved[1] < moved[2]
     np.testing.assert_allclose(position._last_target(1, position.own[1])[0], own, atol=1e-5)
