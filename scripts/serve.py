@@ -154,6 +154,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most sequences of a tenant in a step; repeatable",
     )
     share.add_argument(
+        "--default-tenant-limit",
+        type=_whole,
+        metavar="N",
+        help="the same of tenants that are not named (default: as many as are free)",
+    )
+    share.add_argument(
         "--max-queue", type=_whole, default=engine.max_queue, metavar="N", help="requests that may wait; more get 429"
     )
     share.add_argument("--max-queue-per-tenant", type=_whole, metavar="N", help="and of one tenant")
@@ -221,6 +227,7 @@ def _load(args: argparse.Namespace) -> Engine:
         max_queue_per_tenant=args.max_queue_per_tenant,
         weights=dict(args.tenant_weight),
         limits=dict(args.tenant_limit),
+        default_limit=args.default_tenant_limit,
     )
     options.check_tenants(store.tenants)
     backend: dict[str, Any] = {} if args.kv_cache_bytes is None else {"kv_cache_bytes": args.kv_cache_bytes}

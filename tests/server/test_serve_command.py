@@ -118,6 +118,7 @@ def test_options_have_effect(checkpoints: dict[str, Path], tmp_path: Path) -> No
         store,
         *("--tenant", f"ana={checkpoints['ana']}", "--tenant", f"bob={checkpoints['bob']}", "--max-model-len", "100"),
         *("--kv-cache-bytes", "1MiB", "--tenant-weight", "bob=2", "--tenant-limit", "ana=1", "--max-queue", "3"),
+        *("--default-tenant-limit", "2"),
         *("--api-keys", str(tmp_path / "keys"), "--max-request-bytes", "2000", "--prefill-chunk", "16"),
     ) as server:
         assert Store.open(store).tenants == ("ana", "bob")
@@ -192,6 +193,7 @@ def test_what_cannot_be_served(
         (["--port", "70000"], "0 to 65535"),
         (["--tenant-weight", "fr"], "write NAME=NUMBER"),
         (["--tenant-limit", "fr=x"], "write NAME=NUMBER"),
+        (["--default-tenant-limit", "0"], "whole number from 1"),
         (["--kv-cache-bytes", "many"], "no size"),
         (["--max-num-seqs", "0"], "whole number from 1"),
         (["--drain-timeout", "-1"], "give seconds"),
