@@ -214,8 +214,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"recommended: --extra {offer.extra:.1%} ({format_bytes(offer.nbytes)} with one tenant's other weights), "
         f"predicted loss {offer.losses @ planner.traffic:.4g} on the {mean_name(planner.traffic)}, "
-        f"{offer.losses.max():.4g} for the worst tenant: the cheapest of these that leaves a tenth of the loss without "
-        "extra bytes, or the last if none does"
+        f"{offer.losses.max():.4g} for the worst tenant: the cheapest of these that leaves at most a tenth of the loss "
+        "without extra bytes, else the last"
     )
     if args.plot:
         draw(store, found, best, planner.unit, args.plot, planner.traffic)
