@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -35,6 +34,7 @@ from common.losses import Losses, measure_losses
 from common.merging import Sample, Targets, best_ridge, fit_matrix, least_squares, mixture
 from common.progress import Progress, silent
 from common.residuals import Part, Residual, join_parts, matrices
+from common.store.measurements import Measurements, key_of
 from common.store.store import Store
 from common.units import is_whole
 
@@ -121,6 +121,7 @@ class Planner:
     """Plans for one store, any policy and budget; what does not depend on the budget is computed once.
 
     traffic: tenant -> requests beside a tenant that is not named, which counts as 1. profiles: of calibrated tenants.
+    known: what was measured before; used if it rests on the same weights, profiles and traffic.
     """
 
     def __init__(
@@ -129,22 +130,33 @@ class Planner:
         profiles: Mapping[str, Profile] | None = None,
         traffic: Mapping[str, float] | None = None,
         progress: Progress = silent,
+        known: Measurements | None = None,
     ):
         self.store = store
         self.profiles = dict(profiles or {})
         self.progress = progress
         self.traffic = _traffic(store.tenants, traffic or {})
-        self.losses: Losses = measure_losses(store, self.profiles, progress)
+        self._key = key_of(store, self.profiles, self.traffic)
+        if known is None or known.key != self._key:
+            known = Measurements(self._key, measure_losses(store, self.profiles, progress))
+        self.losses: Losses = known.losses
         spec = store.experts
         self._places = [(layer, e) for layer in range(spec.num_layers) for e in range(spec.num_experts)]
         self._itemsize = BY_NAME[store.dtype].itemsize
-        self._spectra: dict[tuple[int, int], list[list[Spectrum]]] = {}  # (curve set, position) -> of each tenant
+        self._chosen_ridge = known.ridge
+        self._fitted = dict(known.fitted)  # position -> float64 [copies that are fitted, tenants], their losses
+        self._spectra = dict(known.spectra)  # (curve set, position) -> of each tenant
         self._last: tuple[int, _Position] | None = None
         self._configs: dict[str, list[list[Config]]] = {}
 
     @property
     def unit(self) -> str:
         return self.losses.unit
+
+    @property
+    def measurements(self) -> Measurements:
+        """All that was measured up to now, for a planner of the same store."""
+        return Measurements(self._key, self.losses, self._chosen_ridge, self._fitted, self._spectra)
 
     # Candidates.
 
@@ -158,7 +170,8 @@ class Planner:
         """Configurations of every position."""
         if policy.copies not in self._configs:
             if policy.copies == "fitted" and self.losses.sampled.any() and len(self.store.tenants) > 1:
-                _ = self._ridge  # before the candidates, as a step of its own
+                if len(self._fitted) < len(self._places):
+                    _ = self._ridge  # before the candidates, as a step of its own
             with self.progress("finding candidates", len(self._places)) as advance:
                 found = []
                 for p in range(len(self._places)):
@@ -180,18 +193,29 @@ class Planner:
         # components (a merged LoRA), residuals beside it are small.
         found = [*merged, owned_configs(gram, self.traffic, 1)[0]]
         if copies == "fitted" and self.losses.sampled[:, *self._places[p]].any() and count > 1:
-            position = self._position(p)
-            for config in merged[:-1]:  # the last one is a copy for each tenant
-                weights = [
-                    position.copy(mix, np.flatnonzero(config.serves == i), True) for i, mix in enumerate(config.mixes)
-                ]
-                losses = np.array([position.loss(t, weights[int(i)]) for t, i in enumerate(config.serves)])
-                found.append(Config(config.mixes, config.serves, losses, 2, True))
+            fits = merged[:-1]  # the last one is a copy for each tenant
+            if p not in self._fitted:
+                self._fitted[p] = np.array([self._loss_of_fits(p, config) for config in fits])
+            found += [
+                Config(config.mixes, config.serves, losses, 2, True)
+                for config, losses in zip(fits, self._fitted[p], strict=True)
+            ]
         return found
 
-    @cached_property
+    def _loss_of_fits(self, p: int, config: Config) -> np.ndarray:
+        """float64 [tenants], with copies that are fitted to the tenants that each of the mixtures would serve."""
+        position = self._position(p)
+        weights = [position.copy(mix, np.flatnonzero(config.serves == i), True) for i, mix in enumerate(config.mixes)]
+        return np.array([position.loss(t, weights[int(i)]) for t, i in enumerate(config.serves)])
+
+    @property
     def _ridge(self) -> float:
         """How far fits are held to mixtures, chosen on a few positions spread over the model."""
+        if self._chosen_ridge is None:
+            self._chosen_ridge = self._choose_ridge()
+        return self._chosen_ridge
+
+    def _choose_ridge(self) -> float:
         count, everyone = len(self.store.tenants), range(len(self.store.tenants))
         spread = np.unique(np.linspace(0, len(self._places) - 1, RIDGE_POSITIONS).astype(int))
         mix = np.full(count, 1 / count)

@@ -17,6 +17,7 @@ from common.calibration import Profile, calibrate
 from common.policies import DEFAULT_POLICY, POLICIES, Planner
 from common.progress import Progress, bars, silent
 from common.store import replan
+from common.store.measurements import Measurements
 from common.units import format_bytes
 from scripts import build, command
 
@@ -170,12 +171,13 @@ def draw(store: Store, found: Sequence[Offer], best: int, unit: str, path: Path,
 
 
 def planner_for(store: Store, args: argparse.Namespace, progress: Progress = silent) -> Planner:
-    """A planner with what the store knows of its tenants and what is measured now."""
+    """A planner with what the store knows of its tenants and what is measured now, which is nothing where the store was
+    planned with the same calibration and traffic."""
     profiles = {name: p for name in store.tenants if (p := Profile.from_store(store, name))}
     if args.calibrate:
         profiles |= calibrate(store, dict(args.calibrate), progress=progress)
     traffic = dict(args.traffic) or store.manifest.provenance["settings"].get("traffic", {})
-    return Planner(store, profiles, traffic, progress)
+    return Planner(store, profiles, traffic, progress, Measurements.from_store(store))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -228,6 +230,7 @@ def run(args: argparse.Namespace) -> int:
             extra=offer.asked.extra,
             calibration={name: planner.profiles[name] for name in dict(args.calibrate)},
             traffic=dict(args.traffic) or None,
+            known=planner.measurements,
             progress=bars,
         )
         build.report(done, console)

@@ -29,6 +29,7 @@ from common.engine import Engine, Prompt
 from common.policies import DEFAULT_EXTRA, POLICIES, Planner
 from common.progress import Progress, silent
 from common.store import set_plan
+from common.store.measurements import Measurements
 from scripts import merging
 
 # Tenants up to this many bytes run alone side by side in one engine; larger ones one after another.
@@ -406,7 +407,8 @@ class Workshop:
         store, calibrated = self.store, bool(method.options.get("calibrated", True))
         if calibrated not in self._planners:
             profiles = {n: p for n in store.tenants if (p := Profile.from_store(store, n))} if calibrated else {}
-            self._planners[calibrated] = Planner(store, profiles, progress=self._progress)
+            known = Measurements.from_store(store)
+            self._planners[calibrated] = Planner(store, profiles, progress=self._progress, known=known)
         policy, slots = POLICIES[method.name], method.options.get("slots")
         extra = method.extra
         if extra is None:  # as `moetel build` has it

@@ -38,6 +38,7 @@ from common.store.beside import BESIDE, leave
 from common.store.lock import FILE as LOCK_FILE
 from common.store.lock import exclusive
 from common.store.manifest import Manifest, Tenant
+from common.store.measurements import Measurements, objects_of
 from common.store.objects import Objects, asset_damage, check_dtype, save_assets
 from common.store.store import Store, is_store, non_expert_bytes
 from common.units import format_bytes, is_whole
@@ -244,9 +245,13 @@ def replan(
     extra: float | None = None,
     calibration: Mapping[str, CalibrationSet | Profile] | None = None,
     traffic: Mapping[str, float] | None = None,
+    known: Measurements | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Plan a store anew for its tenants. Arguments as for `build_store`, but calibration may be what was measured.
+
+    known: `Planner.measurements` of the same tenants, calibration and traffic, so that nothing is measured again; what
+        the store keeps is used in any case.
 
     policy and traffic default to the store's own. Without any of slots, budget_bytes and extra there is as much memory
     as the store was planned with last, except that a policy without a use for extra bytes takes none.
@@ -264,7 +269,7 @@ def replan(
     def the_same(store: Store) -> list[_Source]:
         return [_Source.from_store(store, t) for t in store.tenants]
 
-    return _change(Path(path), the_same, calibration or {}, progress, settings)
+    return _change(Path(path), the_same, calibration or {}, progress, settings, known)
 
 
 def remove_tenant(path: str | Path, name: str, *, keep_plan: bool = False, progress: Progress = silent) -> Store:
@@ -330,7 +335,11 @@ def _with_plan(
     entries: dict[str, dict[str, Any]] = {
         i: dict(manifest.objects[i]) for t in manifest.tenants for i in t.tensors.values()
     }
-    for object_id in (manifest.similarity["object"], *_calibration_objects(manifest.calibration)):
+    for object_id in (
+        manifest.similarity["object"],
+        *_calibration_objects(manifest.calibration),
+        *objects_of(manifest.measurements),
+    ):
         if object_id is not None:
             entries[object_id] = dict(manifest.objects[object_id])
 
@@ -367,8 +376,12 @@ def _change(
     calibration: Mapping[str, CalibrationSet | Profile],
     progress: Progress,
     settings: Settings | None = None,
+    known: Measurements | None = None,
 ) -> Store:
-    """Give a store the tenants that `edit` makes of it, planned with its own settings or others."""
+    """Give a store the tenants that `edit` makes of it, planned with its own settings or others.
+
+    known: what planning measured; what the store keeps if not given.
+    """
     Store.open(path)  # raises if there is none; what holds is read below, under the lock
     with _new_or_existing(path) as directory:
         store = Store.open(directory)
@@ -383,7 +396,16 @@ def _change(
         amount = _resolve(settings, sources, store.dtype)
         profiles = {name: p for name in names if name in store.tenants and (p := Profile.from_store(store, name))}
         manifest = _assemble(
-            directory, sources, settings, amount, store.dtype, store.distances, profiles, calibration, progress
+            directory,
+            sources,
+            settings,
+            amount,
+            store.dtype,
+            store.distances,
+            profiles,
+            calibration,
+            progress,
+            known or Measurements.from_store(store),
         )
         _commit(directory, manifest)
     return Store.open(path)
@@ -536,8 +558,12 @@ def _assemble(
     profiles: Mapping[str, Profile],
     calibration: Mapping[str, CalibrationSet | Profile],
     progress: Progress,
+    known: Measurements | None = None,
 ) -> Manifest:
-    """Put every tensor of every source into `directory`, plan, and describe it all."""
+    """Put every tensor of every source into `directory`, plan, and describe it all.
+
+    known: what planning measured before, used as far as it still holds.
+    """
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings.to_json(),
@@ -559,9 +585,12 @@ def _assemble(
     draft = Store(directory, replace(draft.manifest, objects=entries, calibration=kept))
     if amount.slots is None:
         return draft.manifest
-    outcome = Planner(draft, profiles, settings.traffic, progress).plan(
-        settings.policy, amount.slots, amount.extra_bytes
-    )
+    planner = Planner(draft, profiles, settings.traffic, progress, known)
+    outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes)
+    if planner.measurements.worth_keeping:
+        entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
+        found = planner.measurements.to_json(_putter(draft.objects, entries))
+        draft = Store(directory, replace(draft.manifest, objects=entries, measurements=found))
     return _with_plan(draft, outcome.plan, outcome.merged, outcome.records, outcome.prediction.to_json())
 
 

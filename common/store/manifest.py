@@ -49,6 +49,7 @@ class Manifest:
     objects: id -> {dtype, shape, bytes}; similarity: {object, layers}.
     merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's residuals, in order.
     calibration: tenant -> what was measured on its calibration prompts; see `common.calibration`.
+    measurements: what planning measured, see `common.store.measurements`; None if nothing is kept.
     prediction: what the plan is expected to cost each tenant; see `common.policies.Prediction`. None if not known.
     """
 
@@ -63,6 +64,7 @@ class Manifest:
     residuals: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     prediction: Mapping[str, Any] | None = None
+    measurements: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -88,6 +90,7 @@ class Manifest:
             "residuals": list(self.residuals),
             "calibration": dict(self.calibration),
             "prediction": None if self.prediction is None else dict(self.prediction),
+            "measurements": None if self.measurements is None else dict(self.measurements),
             "similarity": dict(self.similarity),
             "objects": {k: dict(v) for k, v in self.objects.items()},
         }
@@ -156,6 +159,7 @@ class Manifest:
                 residuals=residuals,
                 calibration=value.get("calibration", {}),
                 prediction=value.get("prediction"),
+                measurements=value.get("measurements"),
             )
         except (KeyError, TypeError, ValueError, MoetelError) as error:
             raise StoreError(

@@ -275,3 +275,23 @@ def test_errors(arguments: list[str], code: int, message: str, store: Path, caps
     found, _, err = run(capsys, *(a.replace("{store}", str(store)) for a in arguments))
     assert found == code and re.search(message, err), err
     assert "Traceback" not in err
+
+
+def test_what_was_measured_before_is_not_measured_again(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--apply uses what the table was made of, and from then on nothing is measured at all."""
+    spectra, seen = Planner._measure_spectra, []
+
+    def watch(self: Planner, configs: Any) -> None:
+        before = len(self._spectra)
+        spectra(self, configs)
+        seen.append(len(self._spectra) - before)
+
+    monkeypatch.setattr(Planner, "_measure_spectra", watch)
+    code, table, _ = run(capsys, store, "--extra", "20%", "--apply")
+    assert code == 0 and len(seen) >= 2 and seen[0] > 0 and not any(seen[1:])
+    code, again, _ = run(capsys, store, "--extra", "20%")
+    assert code == 0 and not seen[-1]
+    assert rows(again)[0] == rows(table)[0]
+    assert "this store now: policy residual" in again
