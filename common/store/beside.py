@@ -76,6 +76,7 @@ def join(
         merged=old.manifest.merged,
         residuals=tuple(records),
         calibration=old.manifest.calibration,
+        measurements=old.manifest.measurements,  # without use until the tenant has gone again, which their key tells
         prediction=prediction,
         provenance=_provenance(old, draft, [*added, draft.tenants[-1]], removed),
     )
@@ -125,6 +126,7 @@ def leave(old: Store, draft: Store, name: str) -> Manifest:
         merged=merged,
         residuals=tuple(record for _, record in kept),
         calibration={n: measured for n, measured in old.manifest.calibration.items() if n != name},
+        measurements=old.manifest.measurements,
         prediction=prediction,
         provenance=_provenance(old, draft, added, removed),
     )

@@ -429,9 +429,10 @@ def change_beside(
         entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
         manifest = change(old, draft, _putter(draft.objects, entries))
         for object_id in (
+            *_calibration_objects(manifest.calibration),
+            *objects_of(manifest.measurements),
             *(i for ids in manifest.merged.values() for i in ids.values()),
             *manifest.residuals,
-            *_calibration_objects(manifest.calibration),
         ):
             if object_id not in entries:
                 entries[object_id] = dict(old.manifest.objects[object_id])

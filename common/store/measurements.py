@@ -73,6 +73,7 @@ class Measurements:
         return {
             "key": self.key,
             "unit": self.losses.unit,
+            "tenants": list(self.losses.tenants),
             "measured": list(self.losses.measured),
             "ridge": self.ridge,
             "tables": {
@@ -107,7 +108,7 @@ class Measurements:
                     ]
                     for of_tenant in zip(values, totals, signs, strict=True)
                 ]
-        found = Losses(tenants=store.tenants, measured=tuple(value["measured"]), unit=value["unit"], **losses)
+        found = Losses(tenants=tuple(value["tenants"]), measured=tuple(value["measured"]), unit=value["unit"], **losses)
         return cls(value["key"], found, value["ridge"], fitted, spectra)
 
 

@@ -98,6 +98,8 @@ def check(store: Store) -> None:
     used |= {i for ids in manifest.merged.values() for i in ids.values()}
     used |= {i for c in manifest.calibration.values() for i in c["objects"].values()}
     used |= {manifest.similarity["object"]} - {None}
+    if manifest.measurements is not None:
+        used |= {table["object"] for table in manifest.measurements["tables"].values()}
     assert set(manifest.objects) == used
     folders = {p.name for p in (store.path / "assets").iterdir()}
     assert folders == {t.assets_folder for t in manifest.tenants}

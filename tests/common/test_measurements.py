@@ -163,11 +163,19 @@ def test_other_calibration_traffic_or_tenants_are_measured_anew(store: Path, che
     check(remove_tenant(store, "base"))
 
 
-def test_tenants_beside_the_plan_leave_nothing_that_does_not_hold(store: Path, checkpoints: dict[str, Path]) -> None:
-    assert extend_store(store, "cy", checkpoints["cy"]).manifest.measurements is None
-    assert remove_tenant(store, "cy", keep_plan=True).manifest.measurements is None
-    found = replan(store)
-    assert found.manifest.measurements is not None and not found.verify()
+def test_beside_a_plan_they_wait_for_the_tenants_that_they_are_of(
+    store: Path, checkpoints: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    before = Store.open(store).manifest.measurements
+    grown = extend_store(store, "cy", checkpoints["cy"])
+    assert grown.manifest.measurements == before and not grown.verify()
+    found, kept = anew(store), Measurements.from_store(grown)
+    assert kept is not None and kept.losses.tenants == NAMES
+    assert Planner(grown, profiles_of(grown), known=kept).losses.gram.shape == found.losses.gram.shape
+    shrunk = remove_tenant(store, "cy", keep_plan=True)
+    assert shrunk.manifest.measurements == before and not shrunk.verify()
+    request.getfixturevalue("nothing_is_measured")
+    assert replan(store, extra=0.2).manifest.measurements == before
 
 
 def test_a_store_without_measurements_is_read(store: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
