@@ -6,8 +6,10 @@ Every step is chosen anew from all requests that are there:
    tenant stays in use for a *turn*, long enough that reconfigurations take at most `switch_share` of the time; then
    the tenant that was served least takes the place of the one that was served most.
 2. *Places.* The `max_num_seqs` places of a step are shared among tenants by weighted max-min fairness: what one does
-   not need goes to the others. A tenant's own requests take its places by priority, then deadline, then arrival. A
-   request that loses its place keeps its caches and goes on later.
+   not need goes to the others, as far as a step gets at most `max_interference` longer than if nobody had more than
+   its share. So one tenant's flood slows the others' tokens by no more than that, and takes every place where rows cost
+   nothing. A tenant's own requests take its places by priority, then deadline, then arrival. A request that loses its
+   place keeps its caches and goes on later.
 3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of prompts, those of the
    tenant that was served least first; while others answer, at most `prefill_chunk` of them, so that a long prompt
    stalls nobody.
@@ -31,6 +33,7 @@ from dataclasses import dataclass, field
 from common.backend import Backend, Part, Step
 from common.errors import EngineError, OverloadedError, UnknownTenantError
 from common.request import Request
+from common.step_times import StepTimes
 from common.units import is_whole
 
 ANSWER_COST = 4.0
@@ -49,6 +52,8 @@ class SchedulerOptions:
     max_queue, max_queue_per_tenant: requests that may wait for their first step; None: no bound of its own.
     weights: tenant -> its share beside the others' (1 where none is given).
     limits: tenant -> most places it takes in a step, however many are free; `default_limit`: of the others.
+    max_interference: most by which places that tenants take beyond their shares, because others leave them free, may
+        lengthen a step (0.1: a tenth), as far as lately taken steps tell; inf: all free places are taken.
     switch_share: most of the time that reconfigurations may take, if the device cannot hold all tenants that have
         requests.
     """
@@ -62,6 +67,7 @@ class SchedulerOptions:
     weights: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
     default_limit: int | None = None
+    max_interference: float = 0.1
     switch_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -86,6 +92,8 @@ class SchedulerOptions:
         for tenant, limit in self.limits.items():
             if not is_whole(limit) or limit < 1:
                 raise EngineError(f"the limit of tenant {tenant!r} is {limit!r}; give a whole number from 1")
+        if isinstance(self.max_interference, bool) or not self.max_interference >= 0:
+            raise EngineError(f"max_interference is {self.max_interference!r}; give a number from 0, or inf")
         if not 0 < self.switch_share <= 1:
             raise EngineError(f"switch_share is {self.switch_share!r}; give a number above 0, at most 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -140,6 +148,8 @@ class Scheduler:
         self._tenants: dict[str, _Tenant] = {}
         self._in_use: list[str] = []
         self._numbers = 0
+        self._times = StepTimes()
+        self._began_at = 0.0
         self.preemptions = 0
 
     # Requests come and go.
@@ -204,14 +214,15 @@ class Scheduler:
     def next(self, now: float, *, alone: bool = False) -> list[tuple[Request, Part]]:
         """The requests of the next step, and what each does. Empty only if there is no request.
 
-        alone: nobody waits for these answers one by one, so prompts are read in as large pieces as a step takes.
+        alone: nobody waits for these answers one by one, so prompts are read in as large pieces as a step takes, and
+        no place stays free.
         Raises NoRoomError.
         """
         active = [name for name, tenant in self._tenants.items() if tenant.requests]
         if not active:
             return []
         in_use = self._choose_tenants(active, now)
-        places = self._choose_places(in_use)
+        places = self._choose_places(in_use, alone)
         ranked = [r for name in in_use for r in self._ranked(name, places[name])]
         answering = [r for r in ranked if r.sequence is not None and r.unread == 0]
         parts = self._answer(answering)
@@ -226,10 +237,11 @@ class Scheduler:
         for request in parts:
             if request.started_at is None:
                 request.started_at = now
+        self._began_at = now
         return list(parts.items())
 
     def done(self, parts: Sequence[tuple[Request, Part]], step: Step, now: float) -> None:
-        """Count what a step served, and how far reading got."""
+        """Count what a step served, how far reading got and, from what the clock was at `next`, how long it took."""
         for request, part in parts:
             # Computing again what was given up is not charged to who gave it up.
             cost = 0.0 if request.preemptions else float(part.read)
@@ -240,6 +252,8 @@ class Scheduler:
         for name, seconds in step.reconfiguration_s.items():
             if name in self._tenants:
                 self._tenants[name].switch_s = seconds
+        computing_s = now - self._began_at - sum(step.reconfiguration_s.values())
+        self._times.add(len(parts), sum(part.read for _, part in parts), max(0.0, computing_s))
 
     # Tenants.
 
@@ -283,11 +297,11 @@ class Scheduler:
         """The requests of a tenant that take its places, first ones first."""
         return heapq.nsmallest(places, self._tenants[tenant].requests, key=lambda r: r.order)
 
-    def _choose_places(self, names: Sequence[str]) -> dict[str, int]:
+    def _choose_places(self, names: Sequence[str], alone: bool) -> dict[str, int]:
         """Weighted max-min fair numbers of places; what is left over goes to those served least."""
         demand = {n: min(len(self._tenants[n].requests), self.options.limit(n)) for n in names}
         given = dict.fromkeys(names, 0)
-        left = self.options.max_num_seqs
+        left = self.options.max_num_seqs if alone else self._places(demand)
         while left:
             wanting = [n for n in names if given[n] < demand[n]]
             if not wanting:
@@ -303,6 +317,17 @@ class Scheduler:
                 given[n] += more
                 left -= more
         return given
+
+    def _places(self, demand: Mapping[str, int]) -> int:
+        """Places of a step, of which some stay free if filling them would keep others waiting for too long.
+
+        Max-min fairness leaves each tenant its share of `max_num_seqs`, or its demand, of any number that is not less
+        than the sum of those.
+        """
+        most = self.options.max_num_seqs
+        total = sum(self.options.weight(n) for n in demand)
+        shares = sum(min(d, math.ceil(most * self.options.weight(n) / total)) for n, d in demand.items())
+        return max(1, int(min(most, self._times.most_rows(shares, self.options.max_interference))))
 
     # Tokens and memory.
 

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from common import Store
 from common.progress import bars
+from common.scheduler import SchedulerOptions
 from scripts import command
 from scripts.http_system import HttpSystem
 from scripts.load_test import Goodput, System
@@ -102,6 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-num-seqs", type=int, default=16, metavar="N", help="requests of a step (default: %(default)s)"
     )
     engine.add_argument("--default-tenant-limit", type=int, metavar="N", help="most of them that are one tenant's")
+    engine.add_argument(
+        "--max-interference", type=float, default=SchedulerOptions.max_interference, metavar="X",
+        help="how much longer steps may get by places beyond a tenant's share (default: %(default)s; inf: any)",
+    )  # fmt: skip
 
     results = parser.add_argument_group("results")
     results.add_argument(
@@ -126,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         store = Store.open(args.store) if args.store is not None else _random(args)
         vocab_sizes = {name: store.config(name).vocab_size for name in store.tenants}
         options = {"device": args.device, "dtype": args.dtype}
-        setup = Setup(store.path, args.max_num_seqs, args.default_tenant_limit, options)
+        setup = Setup(store.path, args.max_num_seqs, args.default_tenant_limit, args.max_interference, options)
         openers = {name: partial(open_system, name, setup) for name in SYSTEMS if name in args.systems}
     experiment = _experiment(args, vocab_sizes)
 

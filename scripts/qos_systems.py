@@ -54,6 +54,7 @@ class Setup:
     store: Path
     max_num_seqs: int = 16
     default_limit: int | None = None
+    max_interference: float = SchedulerOptions.max_interference
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,6 +65,7 @@ class Setup:
             max_num_batched_tokens=tokens,
             max_queue=10**9,
             default_limit=self.default_limit,
+            max_interference=self.max_interference,
         )
 
 

@@ -160,6 +160,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same of tenants that are not named (default: as many as are free)",
     )
     share.add_argument(
+        "--max-interference",
+        type=float,
+        default=engine.max_interference,
+        metavar="X",
+        help="how much longer steps may get by places that a tenant takes beyond its share while others have requests "
+        "(default: %(default)s, a tenth; inf: all free places are taken)",
+    )
+    share.add_argument(
         "--max-queue", type=_whole, default=engine.max_queue, metavar="N", help="requests that may wait; more get 429"
     )
     share.add_argument("--max-queue-per-tenant", type=_whole, metavar="N", help="and of one tenant")
@@ -228,6 +236,7 @@ def _load(args: argparse.Namespace) -> Engine:
         weights=dict(args.tenant_weight),
         limits=dict(args.tenant_limit),
         default_limit=args.default_tenant_limit,
+        max_interference=args.max_interference,
     )
     options.check_tenants(store.tenants)
     backend: dict[str, Any] = {} if args.kv_cache_bytes is None else {"kv_cache_bytes": args.kv_cache_bytes}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import DeadlineError, EngineError, OverloadedError, SamplingParams, SchedulerOptions, UnknownTenantError
+from common.backend import Part, Step
 from common.engine import Engine
 from common.request import Output, Request
 from tests.fake_backend import FakeBackend, answer, fake_engine
@@ -52,13 +55,19 @@ def events(draw: st.DrawFn) -> list[tuple[str, Any]]:
     chunk=st.sampled_from([1, 3, 8, 64]),
     room=st.sampled_from([72, 96, 160, 10**6]),
     ready=st.integers(1, 4),
+    interference=st.sampled_from([0.0, 0.1, math.inf]),
     seed=st.integers(0, 9),
 )
 def test_every_answer_is_what_it_would_be_alone(
-    events: list[tuple[str, Any]], seqs: int, chunk: int, room: int, ready: int, seed: int
+    events: list[tuple[str, Any]], seqs: int, chunk: int, room: int, ready: int, interference: float, seed: int
 ) -> None:
     """Arrivals, cancellations, switches, chunks, pauses and preemptions leave every answer as it is."""
-    options = SchedulerOptions(max_num_seqs=seqs, max_num_batched_tokens=max(seqs, chunk), prefill_chunk=chunk)
+    options = SchedulerOptions(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=max(seqs, chunk),
+        prefill_chunk=chunk,
+        max_interference=interference,
+    )
     engine, backend = fake_engine(TENANTS, options, room=room, ready=ready)
     rng = random.Random(seed)
     asked: list[tuple[Request, list[int], list[Output]]] = []
@@ -147,6 +156,107 @@ def test_a_flood_does_not_keep_another_tenant_waiting() -> None:
         engine.step()
     # One step to read the prompt, one for each token after the first: the flood costs it nothing.
     assert len(backend.steps) - begun == 30
+
+
+@dataclasses.dataclass
+class Flooded:
+    """An engine whose steps take 1 s and `row_s` more for each row; `a`, `b` and `c` have few requests at a time, `d`
+    floods it after 200 steps.
+
+    asked, rows: each tenant's unfinished requests before each of the steps, and its rows in it.
+    """
+
+    engine: Engine
+    backend: FakeBackend
+    asked: list[dict[str, int]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def run(cls, monkeypatch: pytest.MonkeyPatch, row_s: float, steps: int = 600, **options: Any) -> Flooded:
+        chosen = SchedulerOptions(max_num_seqs=32, prefill_chunk=64, max_queue=10**6, **options)
+        engine, backend = fake_engine(TENANTS, chosen)
+        found = cls(engine, backend)
+        clock, compute = 0.0, backend.step
+
+        def step(parts: Sequence[Part]) -> Step:
+            nonlocal clock
+            clock += 1 + row_s * len(parts)
+            return compute(parts)
+
+        monkeypatch.setattr("common.engine.time.perf_counter", lambda: clock)
+        monkeypatch.setattr(backend, "step", step)
+        rng = random.Random(1)
+        for i in range(steps):
+            for name in TENANTS:
+                if rng.random() < 0.15:
+                    engine.submit(name, [1] * rng.randrange(4, 20), params(30, ignore_eos=True))
+            if i == 200:
+                found.ask("d", 1000)
+            found.asked.append({n: len(engine._scheduler.requests(n)) for n in TENANTS})
+            engine.step()
+        return found
+
+    def ask(self, tenant: str, count: int) -> None:
+        for _ in range(count):
+            self.engine.submit(tenant, [1] * 8, params(30, ignore_eos=True))
+
+    def steps(self, count: int, **how: Any) -> dict[str, int]:
+        """Take so many; what the last one held."""
+        for _ in range(count):
+            self.engine.step(**how)
+        return self.rows[-1]
+
+    @property
+    def rows(self) -> list[dict[str, int]]:
+        return [{n: sum(name == n for name, _ in step) for n in TENANTS} for step in self.backend.steps]
+
+
+@pytest.mark.parametrize("interference", [0.0, 0.1, 0.2, 0.5])
+def test_a_flood_takes_free_places_as_far_as_they_slow_the_others_little(
+    monkeypatch: pytest.MonkeyPatch, interference: float
+) -> None:
+    flood = Flooded.run(monkeypatch, row_s=0.05, max_interference=interference)
+    after = list(zip(flood.asked, flood.rows, strict=True))[220:]
+    full = 0
+    for asked, rows in after:
+        share = math.ceil(32 / sum(n > 0 for n in asked.values()))
+        shares = sum(min(n, share) for n in asked.values())
+        most = min(32, shares + interference * (20 + shares))
+        assert rows["d"] >= share
+        assert sum(rows.values()) < most + 1
+        full += sum(rows.values()) > most - 1
+    # A request that waits for others' prompts to be read has a place that it does not use.
+    assert full > 0.9 * len(after)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_interference": math.inf}], ids=["rows cost nothing", "no bound"])
+def test_a_flood_takes_every_free_place_otherwise(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    flood = Flooded.run(monkeypatch, row_s=0.05 if options else 0.0, **options)
+    assert {sum(rows.values()) for rows in flood.rows[220:]} == {32}
+
+
+def test_alone_a_tenant_takes_every_place_whatever_rows_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    flood = Flooded.run(monkeypatch, row_s=0.2, steps=300, max_interference=0.0)
+    assert sum(flood.rows[-1].values()) < 32
+    for request in [r for n in "abc" for r in flood.engine._scheduler.requests(n)]:
+        flood.engine.cancel(request)
+    assert flood.steps(4)["d"] == 32
+
+
+def test_offline_no_place_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    flood = Flooded.run(monkeypatch, row_s=0.2, steps=300, max_interference=0.0)
+    assert sum(flood.steps(1).values()) < 32
+    assert sum(flood.steps(1, alone=True).values()) == 32
+
+
+def test_shares_are_not_bounded_by_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every tenant at work all places are used, by weight."""
+    weights = {"a": 3.0, "b": 0.5, "c": 1.5}
+    flood = Flooded.run(monkeypatch, row_s=0.2, steps=300, max_interference=0.0, weights=weights)
+    for name in "abc":
+        flood.ask(name, 30)
+    rows = flood.steps(10)
+    assert sum(rows.values()) == 32
+    assert all(abs(rows[n] - 32 * weights.get(n, 1.0) / 6) <= 1 for n in TENANTS), rows
 
 
 def test_service_is_shared_by_tokens_not_by_requests() -> None:
@@ -307,6 +417,9 @@ def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch: pytest.Monke
         *[(n, 0) for n in ("prefill_chunk", "max_model_len", "max_queue_per_tenant", "default_limit")],
         ("weights", {"a": 0}),
         ("limits", {"a": 0}),
+        ("max_interference", -0.1),
+        ("max_interference", math.nan),
+        ("max_interference", True),
         ("switch_share", 0),
     ],
 )

@@ -118,7 +118,7 @@ def test_options_have_effect(checkpoints: dict[str, Path], tmp_path: Path) -> No
         store,
         *("--tenant", f"ana={checkpoints['ana']}", "--tenant", f"bob={checkpoints['bob']}", "--max-model-len", "100"),
         *("--kv-cache-bytes", "1MiB", "--tenant-weight", "bob=2", "--tenant-limit", "ana=1", "--max-queue", "3"),
-        *("--default-tenant-limit", "2"),
+        *("--default-tenant-limit", "2", "--max-interference", "0"),
         *("--api-keys", str(tmp_path / "keys"), "--max-request-bytes", "2000", "--prefill-chunk", "16"),
     ) as server:
         assert Store.open(store).tenants == ("ana", "bob")

@@ -1,0 +1,70 @@
+"""How much longer a step takes with one more row, learnt from the steps that were taken.
+
+On a device that waits for weights a row more costs next to nothing; on a processor of few cores it costs everybody's
+next token time. Nothing else knows which of the two a backend is, so the scheduler measures it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+
+WINDOW = 256
+"""Steps that are remembered: some seconds of a GPU, half a minute of a CPU, as loads and machines change."""
+
+FEWEST = 32
+"""Below so many nothing is said."""
+
+EVERY = 16
+"""Steps after which the line is fitted anew (0.1 ms)."""
+
+STALLS = 3.0
+"""Times the median step that a step counts at most: compilers and neighbours on the machine stall some."""
+
+
+class StepTimes:
+    """Seconds of a step as a line in the rows that answer and the tokens of prompts that are read: least squares over
+    the last `WINDOW` steps.
+
+    Half a row's variation is added to what the rows varied by, so where they hardly did nothing is made out of noise.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
+        self._since = 0
+        self._mean_rows = self._mean_s = self._row_s = 0.0
+
+    def add(self, rows: int, read: int, seconds: float) -> None:
+        """A step in which `rows` sequences had a part and `read` tokens of prompts were read."""
+        self._steps.append((rows, read, seconds))
+        self._since += 1
+        if len(self._steps) >= FEWEST and self._since >= EVERY:
+            self._since = 0
+            self._fit()
+
+    @property
+    def row_s(self) -> float:
+        """Seconds that a row adds; 0 if that is not known."""
+        return self._row_s
+
+    def seconds(self, rows: int) -> float:
+        """Of a step with so many rows, and as many tokens of prompts as steps had lately; 0 if that is not known."""
+        return max(self._mean_s + (rows - self._mean_rows) * self._row_s, rows * self._row_s)
+
+    def most_rows(self, rows: int, longer: float) -> float:
+        """Rows of a step that takes at most `longer` (0.1: a tenth) more than one with `rows`; inf: any number."""
+        if not self._row_s:
+            return math.inf
+        return rows + longer * self.seconds(rows) / self._row_s
+
+    def _fit(self) -> None:
+        steps = np.array(self._steps, dtype=np.float64)
+        seconds = np.minimum(steps[:, 2], STALLS * np.median(steps[:, 2]))
+        means = steps[:, :2].mean(axis=0)
+        varied = steps[:, :2] - means
+        products = varied.T @ varied + np.diag([0.25, 0.25]) * len(steps)
+        row_s = np.linalg.solve(products, varied.T @ (seconds - seconds.mean()))[0]
+        self._mean_rows, self._mean_s = float(means[0]), float(seconds.mean())
+        self._row_s = max(0.0, float(row_s))

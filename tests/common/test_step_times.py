@@ -1,0 +1,81 @@
+"""What a row adds to a step is found from steps as machines take them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from common.step_times import FEWEST, WINDOW, StepTimes
+
+
+def taken(
+    row_s: float, *, noise: float = 0.0, rows: range = range(8, 29), stalls: int = 0, steps: int = WINDOW, seed: int = 0
+) -> StepTimes:
+    """Steps of 60 ms, `row_s` a row and 2 ms a token of the prompts that some of them read."""
+    rng = np.random.default_rng(seed)
+    times = StepTimes()
+    for i in range(steps):
+        count, read = int(rng.integers(rows.start, rows.stop)), int(rng.choice([0, 0, 32, 64]))
+        seconds = 0.06 + row_s * count + 0.002 * read
+        seconds *= 1 + noise * rng.standard_normal()
+        times.add(count, read, 20.0 if i % WINDOW < stalls else seconds)
+    return times
+
+
+def test_a_line_is_found_beside_prompts() -> None:
+    times = taken(0.003)
+    assert times.row_s == pytest.approx(0.003, rel=0.01)
+    # On average about 24 tokens of prompts are read.
+    assert times.seconds(20) == pytest.approx(0.06 + 0.06 + 0.048, rel=0.1)
+    assert times.most_rows(20, 0.1) == pytest.approx(20 + 0.1 * 0.168 / 0.003, rel=0.1)
+    assert times.most_rows(20, 0.0) == 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_and_stalls_of_seconds_hide_little(seed: int) -> None:
+    times = taken(0.003, noise=0.1, stalls=5, seed=seed)
+    assert times.row_s == pytest.approx(0.003, rel=0.4)
+
+
+def test_where_rows_cost_nothing_any_number_is_taken() -> None:
+    assert taken(0.0).most_rows(8, 0.1) > 100
+    assert taken(-0.001).most_rows(8, 0.0) == math.inf
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_hardly_varied_say_little(seed: int) -> None:
+    """Noise of a tenth among steps of one size is not taken for what rows cost, nor is one step that took long."""
+    times = taken(0.0, noise=0.1, rows=range(20, 21), seed=seed)
+    assert times.row_s == 0.0
+    times.add(21, 0, 0.3)  # 0.2 s more than the others
+    for _ in range(16):
+        times.add(20, 0, 0.1)
+    assert 0 < times.row_s < 0.005
+
+
+def test_nothing_is_said_of_few_steps_or_of_a_clock_that_stands() -> None:
+    assert taken(0.003, steps=FEWEST - 1).most_rows(4, 0.0) == math.inf
+    times = StepTimes()
+    for rows in range(WINDOW):
+        times.add(rows % 20, 0, 0.0)
+    assert times.most_rows(4, 0.1) == math.inf
+
+
+def test_what_was_true_before_is_forgotten() -> None:
+    times = taken(0.01)
+    rng = np.random.default_rng(0)
+    for _ in range(WINDOW):
+        rows = int(rng.integers(1, 20))
+        times.add(rows, 0, 0.05 + 0.001 * rows)
+    assert times.row_s == pytest.approx(0.001, rel=0.05)
+
+
+def test_a_step_costs_at_least_its_rows() -> None:
+    """Extrapolated to few rows, a steep line would go below nothing."""
+    times = StepTimes()
+    for i in range(64):
+        rows = 20 + i % 10
+        times.add(rows, 0, 0.01 * (rows - 15))
+    assert times.seconds(4) == pytest.approx(4 * times.row_s)
