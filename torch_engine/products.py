@@ -20,7 +20,8 @@ PACK_FOR_ROWS = 16
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix `[out, in]` in oneDNN's blocked layout; the original is not kept.
+    """A matrix `[out, in]` in oneDNN's blocked layout, or in that of our own kernels where these do all products; the
+    original is not kept.
 
     kernels, place: our own kernels and where they find it, if they can read it.
     """
@@ -58,10 +59,12 @@ def pack(weight: Tensor) -> PackedWeight:
 
 
 def pack_native(weight: Tensor) -> PackedWeight:
-    """`pack`, with our own kernels for few rows if they can read the result."""
+    """`pack`, with our own kernels for few rows if they can read the result; for any number where they pack it."""
     weight = weight.contiguous()
-    packed = pack(weight)
     kernels = native.load(weight.dtype)
+    if kernels is not None and kernels.own_layout and (own := native.pack(weight)) is not None:
+        return PackedWeight(own, (weight.shape[0], weight.shape[1]), kernels, native.place_of(own))
+    packed = pack(weight)
     place = native.locate(weight, packed.data) if kernels is not None else None
     return PackedWeight(packed.data, packed.shape, kernels if place is not None else None, place)
 

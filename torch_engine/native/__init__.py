@@ -2,8 +2,9 @@
 compiler, used where they prove right.
 
 They read weights in the layout that oneDNN packs them in, so one packed copy serves both: these kernels for decoding,
-oneDNN for long prompts. Nothing depends on them: without a compiler, AVX-512 or the expected layout, oneDNN does all
-products.
+oneDNN for long prompts. Where a processor has no products of bfloat16, oneDNN's are several times slower than ours at
+any number of rows, and laid out otherwise: there weights are packed here and these kernels do everything. Nothing
+depends on them: without a compiler, AVX-512 or the expected layout, oneDNN does all products.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ BLOCK = 64  # outputs in a block of the packed layout
 ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_CPU_FLAG = {torch.bfloat16: "avx512_bf16", torch.float32: "avx512f"}
+_CPU_FLAGS = {"avx512f", "avx512bw"}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions for one type. max_rows: up to how many rows a matrix they are the faster choice here."""
+    """The functions for one type. max_rows: up to how many rows a matrix they are the faster choice here. own_layout:
+    whether weights are packed by `pack` and not by oneDNN."""
 
     linears: Any
     experts: Any
@@ -54,6 +56,7 @@ class Kernels:
     rms_norm: Any
     attention: Any
     max_rows: int
+    own_layout: bool = False
 
 
 def _cpu_flags() -> frozenset[str]:
@@ -101,7 +104,7 @@ def load(dtype: torch.dtype) -> Kernels | None:
     if dtype not in _SUFFIX or platform.system() != "Linux" or platform.machine() != "x86_64":
         return None
     flags = _cpu_flags()
-    if not {_CPU_FLAG[dtype], "avx512f"} <= flags:
+    if not flags >= _CPU_FLAGS:
         return None
     try:
         library = _compile()
@@ -128,7 +131,10 @@ def load(dtype: torch.dtype) -> Kernels | None:
         function.restype = None
     # With AMX oneDNN multiplies several times faster than these kernels once products are bound by arithmetic.
     max_rows = 16 if dtype == torch.bfloat16 and "amx_bf16" in flags else 96
-    kernels = Kernels(linears, experts, residual, rms_norm, attention, max_rows)
+    own_layout = dtype == torch.bfloat16 and not flags & {"avx512_bf16", "amx_bf16"}
+    if own_layout:
+        max_rows = 2**31 - 1
+    kernels = Kernels(linears, experts, residual, rms_norm, attention, max_rows, own_layout)
     if not _proves_right(kernels, dtype):
         logger.warning("own CPU kernels are not used: a product differs from torch's")
         return None
@@ -140,8 +146,12 @@ def _proves_right(kernels: Kernels, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 70, generator=generator).to(dtype)
     x = torch.randn(7, 70, generator=generator).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    place = locate(weight, packed)
+    if kernels.own_layout:
+        packed = pack(weight)
+        place = None if packed is None else place_of(packed)
+    else:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        place = locate(weight, packed)
     if place is None:
         return False
     found = linear(kernels, x, place, 100)
@@ -155,6 +165,25 @@ class Place:
 
     pointer: int
     stride: int
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """A bfloat16 matrix [out, in] in the kernels' layout, [blocks, in / 2, BLOCK, 2]; None for odd numbers of inputs."""
+    rows, inputs = weight.shape
+    if weight.element_size() != 2 or inputs % 2:
+        return None
+    blocks, rest = divmod(rows, BLOCK)
+    packed = torch.zeros(blocks + (rest > 0), inputs // 2, BLOCK, 2, dtype=weight.dtype)
+    pairs = weight.reshape(rows, inputs // 2, 2)
+    packed[:blocks] = pairs[: blocks * BLOCK].reshape(blocks, BLOCK, inputs // 2, 2).transpose(1, 2)
+    if rest:
+        packed[blocks, :, :rest] = pairs[blocks * BLOCK :].transpose(0, 1)
+    return packed
+
+
+def place_of(packed: Tensor) -> Place:
+    """Where the kernels find what `pack` gave, which must be kept as long as they do."""
+    return Place(packed.data_ptr(), 2 * packed.shape[1])
 
 
 def locate(weight: Tensor, packed: Tensor) -> Place | None:

@@ -5,7 +5,7 @@
  * experts starts threads once instead of once a product. Norm and decode attention are here because at batch 1 the dozen
  * small operations that they replace cost as much as a tenth of the weights.
  *
- * Packed layout (checked for each weight, see native/__init__.py): blocks of 64 outputs; in a block, for every input
+ * Packed layout (oneDNN's, checked for each weight, or made by native/__init__.py): blocks of 64 outputs; in a block, for every input
  * (float32) or pair of inputs (bfloat16) in order, the 64 outputs' values side by side; inputs padded with zeros to
  * `stride`.
  * Letters: M rows, K inputs, N outputs, T tokens, H hidden size, I intermediate size.
@@ -44,7 +44,16 @@ static inline __m512 load16_bf16(const uint16_t *from) {
 
 #define ALWAYS static inline __attribute__((always_inline))
 
-/* sums[m][0..63] of one block, for M rows of pairs. */
+/* One of each pair of bfloat16 as a float: the first (its bits are the lower half), or the second. */
+ALWAYS __m512 half_of_pairs(const __m512i pairs, const int second) {
+    const __m512i bits = second ? _mm512_and_si512(pairs, _mm512_set1_epi32((int32_t)0xffff0000))
+                                : _mm512_slli_epi32(pairs, 16);
+    return _mm512_castsi512_ps(bits);
+}
+
+/* sums[m][0..63] of one block, for M rows of pairs. Processors without products of bfloat16 (Intel's before Cooper Lake
+ * and its Ice Lake) widen both halves of a pair, one after the other, as 24 sums leave few registers: more arithmetic,
+ * which few rows hide behind the reading of weights. */
 ALWAYS void block_bf16_m(const int M, const uint16_t *const *x, const uint16_t *w, long K, float (*sums)[BLOCK]) {
     __m512 acc[MAX_M][4];
 #pragma GCC unroll 6
@@ -54,6 +63,7 @@ ALWAYS void block_bf16_m(const int M, const uint16_t *const *x, const uint16_t *
     const long pairs = K / 2;
     for (long k = 0; k < pairs; k++) {
         const uint16_t *row = w + k * 2 * BLOCK;
+#ifdef __AVX512BF16__
         __m512bh weights[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) weights[j] = (__m512bh)_mm512_loadu_si512(row + j * 32);
@@ -65,6 +75,22 @@ ALWAYS void block_bf16_m(const int M, const uint16_t *const *x, const uint16_t *
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) acc[m][j] = _mm512_dpbf16_ps(acc[m][j], weights[j], value);
         }
+#else
+#pragma GCC unroll 2
+        for (int second = 0; second < 2; second++) {
+            __m512 weights[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) weights[j] = half_of_pairs(_mm512_loadu_si512(row + j * 32), second);
+#pragma GCC unroll 6
+            for (int m = 0; m < M; m++) {
+                int32_t pair;
+                memcpy(&pair, x[m] + 2 * k, 4);
+                const __m512 value = half_of_pairs(_mm512_set1_epi32(pair), second);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) acc[m][j] = _mm512_fmadd_ps(weights[j], value, acc[m][j]);
+            }
+        }
+#endif
     }
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
