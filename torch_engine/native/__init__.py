@@ -168,7 +168,7 @@ class Place:
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """A bfloat16 matrix [out, in] in the kernels' layout, [blocks, in / 2, BLOCK, 2]; None for odd numbers of inputs."""
+    """A bfloat16 matrix [out, in] in the kernels' layout, [blocks, in / 2, BLOCK, 2]; None for an odd number in."""
     rows, inputs = weight.shape
     if weight.element_size() != 2 or inputs % 2:
         return None
