@@ -6,10 +6,11 @@ Every step is chosen anew from all requests that are there:
    tenant stays in use for a *turn*, long enough that reconfigurations take at most `switch_share` of the time; then
    the tenant that was served least takes the place of the one that was served most.
 2. *Places.* The `max_num_seqs` places of a step are shared among tenants by weighted max-min fairness: what one does
-   not need goes to the others, as far as a step gets at most `max_interference` longer than if nobody had more than
-   its share. So one tenant's flood slows the others' tokens by no more than that, and takes every place where rows cost
-   nothing. A tenant's own requests take its places by priority, then deadline, then arrival. A request that loses its
-   place keeps its caches and goes on later.
+   not need goes to the others. While tenants together ask for more than the device can give, those that want more
+   places than their shares *flood* it. No number of places would do for them, and each makes the others' next tokens
+   later; so they get what gives them their shares of the tokens a second that the device gives at its best, or what
+   makes a step `max_interference` longer, whichever is more. A tenant's own requests take its places by priority, then
+   deadline, then arrival. A request that loses its place keeps its caches and goes on later.
 3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of prompts, those of the
    tenant that was served least first; while others answer, at most `prefill_chunk` of them, so that a long prompt
    stalls nobody.
@@ -31,6 +32,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.backend import Backend, Part, Step
+from common.demand import Demand
 from common.errors import EngineError, OverloadedError, UnknownTenantError
 from common.request import Request
 from common.step_times import StepTimes
@@ -39,6 +41,13 @@ from common.units import is_whole
 ANSWER_COST = 4.0
 """What a token of an answer counts, a prompt's token counting 1: what providers charge for them, and about what they
 cost a batch of a few rows."""
+
+PATIENCE_S, PATIENCE = 60.0, 4.0
+"""A backlog that the device could work off beside what arrives in so many seconds, or in the time that so many answers
+take one after the other if that is longer, is a burst and no flood."""
+
+SMALLEST_PIECE = 16
+"""Tokens of a prompt that a flooding tenant may read in a step at least."""
 
 AHEAD = 32
 """Tokens that a request must have room to grow by before it begins, so that it is not put off at once."""
@@ -52,8 +61,9 @@ class SchedulerOptions:
     max_queue, max_queue_per_tenant: requests that may wait for their first step; None: no bound of its own.
     weights: tenant -> its share beside the others' (1 where none is given).
     limits: tenant -> most places it takes in a step, however many are free; `default_limit`: of the others.
-    max_interference: most by which places that tenants take beyond their shares, because others leave them free, may
-        lengthen a step (0.1: a tenth), as far as lately taken steps tell; inf: all free places are taken.
+    max_interference: while tenants ask for more than the device can give, how much longer (0.1: a tenth) those that
+        want more places than their shares may make a step for the others, where their shares of the throughput do not
+        take more; inf: they may take every place that others leave free.
     switch_share: most of the time that reconfigurations may take, if the device cannot hold all tenants that have
         requests.
     """
@@ -129,6 +139,18 @@ class _Tenant:
     switch_s: float = 0.0
 
 
+@dataclass
+class _Flood:
+    """Tenants that flood the device, and what they may take of steps, in rows; a prompt's token counts what it costs.
+
+    allowance: of this step. balance: what is left of it and of earlier ones; below 0 after a long piece of a prompt.
+    """
+
+    tenants: frozenset[str] = frozenset()
+    allowance: float = 0.0
+    balance: float = 0.0
+
+
 class NoRoomError(EngineError):
     """A request that needs more cache than there is, though it has all of it."""
 
@@ -149,6 +171,8 @@ class Scheduler:
         self._in_use: list[str] = []
         self._numbers = 0
         self._times = StepTimes()
+        self._demand = Demand()
+        self._flood = _Flood()
         self._began_at = 0.0
         self.preemptions = 0
 
@@ -165,6 +189,7 @@ class Scheduler:
             others = [t.served for t in self._tenants.values() if t.requests]
             mine.served = max(mine.served, min(others, default=mine.served))
         mine.requests.append(request)
+        self._demand.arrived(request)
 
     def _refuse_if_full(self, tenant: str) -> None:
         bound = self.options.max_queue_per_tenant
@@ -181,11 +206,14 @@ class Scheduler:
         mine = self._tenants.get(request.tenant)
         if mine is not None and request in mine.requests:
             mine.requests.remove(request)
+            if request.finish_reason in ("stop", "length"):
+                self._demand.answered(request)
 
     def forget_tenant(self, tenant: str) -> None:
         """Drop the account of a tenant without requests."""
         assert not self.requests(tenant)
         self._tenants.pop(tenant, None)
+        self._demand.forget(tenant)
         self._in_use = [t for t in self._in_use if t != tenant]
 
     def requests(self, tenant: str | None = None) -> list[Request]:
@@ -222,7 +250,7 @@ class Scheduler:
         if not active:
             return []
         in_use = self._choose_tenants(active, now)
-        places = self._choose_places(in_use, alone)
+        places = self._choose_places(in_use, now, alone)
         ranked = [r for name in in_use for r in self._ranked(name, places[name])]
         answering = [r for r in ranked if r.sequence is not None and r.unread == 0]
         parts = self._answer(answering)
@@ -230,13 +258,15 @@ class Scheduler:
         reading = [r for r in ranked if r not in parts]
         room = self.options.max_num_batched_tokens - len(parts)
         if parts and not alone:
-            room = min(room, self.options.prefill_chunk or self._backend.default_chunk)
+            room = min(room, self._chunk)
         self._read(reading, parts, room)
         if not parts:
             parts = self._make_progress(ranked, room)
-        for request in parts:
+        for request, part in parts.items():
             if request.started_at is None:
                 request.started_at = now
+            if request.tenant in self._flood.tenants:
+                self._flood.balance -= 1 + self._token_rows * part.read
         self._began_at = now
         return list(parts.items())
 
@@ -297,13 +327,26 @@ class Scheduler:
         """The requests of a tenant that take its places, first ones first."""
         return heapq.nsmallest(places, self._tenants[tenant].requests, key=lambda r: r.order)
 
-    def _choose_places(self, names: Sequence[str], alone: bool) -> dict[str, int]:
+    def _choose_places(self, names: Sequence[str], now: float, alone: bool) -> dict[str, int]:
+        """How many places each tenant has."""
+        wanted = {n: min(len(self._tenants[n].requests), self.options.limit(n)) for n in names}
+        shares = self._shares(wanted)
+        flooding = frozenset() if alone else self._flooding(wanted, shares, now)
+        if not flooding:
+            self._flood = _Flood()
+            return self._max_min(wanted, self.options.max_num_seqs)
+        calm = {n: count for n, count in wanted.items() if n not in flooding}
+        allowance = self._allowance(calm, sum(shares[n] for n in flooding))
+        # A part of a row is kept for the next step, more than one is not: nobody saves up service.
+        self._flood = _Flood(flooding, allowance, allowance + min(1.0, self._flood.balance))
+        left = max(0, min(int(self._flood.balance), self.options.max_num_seqs - sum(calm.values())))
+        return calm | self._max_min({n: wanted[n] for n in flooding}, left)
+
+    def _max_min(self, wanted: Mapping[str, int], left: int) -> dict[str, int]:
         """Weighted max-min fair numbers of places; what is left over goes to those served least."""
-        demand = {n: min(len(self._tenants[n].requests), self.options.limit(n)) for n in names}
-        given = dict.fromkeys(names, 0)
-        left = self.options.max_num_seqs if alone else self._places(demand)
+        given = dict.fromkeys(wanted, 0)
         while left:
-            wanting = [n for n in names if given[n] < demand[n]]
+            wanting = [n for n in wanted if given[n] < wanted[n]]
             if not wanting:
                 break
             total = sum(self.options.weight(n) for n in wanting)
@@ -313,21 +356,66 @@ class Scheduler:
                     given[n] += 1
                 break
             for n in wanting:
-                more = min(share[n], demand[n] - given[n])
+                more = min(share[n], wanted[n] - given[n])
                 given[n] += more
                 left -= more
         return given
 
-    def _places(self, demand: Mapping[str, int]) -> int:
-        """Places of a step, of which some stay free if filling them would keep others waiting for too long.
+    def _shares(self, names: Iterable[str]) -> dict[str, float]:
+        """Each tenant's share of the device by weight, beside all that lately asked for something.
 
-        Max-min fairness leaves each tenant its share of `max_num_seqs`, or its demand, of any number that is not less
-        than the sum of those.
+        A tenant that happens to have no request now has its share all the same: others' steps would else grow and
+        shrink with its pauses. Where tenants take turns those of others are no concern of a step.
         """
+        here = set(names)
+        asking = here | set(self._demand.tenants)
+        if len(asking) > self._backend.max_ready_tenants:
+            asking = here
+        total = sum(self.options.weight(n) for n in asking)
+        return {n: self.options.weight(n) / total for n in here}
+
+    def _flooding(self, wanted: Mapping[str, int], shares: Mapping[str, float], now: float) -> frozenset[str]:
+        """Tenants that want more places than their shares, if others do not and the device cannot give all that is
+        asked for."""
         most = self.options.max_num_seqs
-        total = sum(self.options.weight(n) for n in demand)
-        shares = sum(min(d, math.ceil(most * self.options.weight(n) / total)) for n, d in demand.items())
-        return max(1, int(min(most, self._times.most_rows(shares, self.options.max_interference))))
+        if not self._times.row_s or self.options.max_interference == math.inf:
+            return frozenset()
+        beyond = {n for n, count in wanted.items() if count > most * shares[n]}
+        if not beyond or len(beyond) == len(wanted):
+            return frozenset()
+        best, token_rows = self._best_rows_per_s(), self._token_rows
+        each = {n: self._demand.rows(self._tenants[n].requests[-1], token_rows) for n in beyond}
+        patience_s = max(PATIENCE_S, PATIENCE * max(each.values()) * most / best)
+        backlog = sum(each[n] * (len(self._tenants[n].requests) - most * shares[n]) for n in beyond)
+        asked = self._demand.rows_per_s(now, patience_s, token_rows) + backlog / patience_s
+        return frozenset(beyond) if asked > best else frozenset()
+
+    @property
+    def _chunk(self) -> int:
+        """Most tokens of prompts in a step in which others answer."""
+        return self.options.prefill_chunk or self._backend.default_chunk
+
+    @property
+    def _token_rows(self) -> float:
+        """Rows that make a step as much longer as a token of a prompt does."""
+        return self._times.token_s / self._times.row_s if self._times.row_s else 0.0
+
+    def _best_rows_per_s(self) -> float:
+        """What full steps do, with as many tokens of prompts for each row as lately."""
+        most = self.options.max_num_seqs
+        read = min(float(self._chunk), most * self._times.read_per_row)
+        return (most + self._token_rows * read) / self._times.seconds(most, read)
+
+    def _allowance(self, calm: Mapping[str, int], share: float) -> float:
+        """Rows of a step for those who flood the device, of which they together have `share`.
+
+        calm: tenant -> places, of the others, whose step alone would take s seconds. `rows` more give the flooding ones
+        their share of `best` rows a second if rows = share * best * (s + row_s * rows).
+        """
+        reading = (r.unread for n, count in calm.items() for r in self._ranked(n, count))
+        alone_s = self._times.seconds(sum(calm.values()), min(self._chunk, sum(reading)))
+        entitled, row_s = share * self._best_rows_per_s(), self._times.row_s
+        return max(entitled * alone_s / (1 - entitled * row_s), self.options.max_interference * alone_s / row_s)
 
     # Tokens and memory.
 
@@ -357,17 +445,31 @@ class Scheduler:
         for request in reading:
             queues.setdefault(request.tenant, []).append(request)
         counts = {name: self._tenants[name].served for name in queues}
+        flood_room = self._flood_room()
         while queues and room > 0:
             name = min(queues, key=lambda n: counts[n])
+            floods = name in self._flood.tenants
+            if floods and not flood_room:
+                del queues[name]
+                continue
             request = queues[name].pop(0)
             if not queues[name]:
                 del queues[name]
-            piece = min(request.unread, room)
+            piece = min(request.unread, room, flood_room if floods else room)
             if self._begin(request, piece, parts, set(reading)):
                 room -= piece
+                flood_room -= piece if floods else 0
                 counts[name] += piece / self.options.weight(name)
             else:
                 queues.pop(name, None)
+
+    def _flood_room(self) -> int:
+        """Tokens of prompts that those who flood the device read in a step at most. What is beyond their allowance they
+        pay for in the steps after that; this keeps it short."""
+        token_rows = self._token_rows
+        if not token_rows or not self._flood.tenants:
+            return self.options.max_num_batched_tokens
+        return max(SMALLEST_PIECE, int(2 * self._flood.allowance / token_rows))
 
     def _begin(self, request: Request, piece: int, parts: dict[Request, Part], placed: set[Request]) -> bool:
         """Add a piece of a request's prompt to the step, if the caches have room for it.

@@ -6,7 +6,6 @@ next token time. Nothing else knows which of the two a backend is, so the schedu
 
 from __future__ import annotations
 
-import math
 from collections import deque
 
 import numpy as np
@@ -25,8 +24,10 @@ STALLS = 3.0
 
 
 class StepTimes:
-    """Seconds of a step as a line in the rows that answer and the tokens of prompts that are read: least squares over
-    the last `WINDOW` steps.
+    """Seconds of a step as a line in the rows that have a part and the tokens of prompts that are read: least squares
+    over the last `WINDOW` steps.
+
+    row_s, token_s: seconds that a row, and a token of a prompt, add; 0 if that is not known.
 
     Half a row's variation is added to what the rows varied by, so where they hardly did nothing is made out of noise.
     """
@@ -34,7 +35,8 @@ class StepTimes:
     def __init__(self) -> None:
         self._steps: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
         self._since = 0
-        self._mean_rows = self._mean_s = self._row_s = 0.0
+        self._mean_rows = self._mean_read = self._mean_s = 0.0
+        self.row_s = self.token_s = 0.0
 
     def add(self, rows: int, read: int, seconds: float) -> None:
         """A step in which `rows` sequences had a part and `read` tokens of prompts were read."""
@@ -45,19 +47,18 @@ class StepTimes:
             self._fit()
 
     @property
-    def row_s(self) -> float:
-        """Seconds that a row adds; 0 if that is not known."""
-        return self._row_s
+    def empty_s(self) -> float:
+        """Seconds of a step beside its rows and prompts."""
+        return max(0.0, self._mean_s - self._mean_rows * self.row_s - self._mean_read * self.token_s)
 
-    def seconds(self, rows: int) -> float:
-        """Of a step with so many rows, and as many tokens of prompts as steps had lately; 0 if that is not known."""
-        return max(self._mean_s + (rows - self._mean_rows) * self._row_s, rows * self._row_s)
+    @property
+    def read_per_row(self) -> float:
+        """Tokens of prompts that steps read lately for each of their rows."""
+        return self._mean_read / self._mean_rows if self._mean_rows else 0.0
 
-    def most_rows(self, rows: int, longer: float) -> float:
-        """Rows of a step that takes at most `longer` (0.1: a tenth) more than one with `rows`; inf: any number."""
-        if not self._row_s:
-            return math.inf
-        return rows + longer * self.seconds(rows) / self._row_s
+    def seconds(self, rows: float, read: float = 0.0) -> float:
+        """Of a step with so many rows and tokens of prompts; 0 if that is not known."""
+        return self.empty_s + self.row_s * rows + self.token_s * read
 
     def _fit(self) -> None:
         steps = np.array(self._steps, dtype=np.float64)
@@ -65,6 +66,7 @@ class StepTimes:
         means = steps[:, :2].mean(axis=0)
         varied = steps[:, :2] - means
         products = varied.T @ varied + np.diag([0.25, 0.25]) * len(steps)
-        row_s = np.linalg.solve(products, varied.T @ (seconds - seconds.mean()))[0]
-        self._mean_rows, self._mean_s = float(means[0]), float(seconds.mean())
-        self._row_s = max(0.0, float(row_s))
+        found = np.linalg.solve(products, varied.T @ (seconds - seconds.mean()))
+        self._mean_rows, self._mean_read = (float(mean) for mean in means)
+        self._mean_s = float(seconds.mean())
+        self.row_s, self.token_s = (max(0.0, float(value)) for value in found)
