@@ -282,6 +282,8 @@ class Engine:
                 request.reconfiguration_s += step.reconfiguration_s.get(request.tenant, 0.0)
             if request.unread == 0:
                 self._take(request, winner, logits, now)
+        for name in self._scheduler.flooding:
+            self._counts_of(name)["flood_steps"] += 1
         for name, seconds in step.reconfiguration_s.items():
             self._counts_of(name)["reconfigurations"] += 1
             self._counts_of(name)["reconfiguration_us"] += round(seconds * 1e6)
@@ -482,6 +484,7 @@ class Engine:
                         "hits",
                         "misses",
                         "preemptions",
+                        "flood_steps",
                         "reconfigurations",
                     )
                 },

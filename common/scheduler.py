@@ -30,9 +30,10 @@ import heapq
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from common.backend import Backend, Part, Step
-from common.demand import Demand
+from common.demand import RECENT, Demand
 from common.errors import EngineError, OverloadedError, UnknownTenantError
 from common.request import Request
 from common.step_times import StepTimes
@@ -237,6 +238,11 @@ class Scheduler:
         """What a tenant was served, in prompt tokens over its weight."""
         return self._tenants[tenant].served if tenant in self._tenants else 0.0
 
+    @property
+    def flooding(self) -> frozenset[str]:
+        """Tenants that flooded the device in the last step and were held to their shares of it."""
+        return self._flood.tenants
+
     # A step.
 
     def next(self, now: float, *, alone: bool = False) -> list[tuple[Request, Part]]:
@@ -384,7 +390,8 @@ class Scheduler:
         if not beyond or len(beyond) == len(wanted):
             return frozenset()
         best, token_rows = self._best_rows_per_s(), self._token_rows
-        each = {n: self._demand.rows(self._tenants[n].requests[-1], token_rows) for n in beyond}
+        newest = {n: self._tenants[n].requests[-RECENT:] for n in beyond}
+        each = {n: fmean(self._demand.rows(r, token_rows) for r in some) for n, some in newest.items()}
         patience_s = max(PATIENCE_S, PATIENCE * max(each.values()) * most / best)
         backlog = sum(each[n] * (len(self._tenants[n].requests) - most * shares[n]) for n in beyond)
         asked = self._demand.rows_per_s(now, patience_s, token_rows) + backlog / patience_s

@@ -138,6 +138,11 @@ class _FromEngine(Collector):
             ("expert_hits", "Expert look-ups that a resident copy served.", "hits"),
             ("expert_misses", "Expert look-ups that needed the tenant's own expert.", "misses"),
             ("preemptions", "Requests that gave their caches up and were computed again.", "preemptions"),
+            (
+                "flood_steps",
+                "Steps in which the tenant was held to its share, as it flooded the device.",
+                "flood_steps",
+            ),
         ):
             counter = CounterMetricFamily(PREFIX + name, about, labels=["model_name"])
             for tenant, counts in tenants.items():

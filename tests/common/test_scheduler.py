@@ -225,6 +225,8 @@ def test_a_flood_gets_its_share_of_the_throughput_and_what_slows_the_others_litt
         alone += 1 + 0.05 * (sum(rows.values()) - rows["d"])
         tokens += rows["d"]
         full += sum(rows.values()) == 32
+    held = {n: flood.engine.stats()["tenants"][n]["flood_steps"] for n in TENANTS}
+    assert held["d"] > 0.9 * len(after) and sum(held[n] for n in "abc") < 0.1 * held["d"]
     best = 32 / (1 + 0.05 * 32)
     share = tokens / seconds / best
     slower = seconds / alone - 1
