@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from common.backend import Backend, Part, Step
-from common.demand import RECENT, Demand
+from common.demand import Demand
 from common.errors import EngineError, OverloadedError, UnknownTenantError
 from common.request import Request
 from common.step_times import StepTimes
@@ -43,9 +43,14 @@ ANSWER_COST = 4.0
 """What a token of an answer counts, a prompt's token counting 1: what providers charge for them, and about what they
 cost a batch of a few rows."""
 
-PATIENCE_S, PATIENCE = 60.0, 4.0
-"""A backlog that the device could work off beside what arrives in so many seconds, or in the time that so many answers
-take one after the other if that is longer, is a burst and no flood."""
+BURST = 0.25
+"""A backlog of fewer requests than so many times those of a full step is no flood."""
+
+VARIED = 0.05
+"""Standard deviation of lately taken steps' rows, beside those of a full step, that tells what a row costs."""
+
+NEWEST = 32
+"""Requests of a tenant from which its others' lengths are taken."""
 
 SMALLEST_PIECE = 16
 """Tokens of a prompt that a flooding tenant may read in a step at least."""
@@ -174,6 +179,7 @@ class Scheduler:
         self._times = StepTimes()
         self._demand = Demand()
         self._flood = _Flood()
+        self._best_known = False
         self._began_at = 0.0
         self.preemptions = 0
 
@@ -190,7 +196,8 @@ class Scheduler:
             others = [t.served for t in self._tenants.values() if t.requests]
             mine.served = max(mine.served, min(others, default=mine.served))
         mine.requests.append(request)
-        self._demand.arrived(request)
+        self._demand.passed(request.taken_at, self._best_rows_per_s(), self.options.weight)
+        self._demand.arrived(request, self._token_rows)
 
     def _refuse_if_full(self, tenant: str) -> None:
         bound = self.options.max_queue_per_tenant
@@ -255,6 +262,13 @@ class Scheduler:
         active = [name for name, tenant in self._tenants.items() if tenant.requests]
         if not active:
             return []
+        best = self._best_rows_per_s()
+        self._demand.passed(now, best, self.options.weight)
+        if best and not self._best_known:
+            # What came before is still there as far as the device had not places enough for it.
+            self._best_known = True
+            share = self.options.max_num_seqs // len(active)
+            self._demand.backlog = {n: self._mean_rows(n) * max(0, self._count(n) - share) for n in active}
         in_use = self._choose_tenants(active, now)
         places = self._choose_places(in_use, now, alone)
         ranked = [r for name in in_use for r in self._ranked(name, places[name])]
@@ -336,8 +350,8 @@ class Scheduler:
     def _choose_places(self, names: Sequence[str], now: float, alone: bool) -> dict[str, int]:
         """How many places each tenant has."""
         wanted = {n: min(len(self._tenants[n].requests), self.options.limit(n)) for n in names}
-        shares = self._shares(wanted)
-        flooding = frozenset() if alone else self._flooding(wanted, shares, now)
+        shares = self._shares(wanted, now)
+        flooding = frozenset() if alone else self._flooding(wanted, shares)
         if not flooding:
             self._flood = _Flood()
             return self._max_min(wanted, self.options.max_num_seqs)
@@ -367,35 +381,41 @@ class Scheduler:
                 left -= more
         return given
 
-    def _shares(self, names: Iterable[str]) -> dict[str, float]:
+    def _shares(self, names: Iterable[str], now: float) -> dict[str, float]:
         """Each tenant's share of the device by weight, beside all that lately asked for something.
 
         A tenant that happens to have no request now has its share all the same: others' steps would else grow and
         shrink with its pauses. Where tenants take turns those of others are no concern of a step.
         """
         here = set(names)
-        asking = here | set(self._demand.tenants)
+        asking = here | self._demand.tenants(now)
         if len(asking) > self._backend.max_ready_tenants:
             asking = here
         total = sum(self.options.weight(n) for n in asking)
         return {n: self.options.weight(n) / total for n in here}
 
-    def _flooding(self, wanted: Mapping[str, int], shares: Mapping[str, float], now: float) -> frozenset[str]:
-        """Tenants that want more places than their shares, if others do not and the device cannot give all that is
-        asked for."""
-        most = self.options.max_num_seqs
-        if not self._times.row_s or self.options.max_interference == math.inf:
+    def _flooding(self, wanted: Mapping[str, int], shares: Mapping[str, float]) -> frozenset[str]:
+        """Tenants that want more places than their shares and would have a backlog whatever the device did, if others
+        do not."""
+        most, found = self.options.max_num_seqs, set()
+        if self.options.max_interference == math.inf:
             return frozenset()
-        beyond = {n for n, count in wanted.items() if count > most * shares[n]}
-        if not beyond or len(beyond) == len(wanted):
-            return frozenset()
-        best, token_rows = self._best_rows_per_s(), self._token_rows
-        newest = {n: self._tenants[n].requests[-RECENT:] for n in beyond}
-        each = {n: fmean(self._demand.rows(r, token_rows) for r in some) for n, some in newest.items()}
-        patience_s = max(PATIENCE_S, PATIENCE * max(each.values()) * most / best)
-        backlog = sum(each[n] * (len(self._tenants[n].requests) - most * shares[n]) for n in beyond)
-        asked = self._demand.rows_per_s(now, patience_s, token_rows) + backlog / patience_s
-        return frozenset(beyond) if asked > best else frozenset()
+        for name, count in wanted.items():
+            if count > most * shares[name]:
+                mean = self._mean_rows(name)
+                # What nobody waits for any more is no demand.
+                backlog = min(self._demand.backlog.get(name, 0.0), mean * self._count(name))
+                self._demand.backlog[name] = backlog
+                if backlog > BURST * most * mean:
+                    found.add(name)
+        return frozenset(found) if len(found) < len(wanted) else frozenset()
+
+    def _count(self, name: str) -> int:
+        return len(self._tenants[name].requests)
+
+    def _mean_rows(self, name: str) -> float:
+        """What each of a tenant's requests takes."""
+        return fmean(self._demand.rows(r, self._token_rows) for r in self._tenants[name].requests[-NEWEST:])
 
     @property
     def _chunk(self) -> int:
@@ -408,17 +428,24 @@ class Scheduler:
         return self._times.token_s / self._times.row_s if self._times.row_s else 0.0
 
     def _best_rows_per_s(self) -> float:
-        """What full steps do, with as many tokens of prompts for each row as lately."""
+        """What full steps do, with as many tokens of prompts for each row as lately; 0 if that is not known."""
         most = self.options.max_num_seqs
         read = min(float(self._chunk), most * self._times.read_per_row)
-        return (most + self._token_rows * read) / self._times.seconds(most, read)
+        seconds = self._times.seconds(most, read)
+        return (most + self._token_rows * read) / seconds if seconds else 0.0
 
     def _allowance(self, calm: Mapping[str, int], share: float) -> float:
         """Rows of a step for those who flood the device, of which they together have `share`.
 
         calm: tenant -> places, of the others, whose step alone would take s seconds. `rows` more give the flooding ones
-        their share of `best` rows a second if rows = share * best * (s + row_s * rows).
+        their share of `best` rows a second if rows = share * best * (s + row_s * rows). If all steps were as large
+        lately, as after a flood that nobody shared the device with, nothing tells what rows cost: some smaller ones do.
         """
+        most, free = self.options.max_num_seqs, self.options.max_num_seqs - sum(calm.values())
+        if self._times.deviation < VARIED * most:
+            return max(share * most, free / 2)
+        if not self._times.row_s:
+            return free
         reading = (r.unread for n, count in calm.items() for r in self._ranked(n, count))
         alone_s = self._times.seconds(sum(calm.values()), min(self._chunk, sum(reading)))
         entitled, row_s = share * self._best_rows_per_s(), self._times.row_s

@@ -28,6 +28,7 @@ class StepTimes:
     over the last `WINDOW` steps.
 
     row_s, token_s: seconds that a row, and a token of a prompt, add; 0 if that is not known.
+    deviation: standard deviation of the steps' rows.
 
     Half a row's variation is added to what the rows varied by, so where they hardly did nothing is made out of noise.
     """
@@ -37,6 +38,7 @@ class StepTimes:
         self._since = 0
         self._mean_rows = self._mean_read = self._mean_s = 0.0
         self.row_s = self.token_s = 0.0
+        self.deviation = 0.0
 
     def add(self, rows: int, read: int, seconds: float) -> None:
         """A step in which `rows` sequences had a part and `read` tokens of prompts were read."""
@@ -65,6 +67,7 @@ class StepTimes:
         seconds = np.minimum(steps[:, 2], STALLS * np.median(steps[:, 2]))
         means = steps[:, :2].mean(axis=0)
         varied = steps[:, :2] - means
+        self.deviation = float(steps[:, 0].std())
         products = varied.T @ varied + np.diag([0.25, 0.25]) * len(steps)
         found = np.linalg.solve(products, varied.T @ (seconds - seconds.mean()))
         self._mean_rows, self._mean_read = (float(mean) for mean in means)

@@ -38,12 +38,12 @@ def test_saturation_is_what_full_steps_give() -> None:
 def test_a_flood_moves_the_others_little_and_nobody_else_pays(steps: fairness.Steps) -> None:
     unbound, bound = options(math.inf), options()
     best = fairness.saturation(unbound, steps)
-    assert fairness.saturation(bound, steps) > 0.96 * best
+    assert fairness.saturation(bound, steps) > 0.97 * best
     moved = {}
     for some in (unbound, bound):
         found = [fairness.flooded(some, steps, 0.7 * best, 60.0, seed) for seed in range(6)]
         moved[some.max_interference] = float(np.median([m for m, _ in found]))
-        assert np.mean([given for _, given in found]) > 0.24 * best
+        assert np.mean([given for _, given in found]) > 0.22 * best
     assert moved[math.inf] > 1.35
     assert moved[0.1] < 1.2
     for skew, load in ((0.0, 0.7), (1.2, 0.85)):
@@ -51,7 +51,7 @@ def test_a_flood_moves_the_others_little_and_nobody_else_pays(steps: fairness.St
             np.mean([fairness.latency(some, steps, load * best, 60.0, seed, skew) for seed in range(4)])
             for some in (bound, unbound)
         )
-        assert a < (1.01 if not skew else 1.25) * b
+        assert a < (1.01 if not skew else 1.15) * b
 
 
 def test_where_rows_cost_nothing_a_flood_takes_what_is_free() -> None:
@@ -61,11 +61,11 @@ def test_where_rows_cost_nothing_a_flood_takes_what_is_free() -> None:
         assert moved < 1.05 and given > 0.4 * best
 
 
-def test_a_batch_at_once_is_a_flood_until_it_is_small() -> None:
+def test_a_batch_at_once_is_a_flood_until_the_device_could_have_answered_it() -> None:
     best = fairness.saturation(options(math.inf), LITTLE)
-    moved = [fairness.flooded(options(b), LITTLE, 0.7 * best, 400.0, 0, round(200 * best))[0] for b in (math.inf, 0.1)]
+    moved = [fairness.flooded(options(b), LITTLE, 0.7 * best, 400.0, 0, round(100 * best))[0] for b in (math.inf, 0.1)]
     assert moved[0] > 1.25
-    assert moved[1] < 1.15
+    assert moved[1] < 1.16
 
 
 def test_the_tables(tmp_path: Path) -> None:

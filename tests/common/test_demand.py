@@ -1,92 +1,107 @@
-"""What tenants ask for is counted in rows that they are likely to take."""
+"""What tenants ask for is counted in rows that they are likely to take, beside what the device can do."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 
 from common import SamplingParams
-from common.demand import FEWEST, RECENT, Demand
+from common.demand import RECENT_S, Demand
 from common.request import Request
 from common.text import TenantText
 
 
-def request(tenant: str, at: float, most: int = 100, got: int = 0, read: int = 8) -> Request:
+def request(tenant: str, at: float = 0.0, most: int = 100, got: int = 0, read: int = 8) -> Request:
     made = Request(tenant, (1,) * read, most, SamplingParams(), TenantText(tenant, Path("/nonexistent")), at)
     made.token_ids += [1] * got
     return made
+
+
+def alike(tenant: str) -> float:
+    return 1.0
 
 
 def rows(demand: Demand, made: Request) -> float:
     return demand.rows(made, 0.0)
 
 
-def arrive(demand: Demand, tenant: str, count: int, every_s: float, begin_s: float = 0.0, most: int = 100) -> float:
-    """When the next one would come."""
-    for i in range(count):
-        demand.arrived(request(tenant, begin_s + i * every_s, most))
-    return begin_s + count * every_s
-
-
-def test_the_rate_is_that_of_recent_arrivals() -> None:
+def test_a_backlog_is_what_came_less_what_the_device_could_have_done() -> None:
     demand = Demand()
-    now = arrive(demand, "a", 200, 2.0)
-    assert demand.rows_per_s(now, 1e6, 0.0) == pytest.approx(50.0)
-    # What came long ago is left out, whatever came since.
-    now = arrive(demand, "b", RECENT, 0.5, now)
-    assert demand.rows_per_s(now, 1e6, 0.0) == pytest.approx(200.0)
-    assert demand.tenants == {"b"}
+    for i in range(10):
+        demand.passed(float(i), 50.0, alike)
+        demand.arrived(request("a", float(i)), 0.0)
+    assert sum(demand.backlog.values()) == pytest.approx(10 * 100 - 9 * 50)
+    demand.passed(15.0, 50.0, alike)
+    assert sum(demand.backlog.values()) == pytest.approx(250)
+    demand.passed(100.0, 50.0, alike)
+    assert sum(demand.backlog.values()) == 0
+    # Idle time is not saved up.
+    demand.arrived(request("a", 100.0), 0.0)
+    demand.passed(101.0, 50.0, alike)
+    assert sum(demand.backlog.values()) == pytest.approx(50)
 
 
-def test_a_pause_is_no_slow_traffic() -> None:
+def test_a_backlog_is_worked_off_fairly() -> None:
+    """As by generalized processor sharing: what one does not need goes to the others, by weight."""
     demand = Demand()
-    arrive(demand, "a", RECENT, 1.0)
-    now = arrive(demand, "b", FEWEST, 1.0, 10_000.0)
-    assert demand.rows_per_s(now, 60.0, 0.0) == pytest.approx(100.0)
-    assert demand.tenants == {"b"}
+    demand.passed(0.0, 10.0, alike)
+    for name, most in (("a", 10), ("b", 100), ("c", 400)):
+        demand.arrived(request(name, most=most), 0.0)
+    demand.passed(15.0, 10.0, {"a": 1.0, "b": 1.0, "c": 2.0}.__getitem__)
+    # Of 150 rows a takes its 10; b and c share 140 as 1 : 2.
+    assert demand.backlog == pytest.approx({"b": 100 - 140 / 3, "c": 400 - 280 / 3})
+    demand.passed(1e6, 10.0, alike)
+    assert not demand.backlog
 
 
-def test_few_arrivals_say_nothing_and_arrivals_at_once_everything() -> None:
+def test_a_clock_that_is_read_out_of_turn_passes_once() -> None:
     demand = Demand()
-    arrive(demand, "a", FEWEST - 1, 1.0)
-    assert demand.rows_per_s(FEWEST, 1e6, 0.0) == 0.0
-    arrive(demand, "a", RECENT, 0.0, 50.0)
-    assert demand.rows_per_s(50.0, 1e6, 0.0) == math.inf
-    assert demand.rows_per_s(66.0, 1e6, 0.0) == pytest.approx(100 * RECENT / 16)
+    demand.passed(0.0, 10.0, alike)
+    demand.arrived(request("a"), 0.0)
+    for now in (5.0, 4.0, 5.0, 6.0):
+        demand.passed(now, 10.0, alike)
+    assert sum(demand.backlog.values()) == pytest.approx(40)
+
+
+def test_tenants_are_recent_for_a_while() -> None:
+    demand = Demand()
+    demand.arrived(request("a", 0.0), 0.0)
+    demand.arrived(request("b", 50.0), 0.0)
+    assert demand.tenants(RECENT_S - 1) == {"a", "b"}
+    assert demand.tenants(RECENT_S + 1) == {"b"}
 
 
 def test_answers_are_as_long_as_the_tenants_were() -> None:
     demand = Demand()
-    assert rows(demand, request("a", 0.0)) == 100
-    demand.answered(request("a", 0.0, most=200, got=50))
-    assert rows(demand, request("a", 0.0)) == 25
-    assert rows(demand, request("a", 0.0, most=8)) == 2
+    assert rows(demand, request("a")) == 100
+    demand.answered(request("a", most=200, got=50))
+    assert rows(demand, request("a")) == 25
+    assert rows(demand, request("a", most=8)) == 2
     # Of a tenant that had no answer yet: as the others'.
-    assert rows(demand, request("b", 0.0)) == 25
-    demand.answered(request("b", 0.0, most=200, got=200))
-    assert rows(demand, request("b", 0.0)) == 100
-    assert rows(demand, request("c", 0.0)) == pytest.approx(100 * 250 / 400)
+    assert rows(demand, request("b")) == 25
+    demand.answered(request("b", most=200, got=200))
+    assert rows(demand, request("b")) == 100
+    assert rows(demand, request("c")) == pytest.approx(100 * 250 / 400)
     for _ in range(400):
-        demand.answered(request("a", 0.0, most=100, got=80))
-    assert rows(demand, request("a", 0.0)) == pytest.approx(80, rel=0.02)
+        demand.answered(request("a", most=100, got=80))
+    assert rows(demand, request("a")) == pytest.approx(80, rel=0.02)
+
+
+def test_a_prompt_counts_as_what_costs_the_same_time() -> None:
+    demand = Demand()
+    assert demand.rows(request("a", most=10, read=400), 0.05) == pytest.approx(30.0)
+    demand.passed(0.0, 1.0, alike)
+    demand.arrived(request("a", most=10, read=400), 0.05)
+    assert sum(demand.backlog.values()) == pytest.approx(30.0)
 
 
 def test_a_tenant_that_left_is_forgotten() -> None:
     demand = Demand()
     for name in "ab":
-        demand.answered(request(name, 0.0, got=10))
-        arrive(demand, name, 10, 1.0)
+        demand.answered(request(name, got=10))
+        demand.arrived(request(name), 0.0)
     demand.forget("a")
-    assert demand.tenants == {"b"}
+    assert demand.tenants(1.0) == {"b"}
     demand.forget("b")
-    assert rows(demand, request("a", 0.0)) == 100
-
-
-def test_a_prompt_counts_as_what_costs_the_same_time() -> None:
-    demand = Demand()
-    assert demand.rows(request("a", 0.0, most=10, read=400), 0.05) == pytest.approx(30.0)
-    for i in range(RECENT):
-        demand.arrived(request("a", float(i), most=10, read=400))
-    assert demand.rows_per_s(RECENT, 1e6, 0.05) == pytest.approx(30.0)
+    assert rows(demand, request("a")) == 100

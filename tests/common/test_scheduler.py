@@ -131,7 +131,10 @@ def test_without_answers_under_way_prompts_are_read_whole_offline() -> None:
 
 
 def test_places_are_shared_by_weight_and_limits_hold() -> None:
-    options = SchedulerOptions(max_num_seqs=12, prefill_chunk=64, weights={"a": 2.0}, limits={"d": 1})
+    weights, limits = {"a": 2.0}, {"d": 1}
+    options = SchedulerOptions(
+        max_num_seqs=12, prefill_chunk=64, weights=weights, limits=limits, max_interference=math.inf
+    )
     engine, backend = fake_engine(TENANTS, options)
     for name in TENANTS:
         for _ in range(20):
@@ -220,7 +223,7 @@ def test_a_flood_gets_its_share_of_the_throughput_and_what_slows_the_others_litt
     after = list(zip(flood.asked, flood.rows, strict=True))[230:]
     seconds = tokens = alone = full = 0.0
     for asked, rows in after:
-        assert all(rows[n] == min(asked[n], 8) for n in "abc" if asked[n] <= 8), "others wait for a flood's rows"
+        assert all(rows[n] == asked[n] for n in "abc" if asked[n] <= 8), "others wait for a flood's rows"
         seconds += 1 + 0.05 * sum(rows.values())
         alone += 1 + 0.05 * (sum(rows.values()) - rows["d"])
         tokens += rows["d"]
@@ -236,6 +239,24 @@ def test_a_flood_gets_its_share_of_the_throughput_and_what_slows_the_others_litt
         assert share == pytest.approx(0.25, abs=0.02) and slower > 0.1 and not full
 
 
+@pytest.mark.parametrize("row_s", [0.05, 0.0])
+def test_what_rows_cost_is_found_out_where_a_flood_was_first(monkeypatch: pytest.MonkeyPatch, row_s: float) -> None:
+    """After many steps of one size nothing tells whether the others would be better off with smaller ones."""
+    flood = Flooded.run(monkeypatch, row_s=row_s, steps=0)
+    flood.ask("d", 5000)
+    assert flood.steps(400)["d"] == 32
+    begun = len(flood.rows)
+    for i in range(400):
+        if i % 4 == 0:
+            flood.ask("abc"[i % 3], 1)
+        flood.steps(1)
+    places = [rows["d"] for rows in flood.rows[begun + 30 :]]
+    if row_s:
+        assert max(places) < 16 and sum(places) < 9 * len(places)
+    else:  # few steps are small, so that one knows
+        assert sum(places) > 0.9 * sum(32 - sum(r[n] for n in "abc") for r in flood.rows[begun + 30 :])
+
+
 def test_tenants_that_ask_for_more_than_their_shares_divide_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {"d": 2.0}
     flood = Flooded.run(monkeypatch, row_s=0.05, steps=300, max_interference=0.0, weights=weights)
@@ -249,18 +270,19 @@ def test_tenants_that_ask_for_more_than_their_shares_divide_theirs(monkeypatch: 
 
 
 def test_who_has_most_of_a_traffic_that_the_device_can_bear_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A burst of one tenant beyond its share, with nothing before or after it, takes every place."""
+    """A burst of one tenant beyond its share takes the places that it wants."""
     flood = Flooded.run(monkeypatch, row_s=0.05, steps=200, rate=0.05, max_interference=0.0)
-    flood.ask("d", 25)
-    flood.steps(3)
-    rows = flood.steps(1)
-    assert rows["d"] > 20 and sum(rows.values()) == min(32, len(flood.engine._scheduler.requests()))
+    flood.ask("d", 14)
+    rows = flood.steps(20)
+    assert rows["d"] >= 12 and sum(rows.values()) == len(flood.engine._scheduler.requests())
 
 
 @pytest.mark.parametrize("options", [{}, {"max_interference": math.inf}], ids=["rows cost nothing", "no bound"])
 def test_a_flood_takes_every_free_place_otherwise(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     flood = Flooded.run(monkeypatch, row_s=0.05 if options else 0.0, **options)
-    assert {sum(rows.values()) for rows in flood.rows[220:]} == {32}
+    rows = [sum(rows.values()) for rows in flood.rows[220:]]
+    # Where nothing is bound, a few smaller steps show that rows cost nothing.
+    assert min(rows) == 32 if options else rows.count(32) > 0.9 * len(rows)
 
 
 def test_alone_a_tenant_takes_every_place_whatever_rows_cost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +312,9 @@ def test_shares_are_not_bounded_by_what_they_cost(monkeypatch: pytest.MonkeyPatc
 
 def test_service_is_shared_by_tokens_not_by_requests() -> None:
     """Long answers of one tenant count for what they are: the tenant of short ones is served more often."""
-    engine, backend = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=64))
+    engine, backend = fake_engine(
+        TENANTS, SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=64, max_interference=math.inf)
+    )
     for _ in range(30):
         engine.submit("a", [1] * 2, params(40, ignore_eos=True))
         engine.submit("b", [2] * 2, params(4, ignore_eos=True))
@@ -302,7 +326,7 @@ def test_service_is_shared_by_tokens_not_by_requests() -> None:
 
 
 def test_an_idle_tenant_saves_up_no_service() -> None:
-    engine, backend = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=2))
+    engine, backend = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=2, max_interference=math.inf))
     for _ in range(50):
         engine.submit("a", [1] * 4, params(20, ignore_eos=True))
     for _ in range(300):
