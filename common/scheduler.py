@@ -6,11 +6,11 @@ Every step is chosen anew from all requests that are there:
    tenant stays in use for a *turn*, long enough that reconfigurations take at most `switch_share` of the time; then
    the tenant that was served least takes the place of the one that was served most.
 2. *Places.* The `max_num_seqs` places of a step are shared among tenants by weighted max-min fairness: what one does
-   not need goes to the others. While tenants together ask for more than the device can give, those that want more
-   places than their shares *flood* it. No number of places would do for them, and each makes the others' next tokens
-   later; so they get what gives them their shares of the tokens a second that the device gives at its best, or what
-   makes a step `max_interference` longer, whichever is more. A tenant's own requests take its places by priority, then
-   deadline, then arrival. A request that loses its place keeps its caches and goes on later.
+   not need goes to the others. A tenant that asks for more than the device could give it at its best *floods* it: no
+   number of places would do, and each makes the others' next tokens later. It gets what gives it its share of the
+   tokens a second that the device gives at its best, or what makes a step `max_interference` longer, whichever is
+   more. A tenant's own requests take its places by priority, then deadline, then arrival. A request that loses its
+   place keeps its caches and goes on later.
 3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of prompts, those of the
    tenant that was served least first; while others answer, at most `prefill_chunk` of them, so that a long prompt
    stalls nobody.
@@ -43,8 +43,8 @@ ANSWER_COST = 4.0
 """What a token of an answer counts, a prompt's token counting 1: what providers charge for them, and about what they
 cost a batch of a few rows."""
 
-BURST = 0.25
-"""A backlog of fewer requests than so many times those of a full step is no flood."""
+BURST, FEW = 0.25, 4
+"""A backlog of fewer requests than so many times those of a full step is no flood, nor one of a few."""
 
 VARIED = 0.05
 """Standard deviation of lately taken steps' rows, beside those of a full step, that tells what a row costs."""
@@ -67,9 +67,9 @@ class SchedulerOptions:
     max_queue, max_queue_per_tenant: requests that may wait for their first step; None: no bound of its own.
     weights: tenant -> its share beside the others' (1 where none is given).
     limits: tenant -> most places it takes in a step, however many are free; `default_limit`: of the others.
-    max_interference: while tenants ask for more than the device can give, how much longer (0.1: a tenth) those that
-        want more places than their shares may make a step for the others, where their shares of the throughput do not
-        take more; inf: they may take every place that others leave free.
+    max_interference: how much longer (0.1: a tenth) tenants that ask for more than the device can give them may make
+        a step for the others, where their shares of the throughput do not take more; inf: they may take every place
+        that others leave free.
     switch_share: most of the time that reconfigurations may take, if the device cannot hold all tenants that have
         requests.
     """
@@ -267,11 +267,11 @@ class Scheduler:
         if best and not self._best_known:
             # What came before is still there as far as the device had not places enough for it.
             self._best_known = True
-            share = self.options.max_num_seqs // len(active)
-            self._demand.backlog = {n: self._mean_rows(n) * max(0, self._count(n) - share) for n in active}
+            places = self.options.max_num_seqs // len(active)
+            self._demand.backlog = {n: self._mean_rows(n) * max(0, self._count(n) - places) for n in active}
         in_use = self._choose_tenants(active, now)
-        places = self._choose_places(in_use, now, alone)
-        ranked = [r for name in in_use for r in self._ranked(name, places[name])]
+        given = self._choose_places(in_use, now, alone)
+        ranked = [r for name in in_use for r in self._ranked(name, given[name])]
         answering = [r for r in ranked if r.sequence is not None and r.unread == 0]
         parts = self._answer(answering)
         # Those that were put off just now are read again from their beginning, after those that kept their caches.
@@ -359,8 +359,8 @@ class Scheduler:
         allowance = self._allowance(calm, sum(shares[n] for n in flooding))
         # A part of a row is kept for the next step, more than one is not: nobody saves up service.
         self._flood = _Flood(flooding, allowance, allowance + min(1.0, self._flood.balance))
-        left = max(0, min(int(self._flood.balance), self.options.max_num_seqs - sum(calm.values())))
-        return calm | self._max_min({n: wanted[n] for n in flooding}, left)
+        held = self._max_min({n: wanted[n] for n in flooding}, max(0, int(self._flood.balance)))
+        return self._max_min(calm | held, self.options.max_num_seqs)
 
     def _max_min(self, wanted: Mapping[str, int], left: int) -> dict[str, int]:
         """Weighted max-min fair numbers of places; what is left over goes to those served least."""
@@ -406,7 +406,7 @@ class Scheduler:
                 # What nobody waits for any more is no demand.
                 backlog = min(self._demand.backlog.get(name, 0.0), mean * self._count(name))
                 self._demand.backlog[name] = backlog
-                if backlog > BURST * most * mean:
+                if backlog > max(FEW, BURST * most) * mean:
                     found.add(name)
         return frozenset(found) if len(found) < len(wanted) else frozenset()
 
@@ -441,13 +441,14 @@ class Scheduler:
         their share of `best` rows a second if rows = share * best * (s + row_s * rows). If all steps were as large
         lately, as after a flood that nobody shared the device with, nothing tells what rows cost: some smaller ones do.
         """
-        most, free = self.options.max_num_seqs, self.options.max_num_seqs - sum(calm.values())
+        most = self.options.max_num_seqs
+        rows = min(most, sum(calm.values()))
         if self._times.deviation < VARIED * most:
-            return max(share * most, free / 2)
+            return max(share * most, (most - rows) / 2)
         if not self._times.row_s:
-            return free
+            return most
         reading = (r.unread for n, count in calm.items() for r in self._ranked(n, count))
-        alone_s = self._times.seconds(sum(calm.values()), min(self._chunk, sum(reading)))
+        alone_s = self._times.seconds(rows, min(self._chunk, sum(reading)))
         entitled, row_s = share * self._best_rows_per_s(), self._times.row_s
         return max(entitled * alone_s / (1 - entitled * row_s), self.options.max_interference * alone_s / row_s)
 

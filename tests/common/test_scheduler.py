@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,27 @@ def test_every_answer_is_what_it_would_be_alone(
         max_interference=interference,
     )
     engine, backend = fake_engine(TENANTS, options, room=room, ready=ready)
+    clock, compute = 0.0, backend.step
+
+    def step(parts: Sequence[Part]) -> Step:
+        nonlocal clock
+        clock += 1 + 0.5 * len(parts)
+        return compute(parts)
+
+    with (
+        mock.patch("common.engine.time.perf_counter", lambda: clock),
+        mock.patch.object(backend, "step", step),
+        # So that floods are known as such in few steps.
+        mock.patch.multiple("common.step_times", FEWEST=4, EVERY=2),
+        mock.patch.multiple("common.scheduler", FEW=1),
+    ):
+        answer_all(engine, backend, events, seed)
+    assert all(len(parts) <= seqs for parts in backend.steps)
+    if interference == math.inf:
+        assert not any(count["flood_steps"] for count in engine.stats()["tenants"].values())
+
+
+def answer_all(engine: Engine, backend: FakeBackend, events: list[tuple[str, Any]], seed: int) -> None:
     rng = random.Random(seed)
     asked: list[tuple[Request, list[int], list[Output]]] = []
     for kind, what in events:
