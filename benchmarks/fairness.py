@@ -1,10 +1,11 @@
 """What a tenant's flood does to the others, and what keeping it from that costs: the scheduler itself, in virtual time.
 
-    python -m benchmarks.fairness --steps 0.09 0.011 0.0006
+    python -m benchmarks.fairness --steps 0.09 0.011 0.0006 0
 
-A step takes (seconds) so much, so much more for each row, and for each token of a prompt that it reads, with a normal
-error of a twentieth: by default those of small Mixtrals on two kinds of CPU (docs/results). Arrivals are those of
-`moetel bench`. So only the scheduler makes the difference, which on a shared machine a busy neighbour makes as well.
+A step takes (seconds) so much, so much more for each row, for each token of a prompt that it reads, and for each tenant
+in it, with a normal error of a twentieth: by default those of small Mixtrals on two kinds of CPU, of a device that
+waits for weights, and of switch-base-8, where what a tenant has of its own is much (docs/results). Arrivals are those
+of `moetel bench`. So only the scheduler makes the difference, which on a shared machine a busy neighbour makes as well.
 
 For each bound on interference (`SchedulerOptions.max_interference`; inf: work-conserving, every free place is taken):
 
@@ -48,24 +49,27 @@ LOAD = 0.7
 """Under which a flood begins, of the rate at which the device saturates."""
 
 KINDS = {
-    "rows cost arithmetic (Ice Lake)": (0.09, 0.011, 0.0006),
-    "rows cost a little (EPYC)": (0.062, 0.003, 0.0006),
-    "rows cost next to nothing (a device that waits for weights)": (0.02, 0.00002, 0.00002),
+    "rows cost arithmetic (Ice Lake)": (0.09, 0.011, 0.0006, 0.0),
+    "rows cost a little (EPYC)": (0.062, 0.003, 0.0006, 0.0),
+    "rows cost next to nothing (a device that waits for weights)": (0.02, 0.00002, 0.00002, 0.0),
+    "tenants cost most (switch-base-8, Ice Lake)": (0.004, 0.0015, 0.002, 0.02),
 }
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of a step: `empty_s + row_s * rows + token_s * tokens read`, and a normal error relative to that."""
+    """Seconds of a step: `empty_s + tenant_s * tenants + row_s * rows + token_s * tokens read`, and a normal error
+    relative to that."""
 
     empty_s: float
     row_s: float
     token_s: float = 0.0
+    tenant_s: float = 0.0
     noise: float = 0.05
 
-    def seconds(self, rows: int, read: int, rng: np.random.Generator) -> float:
+    def seconds(self, tenants: int, rows: int, read: int, rng: np.random.Generator) -> float:
         error = max(0.5, 1 + self.noise * float(rng.standard_normal()))
-        return (self.empty_s + self.row_s * rows + self.token_s * read) * error
+        return (self.empty_s + self.tenant_s * tenants + self.row_s * rows + self.token_s * read) * error
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ def simulate(
             scheduler.add(request, bounded=False)
             taken, under_way = taken + 1, under_way + 1
         parts = scheduler.next(clock)
-        clock += steps.seconds(len(parts), sum(part.read for _, part in parts), rng)
+        tenants = len({request.tenant for request, _ in parts})
+        clock += steps.seconds(tenants, len(parts), sum(part.read for _, part in parts), rng)
         scheduler.done(parts, step, clock)
         for request, _ in parts:
             if request.unread:
@@ -244,9 +249,9 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
     parser.add_argument(
         "--steps",
         type=float,
-        nargs=3,
-        metavar=("STEP", "ROW", "TOKEN"),
-        help="seconds of a step, of a row and of a prompt's token; default: three kinds of device",
+        nargs=4,
+        metavar=("STEP", "ROW", "TOKEN", "TENANT"),
+        help="seconds of a step, of a row, of a prompt's token and of a tenant; default: four kinds of device",
     )
     parser.add_argument("--bounds", type=float, nargs="+", default=[math.inf, 0.1])
     parser.add_argument("--seeds", type=int, default=8)
@@ -255,14 +260,15 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
     args = parser.parse_args(argv)
     kinds = {f"{args.steps}": tuple(args.steps)} if args.steps else KINDS
     reports = []
-    for name, (empty_s, row_s, token_s) in kinds.items():
-        steps = Steps(empty_s, row_s, token_s)
+    for name, each in kinds.items():
+        steps = Steps(*each)
         unbound = SchedulerOptions(max_num_seqs=args.max_num_seqs, max_queue=10**9, max_interference=math.inf)
         best = saturation(unbound, steps)
         columns = ("max_interference", "saturates at", "E2EL at 70 %", "E2EL at 90 %", "popular, at 85 %", "flood")
         report = Report(f"Steps: {name}", (*columns, "flood is given", "long prompts", "batch"))
         report.note(
-            f"{1e3 * empty_s:g} ms and {1e3 * row_s:g} ms a row, {1e3 * token_s:g} ms a token read; "
+            f"{1e3 * steps.empty_s:g} ms and {1e3 * steps.tenant_s:g} ms a tenant, {1e3 * steps.row_s:g} ms a row, "
+            f"{1e3 * steps.token_s:g} ms a token read; "
             f"{len(TENANTS)} tenants, {args.max_num_seqs} sequences, {args.seeds} traces of {args.num_requests} "
             "requests"
         )

@@ -9,8 +9,9 @@ Every step is chosen anew from all requests that are there:
    not need goes to the others. A tenant that asks for more than the device could give it at its best *floods* it: no
    number of places would do, and each makes the others' next tokens later. It gets what gives it its share of the
    tokens a second that the device gives at its best, or what makes a step `max_interference` longer, whichever is
-   more. A tenant's own requests take its places by priority, then deadline, then arrival. A request that loses its
-   place keeps its caches and goes on later.
+   more; with more rows in fewer steps where what it has of its own makes a step longer than a row does. A tenant's own
+   requests take its places by priority, then deadline, then arrival. A request that loses its place keeps its caches
+   and goes on later.
 3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of prompts, those of the
    tenant that was served least first; while others answer, at most `prefill_chunk` of them, so that a long prompt
    stalls nobody.
@@ -147,14 +148,15 @@ class _Tenant:
 
 @dataclass
 class _Flood:
-    """Tenants that flood the device, and what they may take of steps, in rows; a prompt's token counts what it costs.
+    """Tenants that flood the device, and the seconds by which they may make steps longer.
 
-    allowance: of this step. balance: what is left of it and of earlier ones; below 0 after a long piece of a prompt.
+    allowance_s: of this step. balance_s: what is left of it and of earlier ones; below 0 after a long piece of a
+    prompt.
     """
 
     tenants: frozenset[str] = frozenset()
-    allowance: float = 0.0
-    balance: float = 0.0
+    allowance_s: float = 0.0
+    balance_s: float = 0.0
 
 
 class NoRoomError(EngineError):
@@ -196,7 +198,7 @@ class Scheduler:
             others = [t.served for t in self._tenants.values() if t.requests]
             mine.served = max(mine.served, min(others, default=mine.served))
         mine.requests.append(request)
-        self._demand.passed(request.taken_at, self._best_rows_per_s(), self.options.weight)
+        self._demand.passed(request.taken_at, self._best_rows_per_s(request.taken_at), self.options.weight)
         self._demand.arrived(request, self._token_rows)
 
     def _refuse_if_full(self, tenant: str) -> None:
@@ -262,7 +264,7 @@ class Scheduler:
         active = [name for name, tenant in self._tenants.items() if tenant.requests]
         if not active:
             return []
-        best = self._best_rows_per_s()
+        best = self._best_rows_per_s(now)
         self._demand.passed(now, best, self.options.weight)
         if best and not self._best_known:
             # What came before is still there as far as the device had not places enough for it.
@@ -282,11 +284,10 @@ class Scheduler:
         self._read(reading, parts, room)
         if not parts:
             parts = self._make_progress(ranked, room)
-        for request, part in parts.items():
+        for request in parts:
             if request.started_at is None:
                 request.started_at = now
-            if request.tenant in self._flood.tenants:
-                self._flood.balance -= 1 + self._token_rows * part.read
+        self._charge_flood(parts)
         self._began_at = now
         return list(parts.items())
 
@@ -303,7 +304,8 @@ class Scheduler:
             if name in self._tenants:
                 self._tenants[name].switch_s = seconds
         computing_s = now - self._began_at - sum(step.reconfiguration_s.values())
-        self._times.add(len(parts), sum(part.read for _, part in parts), max(0.0, computing_s))
+        tenants = len({request.tenant for request, _ in parts})
+        self._times.add(tenants, len(parts), sum(part.read for _, part in parts), max(0.0, computing_s))
 
     # Tenants.
 
@@ -356,10 +358,8 @@ class Scheduler:
             self._flood = _Flood()
             return self._max_min(wanted, self.options.max_num_seqs)
         calm = {n: count for n, count in wanted.items() if n not in flooding}
-        allowance = self._allowance(calm, sum(shares[n] for n in flooding))
-        # A part of a row is kept for the next step, more than one is not: nobody saves up service.
-        self._flood = _Flood(flooding, allowance, allowance + min(1.0, self._flood.balance))
-        held = self._max_min({n: wanted[n] for n in flooding}, max(0, int(self._flood.balance)))
+        places = self._flood_places(flooding, calm, sum(shares[n] for n in flooding), now)
+        held = self._max_min({n: wanted[n] for n in flooding}, places)
         return self._max_min(calm | held, self.options.max_num_seqs)
 
     def _max_min(self, wanted: Mapping[str, int], left: int) -> dict[str, int]:
@@ -427,30 +427,76 @@ class Scheduler:
         """Rows that make a step as much longer as a token of a prompt does."""
         return self._times.token_s / self._times.row_s if self._times.row_s else 0.0
 
-    def _best_rows_per_s(self) -> float:
-        """What full steps do, with as many tokens of prompts for each row as lately; 0 if that is not known."""
+    def _best_rows_per_s(self, now: float) -> float:
+        """What full steps of all who lately asked for something do, with as many tokens of prompts for each row as
+        lately; 0 if that is not known."""
         most = self.options.max_num_seqs
         read = min(float(self._chunk), most * self._times.read_per_row)
-        seconds = self._times.seconds(most, read)
+        tenants = min(len(self._demand.tenants(now)), self._backend.max_ready_tenants)
+        seconds = self._times.seconds(tenants, most, read)
         return (most + self._token_rows * read) / seconds if seconds else 0.0
 
-    def _allowance(self, calm: Mapping[str, int], share: float) -> float:
-        """Rows of a step for those who flood the device, of which they together have `share`.
+    # Floods.
 
-        calm: tenant -> places, of the others, whose step alone would take s seconds. `rows` more give the flooding ones
-        their share of `best` rows a second if rows = share * best * (s + row_s * rows). If all steps were as large
-        lately, as after a flood that nobody shared the device with, nothing tells what rows cost: some smaller ones do.
+    def _flood_places(self, flooding: frozenset[str], calm: Mapping[str, int], share: float, now: float) -> int:
+        """Places of those who flood the device, of which they together have `share`, in this step.
+
+        calm: tenant -> places, of the others. If all steps were as large lately, as after a flood that nobody shared
+        the device with, nothing tells what rows cost: some smaller ones do.
         """
-        most = self.options.max_num_seqs
-        rows = min(most, sum(calm.values()))
-        if self._times.deviation < VARIED * most:
-            return max(share * most, (most - rows) / 2)
-        if not self._times.row_s:
-            return most
+        most, times = self.options.max_num_seqs, self._times
+        free = max(0, most - sum(calm.values()))
+        if times.deviation < VARIED * most:
+            self._flood = _Flood(flooding, math.inf, math.inf)
+            return int(max(share * most, free / 2))
+        join_s, row_s = times.tenant_s * len(flooding), times.row_s
+        # A step that they join is longer by what they have of their own, however many rows they bring: at least so many
+        # that these make up half of it.
+        fewest = max(1.0, min(free, join_s / row_s if row_s else most))
+        allowance_s = self._allowance_s(calm, share * self._best_rows_per_s(now), join_s, fewest)
+        # What does not make up a step yet is kept for the next one, more is not: nobody saves up service.
+        kept_s = min(join_s + fewest * row_s, self._flood.balance_s)
+        self._flood = _Flood(flooding, allowance_s, allowance_s + kept_s)
+        left_s = self._flood.balance_s - join_s
+        if left_s < fewest * row_s:
+            return 0
+        return min(most, int(left_s / row_s)) if row_s * most > left_s else most
+
+    def _allowance_s(self, calm: Mapping[str, int], rows_per_s: float, join_s: float, fewest: float) -> float:
+        """Seconds by which those who flood the device may make this step longer, on average: for `rows_per_s`, their
+        share of what it does at its best, or `max_interference`.
+
+        The step of the others alone would take s seconds. `rows` more in every step come at that rate if rows =
+        rows_per_s * (s + join_s + row_s * rows); `fewest` more in a part of the steps, if part * fewest = rows_per_s *
+        (s + part * (join_s + row_s * fewest)).
+        """
+        row_s = self._times.row_s
         reading = (r.unread for n, count in calm.items() for r in self._ranked(n, count))
-        alone_s = self._times.seconds(rows, min(self._chunk, sum(reading)))
-        entitled, row_s = share * self._best_rows_per_s(), self._times.row_s
-        return max(entitled * alone_s / (1 - entitled * row_s), self.options.max_interference * alone_s / row_s)
+        rows = min(self.options.max_num_seqs, sum(calm.values()))
+        alone_s = self._times.seconds(len(calm), rows, min(self._chunk, sum(reading)))
+        every = rows_per_s * (alone_s + join_s) / (1 - rows_per_s * row_s)
+        if every >= fewest:
+            own_s = join_s + every * row_s
+        else:
+            part = rows_per_s * alone_s / (fewest * (1 - rows_per_s * row_s) - rows_per_s * join_s)
+            own_s = part * (join_s + fewest * row_s)
+        return max(own_s, self.options.max_interference * alone_s)
+
+    def _charge_flood(self, parts: Mapping[Request, Part]) -> None:
+        """Take what a step's parts cost from the balance of those who flood the device."""
+        theirs = {r: part for r, part in parts.items() if r.tenant in self._flood.tenants}
+        self._flood.balance_s -= self._times.tenant_s * len({r.tenant for r in theirs}) + sum(
+            self._times.row_s + self._times.token_s * part.read for part in theirs.values()
+        )
+
+    def _flood_room(self) -> int:
+        """Tokens of prompts that those who flood the device read in a step at most. What is beyond their allowance they
+        pay for in the steps after that; this keeps it short."""
+        most = self.options.max_num_batched_tokens
+        token_s, allowance_s = self._times.token_s, self._flood.allowance_s
+        if not self._flood.tenants or 2 * allowance_s >= most * token_s:
+            return most
+        return max(SMALLEST_PIECE, int(2 * allowance_s / token_s))
 
     # Tokens and memory.
 
@@ -497,14 +543,6 @@ class Scheduler:
                 counts[name] += piece / self.options.weight(name)
             else:
                 queues.pop(name, None)
-
-    def _flood_room(self) -> int:
-        """Tokens of prompts that those who flood the device read in a step at most. What is beyond their allowance they
-        pay for in the steps after that; this keeps it short."""
-        token_rows = self._token_rows
-        if not token_rows or not self._flood.tenants:
-            return self.options.max_num_batched_tokens
-        return max(SMALLEST_PIECE, int(2 * self._flood.allowance / token_rows))
 
     def _begin(self, request: Request, piece: int, parts: dict[Request, Part], placed: set[Request]) -> bool:
         """Add a piece of a request's prompt to the step, if the caches have room for it.

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -185,8 +186,8 @@ def test_a_flood_does_not_keep_another_tenant_waiting() -> None:
 
 @dataclasses.dataclass
 class Flooded:
-    """An engine whose steps take 1 s and `row_s` more for each row; `a`, `b` and `c` have few requests at a time, `d`
-    floods it after 200 steps.
+    """An engine whose steps take 1 s and `row_s` more for each row, `tenant_s` for each tenant; `a`, `b` and `c` have
+    few requests at a time, `d` floods it after 200 steps.
 
     asked, rows: each tenant's unfinished requests before each of the steps, and its rows in it.
     """
@@ -197,7 +198,13 @@ class Flooded:
 
     @classmethod
     def run(
-        cls, monkeypatch: pytest.MonkeyPatch, row_s: float, steps: int = 600, rate: float = 0.15, **options: Any
+        cls,
+        monkeypatch: pytest.MonkeyPatch,
+        row_s: float,
+        steps: int = 600,
+        rate: float = 0.15,
+        tenant_s: float = 0.0,
+        **options: Any,
     ) -> Flooded:
         chosen = SchedulerOptions(max_num_seqs=32, prefill_chunk=64, max_queue=10**6, **options)
         engine, backend = fake_engine(TENANTS, chosen)
@@ -206,7 +213,8 @@ class Flooded:
 
         def step(parts: Sequence[Part]) -> Step:
             nonlocal clock
-            clock += 1 + row_s * len(parts)
+            tenants = {backend._rows[p.sequence].tenant for p in parts}
+            clock += 1 + row_s * len(parts) + tenant_s * len(tenants)
             return compute(parts)
 
         monkeypatch.setattr("common.engine.time.perf_counter", lambda: clock)
@@ -259,6 +267,21 @@ def test_a_flood_gets_its_share_of_the_throughput_and_what_slows_the_others_litt
         assert share > 0.35 and 0.33 < slower < 0.4
     else:
         assert share == pytest.approx(0.25, abs=0.02) and slower > 0.1 and not full
+
+
+def test_a_flood_joins_few_steps_with_many_rows_where_tenants_cost_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tenant has of its own is read once for all of its rows: with its share in every step it would pay more for
+    that than for them."""
+    monkeypatch.setattr("common.demand.RECENT_S", math.inf)
+    flood = Flooded.run(monkeypatch, row_s=0.05, tenant_s=0.5, rate=0.04, max_interference=0.0)
+    after = [rows for rows in flood.rows[230:] if sum(rows.values()) > rows["d"]]
+    joined = [rows["d"] for rows in after if rows["d"]]
+    seconds = sum(1 + 0.5 * sum(map(bool, rows.values())) + 0.05 * sum(rows.values()) for rows in after)
+    best = 32 / (1 + 0.5 * 4 + 0.05 * 32)
+    assert sum(joined) / seconds == pytest.approx(0.25 * best, rel=0.15)
+    assert 0.2 * len(after) < len(joined) < 0.8 * len(after)
+    # At least half of what a step is longer by is rows: 0.5 s.
+    assert 9 <= median(joined) <= 20
 
 
 @pytest.mark.parametrize("row_s", [0.05, 0.0])
