@@ -25,6 +25,9 @@ from jax_engine.steps import Compiled
 MOST_CACHE = 4 << 30
 """Bytes of caches, unless an option says otherwise."""
 
+DEFAULT_LEAST_COMPILE_S = 1.0
+"""jax's own: another value is the user's."""
+
 
 def _use_compilation_cache(wanted: str | None) -> None:
     """Let jax keep compiled steps in a folder. What the user has set already, in jax or its environment, stays."""
@@ -32,6 +35,10 @@ def _use_compilation_cache(wanted: str | None) -> None:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "moetel" / "jax") if wanted == "auto" else wanted)
+    # jax keeps what took it a second to compile. A step by layers is dozens of calls that take half of one each.
+    least = "jax_persistent_cache_min_compile_time_secs"
+    if least.upper() not in os.environ and getattr(jax.config, least) == DEFAULT_LEAST_COMPILE_S:
+        jax.config.update(least, 0.0)
 
 
 class JaxBackend(Backend):

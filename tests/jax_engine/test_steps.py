@@ -17,7 +17,7 @@ import pytest
 
 from common import Engine, SamplingParams, StoreError, load_engine
 from common.backend import Row
-from jax_engine.backend import JaxBackend
+from jax_engine.backend import JaxBackend, _use_compilation_cache
 from jax_engine.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
 from tests import helpers, switch_models
 from tests.helpers import build_round_robin, prompts
@@ -121,27 +121,71 @@ def test_buckets() -> None:
 
 
 CACHED = """
-import sys
+import collections, json, sys
+import jax
 from common import SamplingParams, load_engine
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
 options = {} if sys.argv[2] == "auto" else {"compilation_cache": None if sys.argv[2] == "none" else sys.argv[2]}
 with load_engine(sys.argv[1], products="plain", **options) as engine:
-    engine.generate("base", [5, 6], SamplingParams(max_new_tokens=2))
+    engine.generate_batch([("base", [5, 6]), ("ana", [5])], SamplingParams(max_new_tokens=2))
+print(json.dumps(events))
 """
 
 
 @pytest.mark.parametrize("where", ["auto", "named", "none"])
 def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path, where: str) -> None:
-    """In a process of its own: jax opens its cache once."""
+    """In processes of their own: jax opens its cache once. All of them are kept, also what takes no second."""
     build_round_robin(tmp_path / "store", switch_family.paths)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "home")}
     folder = tmp_path / ("mine" if where == "named" else "home/moetel/jax")
-    arguments = [str(tmp_path / "store"), str(folder) if where == "named" else where]
-    subprocess.run(
-        [sys.executable, "-c", CACHED, *arguments], check=True, cwd=helpers.REPOSITORY, env=environment, timeout=120
-    )
-    kept = [p.name for p in folder.glob("*")] if folder.exists() else []
-    assert bool(kept) == (where != "none")
+
+    def events() -> dict[str, int]:
+        arguments = [str(tmp_path / "store"), str(folder) if where == "named" else where]
+        done = subprocess.run(
+            [sys.executable, "-c", CACHED, *arguments], check=True, cwd=helpers.REPOSITORY, env=environment,
+            timeout=120, capture_output=True, text=True,
+        )  # fmt: skip
+        found: dict[str, int] = json.loads(done.stdout)
+        return found
+
+    first = events()
+    if where == "none":
+        assert not folder.exists() and not first.get("cache_misses")
+        return
+    kept = {p.name for p in folder.glob("*-cache")}
+    assert len(kept) == first["cache_misses"] > 10
+    if where == "named":
+        return
+    again = events()
+    assert again["cache_hits"] == again["compile_requests_use_cache"] and not again.get("cache_misses")
+    assert {p.name for p in folder.glob("*-cache")} == kept
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"), [(None, 1.0, 0.0), (None, 0.5, 0.5), ("1", 1.0, 1.0)], ids=["jax", "code", "env"]
+)
+def test_what_the_user_keeps_of_compiled_steps_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str | None, value: float, expected: float
+) -> None:
+    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in (folder, least)}
+    monkeypatch.delenv(least.upper(), raising=False)
+    if variable is not None:
+        monkeypatch.setenv(least.upper(), variable)
+    try:
+        jax.config.update(least, value)
+        _use_compilation_cache(str(tmp_path))
+        assert getattr(jax.config, least) == expected
+        # A folder that is the user's is used as the user wants it.
+        jax.config.update(least, 1.0)
+        monkeypatch.delenv(least.upper(), raising=False)
+        _use_compilation_cache("auto")
+        assert (getattr(jax.config, folder), getattr(jax.config, least)) == (str(tmp_path), 1.0)
+    finally:
+        for name, old in before.items():
+            jax.config.update(name, old)
 
 
 def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
