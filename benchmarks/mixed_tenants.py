@@ -4,6 +4,10 @@ batches in turn, step by step, in one process.
 All tenants share one copy of each expert. What is not an expert each has of its own, and a step reads it for every
 tenant that is in it. So the bytes that a step must read, over the memory's rate, are each side's floor, and the ratio
 of the floors bounds how near the mixed batch can come. Next tokens are random ids, the same for both sides.
+
+    python -m benchmarks.mixed_tenants --equal lm_head embed_tokens
+
+Tenants then have those tensors equal, as adapters of attention leave them, and a step reads them once for all.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.common import (
     Report,
@@ -85,13 +90,37 @@ class Side:
         return float(np.mean(counts))
 
 
-def step_bytes(shape: Shape, experts_hit: float, num_tenants: int, itemsize: int) -> float:
-    """What a step must read: the experts that are hit once, everything else once a tenant; embeddings aside."""
-    rest = shape.step_weights(0)
-    return (shape.step_weights(experts_hit) + (num_tenants - 1) * rest) * itemsize
+def step_bytes(shape: Shape, experts_hit: float, num_tenants: int, itemsize: int, equal_weights: int = 0) -> float:
+    """What a step must read: the experts that are hit once, everything else once a tenant, but for `equal_weights` of
+    it; embeddings aside."""
+    own = shape.step_weights(0) - equal_weights
+    return (shape.step_weights(experts_hit) + (num_tenants - 1) * own) * itemsize
 
 
-def compare(args: argparse.Namespace, shape: Shape, report: Report, backend: Backend, tenants: Sequence[str]) -> None:
+def make_equal(paths: Sequence[Path], parts: Sequence[str]) -> int:
+    """Give all checkpoints the first one's tensors whose names hold one of `parts`, experts aside. Returns how many
+    weights that are which a step reads."""
+    weights = 0
+    for shard in sorted(paths[0].glob("*.safetensors")):
+        mine = {
+            name: tensor
+            for name, tensor in load_file(shard).items()
+            if ".experts." not in name and any(part in name for part in parts)
+        }
+        weights += sum(t.numel() for name, t in mine.items() if "embed_tokens" not in name and "norm" not in name)
+        for path in paths[1:] if mine else ():
+            save_file(load_file(path / shard.name) | mine, path / shard.name, metadata={"format": "pt"})
+    return weights
+
+
+def compare(
+    args: argparse.Namespace,
+    shape: Shape,
+    report: Report,
+    backend: Backend,
+    tenants: Sequence[str],
+    equal_weights: int,
+) -> None:
     rng = np.random.default_rng(0)
 
     def ids(*size: int) -> np.ndarray:
@@ -112,7 +141,7 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, backend: Bac
         counted = ids(args.counted, rows)
         hits = [side.experts_hit(counted) for side in sides]
         read = [
-            step_bytes(shape, hit, side.num_tenants, getattr(torch, args.dtype).itemsize)
+            step_bytes(shape, hit, side.num_tenants, getattr(torch, args.dtype).itemsize, equal_weights)
             for hit, side in zip(hits, sides, strict=True)
         ]
         for side, hit, size in zip(sides, hits, read, strict=True):
@@ -142,6 +171,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--tenants", type=int, default=4, help="at least 2")
+    parser.add_argument("--equal", nargs="*", default=[], metavar="PART", help="tensors that all tenants have equal")
     parser.add_argument("--batch", type=int, nargs="*", default=[16], help="rows; multiples of --tenants")
     parser.add_argument("--steps", type=int, default=60, help="measured steps of each side")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
@@ -159,11 +189,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     report.note(machine())
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         paths = {f"tenant{i}": write_random(Path(scratch) / f"tenant{i}", shape, dtype, i) for i in range(args.tenants)}
+        equal_weights = make_equal(list(paths.values()), args.equal)
         store = build_store(Path(scratch) / "store", paths, policy="round_robin")
         with load_engine(store, backend="torch", device="cpu", products=args.products) as engine:
             stats = engine.stats()
             report.note(f"{shape}, {args.dtype}; experts {stats['experts']}, products {stats['products']}")
-            compare(args, shape, report, engine._require_backend(), store.tenants)
+            if args.equal:
+                size = f"{stats['non_expert_bytes'] / 2**20:.0f} MiB"
+                report.note(f"equal: {', '.join(args.equal)}; non-expert weights of all tenants {size}")
+            compare(args, shape, report, engine._require_backend(), store.tenants, equal_weights)
             report.note(f"peak memory of the process: {peak_rss_gib():.2f} GiB")
     write_output(args, [report], "Several tenants in one batch")
     return report.rows

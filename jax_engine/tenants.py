@@ -1,13 +1,17 @@
-"""Tenants' non-expert weights on the device; reconfiguration is handing another tenant's to the same compiled step."""
+"""Tenants' non-expert weights on the device; reconfiguration is handing another tenant's to the same compiled step.
+
+Variables that tenants have equal, as fine-tunes have that leave a part of the model as it was, are on the device once.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import jax
 import numpy as np
@@ -20,6 +24,9 @@ from jax_engine.residuals import LoadedResiduals, Residuals
 from jax_engine.weights import fill_tenant
 
 Leaves = tuple[jax.Array, ...]
+Key = tuple[tuple[str, ...], bool, int]
+"""What a variable holds: hashes of its tensors, whether they are packed, and the rows that embeddings are filled up
+to."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class ReadyTenant:
     """One tenant's state on the device.
 
     slot_of: int32 [layers, experts]; from the layer's slots on: a miss. residuals: the records are all tenants' own
-    together, in the same arrays for each of them. content: what the leaves are made of.
+    together, in the same arrays for each of them.
     """
 
     index: int
@@ -91,23 +98,13 @@ class ReadyTenant:
     residuals: Residuals
     vocab_size: jax.Array
     can_miss: bool
-    content: tuple[str, ...] = ()
     _layers: dict[tuple[Side, int], Leaves] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves)
 
     def layer(self, side: Side, n: int) -> Leaves:
         """The variables of one layer, see `Architecture.block_leaves`."""
         if (side, n) not in self._layers:
             self._layers[side, n] = self.architecture.block_leaves(self.leaves, side, n)
         return self._layers[side, n]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for tenants with equal leaves."""
-        return self.config.architecture, self.architecture.settings.vocab_size, self.content
 
     @cached_property
     def outer(self) -> Leaves:
@@ -145,42 +142,53 @@ class ReadyTenants:
         self.copied_bytes = before.copied_bytes if before else 0
         self._in_use: set[str] = set(before._in_use) & set(store.tenants) if before else set()
         self._ready: OrderedDict[str, ReadyTenant] = OrderedDict()
-        known = {} if before is None else {t.key: t for t in before._ready.values()}
+        self._made: WeakValueDictionary[Key, jax.Array] = WeakValueDictionary()
+        if before is not None:
+            self._made.update(before._made)
+        self._made_bytes = 0
         # Those that were used last come last, and stay longest.
         order = [n for n in before._ready if n in store.tenants][-capacity:] if before else []
         names = [*[n for n in store.tenants if n not in order][: capacity - len(order)], *order]
         for name in names:
-            self._ready[name] = self._load(name, known)
+            self._ready[name] = self._load(name)
 
-    def _load(self, name: str, known: dict[Any, ReadyTenant] | None = None) -> ReadyTenant:
+    def _load(self, name: str) -> ReadyTenant:
         config = as_switch(self._store.config(name))
         architecture = self._architecture_of(config)
-        tensors = self._store.tenant(name).tensors
-        content = tuple(tensors[n] for n in sorted(self._store.family.non_expert_shapes(config)) if n in tensors)
-        index = self._store.tenants.index(name)
-        same = (known or {}).get((config.architecture, architecture.settings.vocab_size, content))
-        if same is None:
-            state = fill_tenant(
-                architecture.tenant_state,
-                lambda tensor: self._store.ref(name, tensor).map(),
-                architecture.settings,
-                self._put,
-            )
-            leaves = tuple(jax.tree.leaves(state))
-        else:
-            leaves = same.leaves
+        settings, index = architecture.settings, self._store.tenants.index(name)
+
+        def once(sources: tuple[str, ...], packed: bool, make: Callable[[], jax.Array]) -> jax.Array:
+            key = self._key(name, architecture, sources, packed)
+            made = self._made.get(key)
+            if made is None:
+                made = self._made[key] = make()
+                self._made_bytes += made.nbytes
+            return made
+
+        state = fill_tenant(
+            architecture.tenant_state, lambda tensor: self._store.ref(name, tensor).map(), settings, self._put, once
+        )
         return ReadyTenant(
             index=index,
             name=name,
             config=config,
             architecture=architecture,
-            leaves=leaves,
+            leaves=tuple(jax.tree.leaves(state)),
             slot_of=self._put(self._slot_of[index]),
             residuals=self._residuals.of(index),
             vocab_size=self._put(np.int32(config.vocab_size)),
             can_miss=bool(self._can_miss[index]),
-            content=content,
         )
+
+    def _key(self, name: str, architecture: Architecture, sources: Sequence[str], packed: bool) -> Key:
+        tensors = self._store.tenant(name).tensors
+        return tuple(tensors[source] for source in sources), packed, architecture.settings.vocab_size
+
+    def _held_for(self, name: str) -> list[jax.Array | None]:
+        """What of a tenant's variables is there, as others have it too."""
+        architecture = self._architecture_of(as_switch(self._store.config(name)))
+        each = [variable.get_metadata() for _, variable in nnx.to_flat_state(architecture.tenant_state)]
+        return [self._made.get(self._key(name, architecture, data["sources"], data["packed"])) for data in each]
 
     def acquire(self, names: Iterable[str]) -> tuple[dict[str, ReadyTenant], dict[str, float]]:
         """Make these tenants the ones in use. Returns them, and the seconds that it took for each that was not.
@@ -196,10 +204,13 @@ class ReadyTenants:
         for name in wanted:
             start = time.perf_counter()
             if name not in self._ready:
+                equal = self._held_for(name)  # before who else has it goes
                 while len(self._ready) >= self.capacity:
                     self._ready.popitem(last=False)
+                before = self._made_bytes
                 self._ready[name] = self._load(name)
-                self.copied_bytes += self._ready[name].nbytes
+                self.copied_bytes += self._made_bytes - before
+                del equal
             self._ready.move_to_end(name)
             if name not in self._in_use:
                 self.switches += 1
@@ -214,7 +225,8 @@ class ReadyTenants:
 
     @property
     def device_bytes(self) -> int:
-        return sum(tenant.nbytes for tenant in self._ready.values())
+        held = {id(leaf): leaf.nbytes for tenant in self._ready.values() for leaf in tenant.leaves}
+        return sum(held.values())
 
     def close(self) -> None:
         self._ready.clear()

@@ -30,11 +30,23 @@ def family() -> SwitchTransformersFamily:
     return found
 
 
-def fill_tenant(state: Any, read: Read, s: Settings, put: Callable[[Any], jax.Array] = jnp.asarray) -> Any:
-    """A tenant's variables from its tensors. state: what `nnx.split` gives of an abstract model for `nnx.Param`."""
+def fill_tenant(
+    state: Any,
+    read: Read,
+    s: Settings,
+    put: Callable[[Any], jax.Array] = jnp.asarray,
+    once: Callable[[tuple[str, ...], bool, Callable[[], jax.Array]], jax.Array] = lambda sources, packed, make: make(),
+) -> Any:
+    """A tenant's variables from its tensors. state: what `nnx.split` gives of an abstract model for `nnx.Param`.
+
+    once: (names of a variable's tensors, whether they are packed, makes it) -> the variable, made or there already.
+    """
 
     def fill(path: Any, variable: Any) -> Any:
         data = variable.get_metadata()
+        return variable.replace(once(tuple(data["sources"]), data["packed"], lambda: made(data)))
+
+    def made(data: Any) -> jax.Array:
         parts = [
             s.products.prepare(read(name)) if data["packed"] else to_numpy(read(name), "float32")
             for name in data["sources"]
@@ -42,7 +54,7 @@ def fill_tenant(state: Any, read: Read, s: Settings, put: Callable[[Any], jax.Ar
         array = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if data["sources"][0] in EMBEDDINGS and len(array) < s.vocab_size:
             array = np.concatenate([array, np.zeros((s.vocab_size - len(array), array.shape[1]), array.dtype)])
-        return variable.replace(put(s.products.pack(array) if data["packed"] else array))
+        return put(s.products.pack(array) if data["packed"] else array)
 
     return nnx.map_state(fill, state)
 

@@ -81,6 +81,17 @@ def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralFo
     return found
 
 
+def adapted(model: Any, moved: Any, parts: Sequence[str]) -> Any:
+    """A fine-tune that moved nothing but its experts and parameters whose names hold one of `parts`, like an adapter
+    that was merged: of everything else `moved` takes the values of `model`."""
+    found = copy.deepcopy(moved)
+    with torch.no_grad():
+        for (name, value), before in zip(found.named_parameters(), model.parameters(), strict=True):
+            if ".experts." not in name and not any(part in name for part in parts):
+                value.copy_(before)
+    return found
+
+
 def save(model: MixtralForCausalLM, path: Path, **options: Any) -> Path:
     model.save_pretrained(path, **options)
     return path

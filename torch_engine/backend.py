@@ -18,7 +18,7 @@ from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, block_bytes, token_width
-from torch_engine.model import Run, Segment, Singles, forward, head, heads_of
+from torch_engine.model import Run, Segment, Singles, forward, heads, heads_of
 from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace, TenantWeights
 from torch_engine.options import TorchOptions
 from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
@@ -267,7 +267,9 @@ class TorchBackend(Backend):
         stops = np.cumsum(counts)
         part_misses = np.zeros(len(parts), dtype=np.int64)
         part_misses[list(order)] = np.add.reduceat(misses, stops - counts)
-        found: list[tuple[list[int], Tensor]] = []
+        answering: list[Segment] = []
+        rows: list[Tensor] = []
+        numbers_of: list[list[int]] = []
         for segment in segments:
             mine = [
                 (i, int(stop) - 1)
@@ -278,10 +280,12 @@ class TorchBackend(Backend):
                 continue
             lasts = [last for _, last in mine]
             if lasts == list(range(segment.start, segment.stop)):
-                rows = hidden[segment.start : segment.stop]
+                rows.append(hidden[segment.start : segment.stop])
             else:
-                rows = hidden.index_select(0, torch.tensor(lasts, device=self.device))
-            found.append(([i for i, _ in mine], head(segment, rows)))
+                rows.append(hidden.index_select(0, torch.tensor(lasts, device=self.device)))
+            answering.append(segment)
+            numbers_of.append([i for i, _ in mine])
+        found = list(zip(numbers_of, heads(answering, rows), strict=True))
         if found:
             # One look at the device for all tenants' winners.
             winners = torch.cat([values.argmax(dim=-1) for _, values in found]).cpu().numpy()
@@ -313,7 +317,7 @@ class TorchBackend(Backend):
                 stop += 1
             segment = self._prompts(tenant, rows[start:stop])
             hidden, _ = forward([segment], self.pool, None, self.observer)
-            values = head(segment, hidden).cpu().numpy()
+            values = heads([segment], [hidden])[0].cpu().numpy()
             found += np.split(values, [run.stop for run in segment.runs[:-1]])
             start = stop
         return found

@@ -342,13 +342,24 @@ def forward(
     return x, misses
 
 
-def head(segment: Segment, hidden: Tensor) -> Tensor:
-    """Last norm and language-model head: [T, H] -> float32 [T, V]."""
-    weights = segment.weights
-    weights.wait(weights.config.experts.num_layers + 1)
-    if weights.kernels is not None and len(hidden) <= weights.kernels.max_rows:
-        starts, eps = np.array([0, len(hidden)]), np.array([weights.config.rms_norm_eps], dtype=np.float32)
-        normed = native.rms_norms(weights.kernels, hidden, starts, [weights.norm], eps)
-    else:
-        normed = rms_norm(hidden, weights.norm, weights.config.rms_norm_eps)
-    return linear(normed, weights.head).float()
+def heads(segments: Sequence[Segment], hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Last norm and language-model head of some tokens of each segment: [T, H] -> float32 [T, V] each.
+
+    Adjacent segments whose tenants have one head have one product.
+    """
+    found: list[Tensor] = []
+    for _, same in groupby(zip(segments, hidden, strict=True), lambda pair: id(pair[0].weights.head)):
+        pairs = list(same)
+        for segment, _ in pairs:
+            segment.weights.wait(segment.weights.config.experts.num_layers + 1)
+        normed = _joined([_last_norm(segment.weights, x) for segment, x in pairs])
+        logits = linear(normed, pairs[0][0].weights.head).float()
+        found += logits.split([len(x) for _, x in pairs])
+    return found
+
+
+def _last_norm(weights: TenantWeights, x: Tensor) -> Tensor:
+    if weights.kernels is not None and len(x) <= weights.kernels.max_rows:
+        starts, eps = np.array([0, len(x)]), np.array([weights.config.rms_norm_eps], dtype=np.float32)
+        return native.rms_norms(weights.kernels, x, starts, [weights.norm], eps)
+    return rms_norm(x, weights.norm, weights.config.rms_norm_eps)

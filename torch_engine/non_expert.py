@@ -4,15 +4,19 @@
 On a CPU every ready tenant's weights stay where they are, so a switch copies nothing. On CUDA each tenant is one flat
 pinned host buffer; a switch is a few large copies on a stream of their own, layer by layer, and nothing is copied
 back: weights never change.
+
+Fine-tunes often leave part of this as it was: adapters that touch attention alone leave embeddings, norms and head.
+Such weights, equal by content, are held once for all tenants that have them, and a switch does not copy them.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -50,6 +54,13 @@ class TenantWeights:
     """Our own kernels for norms and decode attention, where the products use them too."""
     wait: Callable[[int], None] = field(default=lambda stage: None)
     """Called before stage 0 (embedding), 1..layers, layers + 1 (head) is used: waits for its copy on CUDA."""
+
+    def all(self) -> Iterator[Weight]:
+        """Every tensor."""
+        yield self.embed
+        for layer in self.layers:
+            yield from (layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.router)
+        yield from (self.norm, self.head)
 
 
 @dataclass(frozen=True)
@@ -90,30 +101,54 @@ def entries(config: MixtralConfig) -> list[Entry]:
 
 def arrange(
     config: MixtralConfig,
-    tensors: dict[str, Tensor],
-    product: Callable[[Tensor], Weight],
+    tensor: Callable[[str], Tensor],
+    product: Callable[[str], Weight],
     rotary: RotaryTable,
     wait: Callable[[int], None] = lambda stage: None,
 ) -> TenantWeights:
-    """Entries by name -> TenantWeights; `product` prepares the matrices that are multiplied with."""
+    """Entries by name -> TenantWeights; `product` gives the matrices that are multiplied with, `tensor` the others."""
     layers = tuple(
         LayerWeights(
-            tensors[f"{n}.input_norm"],
-            product(tensors[f"{n}.qkv"]),
-            product(tensors[f"{n}.o"]),
-            tensors[f"{n}.post_norm"],
-            product(tensors[f"{n}.router"]),
+            tensor(f"{n}.input_norm"),
+            product(f"{n}.qkv"),
+            product(f"{n}.o"),
+            tensor(f"{n}.post_norm"),
+            product(f"{n}.router"),
         )
         for n in range(config.experts.num_layers)
     )
-    head = product(tensors["head"])
+    head = product("head")
     kernels = head.kernels if isinstance(head, PackedWeight) else None
-    return TenantWeights(config, tensors["embed"], layers, tensors["norm"], head, rotary, kernels, wait)
+    return TenantWeights(config, tensor("embed"), layers, tensor("norm"), head, rotary, kernels, wait)
+
+
+Content = tuple[str, ...]
+"""What an entry holds: the hashes of the tensors that it stacks."""
+
+
+def content_of(store: Store, tenant: str, entry: Entry) -> Content:
+    """Equal for entries of equal weights, whichever layer's or tenant's."""
+    tensors = store.tenant(tenant).tensors
+    return tuple(tensors[source] for source in entry.sources)
 
 
 def mapped_entry(store: Store, tenant: str, entry: Entry) -> list[Tensor]:
     """The mapped tensors that an entry stacks."""
     return [as_tensor(store.ref(tenant, source).map()) for source in entry.sources]
+
+
+def _config(store: Store, tenant: str) -> MixtralConfig:
+    config = store.config(tenant)
+    assert isinstance(config, MixtralConfig)
+    return config
+
+
+def _fill(entry: Tensor, parts: Iterable[Tensor]) -> None:
+    """Stack tensors along the first axis, into memory that is there."""
+    start = 0
+    for part in parts:
+        entry[start : start + len(part)].copy_(part)
+        start += len(part)
 
 
 def unchanged(old: Store, new: Store) -> set[str]:
@@ -169,6 +204,8 @@ class TenantsInPlace:
         self._last: frozenset[str] = frozenset()
         self._ready: OrderedDict[str, TenantWeights] = OrderedDict()
         self._seconds: dict[str, float] = {}
+        self._made: WeakValueDictionary[tuple[bool, Content], Weight] = WeakValueDictionary()
+        self._made_bytes = 0
         for name in store.tenants[:capacity]:
             self._ready[name] = self._load(store, name)
 
@@ -182,13 +219,34 @@ class TenantsInPlace:
         self._last = frozenset(n for n in self._last if n in kept)
 
     def _load(self, store: Store, name: str) -> TenantWeights:
-        config = store.config(name)
-        assert isinstance(config, MixtralConfig)
-        tensors = {}
-        for entry in entries(config):
-            parts = mapped_entry(store, name, entry)
-            tensors[entry.name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype)
-        return arrange(config, tensors, self._product, RotaryTable(config, self._dtype, torch.device("cpu")))
+        config = _config(store, name)
+        by_name = {entry.name: entry for entry in entries(config)}
+
+        def stacked(entry: str) -> Tensor:
+            parts = mapped_entry(store, name, by_name[entry])
+            return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype)
+
+        def once(entry: str, multiplied: bool) -> Weight:
+            key = multiplied, content_of(store, name, by_name[entry])
+            made = self._made.get(key)
+            if made is None:
+                made = self._product(stacked(entry)) if multiplied else stacked(entry)
+                self._made[key] = made
+                self._made_bytes += made.nbytes
+            return made
+
+        def tensor(entry: str) -> Tensor:
+            found = once(entry, False)
+            assert isinstance(found, Tensor)
+            return found
+
+        rotary = RotaryTable(config, self._dtype, torch.device("cpu"))
+        return arrange(config, tensor, lambda entry: once(entry, True), rotary)
+
+    def _held_for(self, name: str) -> list[Weight | None]:
+        """What of a tenant's weights is there, as others have it too."""
+        contents = [content_of(self._store, name, entry) for entry in entries(_config(self._store, name))]
+        return [self._made.get((multiplied, content)) for content in contents for multiplied in (False, True)]
 
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:
         wanted = list(dict.fromkeys(names))
@@ -199,10 +257,13 @@ class TenantsInPlace:
         for name in wanted:
             start = time.perf_counter()
             if name not in self._ready:
+                equal = self._held_for(name)  # before who else has it goes
                 while len(self._ready) >= self.capacity:
                     self._ready.pop(next(n for n in self._ready if n not in wanted))
+                before = self._made_bytes
                 self._ready[name] = self._load(self._store, name)
-                self.copied_bytes += sum(e.elements for e in entries(self._ready[name].config)) * self._dtype.itemsize
+                self.copied_bytes += self._made_bytes - before
+                del equal
             self._ready.move_to_end(name)
             found[name] = self._ready[name]
             if name not in self._last:
@@ -223,8 +284,8 @@ class TenantsInPlace:
 
     @property
     def device_bytes(self) -> int:
-        elements = sum(e.elements for w in self._ready.values() for e in entries(w.config))
-        return elements * self._dtype.itemsize
+        held = {id(weight): weight.nbytes for tenant in self._ready.values() for weight in tenant.all()}
+        return sum(held.values())
 
     def close(self) -> None:
         self._ready.clear()
@@ -243,13 +304,15 @@ class FlatLayout:
     stage_ends: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: MixtralConfig) -> FlatLayout:
+    def of(cls, config: MixtralConfig, without: Collection[str] = ()) -> FlatLayout:
+        """without: names of entries that lie elsewhere."""
         offsets: dict[str, int] = {}
         ends = [0] * (config.experts.num_layers + 2)
         position = 0
         for entry in entries(config):
-            offsets[entry.name] = position
-            position += -(-entry.elements // ALIGNMENT) * ALIGNMENT
+            if entry.name not in without:
+                offsets[entry.name] = position
+                position += -(-entry.elements // ALIGNMENT) * ALIGNMENT
             ends[entry.stage] = position
         return cls(offsets, tuple(ends))
 
@@ -262,6 +325,7 @@ class FlatLayout:
         return {
             e.name: buffer[self.offsets[e.name] : self.offsets[e.name] + e.elements].view(e.shape)
             for e in entries(config)
+            if e.name in self.offsets
         }
 
 
@@ -276,16 +340,20 @@ class _DeviceBuffer:
 
 @dataclass(frozen=True)
 class _HostTenant:
-    """One tenant's weights on the host; host: [layout.elements]."""
+    """One tenant's weights on the host; host: [layout.elements]. common: entries that other tenants have too, on the
+    device."""
 
     config: MixtralConfig
     layout: FlatLayout
     host: Tensor
     rotary: RotaryTable
+    common: dict[str, Tensor]
 
 
 class TenantsByCopy:
     """Tenants in flat host buffers, of which `capacity` are copied to device buffers, least recently used first out.
+    What several tenants have equal stays on the device beside them, unless that took more memory. It is looked for
+    among tenants that are loaded together, and those that come later may use it.
 
     Works on any device, for tests; on CUDA host buffers are pinned, copies run on their own stream with an event a
     stage, and the computation waits for a stage only when it gets there.
@@ -297,7 +365,8 @@ class TenantsByCopy:
         self.switches = 0
         self.copied_bytes = 0
         self._store = store
-        self._tenants = {name: self._on_host(store, name) for name in store.tenants}
+        self._common: WeakValueDictionary[Content, Tensor] = WeakValueDictionary()
+        self._tenants = self._on_hosts(store, store.tenants, capacity)
         largest = max(t.layout.elements for t in self._tenants.values())
         self._buffers = [_DeviceBuffer(torch.empty(largest, dtype=dtype, device=device)) for _ in range(capacity)]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -306,23 +375,62 @@ class TenantsByCopy:
         self.switched: list[str] = []
         self._last: frozenset[str] = frozenset()
 
-    def _on_host(self, store: Store, name: str) -> _HostTenant:
-        """A tenant's weights in a flat buffer, pinned where the device is a CUDA one."""
-        config = store.config(name)
-        assert isinstance(config, MixtralConfig)
-        layout = FlatLayout.of(config)
+    def _on_hosts(
+        self, store: Store, names: Collection[str], capacity: int, kept: Collection[_HostTenant] = ()
+    ) -> dict[str, _HostTenant]:
+        """Tenants that are loaded together, beside those that were there before.
+
+        A place on the device is as large as the largest tenant needs. One that has nothing in common with the others
+        may need so much that what they have equal costs less in each of their places than beside them.
+        """
+        contents = {n: {e.name: content_of(store, n, e) for e in entries(_config(store, n))} for n in names}
+        having = Counter(content for each in contents.values() for content in set(each.values()))
+        equal = {content for content, count in having.items() if count > 1}
+
+        def elements(equal: Collection[Content]) -> int:
+            common: dict[Content, int] = {}
+            largest = max((t.layout.elements for t in kept), default=0)
+            for name in names:
+                elsewhere = [e for e in entries(_config(store, name)) if contents[name][e.name] in equal]
+                common |= {contents[name][e.name]: e.elements for e in elsewhere}
+                layout = FlatLayout.of(_config(store, name), [e.name for e in elsewhere])
+                largest = max(largest, layout.elements)
+            return capacity * largest + sum(common.values())
+
+        if elements(equal) > elements(()):
+            equal = set()
+        return {name: self._on_host(store, name, contents[name], equal) for name in names}
+
+    def _on_host(self, store: Store, name: str, contents: dict[str, Content], equal: set[Content]) -> _HostTenant:
+        """A tenant's weights in a flat buffer, pinned where the device is a CUDA one, but for those that it has in
+        common with others.
+
+        contents: of its entries. equal: of entries that several tenants have.
+        """
+        config = _config(store, name)
+        common: dict[str, Tensor] = {}
+        for entry in entries(config):
+            content = contents[entry.name]
+            if content not in equal and content not in self._common:
+                continue
+            if (held := self._common.get(content)) is None:
+                held = torch.empty(entry.shape, dtype=self._dtype, device=self._device)
+                _fill(held, mapped_entry(store, name, entry))
+                self._common[content] = held
+            common[entry.name] = held
+        layout = FlatLayout.of(config, common)
         host = torch.zeros(layout.elements, dtype=self._dtype, pin_memory=self._device.type == "cuda")
         views = layout.views(config, host)
         for entry in entries(config):
-            start = 0
-            for part in mapped_entry(store, name, entry):
-                views[entry.name][start : start + len(part)].copy_(part)
-                start += len(part)
-        return _HostTenant(config, layout, host, RotaryTable(config, self._dtype, self._device))
+            if entry.name in views:
+                _fill(views[entry.name], mapped_entry(store, name, entry))
+        return _HostTenant(config, layout, host, RotaryTable(config, self._dtype, self._device), common)
 
     def update(self, store: Store, capacity: int) -> None:
         kept = unchanged(self._store, store)
-        tenants = {n: self._tenants[n] if n in kept else self._on_host(store, n) for n in store.tenants}
+        staying = [tenant for name, tenant in self._tenants.items() if name in kept]
+        new = self._on_hosts(store, [n for n in store.tenants if n not in kept], capacity, staying)
+        tenants = {n: self._tenants[n] if n in kept else new[n] for n in store.tenants}
         largest = max(t.layout.elements for t in tenants.values())
         if capacity != len(self._buffers) or largest > len(self._buffers[0].data):
             self._order.clear()
@@ -401,8 +509,8 @@ class TenantsByCopy:
                 torch.cuda.current_stream(self._device).wait_event(arrived[stage])
 
         buffer.tenant = name
-        views = layout.views(config, buffer.data)
-        buffer.weights = arrange(config, views, lambda w: w, tenant.rotary, wait)
+        weights = layout.views(config, buffer.data) | tenant.common
+        buffer.weights = arrange(config, weights.__getitem__, weights.__getitem__, tenant.rotary, wait)
         return buffer
 
     def seconds(self, name: str) -> float:
@@ -415,7 +523,7 @@ class TenantsByCopy:
 
     @property
     def device_bytes(self) -> int:
-        return sum(b.data.numel() * b.data.element_size() for b in self._buffers)
+        return sum(b.data.nbytes for b in self._buffers) + sum(t.nbytes for t in self._common.values())
 
     def close(self) -> None:
         self._order.clear()

@@ -80,7 +80,13 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def linears(x: Tensor, starts: np.ndarray, weights: Sequence[Weight]) -> Tensor:
-    """`linear` for runs of rows, each with a matrix of its own of one shape. starts: int64 [runs + 1], on the host."""
+    """`linear` for runs of rows, each with a matrix of its own of one shape. starts: int64 [runs + 1], on the host.
+
+    Adjacent runs with the same matrix are one.
+    """
+    firsts = [i for i, weight in enumerate(weights) if not i or weight is not weights[i - 1]]
+    if len(firsts) < len(weights):
+        starts, weights = starts[[*firsts, -1]], [weights[i] for i in firsts]
     first = weights[0]
     if len(weights) == 1:
         return linear(x, first)

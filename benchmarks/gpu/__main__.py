@@ -15,8 +15,8 @@ random weights, no download:
    come, first served, batch 1, replacement before the request), on the same layers.
 
 The experts of all layers are written as the same few tensors: the store keeps them once, so it fits on a small disk,
-while on the card every slot is memory of its own, so all reads are real. The same holds for tenants in 5 to 7, which
-are one checkpoint under several names. `--device cpu --tiny` runs the same code on any machine, for tests.
+while on the card every slot is memory of its own, so all reads are real. Tenants in 5 to 7 have these experts in common
+and non-expert weights of their own. `--device cpu --tiny` runs the same code on any machine, for tests.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from common import Store, build_store, load_engine
 from common.backend import Backend
 from common.consolidation import plan_round_robin
 from common.engine import Engine, Row
+from common.store.objects import Objects
 from scripts import qos_report
 from scripts.load_test import System
 from scripts.qos import Experiment, compare
@@ -325,20 +326,29 @@ def misses(build: Callable[..., Store], device: torch.device, clock: Clock) -> R
 
 
 def several(store: Store, num_layers: int, num_tenants: int) -> Store:
-    """The store's first tenant with another number of layers and under several names; nothing is written.
+    """The store's first tenant with another number of layers, beside others with the same experts.
 
-    Every layer has the weights of layer 0, and one copy of each expert serves all tenants.
+    Every layer has the weights of layer 0, and one copy of each expert serves all tenants. What is not an expert is
+    other for each of them, as what tenants have equal is neither read nor copied for each: the first one's, turned by
+    some places and written beside it.
     """
     first, family = store.manifest.tenants[0], store.family
     config = family.parse_config({**first.config.raw, "num_hidden_layers": num_layers}, "several")
-    tensors = {
-        name: first.tensors[re.sub(r"^model\.layers\.\d+", "model.layers.0", name)]
-        for name in family.all_shapes(config)
-    }
-    names = tuple(f"tenant{i}" for i in range(num_tenants))
-    tenants = tuple(replace(first, name=name, config=config, tensors=tensors) for name in names)
-    plan = plan_round_robin(np.zeros((num_layers, config.experts.num_experts)), names)
-    return Store(store.path, replace(store.manifest, tenants=tenants, plan=plan, merged={}, residuals=()))
+    source = {name: re.sub(r"^model\.layers\.\d+", "model.layers.0", name) for name in family.all_shapes(config)}
+    own = {source[name] for name in family.non_expert_shapes(config)}
+    objects, known = Objects(store.path / "objects"), dict(store.manifest.objects)
+    tenants = []
+    for number in range(num_tenants):
+        ids = {name: first.tensors[name] for name in source.values()}
+        for name in own if number else ():
+            array = store.ref(first.name, name).read()
+            ids[name] = objects.put(np.roll(array.reshape(-1), number).reshape(array.shape))
+            known[ids[name]] = known[first.tensors[name]]
+        tensors = {name: ids[of] for name, of in source.items()}
+        tenants.append(replace(first, name=f"tenant{number}", config=config, tensors=tensors))
+    plan = plan_round_robin(np.zeros((num_layers, config.experts.num_experts)), tuple(t.name for t in tenants))
+    changed = {"objects": known, "tenants": tuple(tenants), "plan": plan, "merged": {}, "residuals": ()}
+    return Store(store.path, replace(store.manifest, **changed))
 
 
 def mixed(store: Store, shape: Shape, device: torch.device, clock: Clock, tiny: bool) -> Report:

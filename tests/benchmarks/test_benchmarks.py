@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import cpu_products, mixtral_cpu, reconfiguration, residuals, similarity, store_build
 from benchmarks.common import Shape, Spread, ratios
 from benchmarks.gpu import __main__ as gpu
+from common import build_store, load_engine
 
 TINY = ["--hidden-size=64", "--intermediate-size=128", "--num-hidden-layers=2", "--num-attention-heads=4"]
 TINY += ["--num-key-value-heads=2", "--vocab-size=256"]
@@ -86,6 +88,19 @@ def test_gpu_suite_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert title in text
     assert "| brought meanwhile |" in text and "| paper |" in text and "saturation rate, moetel / paper: " in text
     assert "| tenant switch |" in text
+
+
+def test_tenants_of_the_gpu_suite_have_nothing_but_experts_in_common(tmp_path: Path) -> None:
+    """What they had equal would be read once for all of them, and copied by no switch."""
+    one = gpu.write_tenant(tmp_path / "one", gpu.TINY, 0, same_layers=True)
+    store = gpu.several(build_store(tmp_path / "store", {"tenant": one}, policy="round_robin"), 3, 4)
+    mine, theirs = (store.tenant(name).tensors for name in ("tenant1", "tenant3"))
+    shapes = store.family.non_expert_shapes(store.config("tenant1"))
+    assert all((mine[name] == theirs[name]) == ("norm" in name) for name in shapes)
+    assert all(mine[name] == theirs[name] for name in mine if ".experts." in name)
+    with load_engine(store, products="plain") as engine:
+        logits = [engine.logits(name, [[5, 6, 7]]) for name in engine.tenants]
+        assert all(np.abs(logits[0] - other).max() > 1e-3 for other in logits[1:])
 
 
 def test_gpu_suite_without_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

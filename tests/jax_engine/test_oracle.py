@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from common import Engine, SamplingParams, load_engine
-from tests.helpers import assert_close, build_round_robin, padded, prompts, shared_path
+from tests.helpers import adapted, assert_close, build_round_robin, padded, prompts, shared_path
 from tests.jax_engine.conftest import SwitchFamily, save_family
-from tests.switch_models import Model, hf_greedy, hf_logits, oracle, random_switch, with_capacity
+from tests.switch_models import Model, hf_greedy, hf_logits, oracle, random_switch, tuned, with_capacity
 
 EVERY_WAY: list[dict[str, Any]] = [{"products": "plain"}, {"products": "native"}]
 
@@ -142,6 +142,31 @@ def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, 
         for i, answer in enumerate(engine.generate_batch(requests, params)):
             assert answer.tenant == requests[i][0]
             assert list(answer.token_ids) == hf_greedy(models[i % 3], rows[i], 3 + i)
+
+
+@pytest.mark.parametrize("options", [*EVERY_WAY, {"ready_tenants": 1}], ids=str)
+def test_what_tenants_have_equal_is_held_once(tmp_path: Path, options: dict[str, Any]) -> None:
+    base = random_switch(0)
+    models = [base, *(adapted(base, tuned(base, i), [part]) for i, part in ((1, "SelfAttention.q"), (2, "EncDecAtt")))]
+    store = build_round_robin(tmp_path / "store", save_family(tmp_path, models).paths, slots=6)
+    oracles = [oracle(models, i, store.plan) for i in range(3)]
+    rows = prompts(7, [5, 16, 3, 8, 12])
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    with load(store, **options) as engine:
+        for i, name in enumerate(engine.tenants):
+            check(engine, name, oracles[i])
+        requests = [(engine.tenants[i % 3], row) for i, row in enumerate(rows)]
+        for i, answer in enumerate(engine.generate_batch(requests, params)):
+            assert list(answer.token_ids) == hf_greedy(oracles[i % 3], rows[i], 8)
+        stats = engine.stats()
+    with load(build_round_robin(tmp_path / "one", {"base": tmp_path / "base"}), **options) as one:
+        whole = one.stats()["non_expert_bytes"]
+    if "ready_tenants" in options:
+        assert stats["reconfigurations"] >= 3
+        assert stats["non_expert_bytes"] == whole
+        assert stats["reconfigured_bytes"] < 0.25 * whole * stats["reconfigurations"]
+    else:
+        assert whole < stats["non_expert_bytes"] < 1.6 * whole  # 3 times, were nothing equal
 
 
 def test_hits_and_misses_are_counted_for_each_request(switch_family: SwitchFamily, tmp_path: Path) -> None:

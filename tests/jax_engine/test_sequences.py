@@ -13,7 +13,7 @@ import pytest
 
 from common import EngineError, SamplingParams, SchedulerOptions, Store, load_engine
 from common.backend import Part, Row
-from jax_engine import load_backend
+from jax_engine import load_backend, weights
 from jax_engine.backend import JaxBackend
 from tests import helpers
 from tests.helpers import assert_close, build_round_robin, prompts
@@ -413,10 +413,11 @@ def test_a_tenant_joins_and_another_leaves(small_family: SwitchFamily, tmp_path:
         advance(backend, [(asked, 0)])
     compiled = backend.stats()["compilations"]
     kept = {c: i for i, c in enumerate(contents(two))}
-    before, weights = pointers(backend), backend.loaded.ready._ready["ana"].leaves
+    before, leaves = pointers(backend), backend.loaded.ready._ready["ana"].leaves
     backend.update(other)
     assert backend.loaded.store is other and backend.loaded.ready.ready == ["bob", "ana"]
-    assert backend.loaded.ready._ready["ana"].leaves is weights
+    now = backend.loaded.ready._ready["ana"].leaves
+    assert all(leaf is same for leaf, same in zip(now, leaves, strict=True))
     shared = 0
     for place, content in zip(pointers(backend), contents(other), strict=True):
         if content in kept:
@@ -479,23 +480,19 @@ def test_nothing_is_read_twice(small_family: SwitchFamily, tmp_path: Path, monke
     store = build_round_robin(tmp_path / "store", small_family.paths)
     backend = backend_for(store)
 
-    def fail(*_: Any) -> None:
-        raise AssertionError("an object was read")
-
-    monkeypatch.setattr("jax_engine.pool.fill_pool", keep(backend, "jax_engine.weights"))
-    monkeypatch.setattr("jax_engine.tenants.fill_tenant", fail)
+    monkeypatch.setattr("jax_engine.pool.fill_pool", without_reading(weights.fill_pool))
+    monkeypatch.setattr("jax_engine.tenants.fill_tenant", without_reading(weights.fill_tenant))
     backend.update(Store.open(store.path))
 
 
-def keep(backend: JaxBackend, module: str) -> Any:
-    """`fill_pool`, refusing to read."""
-    from jax_engine.weights import fill_pool
+def without_reading(fill: Any) -> Any:
+    """A function that fills a state, refusing to read."""
 
     def refuse(*_: Any) -> Any:
-        raise AssertionError("a copy was read")
+        raise AssertionError("an object was read")
 
     def run(state: Any, read: Any, *rest: Any) -> Any:
-        return fill_pool(state, refuse, *rest)
+        return fill(state, refuse, *rest)
 
     return run
 

@@ -231,6 +231,88 @@ def test_tenants_may_differ_in_all_but_their_experts(
         assert (engine.stats()["reconfigured_bytes"] > 0) == ("copy" in way or capacity is not None)
 
 
+@pytest.fixture
+def adapted(tmp_path: Path) -> Family:
+    """A base, two adapters of its attention, one of which moved the last norm as well, and one that moved all."""
+    base = helpers.random_mixtral(0)
+    other = helpers.tuned(base, 3)
+    models = [
+        base,
+        helpers.adapted(base, helpers.tuned(base, 1), ["q_proj", "v_proj"]),
+        helpers.adapted(base, helpers.tuned(base, 2), ["o_proj", "model.norm"]),
+        other,
+    ]
+    names = ("base", "qv", "o", "other")
+    return Family({n: helpers.save(m, tmp_path / n) for n, m in zip(names, models, strict=True)}, models)
+
+
+@pytest.mark.parametrize("options", [{}, {"products": "plain"}, {"ready_tenants": 2}], ids=str)
+@pytest.mark.parametrize("copies", [False, True], ids=["in place", "by copy"])
+def test_what_tenants_have_equal_is_held_once(
+    adapted: Family, tmp_path: Path, copies: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if copies:
+        monkeypatch.setattr(
+            "torch_engine.backend.TenantsInPlace",
+            lambda store, dtype, capacity, product: TenantsByCopy(store, dtype, torch.device("cpu"), capacity),
+        )
+    # On the device all places are as large as the last tenant's, see below.
+    count = 3 if copies else 4
+    paths = {n: adapted.paths[n] for n in adapted.names[:count]}
+    store = helpers.build_round_robin(tmp_path / "store", paths, slots=6)
+    oracles = [helpers.oracle(adapted.models[:count], i, store.plan) for i in range(count)]
+    rows = helpers.prompts(0, [9, 4, 17, 6, 5, 12, 3, 8])
+    whole = store.non_expert_bytes("base")
+    with load_engine(store, **options) as engine:
+        # All that the first three have of their own: matrices of attention in each of two layers.
+        held, most = engine.stats()["non_expert_bytes"], 0.35 * whole
+        if "ready_tenants" not in options:
+            assert (count - 2) * whole < held < (count - 2) * whole + 3 * most
+        requests = [(engine.tenants[i % count], row) for i, row in enumerate(rows)]
+        for (name, row), answer in zip(requests, engine.generate_batch(requests, NEW), strict=True):
+            assert list(answer.token_ids) == hf_greedy(oracles[engine.tenants.index(name)], row, NEW.max_new_tokens)
+        for i, name in enumerate(engine.tenants):
+            assert_close(engine.logits(name, [rows[i]]), hf_logits(oracles[i], [rows[i]]), what=name)
+        if "ready_tenants" in options:
+            before = engine.stats()
+            for name in ("base", "qv", "o", "base"):
+                engine.generate(name, rows[0], NEW)
+            after = engine.stats()
+            switches = after["reconfigurations"] - before["reconfigurations"]
+            copied = after["reconfigured_bytes"] - before["reconfigured_bytes"]
+            assert switches >= 3 and copied < most * switches
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["in place", "by copy"])
+def test_what_tenants_had_equal_goes_with_the_last_of_them(
+    adapted: Family, tmp_path: Path, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if copies:
+        monkeypatch.setattr(
+            "torch_engine.backend.TenantsInPlace",
+            lambda store, dtype, capacity, product: TenantsByCopy(store, dtype, torch.device("cpu"), capacity),
+        )
+    paths = adapted.paths
+    four = helpers.build_round_robin(tmp_path / "four", paths)
+    with load_engine(four) as engine:
+        # A tenant without anything in common makes all places on the device as large as its own.
+        assert (engine.stats()["non_expert_bytes"] < 3 * four.non_expert_bytes("base")) == (not copies)
+    three = helpers.build_round_robin(tmp_path / "three", {n: paths[n] for n in ("base", "qv", "o")})
+    two = helpers.build_round_robin(tmp_path / "two", {n: paths[n] for n in ("other", "o")})
+    row = helpers.prompts(1, [7])[0]
+    with load_engine(three) as engine:
+        few = engine.stats()["non_expert_bytes"]
+        assert few < 2.05 * three.non_expert_bytes("base")
+        for store in (two, three):
+            engine.update(store)
+            with load_engine(store) as fresh:
+                for name in store.tenants:
+                    assert_close(engine.logits(name, [row]), fresh.logits(name, [row]))
+                # A tenant whose weights lie in its own buffer keeps them there when others that have them come.
+                held, expected = (e.stats()["non_expert_bytes"] for e in (engine, fresh))
+                assert expected <= held <= (expected if not copies else expected + store.non_expert_bytes("o"))
+
+
 @pytest.mark.parametrize("products", ["auto", "plain"])
 def test_a_window_slides_over_a_long_answer(tmp_path: Path, products: str) -> None:
     """Beyond the first room for keys and values, and beside a shorter row that ends early."""
