@@ -164,7 +164,7 @@ def test_what_tenants_have_equal_is_held_once(tmp_path: Path, options: dict[str,
     if "ready_tenants" in options:
         assert stats["reconfigurations"] >= 3
         assert stats["non_expert_bytes"] == whole
-        assert stats["reconfigured_bytes"] < 0.25 * whole * stats["reconfigurations"]
+        assert stats["reconfigured_bytes"] < 0.4 * whole * stats["reconfigurations"]
     else:
         assert whole < stats["non_expert_bytes"] < 1.6 * whole  # 3 times, were nothing equal
 
