@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,17 @@ import numpy as np
 
 from common.backend import Backend, Batch, Observer, Part, Row, Step
 from common.consolidation import Plan
-from common.errors import DeadlineError, EngineError, MoetelError, RequestError, UnknownTenantError
+from common.detokenizer import IncrementalDecoder
+from common.errors import (
+    CheckpointError,
+    DeadlineError,
+    EngineError,
+    MoetelError,
+    RequestError,
+    TenantUnavailableError,
+    UnknownTenantError,
+)
+from common.generation import GenerationConfig
 from common.request import FinishReason, Generation, Output, Request, Timings
 from common.sampling import SamplingParams
 from common.scheduler import NoRoomError, Scheduler, SchedulerOptions
@@ -68,6 +79,7 @@ class Engine:
         self._backend: Backend | None = backend
         self._scheduler = Scheduler(backend, self.options)
         self._texts: dict[str, TenantText] = {}
+        self._unusable: dict[str, str] = {}
         self._leaving: set[str] = set()
         self._counts: dict[str, Counter[str]] = {}
 
@@ -80,6 +92,29 @@ class Engine:
     def tenants(self) -> tuple[str, ...]:
         """Names, without those that are being removed."""
         return tuple(t for t in self.store.tenants if t not in self._leaving)
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        """Tenant -> why it cannot be asked, as far as tenants were loaded: see `load_texts`.
+
+        One whose tokenizer cannot be loaded still answers prompts of token ids.
+        """
+        failed = {name: text.failure for name, text in self._texts.items() if text.failure is not None}
+        return {name: why for name, why in (failed | self._unusable).items() if name in self.tenants}
+
+    def load_texts(self) -> dict[str, str]:
+        """Load every tenant's tokenizer, so that no first request waits for it. Returns `unavailable`."""
+        for name in self.tenants:
+            with suppress(TenantUnavailableError):
+                self._text(name)
+        return self.unavailable
+
+    def generation_config(self, tenant: str) -> GenerationConfig:
+        """The tenant's special tokens, and its defaults for sampling, which servers apply.
+
+        Raises UnknownTenantError, TenantUnavailableError.
+        """
+        return self._text(tenant).generation
 
     @property
     def plan(self) -> Plan:
@@ -153,7 +188,7 @@ class Engine:
         pieces: list[str] = []
         request = self._request(tenant, prompt, params)
         if request.stream is None:
-            raise RequestError(f"tenant {tenant!r} has no tokenizer, so it has no text to stream; use generate()")
+            request.text.require("it has no text to stream; use generate()")
         request.on_output = lambda output: pieces.append(output.text)
         return self._stream(request, pieces)
 
@@ -365,6 +400,7 @@ class Engine:
         self.store = store
         for name in gone:
             self._texts.pop(name, None)
+            self._unusable.pop(name, None)
             self._scheduler.forget_tenant(name)
             self._leaving.discard(name)
 
@@ -435,9 +471,9 @@ class Engine:
         """Whether prompts of this tenant can be text. Raises UnknownTenantError."""
         return self._text(tenant).has_tokenizer
 
-    def tokenize(self, tenant: str, text: str) -> list[int]:
-        """Token ids of a text, with the tokenizer's special tokens."""
-        return self._text(tenant).encode(text)
+    def tokenize(self, tenant: str, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's special tokens or without."""
+        return self._text(tenant).encode(text, add_special_tokens)
 
     def answer_ids(self, tenant: str, text: str) -> list[int]:
         """Token ids of a text as the tenant would answer it: of special tokens only the end-of-sequence one."""
@@ -450,16 +486,34 @@ class Engine:
             raise RequestError(f"tenant {tenant!r} has no decoder start token; its answers go on from the prompt")
         return found
 
-    def detokenize(self, tenant: str, token_ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens. Raises RequestError without a tokenizer."""
-        found = self._text(tenant).decode(self._check_ids(tenant, token_ids, "token_ids"))
-        if found is None:
-            raise RequestError(f"tenant {tenant!r} has no tokenizer, so token ids have no text")
-        return found
+    def detokenize(self, tenant: str, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids, with special tokens or without. Raises RequestError without a tokenizer."""
+        tokenizer = self._text(tenant).require("token ids have no text")
+        return tokenizer.decode(self._check_ids(tenant, token_ids, "token_ids"), skip_special_tokens)
 
-    def apply_chat_template(self, tenant: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the tenant's chat template: a prompt for `generate`."""
-        return self._text(tenant).chat(messages)
+    def apply_chat_template(
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """Token ids of a conversation in the tenant's chat template: a prompt for `generate`.
+
+        options: of transformers' `apply_chat_template`, such as `add_generation_prompt` (here true if not given),
+        `continue_final_message`, `documents`, and variables of the template.
+        """
+        return self._text(tenant).chat(messages, add_special_tokens, **options)
+
+    def detokenizer(
+        self, tenant: str, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> IncrementalDecoder:
+        """Turns the tokens of an answer to `prompt` into text, one at a time.
+
+        Raises RequestError without a tokenizer.
+        """
+        before = () if self.store.config(tenant).is_encoder_decoder else prompt
+        return self._text(tenant).require("token ids have no text").incremental(before, skip_special_tokens)
+
+    def token_bytes(self, tenant: str, token_id: int) -> bytes | None:
+        """The bytes of a token that need not be whole characters; None for a token of text."""
+        return self._text(tenant).require("token ids have no text").token_bytes(token_id)
 
     def observe(self, observer: Observer | None) -> None:
         """Show every layer's routing to `observer` from now on, None to stop; see `Observer`."""
@@ -513,7 +567,13 @@ class Engine:
 
     def _text(self, tenant: str) -> TenantText:
         if tenant not in self._texts:
-            self._texts[tenant] = TenantText(tenant, self.store.assets_dir(tenant))
+            assets = self.store.assets_dir(tenant)
+            try:
+                generation = self.store.generation(tenant)
+            except CheckpointError as error:
+                self._unusable[tenant] = f"{error}; mend the checkpoint's file and build again"
+                raise TenantUnavailableError(tenant, self._unusable[tenant]) from error
+            self._texts[tenant] = TenantText(tenant, assets, generation)
         return self._texts[tenant]
 
     def _check_ids(self, tenant: str, ids: Sequence[int], what: str) -> tuple[int, ...]:
@@ -544,9 +604,9 @@ class Engine:
             raise UnknownTenantError(tenant, self.tenants)
         text = self._text(tenant)
         if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty; give some text")
             ids: Sequence[int] = text.encode(prompt)
+            if not ids:
+                raise RequestError("the prompt is empty; give some text")
         else:
             try:
                 ids = list(prompt)
@@ -583,6 +643,7 @@ class Engine:
             params=replace(params, min_tokens=min(params.min_tokens, room)) if params.min_tokens > room else params,
             text=text,
             taken_at=taken_at,
+            is_encoder_decoder=config.is_encoder_decoder,
         )
 
 

@@ -54,3 +54,11 @@ class DeadlineError(RequestError):
 
 class EngineError(MoetelError):
     """An engine that cannot be loaded or used: no such backend or device, or already closed."""
+
+
+class TenantUnavailableError(EngineError):
+    """A tenant of the store whose files cannot be used; the others are served. why: what is wrong, and the mend."""
+
+    def __init__(self, tenant: str, why: str):
+        super().__init__(f"tenant {tenant!r} cannot answer this: {why}")
+        self.tenant, self.why = tenant, why

@@ -77,6 +77,8 @@ class Request:
     deadline: on the engine's clock, infinite if there is none. number: order of arrival.
     sequence: the backend's number while the request has caches. unread: tokens to read before the next one comes.
     next_token: chosen and not yet given to the backend.
+
+    Raises RequestError for a stop string that can never match.
     """
 
     tenant: str
@@ -89,6 +91,7 @@ class Request:
     deadline: float = math.inf
     number: int = 0
     on_output: Callable[[Output], None] | None = None
+    is_encoder_decoder: bool = False
 
     sequence: int | None = None
     unread: int = 0
@@ -108,10 +111,19 @@ class Request:
 
     def __post_init__(self) -> None:
         self.unread = len(self.prompt)
-        self.stream = TextStream(self.text, self.params.stop_strings) if self.text.has_tokenizer else None
-        self._rng = np.random.default_rng(self.params.seed)
-        self._eos = frozenset() if self.params.ignore_eos else self.text.eos_token_ids
-        self._ends = self._eos | frozenset(self.params.stop_token_ids or ())
+        params, generation = self.params, self.text.generation
+        self.stream = None
+        self._stops: dict[int, str] = {}
+        if self.text.has_tokenizer:
+            skip = params.skip_special_tokens
+            # An encoder-decoder's answer is a text of its own.
+            before = () if self.is_encoder_decoder else self.prompt
+            self.stream = TextStream(self.text, params.stop_strings, before, skip, params.include_stop_str_in_output)
+            stops = ((self.text.stop_token(stop, skip), stop) for stop in params.stop_strings)
+            self._stops = {token_id: stop for token_id, stop in stops if token_id is not None}
+        self._rng = np.random.default_rng(params.seed)
+        self._eos = frozenset() if params.ignore_eos else frozenset(generation.eos_token_ids)
+        self._ends = self._eos | frozenset(params.stop_token_ids or ()) | frozenset(self._stops)
 
     @property
     def order(self) -> tuple[int, float, int]:
@@ -142,8 +154,10 @@ class Request:
             banned = self._ends if len(self.token_ids) < self.params.min_tokens else frozenset()
             token_id = sample(logits, self.params, self._rng, self.prompt, self.token_ids, banned)
             if self.params.logprobs is not None:
+                token_id = self._forced(token_id)
                 logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
                 self.logprobs += logprobs
+        token_id = self._forced(token_id)
         self.token_ids.append(token_id)
         self.next_token = token_id
         self.last_at = now
@@ -151,12 +165,12 @@ class Request:
             self.first_at = now
         if token_id in self._ends:
             self.finish_reason = "stop"
-            self.stop_reason = None if token_id in self._eos else token_id
+            self.stop_reason = self._stops.get(token_id, None if token_id in self._eos else token_id)
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish_reason = "length"
         piece = ""
         if self.stream is not None:
-            if token_id in self._ends:  # ends the answer and is no part of its text
+            if token_id in self._ends and not self.params.include_stop_str_in_output:  # no part of the text
                 piece = self.stream.finish()
             else:
                 piece = self.stream.push(token_id, last=self.done)
@@ -164,6 +178,18 @@ class Request:
                 self.finish_reason = "stop"
                 self.stop_reason = self.stream.stopped_by
         return Output((token_id,), piece, logprobs, self.generation() if self.done else None)
+
+    def _forced(self, token_id: int) -> int:
+        """The next token, or the one that the tenant's generation config puts there (transformers' ForcedBOS- and
+        ForcedEOSTokenLogitsProcessor)."""
+        generation = self.text.generation
+        first, last = not self.token_ids, len(self.token_ids) + 1 == self.max_new_tokens
+        if last and generation.forced_eos_token_id is not None and not self.params.ignore_eos:
+            return generation.forced_eos_token_id
+        # transformers forces it behind a single token, which is where an encoder-decoder's answers start.
+        if first and generation.forced_bos_token_id is not None and self.is_encoder_decoder:
+            return generation.forced_bos_token_id
+        return token_id
 
     def abort(self) -> Output:
         """End it now, with what there is."""

@@ -37,6 +37,8 @@ class SamplingParams:
     stop: strings that end the answer (None: none); they are not part of its text.
     stop_token_ids: token ids that end the answer, beside the end-of-sequence ids of the tenant's generation config.
     ignore_eos: go on after an end-of-sequence token.
+    skip_special_tokens: leave special tokens out of the text. A stop string that is one of them ends the answer still.
+    include_stop_str_in_output: keep the stop string, or stop token, that ends the answer in its text.
     min_p: draw among the tokens that are at least min_p times as probable as the most probable one; 0: all.
     min_tokens: no token ends the answer before it has so many; a stop string still does.
     presence_penalty, frequency_penalty: taken from the logits of tokens that the answer holds, once, and as often as it
@@ -64,6 +66,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
@@ -99,6 +103,9 @@ class SamplingParams:
             raise RequestError(f"repetition_penalty is {self.repetition_penalty!r}; give a number above 0")
         if self.logprobs is not None and (not is_whole(self.logprobs) or not 0 <= self.logprobs <= MAX_LOGPROBS):
             raise RequestError(f"logprobs is {self.logprobs!r}; give a whole number from 0 to {MAX_LOGPROBS}, or None")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 
     @property

@@ -1,90 +1,127 @@
-"""Text in and out: a tenant's tokenizer, and text that appears token by token.
-
-No character is split on the way, and no stop string missed.
-"""
+"""Text in and out for one tenant: prompts, conversations, and answers that appear token by token."""
 
 from __future__ import annotations
 
-import json
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import RequestError, StoreError
+from common.detokenizer import IncrementalDecoder
+from common.errors import RequestError, StoreError, TenantUnavailableError
+from common.generation import GenerationConfig
+from common.tokenizer import FILES, Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-
-# What a tokenizer decodes an unfinished multi-byte character to.
-REPLACEMENT = "\ufffd"
+_PROBE = ({"role": "user", "content": "Hello"},)
 
 
 class TenantText:
-    """A tenant's tokenizer and generation config, loaded from its assets; no network, no code of the checkpoint's."""
+    """A tenant's tokenizer and what it decided about generation.
 
-    def __init__(self, tenant: str, assets: Path):
+    failure: why the tokenizer cannot be loaded; None if it can, or if there is none. Prompts of token ids do not need
+    it.
+    """
+
+    def __init__(self, tenant: str, assets: Path, generation: GenerationConfig | None = None):
+        """assets: a directory with the tokenizer's files. Damaged ones raise nothing here: see `check`."""
         self.tenant = tenant
         self.assets = assets
-        self._tokenizer: Any = None
-        if any((assets / name).is_file() for name in TOKENIZER_FILES):
-            # Imported here: it is slow, and brings the frameworks that transformers finds.
-            from transformers import AutoTokenizer
-
+        self.generation = generation or GenerationConfig()
+        self.failure: str | None = None
+        self.tokenizer: Tokenizer | None = None
+        if any((assets / name).is_file() for name in FILES):
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+                self.tokenizer = Tokenizer(assets)
             except Exception as error:  # the library raises many kinds for damaged files
-                raise StoreError(
-                    f"{assets}: the tokenizer of tenant {tenant!r} cannot be loaded ({error}); "
+                what = " ".join(str(error).split())[:300] or type(error).__name__
+                self.failure = (
+                    f"{assets}: the tokenizer of tenant {tenant!r} cannot be loaded ({what}); "
                     "mend the checkpoint's tokenizer files and build again"
-                ) from error
-        self.eos_token_ids = self._eos_token_ids()
+                )
 
-    def _eos_token_ids(self) -> frozenset[int]:
-        """From generation_config.json; without it from config.json, as transformers' generate() does."""
-        for name in ("generation_config.json", "config.json"):
-            path = self.assets / name
-            if not path.is_file():
-                continue
-            try:
-                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (OSError, ValueError, AttributeError) as error:
-                raise StoreError(
-                    f"{path}: of tenant {self.tenant!r}, cannot be read as a JSON object ({error}); "
-                    "mend the checkpoint's file and build again"
-                ) from error
-            if value is not None:
-                return frozenset([value] if isinstance(value, int) else value)
-        return frozenset()
+    def check(self) -> None:
+        """Raises StoreError if the tokenizer cannot be loaded, or if its chat template does not parse."""
+        if self.failure is not None:
+            raise StoreError(self.failure)
+        if self.tokenizer is None or not self.tokenizer.has_chat_template:
+            return
+        from jinja2 import TemplateSyntaxError
+
+        try:
+            self.tokenizer.render(_PROBE, add_generation_prompt=True)
+        except TemplateSyntaxError as error:
+            raise StoreError(
+                f"{self.assets}: the chat template of tenant {self.tenant!r} does not parse (line {error.lineno}: "
+                f"{error.message}); mend chat_template.jinja, or the field chat_template of tokenizer_config.json"
+            ) from error
+        except Exception:
+            return  # a template may refuse this conversation, or need what a request brings
 
     @property
     def has_tokenizer(self) -> bool:
-        return self._tokenizer is not None
+        return self.tokenizer is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the tokenizer's special tokens. Raises RequestError if the tenant has no tokenizer."""
-        if self._tokenizer is None:
-            raise RequestError(f"tenant {self.tenant!r} has no tokenizer; give the prompt as a list of token ids")
-        return list(self._tokenizer(text)["input_ids"])
+    def require(self, instead: str) -> Tokenizer:
+        """The tokenizer. Raises RequestError without one, TenantUnavailableError for one that cannot be loaded."""
+        if self.failure is not None:
+            raise TenantUnavailableError(self.tenant, self.failure)
+        if self.tokenizer is None:
+            raise RequestError(f"tenant {self.tenant!r} has no tokenizer; {instead}")
+        return self.tokenizer
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises RequestError for half a surrogate pair, and as `require`."""
+        tokenizer = self.require("give the prompt as a list of token ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text holds half a surrogate pair at character {error.start}; send whole characters"
+            ) from error
+        return tokenizer.encode(text, add_special_tokens)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer: no special tokens but, at its end, the end-of-sequence one if there is one."""
-        if self._tokenizer is None:
-            raise RequestError(f"tenant {self.tenant!r} has no tokenizer; give the answer as a list of token ids")
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*ids, min(self.eos_token_ids)] if self.eos_token_ids else ids
+        tokenizer = self.require("give the answer as a list of token ids")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ends = self.generation.eos_token_ids
+        if not ends:
+            return ids
+        # Training ends answers with the tokenizer's own token.
+        own = tokenizer.eos_token_id
+        return [*ids, own if own is not None and own in ends else ends[0]]
 
-    def decode(self, token_ids: Sequence[int]) -> str | None:
-        """Text without special tokens, None without a tokenizer."""
-        if self._tokenizer is None:
-            return None
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str | None:
+        """The text of whole answers, None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the tenant's chat template, ready for the assistant's turn."""
-        if self._tokenizer is None or not self._tokenizer.chat_template:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """Token ids of a conversation in the tenant's chat template.
+
+        options: of transformers' `apply_chat_template`; the assistant's turn is begun unless they say otherwise.
+        """
+        tokenizer = self.require("give the prompt as a list of token ids")
+        if not tokenizer.has_chat_template:
             raise RequestError(f"tenant {self.tenant!r} has no chat template; give the prompt as plain text")
-        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = tokenizer.render(messages, **{"add_generation_prompt": True, **options})
+        return self.encode(text, add_special_tokens)
+
+    def stop_token(self, stop: str, skip_special_tokens: bool) -> int | None:
+        """The special token that a stop string is, None if it is text.
+
+        Raises RequestError for a stop string that no answer's text can hold, as special tokens are left out of it.
+        """
+        special = {} if self.tokenizer is None or not skip_special_tokens else self.tokenizer.special_tokens
+        if stop in special:
+            return special[stop]
+        inside = next((token for token in special if token in stop), None)
+        if inside is not None:
+            raise RequestError(
+                f"stop {stop!r} holds the special token {inside!r}, which text leaves out, so it can never match; "
+                f"give {inside!r} alone, or set skip_special_tokens to false"
+            )
+        return None
 
 
 class TextStream:
@@ -93,17 +130,19 @@ class TextStream:
     A piece is held back while it ends in an unfinished character, or in what may become a stop string.
     """
 
-    # Tokens decoded before the unread ones, so that a tokenizer which joins words by their neighbours sees them: at
-    # least so many, from the end of a character on. A byte-fallback decoder turns a whole run of bytes into
-    # replacements if the run begins inside a character.
-    CONTEXT = 6
-
-    def __init__(self, text: TenantText, stop: Sequence[str]):
-        self._text = text
+    def __init__(
+        self,
+        text: TenantText,
+        stop: Sequence[str],
+        prompt: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ):
+        """prompt: what the answer goes on from. include_stop: the answer keeps the stop string that ends it."""
+        self._decoder: IncrementalDecoder = text.require("it has no text").incremental(prompt, skip_special_tokens)
+        self._clean_up = text.require("it has no text").clean_up()
         self._stop = tuple(stop)
-        self._ids: list[int] = []
-        self._read = 0
-        self._edges = deque([0])  # numbers of tokens that end with a whole character, those still of use as context
+        self._include_stop = include_stop
         self._pending = ""
         self.emitted = ""
         self.stopped_by: str | None = None
@@ -115,26 +154,17 @@ class TextStream:
 
     def push(self, token_id: int, last: bool = False) -> str:
         """Take one more token; returns the text that is now certain. `last` releases everything held back."""
-        self._ids.append(token_id)
-        self._decode(last)
-        return self._release(last)
+        return self._add(self._decoder.push(token_id, last), last)
 
     def finish(self) -> str:
         """What is still held back, at the end of an answer that ended otherwise than by `push(last=True)`."""
-        self._decode(last=True)
-        return self._release(last=True)
+        return self._add(self._decoder.finish(), last=True)
 
-    def _decode(self, last: bool) -> None:
-        """Move what the unread tokens say to the pending text, unless they end inside a character."""
-        while len(self._edges) > 1 and self._edges[1] <= self._read - self.CONTEXT:
-            self._edges.popleft()
-        start = self._edges[0]
-        known = self._text.decode(self._ids[start : self._read]) or ""
-        grown = self._text.decode(self._ids[start:]) or ""
-        if last or not grown.endswith(REPLACEMENT):
-            self._pending += grown[len(known) :]
-            self._read = len(self._ids)
-            self._edges.append(self._read)
+    def _add(self, piece: str, last: bool) -> str:
+        if self._clean_up is not None:
+            piece = self._clean_up.push(piece, last)
+        self._pending += piece
+        return self._release(last)
 
     def _release(self, last: bool) -> str:
         if self.stopped:
@@ -142,7 +172,7 @@ class TextStream:
         found = [(i, s) for i, s in ((self._pending.find(s), s) for s in self._stop) if i >= 0]
         if found:
             first, self.stopped_by = min(found)
-            piece = self._pending[:first]
+            piece = self._pending[: first + (len(self.stopped_by) if self._include_stop else 0)]
         elif last:
             piece = self._pending
         else:

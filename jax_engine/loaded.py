@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoints.hugging_face import read_json
 from common.errors import CheckpointError, StoreError
 from common.families.switch_transformers import SwitchTransformersConfig, as_switch
 from common.store import Store
@@ -106,18 +105,12 @@ class Loaded:
         return self._steps[key]
 
     def _start_id(self, name: str) -> int:
-        """decoder_start_token_id, of generation_config.json first, as transformers' generate() has it."""
-        config = self.config(name)
-        path = self.store.assets_dir(name) / "generation_config.json"
-        value = read_json(path).get("decoder_start_token_id") if path.is_file() else None
-        if value is None:
-            return config.decoder_start_token_id
-        if type(value) is not int or not 0 <= value < config.vocab_size:
-            raise StoreError(
-                f"{path}: decoder_start_token_id of tenant {name!r} is {value!r}; expected a token id below "
-                f"{config.vocab_size}; mend the checkpoint's file and build again"
-            )
-        return value
+        """The token that answers are decoded from. A tenant without a decision is refused by the engine."""
+        try:
+            found = self.store.generation(name).decoder_start_token_id
+        except CheckpointError:
+            found = None
+        return self.config(name).decoder_start_token_id if found is None else found
 
     def close(self) -> None:
         self.pool.close()

@@ -94,6 +94,9 @@ class Family(ABC):
 
     name: str
 
+    default_eos_token_id: int | None = None
+    """What transformers' config class takes where config.json does not have `eos_token_id`."""
+
     @abstractmethod
     def parse_config(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
         """Read a config.json. Raises CheckpointError for a missing field or one that is not supported."""

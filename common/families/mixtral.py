@@ -50,6 +50,7 @@ class MixtralFamily(Family):
     """See the module's docstring."""
 
     name = "mixtral"
+    default_eos_token_id = 2
 
     def parse_config(self, raw: Mapping[str, Any], where: str) -> MixtralConfig:
         fields = Fields(raw, where)

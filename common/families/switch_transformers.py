@@ -74,6 +74,7 @@ class SwitchTransformersFamily(Family):
     """See the module's docstring."""
 
     name = "switch_transformers"
+    default_eos_token_id = 1
 
     def parse_config(self, raw: Mapping[str, Any], where: str) -> SwitchTransformersConfig:
         fields = Fields(raw, where)

@@ -31,10 +31,12 @@ from common.consolidation import MERGED, Plan, plan_all
 from common.dtypes import BY_NAME, common_dtype, is_lossless
 from common.errors import CheckpointError, PlanError, StoreError, UnknownTenantError
 from common.families import Family, ModelConfig
+from common.generation import GenerationConfig
 from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES, Planner
 from common.progress import Progress, silent
 from common.similarity import Distances, compare, tenant_pairs
 from common.store.beside import BESIDE, leave
+from common.store.check_text import decide_generation
 from common.store.lock import FILE as LOCK_FILE
 from common.store.lock import exclusive
 from common.store.manifest import Manifest, Tenant
@@ -115,9 +117,12 @@ class _Source:
     ids: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     read_notes: tuple[str, ...] = ()
+    generation: GenerationConfig | None = None
 
     @classmethod
     def from_checkpoint(cls, name: str, checkpoint: Checkpoint) -> _Source:
+        """Raises CheckpointError for files that serving could not use."""
+        generation = decide_generation(name, checkpoint)
         return cls(
             name,
             str(checkpoint.path.resolve()),
@@ -125,7 +130,8 @@ class _Source:
             checkpoint.config,
             checkpoint.tensors,
             checkpoint.assets,
-            read_notes=checkpoint.notes,
+            read_notes=(*checkpoint.notes, *generation.notes()),
+            generation=generation,
         )
 
     @classmethod
@@ -138,7 +144,17 @@ class _Source:
             what = asset_damage(assets[file], entry["sha256"])
             if what is not None:
                 raise StoreError(f"{assets[file]}: {what}; restore it from a backup or build the store again")
-        return cls(name, tenant.source, store.family, tenant.config, refs, assets, dict(tenant.tensors), tenant.notes)
+        return cls(
+            name,
+            tenant.source,
+            store.family,
+            tenant.config,
+            refs,
+            assets,
+            dict(tenant.tensors),
+            tenant.notes,
+            generation=tenant.generation,
+        )
 
 
 def build_store(
@@ -539,7 +555,16 @@ def _draft(
     for source in sources:
         folder, files = save_assets(directory / "assets", source.assets)
         tenants.append(
-            Tenant(source.name, source.origin, source.config, source.ids, folder, files, _notes(source, dtype))
+            Tenant(
+                source.name,
+                source.origin,
+                source.config,
+                source.ids,
+                folder,
+                files,
+                _notes(source, dtype),
+                source.generation,
+            )
         )
     # What is planned and measured from here on looks at the tensors through a store that shares nothing.
     everything = plan_all(_contents(sources), distances.tenants)

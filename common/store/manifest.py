@@ -18,6 +18,7 @@ from common.checkpoints.safetensors_file import fsync
 from common.consolidation import MERGED, Plan
 from common.errors import MoetelError, StoreError
 from common.families import FAMILIES, Family, ModelConfig
+from common.generation import GenerationConfig
 
 FORMAT = "moetel-store"
 VERSION = 2
@@ -30,7 +31,8 @@ class Tenant:
     """One tenant as the store keeps it.
 
     tensors: canonical name -> object id. assets_folder: folder below `assets/`. notes: what was converted on the way
-        in.
+        in. generation: what its files say about generating; None where an older Moetel
+        built the store.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Tenant:
     assets_folder: str
     assets: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
+    generation: GenerationConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Manifest:
                     "assets_folder": t.assets_folder,
                     "assets": {k: dict(v) for k, v in t.assets.items()},
                     "tensors": dict(t.tensors),
+                    "generation": None if t.generation is None else t.generation.to_json(),
                 }
                 for t in self.tenants
             ],
@@ -137,6 +141,7 @@ class Manifest:
                     assets_folder=t["assets_folder"],
                     assets=t["assets"],
                     notes=tuple(t["notes"]),
+                    generation=GenerationConfig.from_json(t["generation"]) if t.get("generation") else None,
                 )
                 for t in value["tenants"]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from common import generation
 from common.checkpoints import TensorRef, write_hugging_face
 from common.consolidation import MERGED, MISS, Plan
 from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError, StoreError, UnknownTenantError
 from common.families import ExpertSpec, Family, ModelConfig
+from common.generation import GenerationConfig
 from common.progress import Progress, silent
 from common.residuals import matrices
 from common.similarity import Distances, tenant_pairs
@@ -79,6 +82,22 @@ class Store:
 
     def config(self, name: str) -> ModelConfig:
         return self.tenant(name).config
+
+    def generation(self, name: str) -> GenerationConfig:
+        """What was decided about a tenant's special tokens and sampling when it was built into the store.
+
+        Raises CheckpointError for a store that holds no decision, and whose files do not allow one.
+        """
+        tenant = self.tenant(name)
+        if tenant.generation is not None:
+            return tenant.generation
+        path = self.assets_dir(name) / generation.FILE
+        return generation.decide(
+            tenant.config,
+            path if path.is_file() else None,
+            default_eos=self.family.default_eos_token_id,
+            where=f"{FILE}: config of tenant {name!r}",
+        )
 
     def assets_dir(self, name: str) -> Path:
         """The folder with the tenant's tokenizer files, generation config and chat template."""
@@ -253,9 +272,10 @@ class Store:
             _remove_tree(partial)
             partial.mkdir()
             for asset in tenant.assets:
-                if asset != "config.json":
+                if asset not in ("config.json", generation.FILE):
                     (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
             config = self.family.hf_config(tenant.config, self.dtype)
+            self._write_generation(name, partial)
             with progress(f"exporting {name}", len(names)) as advance:
                 write_hugging_face(partial, config, ((tensor, read()) for tensor, read in names), on_tensor=advance)
             if target.exists():
@@ -269,6 +289,14 @@ class Store:
             raise StoreError(str(error)) from error
         finally:
             _remove_tree(partial)
+
+    def _write_generation(self, name: str, target: Path) -> None:
+        """generation_config.json of an export: the checkpoint's own with the special tokens that were decided."""
+        path = self.assets_dir(name) / generation.FILE
+        given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = given | self.generation(name).token_ids
+        if found:
+            (target / generation.FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     def _served_matrix(self, name: str, layer: int, expert: int, projection: str) -> np.ndarray:
         """One matrix of `served_expert`, in the store's type."""

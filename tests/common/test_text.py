@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import RequestError, StoreError
+from common.errors import RequestError, StoreError, TenantUnavailableError
 from common.text import TenantText, TextStream
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -25,7 +24,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TenantText:
     tokenizer.decoder = decoders.ByteLevel()
     path = tmp_path_factory.mktemp("bytes")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(path)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     return TenantText("bytes", path)
 
 
@@ -129,30 +127,21 @@ def test_a_replacement_character_of_the_models_own(text: TenantText) -> None:
     assert "".join(found) == "a\ufffdb"
 
 
-def test_generation_config_gives_the_end_ids(text: TenantText, tmp_path: Path) -> None:
-    assert text.eos_token_ids == {7, 9}
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert TenantText("bare", tmp_path).eos_token_ids == {5}
-
-
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     bare = TenantText("bare", tmp_path)
-    assert not bare.has_tokenizer and bare.decode([1]) is None and bare.eos_token_ids == frozenset()
+    assert not bare.has_tokenizer and bare.decode([1]) is None and bare.failure is None
+    bare.check()
     with pytest.raises(RequestError, match="tenant 'bare' has no tokenizer; give the prompt as a list of token ids"):
         bare.encode("hello")
-    with pytest.raises(RequestError, match="no chat template; give the prompt as plain text"):
+    with pytest.raises(RequestError, match="tenant 'bare' has no tokenizer; give the prompt as a list of token ids"):
         bare.chat([{"role": "user", "content": "hello"}])
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    text = TenantText("x", tmp_path)
     with pytest.raises(StoreError, match=r"the tokenizer of tenant 'x' cannot be loaded.*build again"):
-        TenantText("x", tmp_path)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
-def test_a_damaged_generation_config_is_named(content: str, tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(StoreError, match=r"generation_config\.json: of tenant 'x', cannot be read.*build again"):
-        TenantText("x", tmp_path)
+        text.check()
+    with pytest.raises(TenantUnavailableError, match=r"tenant 'x' cannot answer this: .*the tokenizer of tenant 'x'"):
+        text.encode("hello")

@@ -1,0 +1,35 @@
+"""Before a tenant comes into a store: whether serving can use its tokenizer, chat template and generation config."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from common import generation
+from common.checkpoints import Checkpoint
+from common.errors import CheckpointError, StoreError
+from common.generation import GenerationConfig
+from common.text import TenantText
+
+
+def decide_generation(name: str, checkpoint: Checkpoint) -> GenerationConfig:
+    """Load a checkpoint's small files with the code that serves them, and decide what they say about generating.
+
+    Raises CheckpointError that names tenant, file or field, and the mend.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Serving has these files and no others, so the checkpoint's own directory would prove too much.
+        for file, path in checkpoint.assets.items():
+            (Path(folder) / file).symlink_to(path.resolve())
+        text = TenantText(name, Path(folder))
+        try:
+            text.check()
+        except StoreError as error:
+            raise CheckpointError(str(error).replace(folder, str(checkpoint.path))) from error
+    return generation.decide(
+        checkpoint.config,
+        checkpoint.assets.get(generation.FILE),
+        default_eos=checkpoint.family.default_eos_token_id,
+        tokenizer_eos=None if text.tokenizer is None else text.tokenizer.eos_token_id,
+        where=str(checkpoint.assets.get("config.json", checkpoint.path)),
+    )
