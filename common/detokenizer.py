@@ -116,6 +116,8 @@ class CleanUp:
         self._pending += piece
         cut = len(self._pending)
         if not last:
-            cut = max((m.end() for m in _CUT.finditer(self._pending)), default=0)
+            safe = max((m.end() for m in _CUT.finditer(self._pending)), default=0)
+            # Every replacement begins with a space.
+            cut = safe if " " in self._pending[safe:] else cut
         ready, self._pending = self._pending[:cut], self._pending[cut:]
         return self._clean(ready)
