@@ -33,9 +33,10 @@ class TenantText:
                 self.tokenizer = Tokenizer(assets)
             except Exception as error:  # the library raises many kinds for damaged files
                 what = " ".join(str(error).split())[:300] or type(error).__name__
+                lacking = isinstance(error, ImportError) or "pip install" in what or "installed" in what
+                mend = "install what it names" if lacking else "mend the checkpoint's tokenizer files"
                 self.failure = (
-                    f"{assets}: the tokenizer of tenant {tenant!r} cannot be loaded ({what}); "
-                    "mend the checkpoint's tokenizer files and build again"
+                    f"{assets}: the tokenizer of tenant {tenant!r} cannot be loaded ({what}); {mend} and build again"
                 )
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.backend import Backend, Observer, Part, Row, Step
 from common.engine import Engine
+from common.generation import GenerationConfig
 from common.scheduler import SchedulerOptions
 from common.store import Store
 from common.text import TenantText
@@ -157,8 +158,7 @@ class FakeStore:
 
 class _Text(TenantText):
     def __init__(self, tenant: str):
-        super().__init__(tenant, Path("/nonexistent"))
-        self.eos_token_ids = frozenset([EOS])
+        super().__init__(tenant, Path("/nonexistent"), GenerationConfig(eos_token_ids=(EOS,)))
 
 
 def fake_engine(
