@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoints.hugging_face import read_json
+from common.checkpoints.weight_files import read_json
 from common.errors import CheckpointError, StoreError
 from common.families.switch_transformers import SwitchTransformersConfig, as_switch
 from common.store import Store

@@ -169,8 +169,8 @@ def merge(
         _check_same(next(iter(opened)), next(iter(opened.values())), "the base", base_opened)
     first = next(iter(opened.values()))
     if dtype == "auto":
-        dtype = common_dtype([c.expert_dtype for c in opened.values()])
-    tied = bool(first.config.raw.get("tie_word_embeddings"))
+        dtype = common_dtype([c.dtype for c in opened.values()])
+    tied = first.config.head_is_tied
     names = [n for n in first.family.all_shapes(first.config) if not (tied and n == "lm_head.weight")]
     with new_directory(out) as directory, progress(f"merging, {recipe.method}", len(names)) as advance:
         for asset, path in first.assets.items():

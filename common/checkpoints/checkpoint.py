@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from common.dtypes import common_dtype
 from common.families import Family, ModelConfig, Shape
 
 
@@ -57,7 +58,6 @@ class Checkpoint:
             yield name, ref.read()
 
     @property
-    def expert_dtype(self) -> str:
-        """The type of the expert weights (of the first, if they were mixed)."""
-        first = self.family.expert_tensor(self.config, 0, 0, self.config.experts.projections[0][0])
-        return self.tensors[first].dtype
+    def dtype(self) -> str:
+        """The type that holds every value of every tensor: their own if they agree."""
+        return common_dtype([ref.dtype for ref in self.tensors.values()])

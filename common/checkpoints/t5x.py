@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.checkpoints.checkpoint import Checkpoint
-from common.checkpoints.hugging_face import ASSETS, read_json
+from common.checkpoints.hugging_face import ASSETS
 from common.checkpoints.t5x_config import FAMILY, config_for
 from common.checkpoints.t5x_names import locate, stream_arrays
 from common.checkpoints.tensorstore_array import (
@@ -27,6 +27,7 @@ from common.checkpoints.tensorstore_array import (
     require,
     write_array,
 )
+from common.checkpoints.weight_files import read_json
 from common.dtypes import BY_NAME
 from common.errors import CheckpointError
 

@@ -52,6 +52,8 @@ TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # tenant.
 IN_FLIGHT_BYTES = 1 << 30
 
+HALVES = "--dtype bfloat16 takes half the memory, and rounds"
+
 Slots = int | Literal["all"] | None
 
 
@@ -166,7 +168,7 @@ def build_store(
     calibration: tenant -> examples of its use, measured with the family's engine before planning, and kept.
     traffic: tenant -> how many requests it has where a tenant that is not named has one.
     configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see `open_checkpoint`.
-    dtype: the store's type; auto keeps the tenants' own if they agree, else float32, so that nothing is lost.
+    dtype: the store's type; auto is that of all tensors of all tenants if they agree, else float32: nothing is rounded.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
@@ -190,7 +192,12 @@ def build_store(
     sources = [_Source.from_checkpoint(name, open_checkpoint(place, configs.get(name))) for name, place in pairs]
     _check_agreement(sources)
     if dtype == "auto":
-        dtype = common_dtype([_expert_dtype(s) for s in sources])
+        types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
+        dtype = common_dtype(types)
+        if len(types) > 1:
+            note = f"the store is {dtype}, which holds {' and '.join(types)} without rounding; {HALVES}"
+            for source in sources:
+                source.read_notes = (*source.read_notes, note)
     check_dtype(dtype)
     amount = _resolve(settings, sources, dtype)
     if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
@@ -452,11 +459,6 @@ def _check_name(name: str) -> None:
             f"tenant name {name!r} is not allowed; use letters, digits, '.', '_' and '-', "
             "starting with a letter or digit"
         )
-
-
-def _expert_dtype(source: _Source) -> str:
-    first = source.family.expert_tensor(source.config, 0, 0, source.config.experts.projections[0][0])
-    return source.refs[first].dtype
 
 
 def _check_agreement(sources: Sequence[_Source]) -> None:

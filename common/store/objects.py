@@ -59,7 +59,7 @@ class Objects:
         """Where an object lies. Checks name, type, shape and size from the header, not the content (see `damage`)."""
         path = self.path(object_id)
         try:
-            header = read_header(path, with_bytes=True)
+            header = read_header(path)
         except CheckpointError as error:
             raise StoreError(f"{error}; build the store again or restore this file from a backup") from error
         ref = header.get(TENSOR)

@@ -69,7 +69,7 @@ def test_fixture_as_a_bucket_left_it(tmp_path: Path) -> None:
 def test_fixture_in_bfloat16() -> None:
     found = open_checkpoint(shared_path(f"{FIXTURES}/t5x_bf16/checkpoint_1000"))
     expected = open_checkpoint(shared_path(f"{FIXTURES}/hf"))
-    assert found.expert_dtype == "bfloat16"
+    assert found.dtype == "bfloat16"
     for name, array in expected.stream():
         assert np.array_equal(found.tensors[name].read(), array.astype(ml_dtypes.bfloat16)), name
 
@@ -166,7 +166,7 @@ def test_float16_is_widened(tmp_path: Path) -> None:
     switch.random_switch().half().save_pretrained(tmp_path / "hf")
     (tmp_path / "t5x").mkdir()
     write_t5x(tmp_path / "t5x", open_checkpoint(tmp_path / "hf"))
-    assert open_checkpoint(tmp_path / "t5x").expert_dtype == "float32"
+    assert open_checkpoint(tmp_path / "t5x").dtype == "float32"
 
 
 # Configs
