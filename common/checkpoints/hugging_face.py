@@ -65,17 +65,19 @@ def open_hugging_face(path: Path) -> Checkpoint:
     on_disk, notes = find_weights(path, raw, family.ignored)
     files = _renamed(path, on_disk, family)
     config, untied = _untied(path, family, config, files)
+    defaults = ", ".join(f"{field} {value}" for field, value in fields.defaulted.items())
     try:
         regions = family.locate(config, {name: ref.shape for name, ref in files.items()}, str(path))
     except CheckpointError as error:
         if not fields.defaulted:
             raise
-        defaults = ", ".join(f"{field} {value}" for field, value in fields.defaulted.items())
         raise CheckpointError(f"{error} (not in config.json, transformers' defaults taken: {defaults})") from error
     tensors = {name: files[region.file_tensor].at(region) for name, region in regions.items()}
     for tensor in tensors.values():
         tensor.check_type()
     notes += [*fields.notes, *untied]
+    if fields.defaulted:
+        notes.append(f"config.json does not state {defaults}: transformers' defaults")
     left_out = sorted(name for name in files if family.ignored.search(name))
     if left_out:
         notes.append(f"{len(left_out)} tensors that the model does not use were left out, first {left_out[0]}")

@@ -15,20 +15,22 @@ from common.families.base import Fields
 # Read by training, by output options, by generation or by tools; none changes a logit.
 HARMLESS = frozenset(
     """
-    architectures auto_map _name_or_path name_or_path _commit_hash transformers_version model_type dtype torch_dtype
-    transformers_weights use_cache return_dict return_dict_in_generate output_hidden_states output_attentions
-    output_scores output_past torchscript use_bfloat16 chunk_size_feed_forward gradient_checkpointing
-    id2label label2id num_labels problem_type finetuning_task prefix pruned_heads is_decoder cross_attention_hidden_size
-    pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences begin_suppress_tokens suppress_tokens
-    exponential_decay_length_penalty remove_invalid_values tokenizer_class task_specific_params tf_legacy_loss
-    initializer_range initializer_factor attention_dropout hidden_dropout resid_pdrop attn_pdrop embd_pdrop
-    dropout_rate classifier_dropout router_aux_loss_coef router_z_loss_coef router_jitter_noise output_router_logits
-    add_router_probs router_ignore_padding_tokens attn_implementation _attn_implementation experts_implementation
-    _experts_implementation _attn_implementation_autoset pretraining_tp n_positions
-    use_flash_attention_2 unsloth_version unsloth_fixed tie_last_hidden_states use_return_dict model_max_length
+    architectures auto_map _name_or_path name_or_path _commit_hash transformers_version model_type dtype
+    torch_dtype transformers_weights use_cache return_dict return_dict_in_generate output_hidden_states
+    output_attentions output_scores output_past torchscript use_bfloat16 chunk_size_feed_forward
+    gradient_checkpointing id2label label2id num_labels problem_type finetuning_task prefix pruned_heads is_decoder
+    cross_attention_hidden_size pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id
+    forced_bos_token_id forced_eos_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences begin_suppress_tokens
+    suppress_tokens exponential_decay_length_penalty encoder_repetition_penalty num_assistant_tokens epsilon_cutoff
+    eta_cutoff num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind
+    remove_invalid_values tokenizer_class task_specific_params tf_legacy_loss initializer_range initializer_factor
+    attention_dropout hidden_dropout resid_pdrop attn_pdrop embd_pdrop dropout_rate classifier_dropout
+    router_aux_loss_coef router_z_loss_coef router_jitter_noise output_router_logits add_router_probs
+    router_ignore_padding_tokens attn_implementation _attn_implementation experts_implementation
+    _experts_implementation _attn_implementation_autoset pretraining_tp n_positions use_flash_attention_2
+    unsloth_version unsloth_fixed tie_last_hidden_states use_return_dict model_max_length
     """.split()
 )
 

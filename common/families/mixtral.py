@@ -27,7 +27,7 @@ READ = frozenset(
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings sliding_window num_experts_per_tok
     num_local_experts rope_parameters rope_scaling rope_theta original_max_position_embeddings partial_rotary_factor
-    layer_types use_sliding_window
+    layer_types use_sliding_window is_encoder_decoder
     """.split()
 )
 
@@ -103,6 +103,8 @@ class MixtralFamily(Family):
             head_dim = hidden_size // heads
         if head_dim % 2:
             raise fields.error("head_dim", f"is {head_dim}; rotary embeddings need an even size")
+        if fields.flag("is_encoder_decoder", False):
+            raise fields.error("is_encoder_decoder", "is true; Mixtral has no encoder")
         if raw.get("quantization_config"):
             raise fields.error(
                 "quantization_config", "is set; quantised checkpoints are not supported, give the original"
@@ -136,7 +138,7 @@ class MixtralFamily(Family):
         )
 
     def check_fields(self, fields: Fields) -> None:
-        check_fields(fields, READ, neutral={"is_encoder_decoder": (False,), "decoder_sparse_step": (1,)})
+        check_fields(fields, READ, neutral={"decoder_sparse_step": (1,)})
 
     def tied_tables(self, config: ModelConfig) -> tuple[str, ...]:
         return (EMBEDDING, HEAD) if _mixtral(config).tie_word_embeddings else ()
