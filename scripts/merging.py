@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoints import Checkpoint, open_checkpoint, write_hugging_face
+from common.checkpoints import Checkpoint, open_checkpoint, read_asset, write_hugging_face
 from common.checkpoints.staging import new_directory
 from common.consolidation import MERGED, Copy, Plan
 from common.dtypes import BY_NAME, common_dtype, to_float32
@@ -173,9 +173,9 @@ def merge(
     tied = first.config.head_is_tied
     names = [n for n in first.family.all_shapes(first.config) if not (tied and n == "lm_head.weight")]
     with new_directory(out) as directory, progress(f"merging, {recipe.method}", len(names)) as advance:
-        for asset, path in first.assets.items():
+        for asset, content in first.assets.items():
             if asset != "config.json":
-                (directory / asset).write_bytes(path.read_bytes())
+                (directory / asset).write_bytes(read_asset(content))
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
             for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from common.checkpoints.checkpoint import Checkpoint, TensorSource
+from common.checkpoints.checkpoint import Checkpoint, TensorSource, read_asset
 from common.checkpoints.hugging_face import is_hugging_face, open_hugging_face, write_hugging_face
 from common.checkpoints.orbax import METADATA, is_orbax, open_orbax, write_orbax
 from common.checkpoints.safetensors_file import TensorRef
@@ -105,6 +105,7 @@ __all__ = [
     "TensorSource",
     "find_arrays",
     "open_checkpoint",
+    "read_asset",
     "write_hugging_face",
     "write_orbax",
     "write_t5x",

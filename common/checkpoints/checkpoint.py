@@ -36,12 +36,17 @@ class TensorSource(Protocol):
         ...
 
 
+def read_asset(asset: Path | bytes) -> bytes:
+    """What a file that travels with a tenant holds."""
+    return asset if isinstance(asset, bytes) else asset.read_bytes()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Opened, checked against its config, nothing read yet.
 
     tensors: canonical name (see `common.families`) -> where it lies.
-    assets: tokenizer, chat template, configs: files that travel with the tenant, by file name.
+    assets: tokenizer, chat template, configs: files that travel with the tenant, by file name, or what they hold.
     notes: for people: what the checkpoint does not state and was taken by default.
     """
 
@@ -49,7 +54,7 @@ class Checkpoint:
     family: Family
     config: ModelConfig
     tensors: Mapping[str, TensorSource]
-    assets: Mapping[str, Path]
+    assets: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:

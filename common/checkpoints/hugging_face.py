@@ -82,8 +82,8 @@ def open_hugging_face(path: Path) -> Checkpoint:
     if left_out:
         notes.append(f"{len(left_out)} tensors that the model does not use were left out, first {left_out[0]}")
     assets = {name: path / name for name in ASSETS if (path / name).is_file()}
-    for asset in assets.values():
-        refuse_pointer(asset)
+    for file in assets.values():
+        refuse_pointer(file)
     if "generation_config.json" in assets:
         read_json(assets["generation_config.json"])  # engines read it: refuse a broken one here
     return Checkpoint(path, family, config, tensors, assets, tuple(notes))

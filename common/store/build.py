@@ -113,7 +113,7 @@ class _Source:
     family: Family
     config: ModelConfig
     refs: Mapping[str, TensorSource]
-    assets: Mapping[str, Path]
+    assets: Mapping[str, Path | bytes]
     ids: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     read_notes: tuple[str, ...] = ()
@@ -134,12 +134,13 @@ class _Source:
     def from_store(cls, store: Store, name: str) -> _Source:
         tenant = store.tenant(name)
         refs: dict[str, TensorSource] = {tensor: store.ref(name, tensor) for tensor in tenant.tensors}
-        assets = {file: store.assets_dir(name) / file for file in tenant.assets}
+        assets: dict[str, Path | bytes] = {}
         for file, entry in tenant.assets.items():
             # They are copied and hashed anew: damage would become what the store says is right.
-            what = asset_damage(assets[file], entry["sha256"])
+            assets[file] = asset = store.assets_dir(name) / file
+            what = asset_damage(asset, entry["sha256"])
             if what is not None:
-                raise StoreError(f"{assets[file]}: {what}; restore it from a backup or build the store again")
+                raise StoreError(f"{asset}: {what}; restore it from a backup or build the store again")
         return cls(name, tenant.source, store.family, tenant.config, refs, assets, dict(tenant.tensors), tenant.notes)
 
 
@@ -195,9 +196,11 @@ def build_store(
         types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
         dtype = common_dtype(types)
         if len(types) > 1:
-            note = f"the store is {dtype}, which holds {' and '.join(types)} without rounding; {HALVES}"
+            listed = f"{', '.join(types[:-1])} and {types[-1]}"
             for source in sources:
-                source.read_notes = (*source.read_notes, note)
+                if any(ref.dtype != dtype for ref in source.refs.values()):
+                    note = f"the store is {dtype}, which holds {listed} without rounding; {HALVES}"
+                    source.read_notes = (*source.read_notes, note)
     check_dtype(dtype)
     amount = _resolve(settings, sources, dtype)
     if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from common import CheckpointError, build_store
-from common.checkpoints import Checkpoint, open_checkpoint, t5x_names, tensorstore_array, write_t5x
+from common.checkpoints import Checkpoint, open_checkpoint, read_asset, t5x_names, tensorstore_array, write_t5x
 from common.checkpoints.t5x_config import sparse_step
 from common.checkpoints.tensorstore_array import even_chunks
 from common.families.switch_transformers import as_switch
@@ -261,7 +261,7 @@ def test_config_fields_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text("{}", encoding="utf-8")
     named = open_checkpoint(checkpoint, other)
     assert as_switch(named.config).layer_norm_epsilon == 1e-4
-    assert named.assets["config.json"] == other / "config.json"
+    assert json.loads(read_asset(named.assets["config.json"])) == named.config.raw
     assert named.assets["tokenizer.json"] == other / "tokenizer.json" and "spiece.model" in named.assets
     with pytest.raises(CheckpointError, match=r"nowhere.json: no such file"):
         open_checkpoint(checkpoint, tmp_path / "nowhere.json")
