@@ -106,6 +106,9 @@ class Family(ABC):
     ignored: ClassVar[re.Pattern[str]]
     """Tensors that files may hold and no model reads; they are left out with a note."""
 
+    attention: ClassVar[re.Pattern[str]]
+    """Names of the attention's matrices."""
+
     def fields(self, raw: Mapping[str, Any], where: str) -> Fields:
         """A config.json with aliases resolved. Raises CheckpointError where an alias contradicts its field."""
         return Fields(raw, where, self.name, self.aliases)

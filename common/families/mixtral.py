@@ -76,6 +76,8 @@ class MixtralFamily(Family):
     # Transformer Engine keeps its own state beside layers; a value head is what TRL's PPO trains beside the model.
     ignored = re.compile(r"rotary_emb\.inv_freq$|\._extra_state$|^v_head\.")
 
+    attention = re.compile(r"\.self_attn\.")
+
     def parse(self, fields: Fields) -> MixtralConfig:
         raw = fields.raw
         hidden_size = fields.positive_int("hidden_size", default=4096)

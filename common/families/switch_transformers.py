@@ -105,6 +105,8 @@ class SwitchTransformersFamily(Family):
     # Saved by transformers before 4.0 and never used: cross-attention has no position bias.
     ignored = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$")
 
+    attention = re.compile(r"\.(SelfAttention|EncDecAttention)\.")
+
     def parse(self, fields: Fields) -> SwitchTransformersConfig:
         raw = fields.raw
         d_model, d_ff = fields.positive_int("d_model", default=768), fields.positive_int("d_ff", default=2048)
