@@ -334,6 +334,13 @@ def combine(x: Array, found: Array, gates: Array) -> Array:
     return x + found * gates[..., None]
 
 
+TABLE_OF = {
+    "encoder_embedding": "encoder.embed_tokens.weight",
+    "decoder_embedding": "decoder.embed_tokens.weight",
+    "head": "lm_head.weight",
+}
+
+
 class SwitchTransformer(nnx.Module):
     """Encoder, decoder, embeddings and head."""
 
@@ -341,13 +348,13 @@ class SwitchTransformer(nnx.Module):
         c = s.config
         self.settings = s
         table, hidden = (s.vocab_size, c.experts.hidden_size), c.experts.hidden_size
-        self.tied = c.tie_word_embeddings
-        if self.tied:
+        # Three uses of a table, each with one of its own or with the shared one.
+        own = {use: name for use, name in TABLE_OF.items() if name in c.own_tables}
+        self.shared_uses = tuple(use for use in TABLE_OF if use not in own)
+        if self.shared_uses:
             self.shared = Linear(s, ["shared.weight"], table, 1.0, initial)
-        else:
-            self.encoder_embedding = Linear(s, ["encoder.embed_tokens.weight"], table, 1.0, initial)
-            self.decoder_embedding = Linear(s, ["decoder.embed_tokens.weight"], table, 1.0, initial)
-            self.head = Linear(s, ["lm_head.weight"], table, hidden**-0.5, initial)
+        for use, name in own.items():
+            setattr(self, use, Linear(s, [name], table, hidden**-0.5 if use == "head" else 1.0, initial))
         self.encoder_bias = RelativeBias(s, "encoder", initial)
         self.decoder_bias = RelativeBias(s, "decoder", initial)
         layers = {side: dict.fromkeys(range(c.layers(side))) for side in ("encoder", "decoder")}
@@ -364,9 +371,11 @@ class SwitchTransformer(nnx.Module):
 
     def embed(self, side: Side, ids: Array) -> Array:
         """int32 [B, T] -> [B, T, H]."""
-        tables = {True: "shared", False: f"{side}_embedding"}
-        table: Linear = getattr(self, tables[self.tied])
-        return self.settings.products.rows(table.weight[...], ids)
+        return self.settings.products.rows(self._table(f"{side}_embedding").weight[...], ids)
+
+    def _table(self, use: str) -> Linear:
+        table: Linear = getattr(self, "shared" if use in self.shared_uses else use)
+        return table
 
     def bias_of_encoder(self, live: Array) -> Array:
         """live: bool [B, S]. Position bias and mask, float32 [B, N, S, S]."""
@@ -394,10 +403,9 @@ class SwitchTransformer(nnx.Module):
     def logits(self, x: Array, vocab_size: Array | int) -> Array:
         """Hidden states [B, T, H] -> float32 [B, T, V]; ids from vocab_size on are padding and get MASKED."""
         x = self.decoder_norm(x)
-        if self.tied:
-            found = self.shared(x * self.settings.config.experts.hidden_size**-0.5)
-        else:
-            found = self.head(x)
+        if self.settings.config.tie_word_embeddings:  # by the config, as transformers: also where the head is its own
+            x = x * self.settings.config.experts.hidden_size**-0.5
+        found = self._table("head")(x)
         found = found.astype(jnp.float32)
         return jnp.where(jnp.arange(found.shape[-1]) < vocab_size, found, MASKED)
 

@@ -12,6 +12,7 @@ from common import RequestError, Store, StoreError, build_store
 from common.calibration import CalibrationSet
 from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
 from common.progress import bars
+from common.store.kinds import kind_of, reference_of
 from common.units import format_bytes, parse_bytes
 from scripts import command
 
@@ -148,7 +149,10 @@ def report(store: Store, console: Console) -> None:
     console.print(
         f"{store.path}: {len(store.tenants)} tenants ({', '.join(store.tenants)}), {store.family.name}, {store.dtype}"
     )
+    reference = reference_of(store)
     for name in store.tenants:
+        if name != reference:
+            console.print(f"  {name}: beside {reference}: {kind_of(store, name, reference)}")
         for note in store.tenant(name).notes:
             console.print(f"  {name}: {note}")
     console.print(

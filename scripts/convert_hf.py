@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from common.checkpoints import open_checkpoint, write_orbax, write_t5x
+from common.checkpoints import open_checkpoint, read_asset, write_orbax, write_t5x
 from common.checkpoints.staging import new_directory
 from common.errors import CheckpointError
 from common.progress import bars
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         (partial / "config.json").write_text(json.dumps(dict(checkpoint.config.raw), indent=2) + "\n", encoding="utf-8")
         for name, asset in checkpoint.assets.items():
             if name != "config.json":
-                shutil.copyfile(asset, partial / name)
+                (partial / name).write_bytes(read_asset(asset))
     Console(highlight=False, soft_wrap=True).print(
         f"{args.target}: {args.to}, step {number}, {len(checkpoint.tensors)} tensors with config.json", markup=False
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from common.checkpoints import find_arrays, open_checkpoint, write_hugging_face
+from common.checkpoints import find_arrays, open_checkpoint, read_asset, write_hugging_face
 from common.checkpoints.staging import new_directory
 from common.dtypes import common_dtype
 from common.errors import CheckpointError
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         for name, asset in checkpoint.assets.items():
             if name != "config.json":
-                shutil.copyfile(asset, partial / name)
+                (partial / name).write_bytes(read_asset(asset))
         write_hugging_face(partial, config, checkpoint.stream(), on_tensor=advance)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{args.target}: {checkpoint.family.name}, {len(checkpoint.tensors)} tensors, {dtype}", markup=False)

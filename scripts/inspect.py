@@ -13,6 +13,7 @@ from rich.table import Table
 from common import Store
 from common.consolidation import MERGED
 from common.store.beside import came_and_went
+from common.store.kinds import kind_of, reference_of
 from common.units import format_bytes
 from scripts import command
 
@@ -26,6 +27,8 @@ def tenants_table(store: Store) -> Table:
     """A row a tenant: where it came from, what it keeps, owns and misses."""
     table = Table(title=f"{store.path}: {store.family.name}, {store.dtype}", title_justify="left")
     table.add_column("tenant")
+    reference = reference_of(store)
+    table.add_column(f"beside {reference}", overflow="fold")
     for column in ("vocabulary", "context", "non-expert weights", "copies owned", "positions missing", "residuals"):
         table.add_column(column, justify="right")
     table.add_column("tokenizer")
@@ -39,6 +42,7 @@ def tenants_table(store: Store) -> Table:
         has_tokenizer = any(f.startswith("tokenizer") or f.endswith(".model") for f in tenant.assets)
         table.add_row(
             name,
+            "-" if name == reference else str(kind_of(store, name, reference)),
             str(tenant.config.vocab_size),
             str(tenant.config.max_positions),
             format_bytes(store.non_expert_bytes(name)),

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoints import Checkpoint, open_checkpoint, write_hugging_face
+from common.checkpoints import Checkpoint, open_checkpoint, read_asset, write_hugging_face
 from common.checkpoints.staging import new_directory
 from common.consolidation import MERGED, Copy, Plan
 from common.dtypes import BY_NAME, common_dtype, to_float32
@@ -169,13 +169,13 @@ def merge(
         _check_same(next(iter(opened)), next(iter(opened.values())), "the base", base_opened)
     first = next(iter(opened.values()))
     if dtype == "auto":
-        dtype = common_dtype([c.expert_dtype for c in opened.values()])
-    tied = bool(first.config.raw.get("tie_word_embeddings"))
+        dtype = common_dtype([c.dtype for c in opened.values()])
+    tied = first.config.head_is_tied
     names = [n for n in first.family.all_shapes(first.config) if not (tied and n == "lm_head.weight")]
     with new_directory(out) as directory, progress(f"merging, {recipe.method}", len(names)) as advance:
-        for asset, path in first.assets.items():
+        for asset, content in first.assets.items():
             if asset != "config.json":
-                (directory / asset).write_bytes(path.read_bytes())
+                (directory / asset).write_bytes(read_asset(content))
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
             for name in names:

@@ -426,7 +426,9 @@ class Workshop:
         for name, path in self.material.tenants.items():
             copies[name] = place = folder / name
             place.mkdir(parents=True)
-            assets = {n: p for n, p in open_checkpoint(path).assets.items() if n != "config.json"}
+            assets = {
+                n: p for n, p in open_checkpoint(path).assets.items() if isinstance(p, Path) and n != "config.json"
+            }
             for file in merged.iterdir():
                 if file.name == "config.json" or ".safetensors" in file.name:
                     assets[file.name] = file

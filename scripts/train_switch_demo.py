@@ -48,6 +48,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from common import MoetelError
 from common.checkpoints import open_checkpoint, write_hugging_face
 from common.dtypes import BFLOAT16
+from common.families.switch_transformers import as_switch
 from common.progress import bars
 from jax_engine.dispatch import DenseDispatch
 from jax_engine.model import Expert, Initial, Settings, SwitchTransformer
@@ -241,7 +242,7 @@ def make_model(recipe: Recipe, vocab_size: int) -> SwitchTransformer:
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
-    config = family().parse_config(raw, "recipe")
+    config = as_switch(family().parse_config(raw, "recipe"))
     slots = (config.experts.num_experts,) * config.experts.num_layers
     s = Settings(config, PlainProducts("float32", "float32"), DenseDispatch(), slots, vocab_size)
     return SwitchTransformer(s, Initial(recipe.seed))

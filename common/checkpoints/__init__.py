@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from common.checkpoints.checkpoint import Checkpoint, TensorSource
-from common.checkpoints.hugging_face import INDEX as SHARDS
-from common.checkpoints.hugging_face import SINGLE, is_hugging_face, open_hugging_face, write_hugging_face
+from common.checkpoints.checkpoint import Checkpoint, TensorSource, read_asset
+from common.checkpoints.hugging_face import is_hugging_face, open_hugging_face, write_hugging_face
 from common.checkpoints.orbax import METADATA, is_orbax, open_orbax, write_orbax
 from common.checkpoints.safetensors_file import TensorRef
 from common.checkpoints.t5x import INDEX, is_t5x_index, open_t5x, read_msgpack, write_t5x
+from common.checkpoints.weight_files import ADAPTER, has_weights, places, what_instead
 from common.errors import CheckpointError
 
 EXPECTED = (
@@ -34,9 +34,11 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     Raises CheckpointError that names the directory, file or tensor at fault.
     """
     path = Path(path)
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; give the directory that holds it: {EXPECTED}")
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a checkpoint directory: {EXPECTED}")
-    if (path / SINGLE).is_file() or (path / SHARDS).is_file():
+    if has_weights(path):
         if config is not None:
             raise CheckpointError(
                 f"{path}: a Hugging Face directory, which has its own config.json; a config is taken for T5X and Orbax "
@@ -47,6 +49,13 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     if found is None:
         if is_hugging_face(path):
             return open_hugging_face(path)  # says what is missing
+        if (path / ADAPTER).is_file():
+            raise CheckpointError(f"{path}: no whole model here; {what_instead(path)}")
+        inside = places(path)
+        if inside:
+            raise CheckpointError(
+                f"{path}: no checkpoint here, but in directories below; give one of them: {', '.join(inside)}"
+            )
         what = "is empty" if not any(path.iterdir()) else "no checkpoint recognised here"
         raise CheckpointError(f"{path}: {what}; expected {EXPECTED}")
     folders = (found,) if found == path else (found, path)
@@ -96,6 +105,7 @@ __all__ = [
     "TensorSource",
     "find_arrays",
     "open_checkpoint",
+    "read_asset",
     "write_hugging_face",
     "write_orbax",
     "write_t5x",

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from common.dtypes import common_dtype
 from common.families import Family, ModelConfig, Shape
 
 
@@ -35,12 +36,17 @@ class TensorSource(Protocol):
         ...
 
 
+def read_asset(asset: Path | bytes) -> bytes:
+    """What a file that travels with a tenant holds."""
+    return asset if isinstance(asset, bytes) else asset.read_bytes()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Opened, checked against its config, nothing read yet.
 
     tensors: canonical name (see `common.families`) -> where it lies.
-    assets: tokenizer, chat template, configs: files that travel with the tenant, by file name.
+    assets: tokenizer, chat template, configs: files that travel with the tenant, by file name, or what they hold.
     notes: for people: what the checkpoint does not state and was taken by default.
     """
 
@@ -48,7 +54,7 @@ class Checkpoint:
     family: Family
     config: ModelConfig
     tensors: Mapping[str, TensorSource]
-    assets: Mapping[str, Path]
+    assets: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -57,7 +63,6 @@ class Checkpoint:
             yield name, ref.read()
 
     @property
-    def expert_dtype(self) -> str:
-        """The type of the expert weights (of the first, if they were mixed)."""
-        first = self.family.expert_tensor(self.config, 0, 0, self.config.experts.projections[0][0])
-        return self.tensors[first].dtype
+    def dtype(self) -> str:
+        """The type that holds every value of every tensor: their own if they agree."""
+        return common_dtype([ref.dtype for ref in self.tensors.values()])

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.checkpoints.checkpoint import Checkpoint
-from common.checkpoints.safetensors_file import TensorRef, read_header, write_file
+from common.checkpoints.safetensors_file import TensorRef, refuse_pointer, same_values, write_file
+from common.checkpoints.weight_files import ADAPTER, INDEX, SINGLE, find_weights, has_weights, read_json, what_instead
 from common.errors import CheckpointError
-from common.families import family_of
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from common.families import Family, ModelConfig, family_of
 
 # What travels with a tenant beside its weights: names that transformers' tokenizers and generate() look for.
 ASSETS = (
@@ -35,70 +34,101 @@ ASSETS = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError if it is missing, damaged or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: the file is missing; a checkpoint directory holds it beside the weights"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def is_hugging_face(path: Path) -> bool:
-    return (path / "config.json").is_file() or (path / SINGLE).is_file() or (path / INDEX).is_file()
+    return (path / "config.json").is_file() or has_weights(path)
 
 
-def _shards(path: Path) -> dict[str, TensorRef]:
-    """Every tensor of the directory's files, by its name on disk."""
-    if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX}: field 'weight_map' is missing or empty; fetch the file again")
-        headers: dict[str, dict[str, TensorRef]] = {}
-        refs = {}
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{path / INDEX}: tensor {name} points to {shard!r}, which is no file name")
-            if shard not in headers:
-                if not (path / shard).is_file():
-                    raise CheckpointError(f"{path / shard}: shard named in {INDEX} is missing; fetch it again")
-                headers[shard] = read_header(path / shard)
-            if name not in headers[shard]:
-                raise CheckpointError(
-                    f"{path / shard}: tensor {name} is missing, {INDEX} says it is here; fetch the shard again"
-                )
-            refs[name] = headers[shard][name]
-        return refs
-    if (path / SINGLE).is_file():
-        return read_header(path / SINGLE)
-    pickles = sorted(p.name for p in path.glob("*.bin"))
-    hint = (
-        f"; {pickles[0]} is a pickle, which can run code and is never read: convert it to safetensors first"
-        if pickles
-        else "; expected model.safetensors, or shards with model.safetensors.index.json"
-    )
-    raise CheckpointError(f"{path}: no safetensors weights here{hint}")
+# What wrappers put before, or into, the name of every tensor, and who they are.
+WRAPPERS = {
+    "base_model.model.": "PEFT's",
+    "module.": "DistributedDataParallel's or DeepSpeed's",
+    "_orig_mod.": "torch.compile's",
+    "_fsdp_wrapped_module.": "FSDP's",
+    "_checkpoint_wrapped_module.": "activation checkpointing's",
+}
+_ADAPTED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|ia3_l)\b")
 
 
 def open_hugging_face(path: Path) -> Checkpoint:
-    """Open a directory and check every tensor's name and shape against config.json. Reads headers alone."""
+    """Open a directory and check every tensor's name and shape against config.json.
+
+    Reads headers, and tables of embeddings that config.json says are one where the files hold several.
+    """
+    if not (path / "config.json").is_file() and (path / ADAPTER).is_file():
+        raise CheckpointError(f"{path}: no whole model here; {what_instead(path)}")
     raw = read_json(path / "config.json")
     where = str(path / "config.json")
     family = family_of(raw, where)
-    config = family.parse_config(raw, where)
-    files = _shards(path)
-    regions = family.locate(config, {name: ref.shape for name, ref in files.items()}, str(path))
+    fields = family.fields(raw, where)
+    config = family.parse(fields)
+    family.check_fields(fields)
+    on_disk, notes = find_weights(path, raw, family.ignored)
+    files = _renamed(path, on_disk, family)
+    config, untied = _untied(path, family, config, files)
+    defaults = ", ".join(f"{field} {value}" for field, value in fields.defaulted.items())
+    try:
+        regions = family.locate(config, {name: ref.shape for name, ref in files.items()}, str(path))
+    except CheckpointError as error:
+        if not fields.defaulted:
+            raise
+        raise CheckpointError(f"{error} (not in config.json, transformers' defaults taken: {defaults})") from error
     tensors = {name: files[region.file_tensor].at(region) for name, region in regions.items()}
+    for tensor in tensors.values():
+        tensor.check_type()
+    notes += [*fields.notes, *untied]
+    if fields.defaulted:
+        notes.append(f"config.json does not state {defaults}: transformers' defaults")
+    left_out = sorted(name for name in files if family.ignored.search(name))
+    if left_out:
+        notes.append(f"{len(left_out)} tensors that the model does not use were left out, first {left_out[0]}")
     assets = {name: path / name for name in ASSETS if (path / name).is_file()}
+    for file in assets.values():
+        refuse_pointer(file)
     if "generation_config.json" in assets:
         read_json(assets["generation_config.json"])  # engines read it: refuse a broken one here
-    return Checkpoint(path, family, config, tensors, assets)
+    return Checkpoint(path, family, config, tensors, assets, tuple(notes))
+
+
+def _renamed(path: Path, files: Mapping[str, TensorRef], family: Family) -> dict[str, TensorRef]:
+    """Tensors by the names that they have in a whole model. Raises CheckpointError for names of wrapped models."""
+    adapted = next((name for name in files if _ADAPTED.search(name)), None)
+    if adapted is not None:
+        raise CheckpointError(
+            f"{path}: tensor {adapted} is an adapter's, which was not merged into the weights; "
+            "merge it with PEFT's merge_and_unload and save the model again"
+        )
+    for part, whose in WRAPPERS.items():
+        wrapped = next((name for name in files if f".{part}" in f".{name}"), None)
+        if wrapped is not None:
+            raise CheckpointError(
+                f"{path}: tensor {wrapped} has {whose} prefix {part!r} in its name; "
+                "save the model that is wrapped, or take the prefix out of all names"
+            )
+    found: dict[str, TensorRef] = {}
+    for name, ref in files.items():
+        plain = family.file_name_of(name)
+        if plain in found or (plain != name and plain in files):
+            raise CheckpointError(f"{path}: holds {plain} twice, with and without a prefix; remove one of them")
+        found[plain] = ref
+    return found
+
+
+def _untied(
+    path: Path, family: Family, config: ModelConfig, files: Mapping[str, TensorRef]
+) -> tuple[ModelConfig, list[str]]:
+    """The config with tables untied that differ, and notes. transformers does the same (`tie_weights`): a table that a
+    file holds is never replaced by another one's values."""
+    there = [name for name in family.tied_tables(config) if name in files]
+    for name in there if len(there) > 1 else ():
+        files[name].check_type()
+    differing = [name for name in there[1:] if not same_values(files[there[0]], files[name])]
+    if not differing:
+        return config, []
+    config = family.parse_config(family.untied(config, differing), str(path / "config.json"))
+    return config, [
+        f"{name} is served as it is: config.json ties it to {there[0]} (tie_word_embeddings), but their values differ"
+        for name in differing
+    ]
 
 
 def write_hugging_face(

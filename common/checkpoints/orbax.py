@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from common.checkpoints.checkpoint import Checkpoint
-from common.checkpoints.hugging_face import read_json
 from common.checkpoints.t5x import INDEX, PLACEHOLDER, assemble, inline, read_msgpack
 from common.checkpoints.t5x_names import EMBEDDING, stream_arrays
 from common.checkpoints.tensorstore_array import ArrayOnDisk, even_chunks, open_array, require, write_array
+from common.checkpoints.weight_files import read_json
 from common.errors import CheckpointError
 
 METADATA = "_METADATA"

@@ -8,9 +8,10 @@ size, JSON, data), so that a tensor can be mapped in place, bfloat16 included.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.checkpoints.mapping import map_bytes
-from common.dtypes import BY_NAME
+from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError
 from common.families import Region, Shape
 
@@ -33,7 +34,7 @@ class TensorRef:
     file_tensor: str
     dtype: str
     shape: Shape
-    offset: int
+    offset: int  # of a type that weights do not have, `dtype` is the header's code
 
     @property
     def nbytes(self) -> int:
@@ -75,18 +76,65 @@ class TensorRef:
         start = (region.index * rows + region.rows[0]) * columns * itemsize
         return replace(self, shape=region.shape, offset=self.offset + start)
 
+    def check_type(self) -> None:
+        """Raises CheckpointError if the values are not of one of the three types that weights have."""
+        if self.dtype in BY_NAME:
+            return
+        if self.dtype == "F64":
+            why = "is float64 (F64); convert it to float32, which holds what a model needs, and save it again"
+        else:
+            why = (
+                f"has type {self.dtype}; weights must be F32, F16 or BF16 "
+                "(quantised checkpoints are not supported, give the original)"
+            )
+        raise CheckpointError(f"{self.path}: tensor {self.file_tensor} {why}")
+
+    def chunks(self, chunk_bytes: int = 16 << 20) -> Iterator[np.ndarray]:
+        """The values in order, float32, at most `chunk_bytes` of the file at a time. Raises CheckpointError."""
+        step = max(1, chunk_bytes // _TYPES[self.dtype].itemsize)
+        size = math.prod(self.shape)
+        for start in range(0, size, step):
+            offset = self.offset + start * _TYPES[self.dtype].itemsize
+            part = replace(self, shape=(min(step, size - start),), offset=offset)
+            yield to_float32(part.read())
+
+
+def same_values(a: TensorRef, b: TensorRef) -> bool:
+    """Whether two tensors hold equal numbers, whatever their types; memory for one chunk of each.
+
+    NaN equals nothing. Raises CheckpointError.
+    """
+    if a.shape != b.shape:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(a.chunks(), b.chunks(), strict=True))
+
 
 # Weights are floats; a store's own files also hold bytes.
 _TYPES: dict[str, np.dtype[Any]] = {**BY_NAME, "uint8": np.dtype(np.uint8)}
-_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by the codes of the header
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}  # by the codes of the header
+
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
-def read_header(path: Path, *, with_bytes: bool = False) -> dict[str, TensorRef]:
-    """The tensors of one file. with_bytes: U8 is allowed beside floats.
+def refuse_pointer(path: Path) -> None:
+    """Raises CheckpointError if a file holds git-lfs's pointer to its content in place of that."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(_LFS)) == _LFS
+    except OSError:
+        return  # whoever reads it says why
+    if pointer:
+        raise CheckpointError(
+            f"{path}: is a git-lfs pointer, the file itself was never fetched; "
+            "run `git lfs pull` in the repository that it comes from"
+        )
 
-    Raises CheckpointError if it is missing, damaged, or holds other types.
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """The tensors of one file, of any type: `TensorRef.check_type` refuses what is none of weights.
+
+    Raises CheckpointError if it is missing or damaged.
     """
-    names_of_types = _NAMES | ({"U8": "uint8"} if with_bytes else {})
     if not path.is_file():
         raise CheckpointError(f"{path}: the file is missing; fetch the checkpoint again")
     try:
@@ -96,25 +144,37 @@ def read_header(path: Path, *, with_bytes: bool = False) -> dict[str, TensorRef]
             (header_size,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(header_size))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
+        refuse_pointer(path)
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged, fetch it again"
+            f"{path}: not a whole safetensors file ({_shortfall(path) or error}); "
+            "it is truncated or damaged, fetch it again"
         ) from error
     refs = {}
     for name in names:
         entry = header[name]
-        if entry["dtype"] not in names_of_types:
-            raise CheckpointError(
-                f"{path}: tensor {name} has type {entry['dtype']}; weights must be F32, F16 or BF16 "
-                "(quantised checkpoints are not supported, give the original)"
-            )
         refs[name] = TensorRef(
             path=path,
             file_tensor=name,
-            dtype=names_of_types[entry["dtype"]],
+            dtype=_NAMES.get(entry["dtype"], entry["dtype"]),
             shape=tuple(entry["shape"]),
             offset=8 + header_size + entry["data_offsets"][0],
         )
     return refs
+
+
+def _shortfall(path: Path) -> str | None:
+    """How much of a file has not arrived, if its header can tell."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            if header_size > size:
+                return None
+            header = json.loads(file.read(header_size))
+        end = 8 + header_size + max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error):
+        return None
+    return f"{size} of {end} bytes are here" if isinstance(end, int) and size < end else None
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -8,6 +8,7 @@ Source: google-research/t5x, t5x/checkpoints.py; google/flax, flax/serialization
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from common.checkpoints.checkpoint import Checkpoint
-from common.checkpoints.hugging_face import ASSETS, read_json
+from common.checkpoints.hugging_face import ASSETS
+from common.checkpoints.safetensors_file import refuse_pointer
 from common.checkpoints.t5x_config import FAMILY, config_for
 from common.checkpoints.t5x_names import locate, stream_arrays
 from common.checkpoints.tensorstore_array import (
@@ -27,6 +29,7 @@ from common.checkpoints.tensorstore_array import (
     require,
     write_array,
 )
+from common.checkpoints.weight_files import read_json
 from common.dtypes import BY_NAME
 from common.errors import CheckpointError
 
@@ -35,6 +38,9 @@ VERSION = 3
 # Version 2 differs in one thing: bfloat16 arrays lie as uint16 (t5x/checkpoints.py, comment at VERSION).
 READABLE_VERSIONS = (2, VERSION)
 CHUNK_BYTES = 64 << 20
+# T5's vocabulary by transformers' name, and all that a tokenizer can be made of.
+VOCABULARY = "spiece.model"
+TOKENIZERS = (VOCABULARY, "tokenizer.json", "tokenizer.model")
 PLACEHOLDER = ("PLACEHOLDER://", "AGGREGATED://")
 
 _ARRAY, _SCALAR = 1, 3
@@ -50,6 +56,7 @@ def read_msgpack(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    refuse_pointer(path)
     if data.startswith(b"model_checkpoint_path"):
         raise CheckpointError(
             f"{path}: belongs to a TensorFlow checkpoint; convert it with T5X's convert_tf_checkpoint.py first"
@@ -114,14 +121,32 @@ def assemble(
 ) -> Checkpoint:
     """A checkpoint from the arrays of a T5X tree, by their names in it. Raises CheckpointError."""
     given = read_json(config) if config is not None else None
-    raw, notes = config_for({name: a.shape for name, a in arrays.items()}, str(path), given, str(config))
+    raw, decided = config_for({name: a.shape for name, a in arrays.items()}, str(path), given, str(config))
     where = str(config) if config is not None else f"{path} (config made from its arrays)"
-    parsed = FAMILY.parse_config(raw, where)
+    fields = FAMILY.fields(raw, where)
+    parsed = FAMILY.parse(fields)
+    FAMILY.check_fields(fields)
     tensors = locate(FAMILY.all_shapes(parsed), parsed.experts.num_experts, arrays)
-    assets = {name: folder / name for folder in reversed(asset_folders) for name in ASSETS if (folder / name).is_file()}
-    if config is not None:
-        assets["config.json"] = config
-    return Checkpoint(path, FAMILY, parsed, tensors, assets, notes)
+    assets: dict[str, Path | bytes] = {
+        name: folder / name for folder in reversed(asset_folders) for name in ASSETS if (folder / name).is_file()
+    }
+    notes = [*decided, *fields.notes, *_vocabulary(asset_folders, assets)]
+    # Whole, as it was decided: transformers tells by it which tokenizer a vocabulary belongs to.
+    assets["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
+    return Checkpoint(path, FAMILY, parsed, tensors, assets, tuple(notes))
+
+
+def _vocabulary(folders: tuple[Path, ...], assets: dict[str, Path | bytes]) -> list[str]:
+    """Take the one vocabulary along that lies here under T5X's own name, such as sentencepiece.model. Returns notes."""
+    if any(name in assets for name in TOKENIZERS):
+        return []
+    found = {p.name: p for folder in reversed(folders) for p in sorted(folder.glob("*.model"))}
+    if len(found) > 1:
+        return [f"no vocabulary taken, there are several ({', '.join(found)}); call the right one {VOCABULARY}"]
+    for name, file in found.items():
+        assets[VOCABULARY] = file
+        return [f"{name} is taken as the vocabulary ({VOCABULARY})"]
+    return []
 
 
 def _leaves(tree: Mapping[str, Any], file: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,8 +28,8 @@ PLAIN = {"dense_act_fn": "relu"}
 GATED = {"dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
 GATING_FIELDS = ("feed_forward_proj", "is_gated_act", "dense_act_fn")
 
-# transformers reads these for each other (SwitchTransformersConfig.attribute_map).
-ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+# flaxformer's names where one array holds a matrix of all layers; else each layer is layers_N.
+SCANNED = re.compile(r"(encoder|decoder)\.(encoder|decoder|layers|blocks?|layer_stack)\.")
 
 
 def config_for(
@@ -48,7 +48,7 @@ def config_for(
             f"{given_where}: model_type is {raw['model_type']!r}, but the checkpoint holds a Switch Transformer "
             f"({FAMILY.name}); give the config.json that belongs to it"
         )
-    for alias, field in ALIASES.items():
+    for alias, field in FAMILY.aliases.items():
         if raw.get(alias) is not None:
             raw.setdefault(field, raw[alias])
     for field, (value, reason) in told.fields.items():
@@ -91,6 +91,13 @@ class _Told:
 
     def __init__(self, shapes: Mapping[str, Shape], where: str):
         self.shapes, self.where = shapes, where
+        scanned = next((n for n in shapes if SCANNED.match(n)), None)
+        if scanned is not None:
+            raise CheckpointError(
+                f"{where}: array target.{scanned} is {list(shapes[scanned])}, one for all layers: this model was "
+                "trained with scanned layers (scan_layers), which Moetel does not read; restore it into the same model "
+                "without them, save that, and give it"
+            )
         vocab_size, d_model = self._shape("token_embedder.embedding", 2)
         heads, buckets = self._shape("encoder.relpos_bias.rel_embedding", 2)
         inner = self._shape("encoder.layers_0.attention.query.kernel", 2)[1]

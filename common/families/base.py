@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,6 +76,11 @@ class ModelConfig(ABC):
     is_encoder_decoder: ClassVar[bool] = False
     """Whether a prompt is read by an encoder, so that it takes no room from the answer."""
 
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether `lm_head.weight`, where it is a canonical tensor, is another one's values again."""
+        return False
+
 
 @dataclass(frozen=True)
 class Region:
@@ -97,9 +103,42 @@ class Family(ABC):
     default_eos_token_id: int | None = None
     """What transformers' config class takes where config.json does not have `eos_token_id`."""
 
-    @abstractmethod
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names of fields, as `attribute_map` of transformers' config class has them."""
+
+    ignored: ClassVar[re.Pattern[str]]
+    """Tensors that files may hold and no model reads; they are left out with a note."""
+
+    attention: ClassVar[re.Pattern[str]]
+    """Names of the attention's matrices."""
+
+    def fields(self, raw: Mapping[str, Any], where: str) -> Fields:
+        """A config.json with aliases resolved. Raises CheckpointError where an alias contradicts its field."""
+        return Fields(raw, where, self.name, self.aliases)
+
     def parse_config(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
         """Read a config.json. Raises CheckpointError for a missing field or one that is not supported."""
+        return self.parse(self.fields(raw, where))
+
+    @abstractmethod
+    def parse(self, fields: Fields) -> ModelConfig:
+        """`parse_config`, which adds to `fields.notes` what was decided between fields that disagree."""
+
+    @abstractmethod
+    def check_fields(self, fields: Fields) -> None:
+        """Refuse, by a CheckpointError that names it, a field that would change the maths; note unknown ones."""
+
+    def tied_tables(self, config: ModelConfig) -> tuple[str, ...]:
+        """Tensors that the config says are one. The first that a file holds is it; others may be there as well."""
+        return ()
+
+    def untied(self, config: ModelConfig, names: Sequence[str]) -> dict[str, Any]:
+        """`config.raw` changed so that each of `names`, which are of `tied_tables`, is a tensor of its own."""
+        raise NotImplementedError
+
+    def file_name_of(self, name: str) -> str:
+        """The name that a tensor of a file has in a whole model; transformers saves parts of one without its prefix."""
+        return name
 
     @abstractmethod
     def expert_tensor(self, config: ModelConfig, layer: int, expert: int, projection: str) -> str:
@@ -139,10 +178,26 @@ class Family(ABC):
 
 
 class Fields:
-    """Typed access to config.json whose errors name the file, the field and what was found."""
+    """Typed access to config.json whose errors name the file, the field and what was found.
 
-    def __init__(self, raw: Mapping[str, Any], where: str):
-        self.raw, self.where = raw, where
+    raw: with aliases under the names of their fields. notes: for people, what was decided.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str, family: str = "", aliases: Mapping[str, str] | None = None):
+        self.where, self.family = where, family
+        self.notes: list[str] = []
+        self.defaulted: dict[str, int] = {}  # sizes that the file does not state
+        self.given = raw
+        self.raw: dict[str, Any] = dict(raw)
+        for alias, field in (aliases or {}).items():
+            value = self.raw.pop(alias, None)
+            if value is None:
+                continue
+            if self.raw.get(field, value) != value:
+                raise self.error(
+                    alias, f"is {value!r}, but {field!r}, another name of it, is {self.raw[field]!r}; keep one of them"
+                )
+            self.raw[field] = value
 
     def error(self, field: str, why: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: field {field!r} {why}")
@@ -150,9 +205,11 @@ class Fields:
     def positive_int(self, field: str, default: int | None = None) -> int:
         value = self.raw.get(field)
         if value is None:
+            if default is None:
+                raise self.error(field, "is missing; a config.json that belongs to the weights states it")
             value = default
-        if value is None:
-            raise self.error(field, "is missing; a config.json that belongs to the weights states it")
+            if field not in self.raw:
+                self.defaulted[field] = default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(field, f"is {value!r}; expected a whole number above 0")
         return value
@@ -167,6 +224,14 @@ class Fields:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(field, f"is {value!r}; expected a number")
         return float(value)
+
+    def flag(self, field: str, default: bool) -> bool:
+        value = self.raw.get(field)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(field, f"is {value!r}; expected true or false")
+        return value
 
     def text(self, field: str, default: str) -> str:
         value = self.raw.get(field)

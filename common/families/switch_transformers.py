@@ -10,12 +10,13 @@ Positions count the sparse layers of the encoder, then those of the decoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from common.errors import CheckpointError
 from common.families.base import ExpertSpec, Family, Fields, ModelConfig, Region, Shape
+from common.families.config_fields import check_fields
 
 Side = Literal["encoder", "decoder"]
 SIDES: tuple[Side, Side] = ("encoder", "decoder")
@@ -28,15 +29,31 @@ SPARSE_LAYERS = "moetel_sparse_layers"
 # Relative positions have no end; this bounds what one request can take (attention grows with the square).
 MAX_POSITIONS = 4096
 
-# Saved by transformers before 4.0 and never used: cross-attention has no position bias.
-UNUSED = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$")
+# Not a field of Hugging Face's either: tables of their own where config.json says that all are `shared.weight`. The
+# output is scaled as for a tied head all the same, since transformers goes by the config there.
+UNTIED = "moetel_untied"
+
+SHARED, HEAD = "shared.weight", "lm_head.weight"
+TABLES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD)
+
+# The fields that `parse` reads.
+READ = frozenset(
+    """
+    d_model d_ff d_kv num_heads num_layers num_decoder_layers num_experts vocab_size dense_act_fn feed_forward_proj
+    is_gated_act router_bias router_dtype expert_capacity relative_attention_num_buckets
+    relative_attention_max_distance layer_norm_epsilon tie_word_embeddings num_sparse_encoder_layers
+    num_sparse_decoder_layers encoder_sparse_step decoder_sparse_step decoder_start_token_id pad_token_id
+    scale_decoder_outputs is_encoder_decoder moetel_untied moetel_sparse_layers
+    """.split()
+)
 
 
 @dataclass(frozen=True)
 class SwitchTransformersConfig(ModelConfig):
     """The fields of a Switch config.json that change the maths; names as in `transformers.SwitchTransformersConfig`.
 
-    sparse_layers: numbers of the sparse layers of each side. expert_capacity is what transformers drops tokens by;
+    sparse_layers: numbers of the sparse layers of each side. tie_word_embeddings: the decoder's output is scaled, and
+    all tables but `untied` are `shared.weight`. expert_capacity is what transformers drops tokens by;
     serving is dropless unless asked otherwise.
     """
 
@@ -55,8 +72,14 @@ class SwitchTransformersConfig(ModelConfig):
     layer_norm_epsilon: float
     tie_word_embeddings: bool
     decoder_start_token_id: int
+    untied: tuple[str, ...] = ()
 
     is_encoder_decoder: ClassVar[bool] = True
+
+    @property
+    def own_tables(self) -> tuple[str, ...]:
+        """The tables beside `shared.weight` that are tensors of their own."""
+        return self.untied if self.tie_word_embeddings else TABLES[1:]
 
     def layers(self, side: Side) -> int:
         """Number of layers of one side."""
@@ -71,17 +94,40 @@ class SwitchTransformersConfig(ModelConfig):
 
 
 class SwitchTransformersFamily(Family):
-    """See the module's docstring."""
+    """See the module's docstring. What config.json leaves out has the default of SwitchTransformersConfig."""
 
     name = "switch_transformers"
     default_eos_token_id = 1
+    aliases: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    }
+    # Saved by transformers before 4.0 and never used: cross-attention has no position bias.
+    ignored = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$")
 
-    def parse_config(self, raw: Mapping[str, Any], where: str) -> SwitchTransformersConfig:
-        fields = Fields(raw, where)
-        d_model, d_ff = fields.positive_int("d_model"), fields.positive_int("d_ff")
-        num_layers = fields.positive_int("num_layers")
-        num_decoder_layers = fields.positive_int("num_decoder_layers", default=num_layers)
+    attention = re.compile(r"\.(SelfAttention|EncDecAttention)\.")
+
+    def parse(self, fields: Fields) -> SwitchTransformersConfig:
+        raw = fields.raw
+        d_model, d_ff = fields.positive_int("d_model", default=768), fields.positive_int("d_ff", default=2048)
+        num_layers = fields.positive_int("num_layers", default=12)
+        # null is as many as the encoder's, absence the class's default.
+        num_decoder_layers = fields.positive_int(
+            "num_decoder_layers", default=num_layers if "num_decoder_layers" in raw else 12
+        )
         num_experts = fields.positive_int("num_experts", default=8)
+        if not fields.flag("is_encoder_decoder", True):
+            raise fields.error("is_encoder_decoder", "is false; a Switch Transformer has an encoder and a decoder")
+        tied = fields.flag("tie_word_embeddings", True)
+        if fields.flag("scale_decoder_outputs", tied) != tied:
+            raise fields.error(
+                "scale_decoder_outputs",
+                f"is {not tied} and tie_word_embeddings {tied}; Switch Transformers scale where they tie",
+            )
+        untied = raw.get(UNTIED) or ()
+        if not isinstance(untied, list | tuple) or not set(untied) <= set(TABLES[1:]):
+            raise fields.error(UNTIED, f"is {untied!r}; expected names among {', '.join(TABLES[1:])}")
         if raw.get("quantization_config"):
             raise fields.error(
                 "quantization_config", "is set; quantised checkpoints are not supported, give the original"
@@ -110,7 +156,7 @@ class SwitchTransformersFamily(Family):
             projections=(("wi_0", wi), ("wi_1", wi), ("wo", wo)) if gated else (("wi", wi), ("wo", wo)),
         )
         start = raw.get("decoder_start_token_id")
-        vocab_size = fields.positive_int("vocab_size")
+        vocab_size = fields.positive_int("vocab_size", default=32128)
         if start is None:
             start = raw.get("pad_token_id") or 0  # T5's: decoding starts from padding
         if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < vocab_size:
@@ -127,23 +173,37 @@ class SwitchTransformersFamily(Family):
             experts=experts,
             vocab_size=vocab_size,
             max_positions=MAX_POSITIONS,
-            raw=dict(raw),
+            raw=dict(fields.given),
             d_kv=fields.positive_int("d_kv", default=64),
             d_ff=d_ff,
-            num_heads=fields.positive_int("num_heads"),
+            num_heads=fields.positive_int("num_heads", default=12),
             num_layers=num_layers,
             num_decoder_layers=num_decoder_layers,
             sparse_layers=sparse,
             gated=gated,
             expert_capacity=fields.positive_int("expert_capacity", default=64),
-            router_bias=bool(raw.get("router_bias", False)),
+            router_bias=fields.flag("router_bias", False),
             router_dtype=router_dtype,
             relative_attention_num_buckets=buckets,
             relative_attention_max_distance=distance,
             layer_norm_epsilon=fields.number("layer_norm_epsilon", 1e-6),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
+            tie_word_embeddings=tied,
             decoder_start_token_id=start,
+            untied=tuple(name for name in TABLES if name in untied),
         )
+
+    def check_fields(self, fields: Fields) -> None:
+        check_fields(fields, READ)
+
+    def tied_tables(self, config: ModelConfig) -> tuple[str, ...]:
+        c = as_switch(config)
+        return tuple(n for n in TABLES if n not in c.untied) if c.tie_word_embeddings else ()
+
+    def untied(self, config: ModelConfig, names: Sequence[str]) -> dict[str, Any]:
+        return {**config.raw, UNTIED: [*names, *as_switch(config).untied]}
+
+    def file_name_of(self, name: str) -> str:
+        return name.removeprefix("switch_transformers.")
 
     def expert_tensor(self, config: ModelConfig, layer: int, expert: int, projection: str) -> str:
         return f"{config.experts.expert_layers[layer]}.experts.expert_{expert}.{projection}.weight"
@@ -151,9 +211,9 @@ class SwitchTransformersFamily(Family):
     def non_expert_shapes(self, config: ModelConfig) -> dict[str, Shape]:
         c = as_switch(config)
         d, inner, embedding = c.experts.hidden_size, c.num_heads * c.d_kv, (c.vocab_size, c.experts.hidden_size)
-        shapes: dict[str, Shape] = {"shared.weight": embedding}
+        shapes: dict[str, Shape] = {SHARED: embedding}
         for side in SIDES:
-            if not c.tie_word_embeddings:
+            if f"{side}.embed_tokens.weight" in c.own_tables:
                 shapes[f"{side}.embed_tokens.weight"] = embedding
             attentions = ("SelfAttention",) if side == "encoder" else ("SelfAttention", "EncDecAttention")
             for n in range(c.layers(side)):
@@ -175,20 +235,22 @@ class SwitchTransformersFamily(Family):
                     for projection, shape in c.experts.projections:
                         shapes[f"{_mlp(side, n)}.{projection}.weight"] = shape
             shapes[f"{side}.final_layer_norm.weight"] = (d,)
-        if not c.tie_word_embeddings:
-            shapes["lm_head.weight"] = embedding
+        if HEAD in c.own_tables:
+            shapes[HEAD] = embedding
         return shapes
 
     def locate(self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str) -> dict[str, Region]:
         c = as_switch(config)
         regions: dict[str, Region] = {}
-        # Tied, transformers uses the shared table whatever else the file holds; untied, older versions saved that once.
-        embeddings = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-        used = {*embeddings, "lm_head.weight"} if c.tie_word_embeddings else set()
+        # The checkpoint's reader has compared tied tables and found them equal; transformers takes whichever is there.
+        # Untied, older versions saved the embeddings, which they tied all the same, once.
+        tied = self.tied_tables(c)
+        alike = tied or TABLES[:3]
+        used = set(tied)
         for name, shape in self.all_shapes(c).items():
             source = name
-            if name in embeddings and name not in file_shapes:
-                source = next((n for n in embeddings if n in file_shapes), name)
+            if name in alike and name not in file_shapes:
+                source = next((n for n in alike if n in file_shapes), name)
             if source not in file_shapes:
                 raise CheckpointError(
                     f"{where}: tensor {name} is missing; the checkpoint is incomplete or config.json is another model's"
@@ -201,7 +263,7 @@ class SwitchTransformersFamily(Family):
                 )
             regions[name] = Region(source, shape)
             used.add(source)
-        unused = sorted(n for n in file_shapes if n not in used and not UNUSED.search(n))
+        unused = sorted(n for n in file_shapes if n not in used and not self.ignored.search(n))
         if unused:
             raise CheckpointError(
                 f"{where}: {len(unused)} tensors that a Switch Transformer of this config does not have, first "
@@ -211,9 +273,9 @@ class SwitchTransformersFamily(Family):
 
     def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         c = as_switch(config)
-        raw = {k: v for k, v in c.raw.items() if k not in ("torch_dtype", "_name_or_path", SPARSE_LAYERS)}
+        raw = {k: v for k, v in c.raw.items() if k not in ("torch_dtype", "_name_or_path", SPARSE_LAYERS, UNTIED)}
         for side in SIDES:
-            if _by_step(Fields(raw, "config"), side, c.layers(side)) != c.sparse_layers[side]:
+            if _by_step(self.fields(raw, "config"), side, c.layers(side)) != c.sparse_layers[side]:
                 raise CheckpointError(
                     f"sparse {side} layers {list(c.sparse_layers[side])} of {c.layers(side)} are not every n-th from "
                     "the second, which is all that Hugging Face's config can say; keep this model as T5X or Orbax"
@@ -270,10 +332,12 @@ def _by_step(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
     """
     step = fields.raw.get(f"{side}_sparse_step")
     if step is None:
+        # transformers divides before it reads num_hidden_layers, the other name of this field.
+        divided = num_layers if side == "decoder" or "num_layers" in fields.given else 12
         sparse = fields.raw.get(f"num_sparse_{side}_layers", 3)
         if not isinstance(sparse, int) or isinstance(sparse, bool) or sparse < 0:
             raise fields.error(f"num_sparse_{side}_layers", f"is {sparse!r}; expected a whole number from 0")
-        step = num_layers // sparse if sparse else num_layers
+        step = divided // sparse if sparse else divided
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise fields.error(f"{side}_sparse_step", f"is {step!r}; expected a whole number from 0")
     return tuple(i for i in range(num_layers) if step and (step == 1 or i % step == 1))

@@ -54,6 +54,8 @@ TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # tenant.
 IN_FLIGHT_BYTES = 1 << 30
 
+HALVES = "--dtype bfloat16 takes half the memory, and rounds"
+
 Slots = int | Literal["all"] | None
 
 
@@ -113,7 +115,7 @@ class _Source:
     family: Family
     config: ModelConfig
     refs: Mapping[str, TensorSource]
-    assets: Mapping[str, Path]
+    assets: Mapping[str, Path | bytes]
     ids: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     read_notes: tuple[str, ...] = ()
@@ -138,12 +140,13 @@ class _Source:
     def from_store(cls, store: Store, name: str) -> _Source:
         tenant = store.tenant(name)
         refs: dict[str, TensorSource] = {tensor: store.ref(name, tensor) for tensor in tenant.tensors}
-        assets = {file: store.assets_dir(name) / file for file in tenant.assets}
+        assets: dict[str, Path | bytes] = {}
         for file, entry in tenant.assets.items():
             # They are copied and hashed anew: damage would become what the store says is right.
-            what = asset_damage(assets[file], entry["sha256"])
+            assets[file] = asset = store.assets_dir(name) / file
+            what = asset_damage(asset, entry["sha256"])
             if what is not None:
-                raise StoreError(f"{assets[file]}: {what}; restore it from a backup or build the store again")
+                raise StoreError(f"{asset}: {what}; restore it from a backup or build the store again")
         return cls(
             name,
             tenant.source,
@@ -182,7 +185,7 @@ def build_store(
     calibration: tenant -> examples of its use, measured with the family's engine before planning, and kept.
     traffic: tenant -> how many requests it has where a tenant that is not named has one.
     configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see `open_checkpoint`.
-    dtype: the store's type; auto keeps the tenants' own if they agree, else float32, so that nothing is lost.
+    dtype: the store's type; auto is that of all tensors of all tenants if they agree, else float32: nothing is rounded.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
@@ -206,7 +209,14 @@ def build_store(
     sources = [_Source.from_checkpoint(name, open_checkpoint(place, configs.get(name))) for name, place in pairs]
     _check_agreement(sources)
     if dtype == "auto":
-        dtype = common_dtype([_expert_dtype(s) for s in sources])
+        types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
+        dtype = common_dtype(types)
+        if len(types) > 1:
+            listed = f"{', '.join(types[:-1])} and {types[-1]}"
+            for source in sources:
+                if any(ref.dtype != dtype for ref in source.refs.values()):
+                    note = f"the store is {dtype}, which holds {listed} without rounding; {HALVES}"
+                    source.read_notes = (*source.read_notes, note)
     check_dtype(dtype)
     amount = _resolve(settings, sources, dtype)
     if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
@@ -468,11 +478,6 @@ def _check_name(name: str) -> None:
             f"tenant name {name!r} is not allowed; use letters, digits, '.', '_' and '-', "
             "starting with a letter or digit"
         )
-
-
-def _expert_dtype(source: _Source) -> str:
-    first = source.family.expert_tensor(source.config, 0, 0, source.config.experts.projections[0][0])
-    return source.refs[first].dtype
 
 
 def _check_agreement(sources: Sequence[_Source]) -> None:

@@ -19,17 +19,21 @@ def decide_generation(name: str, checkpoint: Checkpoint) -> GenerationConfig:
     """
     with tempfile.TemporaryDirectory() as folder:
         # Serving has these files and no others, so the checkpoint's own directory would prove too much.
-        for file, path in checkpoint.assets.items():
-            (Path(folder) / file).symlink_to(path.resolve())
+        for file, asset in checkpoint.assets.items():
+            if isinstance(asset, bytes):
+                (Path(folder) / file).write_bytes(asset)
+            else:
+                (Path(folder) / file).symlink_to(asset.resolve())
         text = TenantText(name, Path(folder))
         try:
             text.check()
         except StoreError as error:
             raise CheckpointError(str(error).replace(folder, str(checkpoint.path))) from error
+    given, config = checkpoint.assets.get(generation.FILE), checkpoint.assets.get("config.json")
     return generation.decide(
         checkpoint.config,
-        checkpoint.assets.get(generation.FILE),
+        given if isinstance(given, Path) else None,
         default_eos=checkpoint.family.default_eos_token_id,
         tokenizer_eos=None if text.tokenizer is None else text.tokenizer.eos_token_id,
-        where=str(checkpoint.assets.get("config.json", checkpoint.path)),
+        where=str(config if isinstance(config, Path) else checkpoint.path),
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from common.checkpoints.checkpoint import read_asset
 from common.checkpoints.safetensors_file import TensorRef, fsync, read_header, write_file
 from common.dtypes import BY_NAME
 from common.errors import CheckpointError, StoreError
@@ -59,7 +60,7 @@ class Objects:
         """Where an object lies. Checks name, type, shape and size from the header, not the content (see `damage`)."""
         path = self.path(object_id)
         try:
-            header = read_header(path, with_bytes=True)
+            header = read_header(path)
         except CheckpointError as error:
             raise StoreError(f"{error}; build the store again or restore this file from a backup") from error
         ref = header.get(TENSOR)
@@ -107,12 +108,12 @@ class Objects:
         return sorted(p for p in self.root.glob("*/*") if p.suffix != ".safetensors" or p.stem not in keep)
 
 
-def save_assets(root: Path, assets: Mapping[str, Path]) -> tuple[str, dict[str, dict[str, Any]]]:
+def save_assets(root: Path, assets: Mapping[str, Path | bytes]) -> tuple[str, dict[str, dict[str, Any]]]:
     """Copy a tenant's small files into a folder named by their content.
 
     Returns the folder's name, and file -> sha256 and bytes.
     """
-    contents = {name: path.read_bytes() for name, path in sorted(assets.items())}
+    contents = {name: read_asset(asset) for name, asset in sorted(assets.items())}
     files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in contents.items()}
     folder = hashlib.sha256(repr([(n, f["sha256"]) for n, f in files.items()]).encode()).hexdigest()[:24]
     target = root / folder

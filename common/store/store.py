@@ -264,7 +264,7 @@ class Store:
         ]
         for layer, expert, projection, tensor in self.family.iter_expert_tensors(tenant.config):
             names.append((tensor, partial_function(self._served_matrix, name, layer, expert, projection)))
-        if tenant.config.raw.get("tie_word_embeddings"):
+        if tenant.config.head_is_tied:
             names = [(tensor, read) for tensor, read in names if tensor != "lm_head.weight"]
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
@@ -336,7 +336,7 @@ def non_expert_bytes(family: Family, config: ModelConfig, dtype: str) -> int:
     """Bytes of one tenant's non-expert weights; a tied head counts once."""
     total = 0
     for name, shape in family.non_expert_shapes(config).items():
-        if name == "lm_head.weight" and config.raw.get("tie_word_embeddings"):
+        if name == "lm_head.weight" and config.head_is_tied:
             continue
         total += int(np.prod(shape, dtype=np.int64))
     return total * BY_NAME[dtype].itemsize

@@ -196,7 +196,7 @@ def test_written_types_and_chunks(hf: Path, tmp_path: Path) -> None:
     array = json.loads((tmp_path / "target.encoder.layers_1.mlp.expert.wi.kernel" / ".zarray").read_text())
     assert array["chunks"] == [1, 16, 24]  # an expert can be read alone
     found = open_checkpoint(tmp_path)
-    assert found.expert_dtype == "bfloat16" and found.notes == ()
+    assert found.dtype == "bfloat16" and found.notes == ()
     assert as_switch(found.config).relative_attention_max_distance == 20
 
 

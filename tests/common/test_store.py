@@ -151,7 +151,10 @@ def test_dtypes(family: Family, tmp_path: Path) -> None:
     mixed = {"base": family.paths["base"], "half": half, "narrow": narrow}
     auto = build_store(tmp_path / "auto", mixed)
     assert auto.dtype == "float32"
+    assert auto.tenant("base").notes == ()
     assert auto.tenant("half").notes == (
+        "the store is float32, which holds bfloat16, float16 and float32 without rounding; "
+        "--dtype bfloat16 takes half the memory, and rounds",
         f"{len(auto.tenant('half').tensors)} tensors converted from bfloat16 to float32 (without loss)",
     )
     name = "model.norm.weight"

@@ -53,7 +53,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         config(encoder_sparse_step=0, decoder_sparse_step=0),
         "leaves no sparse layer; a model without experts has none to share",
     ),
-    "no d_model": (config(d_model=...), "field 'd_model' is missing"),
+    "no d_model": (config(d_model=...), "implies \\[96, 768\\]; .*defaults taken: d_model 768"),
     "activation": (config(dense_act_fn="tanh"), "field 'dense_act_fn' is 'tanh'; supported: relu"),
     "router dtype": (config(router_dtype="int8"), "field 'router_dtype' is 'int8'; supported: float32"),
     "start token": (

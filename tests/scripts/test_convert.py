@@ -82,7 +82,7 @@ def test_assets_notes_and_configs(hf: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("to", ["t5x", "orbax"])
 def test_types(to: str, hf: Path, tmp_path: Path) -> None:
     assert to_t5x(hf, tmp_path / "narrow", "--to", to, "--dtype", "bfloat16") == 0
-    assert open_checkpoint(tmp_path / "narrow").expert_dtype == "bfloat16"
+    assert open_checkpoint(tmp_path / "narrow").dtype == "bfloat16"
     assert to_hf(tmp_path / "narrow", tmp_path / "back") == 0
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     model = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / "back")

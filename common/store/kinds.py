@@ -1,0 +1,119 @@
+"""What kind of fine-tune each tenant is, beside another tenant of its store.
+
+Which tensors are equal is told by the manifest alone, nothing is read for it. The rank of what moved is measured on a
+sample: a few experts, and of large matrices some rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.dtypes import to_float32
+from common.errors import CheckpointError, StoreError
+from common.store.store import Store
+
+# Experts whose differences are measured, spread over all that moved.
+SAMPLED_EXPERTS = 4
+# Rows of a matrix that are read. A difference of rank r has rank r in these, if r is well below their number.
+SAMPLED_ROWS = 512
+# A difference counts as of low rank up to this share of the largest that its sample can have.
+LOW = 0.5
+
+# Bits of the stored mantissa of each type.
+_MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a tenant differs from a reference.
+
+    moved, positions: experts that differ, of how many. non_experts: differing non-expert tensors; attention_only: all
+    of them attention's. rank: of all differences measured, at most; None for more than low rank, or not measured.
+    measured: experts that the rank was measured on.
+    """
+
+    moved: int
+    positions: int
+    non_experts: int
+    attention_only: bool
+    rank: int | None = None
+    measured: int = 0
+
+    def __str__(self) -> str:
+        if not self.moved:
+            if not self.non_experts:
+                return "identical"
+            return "attention only" if self.attention_only else "non-expert weights only"
+        experts = f"{self.moved} of {self.positions} experts moved"
+        if self.rank is not None:
+            found = f"low rank {self.rank}" if self.rank else "rounding alone"
+            return f"{found}, {experts} (measured on {self.measured})"
+        return "full" if self.moved == self.positions else experts
+
+
+def reference_of(store: Store) -> str:
+    """The tenant that others are compared with: `base` if there is one, else the first."""
+    return "base" if "base" in store.tenants else store.tenants[0]
+
+
+def kind_of(store: Store, name: str, reference: str) -> Kind:
+    """Compare two tenants. Reads at most `SAMPLED_ROWS` rows of the matrices of `SAMPLED_EXPERTS` experts.
+
+    Raises UnknownTenantError.
+    """
+    mine, base = store.tenant(name), store.tenant(reference)
+    spec, family = store.experts, store.family
+    moved = [
+        (layer, expert)
+        for layer in range(spec.num_layers)
+        for expert in range(spec.num_experts)
+        if any(
+            mine.tensors[family.expert_tensor(mine.config, layer, expert, p)]
+            != base.tensors[family.expert_tensor(base.config, layer, expert, p)]
+            for p, _ in spec.projections
+        )
+    ]
+    names = {**family.non_expert_shapes(mine.config), **family.non_expert_shapes(base.config)}
+    others = [n for n in names if mine.tensors.get(n) != base.tensors.get(n)]
+    attention_only = all(family.attention.search(n) for n in others)
+    found = Kind(len(moved), spec.num_positions, len(others), attention_only)
+    chosen = [moved[i] for i in np.unique(np.linspace(0, len(moved) - 1, SAMPLED_EXPERTS).astype(int))] if moved else []
+    largest = 0
+    for layer, expert in chosen:
+        for projection, _ in spec.projections:
+            try:
+                rank = _rank(store, name, reference, layer, expert, projection)
+            except (CheckpointError, StoreError):  # damage is for `moetel verify` to name
+                return found
+            if rank is None:
+                return found
+            largest = max(largest, rank)
+    return Kind(len(moved), spec.num_positions, len(others), attention_only, largest, len(chosen)) if chosen else found
+
+
+def _rank(store: Store, name: str, reference: str, layer: int, expert: int, projection: str) -> int | None:
+    """Rank of one matrix's difference, as far as rounding lets it be seen; None if it is more than low."""
+    mine = store.copy_refs(name, layer, expert)[projection].map()
+    base = store.copy_refs(reference, layer, expert)[projection].map()
+    rows = np.unique(np.linspace(0, len(mine) - 1, SAMPLED_ROWS).astype(int))
+    a, b = (to_float32(np.ascontiguousarray(m[rows])) for m in (mine, base))
+    difference = a.astype(np.float64) - b
+    # Singular values by the smaller side's products, largest first.
+    square = difference @ difference.T if len(rows) <= difference.shape[1] else difference.T @ difference
+    energies = np.clip(np.linalg.eigvalsh(square)[::-1], 0, None)
+    left = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    # What a sum of base and correction loses when it is rounded to the tenant's type, twice to be sure.
+    noise = 2 * _rounding_energy(a, store.dtype) + 1e-12 * left[0]
+    rank = int(np.argmax(left <= noise))
+    return rank if rank <= LOW * len(energies) else None
+
+
+def _rounding_energy(values: np.ndarray, dtype: str) -> float:
+    """Expected sum of squared errors of rounding to the type of `values`: a twelfth of the squared spacing each."""
+    bits = _MANTISSA[dtype]
+    if dtype == "float32" and not (values.view(np.uint32) & 0xFFFF).any():
+        bits = _MANTISSA["bfloat16"]  # widened for another tenant's sake
+    _, exponents = np.frexp(values)
+    return float(np.sum(np.exp2(2.0 * (exponents - 1 - bits)), where=values != 0) / 12)
