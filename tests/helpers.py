@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,11 @@ def shared_path(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is absent; set MOETEL_SHARED to the folder that holds it")
     return path
+
+
+def rest_slow(values: Iterable[Any], quick: int = 1) -> list[Any]:
+    """Parameters of which the first `quick` run by default, and the others where slow tests run, as in CI."""
+    return [v if i < quick else pytest.param(v, marks=pytest.mark.slow) for i, v in enumerate(values)]
 
 
 def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:

@@ -79,6 +79,7 @@ def test_similarity(tmp_path: Path) -> None:
     assert "distances / read" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_gpu_suite_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--device=cpu", "--tiny", f"--out={tmp_path}"]) == 0
     (written,) = tmp_path.glob("*-cpu.md")
@@ -120,6 +121,7 @@ SWITCH = ["--d-model=32", "--d-kv=8", "--d-ff=64", "--num-heads=4", "--num-layer
 SWITCH += ["--num-experts=4", "--vocab-size=96"]
 
 
+@pytest.mark.slow
 def test_switch_cpu(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     from benchmarks import switch_cpu
@@ -137,6 +139,7 @@ def test_switch_cpu(tmp_path: Path) -> None:
     assert float(found.split("largest difference ")[1].split(",")[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_switch_dispatch(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     from benchmarks import switch_dispatch
@@ -147,6 +150,7 @@ def test_switch_dispatch(tmp_path: Path) -> None:
     assert {"ragged_dot", "dense: every expert, then select"} <= {r["way"] for r in rows}
 
 
+@pytest.mark.slow
 def test_switch_tenants(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     from benchmarks import switch_tenants

@@ -17,6 +17,7 @@ TINY += ["--new-tokens=2", "--repeats=2", "--step-repeats=1", "--bandwidth-bytes
 TINY += ["--product-size=64"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["auto", "plain"])
 def test_switch_residuals(tmp_path: Path, products: str) -> None:
     outputs = [f"--json={tmp_path / 'rows.json'}", f"--markdown={tmp_path / 'table.md'}"]

@@ -31,6 +31,7 @@ from common.store.lock import exclusive
 from scripts import cli
 from tests import checkpoints, helpers
 from tests.common.conftest import Family
+from tests.helpers import rest_slow
 
 Experts = dict[str, np.ndarray]
 
@@ -156,7 +157,7 @@ def test_distances_and_the_next_plan_are_those_of_a_fresh_build(family: Family, 
     assert replan(path).plan == build_store(tmp_path / "fresh", rest, policy="round_robin").plan
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", rest_slow(["bfloat16", "float32"]))
 def test_residuals_bring_the_newcomer_nearer(dtype: str, family: Family, newcomer: Path, tmp_path: Path) -> None:
     errors, bare = [], 0.0
     for share in (0.0, 0.02, 0.1, 0.4, 3.0):

@@ -284,7 +284,7 @@ def test_a_flood_joins_few_steps_with_many_rows_where_tenants_cost_much(monkeypa
     assert 9 <= median(joined) <= 20
 
 
-@pytest.mark.parametrize("row_s", [0.05, 0.0])
+@pytest.mark.parametrize("row_s", rest_slow([0.0, 0.05]))
 def test_what_rows_cost_is_found_out_where_a_flood_was_first(monkeypatch: pytest.MonkeyPatch, row_s: float) -> None:
     """After many steps of one size nothing tells whether the others would be better off with smaller ones."""
     flood = Flooded.run(monkeypatch, row_s=row_s, steps=0)

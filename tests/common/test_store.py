@@ -34,6 +34,7 @@ from common.store import replan
 from common.store.lock import exclusive
 from tests import checkpoints, helpers
 from tests.common.conftest import Family
+from tests.helpers import rest_slow
 
 # The plans that these tests state are those of the paper's rule.
 build_store = partial(common.store.build_store, policy="round_robin")
@@ -181,7 +182,7 @@ def test_export_is_the_tenant_as_served(family: Family, tmp_path: Path, slots: A
     assert not (tmp_path / "out-nobody").exists()
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", rest_slow(range(25), 5))
 def test_a_flipped_bit_anywhere_is_found(store: Store, seed: int) -> None:
     rng = random.Random(seed)
     files = [p for p in sorted(store.path.rglob("*")) if p.is_file() and p.name != ".lock"]
@@ -325,7 +326,7 @@ BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[Moete
 }
 
 
-@pytest.mark.parametrize("existing", [False, True], ids=["new", "over a store"])
+@pytest.mark.parametrize("existing", rest_slow([True, False]), ids=["over a store", "new"])
 @pytest.mark.parametrize("kind", BAD_BUILDS)
 def test_a_refused_build_leaves_things_as_they_were(kind: str, existing: bool, family: Family, tmp_path: Path) -> None:
     make, error, message = BAD_BUILDS[kind]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from scripts import train_demo
 from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 from tests import helpers
+from tests.helpers import rest_slow
 
 EXAMPLES = helpers.REPOSITORY / "examples" / "tenants"
 NUMBERS = training_numbers()[:1000]
@@ -168,7 +169,7 @@ def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("how", [["-m", "scripts.train_demo"], ["scripts/train_demo.py"]])
+@pytest.mark.parametrize("how", rest_slow([["scripts/train_demo.py"], ["-m", "scripts.train_demo"]]))
 def test_it_starts_as_module_and_as_file(how: list[str]) -> None:
     """As a file, scripts/inspect.py must not stand in for the standard library's."""
     done = subprocess.run(
