@@ -19,6 +19,7 @@ from common.backend import Part, Step
 from common.engine import Engine
 from common.request import Output, Request
 from tests.fake_backend import FakeBackend, answer, fake_engine
+from tests.helpers import rest_slow
 
 TENANTS = ("a", "b", "c", "d")
 
