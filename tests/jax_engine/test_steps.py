@@ -145,7 +145,7 @@ def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: 
         arguments = [str(tmp_path / "store"), str(folder) if where == "named" else where]
         done = subprocess.run(
             [sys.executable, "-c", CACHED, *arguments], check=True, cwd=helpers.REPOSITORY, env=environment,
-            timeout=120, capture_output=True, text=True,
+            timeout=240, capture_output=True, text=True,
         )  # fmt: skip
         found: dict[str, int] = json.loads(done.stdout)
         return found

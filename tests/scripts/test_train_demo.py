@@ -173,7 +173,7 @@ def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_it_starts_as_module_and_as_file(how: list[str]) -> None:
     """As a file, scripts/inspect.py must not stand in for the standard library's."""
     done = subprocess.run(
-        [sys.executable, *how, "--help"], cwd=helpers.REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, *how, "--help"], cwd=helpers.REPOSITORY, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert "--base-steps" in done.stdout
