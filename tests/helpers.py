@@ -56,9 +56,13 @@ def shared_path(name: str) -> Path:
     return path
 
 
-def rest_slow(values: Iterable[Any], quick: int = 1) -> list[Any]:
-    """Parameters of which the first `quick` run by default, and the others where slow tests run, as in CI."""
-    return [v if i < quick else pytest.param(v, marks=pytest.mark.slow) for i, v in enumerate(values)]
+def rest_slow(values: Iterable[Any], quick: int = 1, names: int = 1) -> list[Any]:
+    """Parameters of which the first `quick` run by default, and the others where slow tests run, as in CI.
+
+    names: how many arguments each value is for.
+    """
+    rows = [v if names > 1 else (v,) for v in values]
+    return [pytest.param(*row, marks=pytest.mark.slow if i >= quick else ()) for i, row in enumerate(rows)]
 
 
 def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:

@@ -152,7 +152,11 @@ except SystemExit:
 """
     for arguments in (["--help"], ["serve", "--help"]):
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=helpers.REPOSITORY, timeout=240
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=helpers.REPOSITORY,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         loaded = done.stdout.splitlines()[-1]
