@@ -116,7 +116,7 @@ PARTS: dict[str, list[Part]] = {
 }
 
 
-@pytest.mark.parametrize("sizes", [(45, 70), (64, 128), (3, 5), (200, 33)], ids=str)
+@pytest.mark.parametrize("sizes", rest_slow([(45, 70), (64, 128), (3, 5), (200, 33)]), ids=str)
 def test_products_are_those_of_the_matrices(sizes: tuple[int, int]) -> None:
     hidden, inter = sizes
     shapes = {"wi": (inter, hidden), "wo": (hidden, inter)}
@@ -137,7 +137,9 @@ def test_a_projection_without_residuals_costs_nothing() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("way", rest_slow(["native", "loop", "ragged"], 2))
-@pytest.mark.parametrize(("tokens", "sizes"), [(1, (45, 70)), (7, (64, 128)), (150, (37, 90))], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), rest_slow([(7, (64, 128)), (1, (45, 70)), (150, (37, 90))], names=2), ids=str
+)
 def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, sizes: tuple[int, int]) -> None:
     hidden, inter = sizes
     names = ("wi_0", "wi_1") if gated else ("wi",)
@@ -304,7 +306,9 @@ def test_merged_copies_alone(small_family: SwitchFamily, tmp_path: Path) -> None
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [{"gated": True}, {"d_model": 40, "d_kv": 5, "d_ff": 70, "num_heads": 3, "vocab_size": 101, "num_experts": 7}],
+    rest_slow(
+        [{"gated": True}, {"d_model": 40, "d_kv": 5, "d_ff": 70, "num_heads": 3, "vocab_size": 101, "num_experts": 7}]
+    ),
     ids=["gated", "odd"],
 )
 def test_architectures(tmp_path: Path, sizes: dict[str, Any], options: dict[str, Any]) -> None:
@@ -320,6 +324,7 @@ def test_architectures(tmp_path: Path, sizes: dict[str, Any], options: dict[str,
             check(engine, engine.tenants[i], served(family, store)[i], vocab_size=base.config.vocab_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
 def test_bfloat16_stores(tmp_path: Path, options: dict[str, Any]) -> None:
     base = random_switch(4).to(torch.bfloat16)
@@ -330,6 +335,7 @@ def test_bfloat16_stores(tmp_path: Path, options: dict[str, Any]) -> None:
         check(engine, "ana", oracle_of_store(family.models[1].float(), store, "ana"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 virtual CPU devices: see tests/conftest.py")
 @pytest.mark.parametrize("slots", rest_slow([5, None]))
 @pytest.mark.parametrize("mesh", rest_slow([(1, 3), (2, 4)]), ids=str)
@@ -482,8 +488,10 @@ class HuggingFaceRouters:
             mlp.register_forward_hook(hook(layer))
 
 
-@pytest.mark.parametrize("options", [*EVERY_WAY, {"mesh": (2, 4)}], ids=str)
-@pytest.mark.parametrize(("slots", "capacity", "moved"), [(None, 2, False), (5, None, True), ("all", 3, True)])
+@pytest.mark.parametrize("options", rest_slow([*EVERY_WAY, {"mesh": (2, 4)}], 2), ids=str)
+@pytest.mark.parametrize(
+    ("slots", "capacity", "moved"), rest_slow([(5, None, True), (None, 2, False), ("all", 3, True)], names=3)
+)
 def test_an_observer_sees_what_hugging_faces_routers_do(
     small_family: SwitchFamily, tmp_path: Path, slots: Any, capacity: Any, options: dict[str, Any], moved: bool
 ) -> None:
