@@ -136,7 +136,7 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
         f"mean size {np.abs(theirs).mean():.3g}"
     )
     bandwidth = memory_bandwidth(args.bandwidth_bytes)
-    peak = matmul_rate(getattr(torch, args.dtype))
+    peak = matmul_rate(getattr(torch, args.dtype), args.product_size)
     report.note(
         f"memory read {bandwidth / 1e9:.1f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s, both of torch in this run"
     )
@@ -184,8 +184,8 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
     report.note(f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB")
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 4096) -> float:
-    """Operations a second of a large square product, torch's best."""
+def matmul_rate(dtype: torch.dtype, size: int) -> float:
+    """Operations a second of a square product of this size, torch's best."""
     a = torch.randn(size, size).to(dtype)
     best = float("inf")
     for _ in range(4):
@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--new-tokens", type=int, default=25)
     parser.add_argument("--scratch", help="folder for the random checkpoint and its store (two times its size)")
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
+    parser.add_argument("--product-size", type=int, default=4096, help="of the square product whose rate is the limit")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -108,7 +108,7 @@ def compare(args: argparse.Namespace, shape: SwitchShape, report: Report, engine
         f"logits of both sides on 8 tokens: largest difference {difference.max():.3g}, mean {difference.mean():.3g}, "
         f"mean size {np.abs(theirs).mean():.3g}"
     )
-    bandwidth, peak = memory_bandwidth(args.bandwidth_bytes), matmul_rate(torch.float32)
+    bandwidth, peak = memory_bandwidth(args.bandwidth_bytes), matmul_rate(torch.float32, args.product_size)
     report.note(
         f"memory read {bandwidth / 1e9:.1f} GB/s, float32 matrix product {peak / 1e9:.0f} GFLOP/s, of torch in this run"
     )
@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--new-tokens", type=int, default=25)
     parser.add_argument("--scratch", help="folder for the random checkpoint and its store (two times its size)")
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
+    parser.add_argument("--product-size", type=int, default=4096, help="of the square product whose rate is the limit")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

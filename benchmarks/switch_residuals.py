@@ -272,12 +272,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--step-repeats", type=int, default=7)
     parser.add_argument("--scratch", help="folder for the random checkpoint and its stores (three times its size)")
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
+    parser.add_argument("--product-size", type=int, default=4096, help="of the square product whose rate is the limit")
     args = parser.parse_args(argv)
     shape = switch_shape_of(args)
     report = Report("Residuals in the JAX engine on a CPU", COLUMNS)
     report.note(machine() + f", jax {jax.__version__}; load average {os.getloadavg()[0]:.1f} at the start")
     report.note(f"{shape}, {args.dtype}")
-    bandwidth, peak = memory_bandwidth(args.bandwidth_bytes), matmul_rate(torch.float32)
+    bandwidth, peak = memory_bandwidth(args.bandwidth_bytes), matmul_rate(torch.float32, args.product_size)
     report.note(
         f"memory read {bandwidth / 1e9:.1f} GB/s, float32 matrix product {peak / 1e9:.0f} GFLOP/s, of torch in this run"
     )

@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a family of three tenants, and a text tenant with a tokenizer."""
+"""Fixtures that many tests share. Nothing here imports a framework before a test asks for it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# One thread, before numpy or torch is imported: tiny products gain nothing from more, and threads that wait for each
+# other take processor time from the other tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-from transformers import MixtralForCausalLM
 
 from tests import helpers
+
+if TYPE_CHECKING:
+    from transformers import MixtralForCausalLM
 
 # Before anything imports jax: virtual devices for the tests of meshes. Others use the first one.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Many tests compile the same small steps.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"moetel-tests-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Each step is compiled for a few calls: XLA's passes would take longer than they save. CI runs the engines' tests with
+# them as well.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,11 @@ class Family:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_threads() -> Iterator[None]:
-    """One thread: tiny products gain nothing from more, and lose much where the cores are busy with other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def no_waiting_for_disks() -> Iterator[None]:
+    """Tests write thousands of small files; none has to survive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,25 +1,29 @@
-"""Checkpoints and oracles for tests, made with Hugging Face's code alone."""
+"""Checkpoints and oracles for tests, made with Hugging Face's code alone.
+
+Functions that need torch or transformers import them: tests of `common` use the others without either.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from common import Plan, build_store
 from common.consolidation import MERGED, MISS
 from common.dtypes import to_float32
 from common.residuals import SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
 from common.store import Store
+
+if TYPE_CHECKING:
+    from transformers import MixtralForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MOETEL_SHARED", REPOSITORY.parent / "shared"))
@@ -52,8 +56,20 @@ def shared_path(name: str) -> Path:
     return path
 
 
+def rest_slow(values: Iterable[Any], quick: int = 1, names: int = 1) -> list[Any]:
+    """Parameters of which the first `quick` run by default, and the others where slow tests run, as in CI.
+
+    names: how many arguments each value is for.
+    """
+    rows = [v if names > 1 else (v,) for v in values]
+    return [pytest.param(*row, marks=pytest.mark.slow if i >= quick else ()) for i, row in enumerate(rows)]
+
+
 def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:
     """Random weights wide enough that tokens spread over experts and greedy choices are clear."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
     torch.manual_seed(seed)
     # Eager experts take every shape; transformers' grouped products want aligned ones.
     model = MixtralForCausalLM(MixtralConfig(**(SIZES | changes), experts_implementation="eager")).eval()
@@ -70,6 +86,8 @@ def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:
 
 def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralForCausalLM:
     """A fine-tune: every weight moved, the experts' more the higher their index, so that distances differ."""
+    import torch
+
     found = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -84,6 +102,8 @@ def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralFo
 def adapted(model: Any, moved: Any, parts: Sequence[str]) -> Any:
     """A fine-tune that moved nothing but its experts and parameters whose names hold one of `parts`, like an adapter
     that was merged: of everything else `moved` takes the values of `model`."""
+    import torch
+
     found = copy.deepcopy(moved)
     with torch.no_grad():
         for (name, value), before in zip(found.named_parameters(), model.parameters(), strict=True):
@@ -97,7 +117,9 @@ def save(model: MixtralForCausalLM, path: Path, **options: Any) -> Path:
     return path
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> MixtralForCausalLM:
+def load(path: Path, dtype: Any = "float32") -> MixtralForCausalLM:
+    from transformers import MixtralForCausalLM
+
     return MixtralForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
 
 
@@ -114,21 +136,26 @@ def oracle(tenants: Sequence[MixtralForCausalLM], index: int, plan: Plan) -> Mix
     return model
 
 
-@torch.inference_mode()
 def hf_logits(model: MixtralForCausalLM, ids: Any, mask: Any = None) -> np.ndarray:
     """float32 [batch, seq, vocab]."""
+    import torch
+
+    given = torch.as_tensor(ids)
     attention_mask = None if mask is None else torch.as_tensor(mask)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(input_ids=torch.as_tensor(ids), attention_mask=attention_mask, position_ids=positions, use_cache=False)
+    with torch.inference_mode():
+        out = model(input_ids=given, attention_mask=attention_mask, position_ids=positions, use_cache=False)
     return out.logits.float().numpy()
 
 
-@torch.inference_mode()
 def hf_greedy(model: MixtralForCausalLM, prompt: Sequence[int], count: int, eos: int | None = None) -> list[int]:
     """New tokens of greedy generation, the row alone and unpadded."""
+    import torch
+
     ids = torch.tensor([list(prompt)])
     model.generation_config.eos_token_id = eos
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    with torch.inference_mode():
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     return out[0, len(prompt) :].tolist()
 
 
@@ -165,6 +192,8 @@ def fingerprint(path: Path) -> dict[str, str]:
 
 def oracle_of_store(store: Store, models: Sequence[MixtralForCausalLM], index: int) -> MixtralForCausalLM:
     """The tenant's Hugging Face model in float32, its experts set to what the store serves: copies plus residuals."""
+    import torch
+
     model = copy.deepcopy(models[index]).float()
     for layer in range(store.plan.num_layers):
         experts = model.model.layers[layer].mlp.experts

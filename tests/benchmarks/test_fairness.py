@@ -34,6 +34,7 @@ def test_saturation_is_what_full_steps_give() -> None:
     assert found == pytest.approx(32 / 4.2 / 25, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [ARITHMETIC, LITTLE], ids=["rows cost arithmetic", "rows cost a little"])
 def test_a_flood_moves_the_others_little_and_nobody_else_pays(steps: fairness.Steps) -> None:
     unbound, bound = options(math.inf), options()
@@ -54,6 +55,7 @@ def test_a_flood_moves_the_others_little_and_nobody_else_pays(steps: fairness.St
         assert a < (1.01 if not skew else 1.15) * b
 
 
+@pytest.mark.slow
 def test_where_tenants_cost_most_a_flood_brings_many_rows_to_few_steps() -> None:
     best = fairness.saturation(options(math.inf), TENANTS)
     found = [fairness.flooded(options(), TENANTS, 0.7 * best, 60.0, seed) for seed in range(6)]
@@ -67,6 +69,7 @@ def test_where_tenants_cost_most_a_flood_brings_many_rows_to_few_steps() -> None
     assert popular[0] < 1.1 * popular[1]
 
 
+@pytest.mark.slow
 def test_where_rows_cost_nothing_a_flood_takes_what_is_free() -> None:
     best = fairness.saturation(options(math.inf), NOTHING)
     for bound in (math.inf, 0.1):
@@ -74,6 +77,7 @@ def test_where_rows_cost_nothing_a_flood_takes_what_is_free() -> None:
         assert moved < 1.05 and given > 0.4 * best
 
 
+@pytest.mark.slow
 def test_a_batch_at_once_is_a_flood_until_the_device_could_have_answered_it() -> None:
     best = fairness.saturation(options(math.inf), LITTLE)
     moved = [fairness.flooded(options(b), LITTLE, 0.7 * best, 400.0, 0, round(100 * best))[0] for b in (math.inf, 0.1)]

@@ -31,6 +31,7 @@ def material(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_numbers_over_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--material", str(material(tmp_path)), "--seeds", "0", "1", "--tenants", "2", "--scored", "4", "--quiet"]
     methods = ["--methods", "round_robin", "average", "fit@0", "--calibration", "4"]
@@ -88,6 +89,7 @@ def test_another_recipe_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert leave.value.code == 1 and f"{root}/text/seed0/base: not there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_switch_as_more_variants_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("jax")
     options = ["--material", str(material(tmp_path)), "--tenants", "2", "3", "--scored", "3", "--quiet"]
@@ -106,6 +108,7 @@ def test_calibration_uses_training_numbers() -> None:
     assert {len(str(n)) for n in numbers} == {3, 4, 5}
 
 
+@pytest.mark.slow
 def test_training_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,10 @@ from benchmarks import switch_residuals
 TINY = ["--d-model=32", "--d-kv=8", "--d-ff=64", "--num-heads=4", "--num-layers=2", "--num-sparse-layers=1"]
 TINY += ["--num-experts=4", "--vocab-size=96", "--tokens", "1", "6", "--batch", "1", "3", "--prefill=16", "--prompt=5"]
 TINY += ["--new-tokens=2", "--repeats=2", "--step-repeats=1", "--bandwidth-bytes=10000000"]
+TINY += ["--product-size=64"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["auto", "plain"])
 def test_switch_residuals(tmp_path: Path, products: str) -> None:
     outputs = [f"--json={tmp_path / 'rows.json'}", f"--markdown={tmp_path / 'table.md'}"]

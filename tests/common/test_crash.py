@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import helpers
+from tests import checkpoints, helpers
 
 # Runs without torch, so that hundreds of forks cost little. Prints how often each outcome was seen.
 DRIVER = """
@@ -124,12 +124,12 @@ print(json.dumps(outcomes | {"steps": step}))
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["new", "replace", "add", "remove", "extend", "leave"])
 def test_dying_before_any_step(case: str, tmp_path: Path) -> None:
-    base = helpers.random_mixtral(0, num_hidden_layers=1, num_local_experts=2, hidden_size=8, intermediate_size=8)
-    checkpoints = [helpers.save(helpers.tuned(base, i), tmp_path / name) for i, name in enumerate("abc")]
+    base = checkpoints.random_mixtral(0, num_hidden_layers=1, num_local_experts=2, hidden_size=8, intermediate_size=8)
+    paths = [checkpoints.save(checkpoints.tuned(base, i), tmp_path / name) for i, name in enumerate("abc")]
     # In memory where there is such a place: hundreds of stores are written.
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as root:
-        command = [sys.executable, "-c", DRIVER, f"{root}/place", case, *map(str, checkpoints)]
+        command = [sys.executable, "-c", DRIVER, f"{root}/place", case, *map(str, paths)]
         out = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPOSITORY)
     assert out.returncode == 0, out.stderr[-3000:]
     outcomes = json.loads(out.stdout)

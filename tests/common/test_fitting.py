@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import MixtralForCausalLM
 
 from common import build_store
 from common.dtypes import BY_NAME, to_float32
@@ -27,7 +24,7 @@ from common.fitting import (
     weightings,
 )
 from common.residuals import part_matrix
-from tests import helpers
+from tests import checkpoints
 
 
 def correlated(seed: int, count: int, size: int) -> np.ndarray:
@@ -120,7 +117,7 @@ def test_without_samples_every_weight_counts_the_same() -> None:
 def test_truncation_is_the_best_of_its_rank_under_the_weights(outputs: int, inputs: int, rank: int) -> None:
     difference = np.random.default_rng(rank).standard_normal((outputs, inputs))
     weighting = weighted(rank, outputs, inputs)
-    values = torch.linalg.svdvals(torch.from_numpy(weighting.white(difference))).numpy() ** 2
+    values = np.linalg.svd(weighting.white(difference), compute_uv=False) ** 2
     best = values[rank:].sum() / values.sum()
     found = left_over(difference, weighting, Choice(((32, rank),)))
     assert found == pytest.approx(best, rel=1e-5)
@@ -266,36 +263,25 @@ def test_no_difference_has_an_empty_spectrum() -> None:
 RANK = 1
 
 
-def lora(model: MixtralForCausalLM, seed: int, size: float = 0.1) -> MixtralForCausalLM:
+def lora(model: checkpoints.Model, seed: int, size: float = 0.1) -> checkpoints.Model:
     """The model with a product of two matrices of rank `RANK` added to every projection of every expert."""
-    found = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-
-    def product(outputs: int, inputs: int) -> torch.Tensor:
-        a, b = (torch.randn(n, RANK, generator=generator) for n in (outputs, inputs))
-        return a @ b.T * size / RANK**0.5
-
-    with torch.no_grad():
-        for layer in found.model.layers:
-            experts = layer.mlp.experts
-            for e in range(len(experts.down_proj)):
-                hidden, inner = experts.down_proj.shape[1:]
-                change = torch.cat((product(inner, hidden), product(inner, hidden)))
-                experts.gate_up_proj[e] = (experts.gate_up_proj[e].float() + change).to(experts.gate_up_proj.dtype)
-                experts.down_proj[e] = (experts.down_proj[e].float() + product(hidden, inner)).to(
-                    experts.down_proj.dtype
-                )
-    return found
+    rng = np.random.default_rng(seed)
+    tensors = dict(model.tensors)
+    for name, value in model.tensors.items():
+        if ".experts." in name:
+            a, b = (rng.standard_normal((n, RANK)) for n in value.shape)
+            tensors[name] = (value.astype(np.float32) + a @ b.T * size / RANK**0.5).astype(value.dtype)
+    return checkpoints.Model(model.config, tensors)
 
 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merged_loras_are_rebuilt_from_a_few_bytes(dtype: str, with_base: bool, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 2, "num_hidden_layers": 1}
-    base = helpers.random_mixtral(0, **sizes).to(getattr(torch, dtype))
+    base = checkpoints.random_mixtral(0, **sizes).to(dtype)
     models = {"base": base} if with_base else {}
     models |= {"ana": lora(base, 1), "bob": lora(base, 2)}
-    paths = {n: helpers.save(m, tmp_path / n) for n, m in models.items()}
+    paths = {n: checkpoints.save(m, tmp_path / n) for n, m in models.items()}
     # Two tenants without their base differ by twice the rank. Factors in 32 bits (of bfloat16, whose differences are
     # rounded, in 16) are what an exact rebuilding needs: 5 % of one model's experts here, where matrices are small.
     store = build_store(tmp_path / "store", paths, policy="residual", extra=0.06)

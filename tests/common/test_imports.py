@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests import helpers
+from tests.common.conftest import ABSENT
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,16 @@ def test_imports_stay_apart(module: str, absent: tuple[str, ...]) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=helpers.REPOSITORY
     )
     assert out.stdout.strip() == "[]"
+
+
+def test_collecting_tests_of_common_imports_no_framework() -> None:
+    """What they import as they run is refused by `no_frameworks`."""
+    code = f"""
+import sys, pytest
+for name in {ABSENT!r}:
+    sys.modules[name] = None
+sys.exit(pytest.main(["tests/common", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider"]))
+"""
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPOSITORY)
+    assert out.returncode == 0, out.stdout[-3000:]

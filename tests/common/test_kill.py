@@ -13,7 +13,7 @@ import pytest
 
 from common import Store, build_store
 from tests import helpers
-from tests.conftest import Family
+from tests.common.conftest import Family
 
 BUILD = """
 import sys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -11,13 +10,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from common.checkpoints import TensorRef, open_checkpoint
 from common.similarity import Distances, compare, measure, tenant_pairs
-from tests import helpers
-from tests.conftest import Family
+from tests import checkpoints, helpers
+from tests.common.conftest import Family
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -47,8 +45,8 @@ def test_measure_equals_numpy_on_the_files(family: Family) -> None:
         for layer in range(2):
             for expert in range(4):
                 prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-                flat = [torch.cat([f[f"{prefix}.{w}.weight"].flatten() for w in ("w1", "w2", "w3")]) for f in files]
-                exact = float((flat[a].double() - flat[b].double()).norm())
+                flat = [np.concatenate([f[f"{prefix}.{w}.weight"].ravel() for w in ("w1", "w2", "w3")]) for f in files]
+                exact = float(np.linalg.norm(flat[a].astype(np.float64) - flat[b]))
                 assert found.matrix[pair, layer, expert] == pytest.approx(exact, rel=1e-6)
     np.testing.assert_allclose(found.score(), found.matrix.sum(axis=0))
     summary = found.layer_summary()[1]
@@ -56,16 +54,17 @@ def test_measure_equals_numpy_on_the_files(family: Family) -> None:
     assert summary["std"] == pytest.approx(found.matrix[:, 1].std())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_measure_in_half_precision(family: Family, tmp_path: Path, dtype: torch.dtype) -> None:
-    models = [copy.deepcopy(m).to(dtype) for m in family.models[:2]]
-    paths = [helpers.save(m, tmp_path / str(i)) for i, m in enumerate(models)]
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_measure_in_half_precision(family: Family, tmp_path: Path, dtype: str) -> None:
+    models = [m.to(dtype) for m in family.models[:2]]
+    paths = [checkpoints.save(m, tmp_path / str(i)) for i, m in enumerate(models)]
     found = measure([(p.name, open_checkpoint(p)) for p in paths])
     for layer in range(2):
-        experts = [m.model.layers[layer].mlp.experts for m in models]
         for expert in range(4):
-            parts = [(e.gate_up_proj[expert].double(), e.down_proj[expert].double()) for e in experts]
-            exact = sum((a - b).square().sum().item() for a, b in zip(*parts, strict=True)) ** 0.5
+            prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+            names = [n for n in models[0].tensors if n.startswith(prefix)]
+            pairs = [[m.tensors[n].astype(np.float64) for m in models] for n in names]
+            exact = sum(float(((a - b) ** 2).sum()) for a, b in pairs) ** 0.5
             assert found.matrix[0, layer, expert] == pytest.approx(exact, rel=1e-6)
 
 
@@ -94,11 +93,11 @@ def write_large(path: Path, seed: int, layers: int) -> None:
     model = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
     (path / "config.json").write_text(json.dumps({"model_type": "mixtral"} | model | heads))
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     weight_map = {}
 
     def shard(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {n: torch.randn(s, generator=generator).to(torch.bfloat16) for n, s in shapes.items()}
+        tensors = {n: rng.standard_normal(s, np.float32).astype(ml_dtypes.bfloat16) for n, s in shapes.items()}
         save_file(tensors, path / file)
         weight_map.update(dict.fromkeys(tensors, file))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import shutil
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import MixtralForCausalLM
 
 import common.store
 from common import (
@@ -27,18 +24,17 @@ from common import (
     StoreError,
     UnknownTenantError,
     add_tenant,
-    load_engine,
     plan_round_robin,
     remove_tenant,
 )
-from common.calibration import CalibrationSet
 from common.checkpoints import TensorRef, open_checkpoint
 from common.dtypes import to_float32
 from common.similarity import measure
 from common.store import replan
 from common.store.lock import exclusive
-from tests import helpers
-from tests.conftest import Family
+from tests import checkpoints, helpers
+from tests.common.conftest import Family
+from tests.helpers import rest_slow
 
 # The plans that these tests state are those of the paper's rule.
 build_store = partial(common.store.build_store, policy="round_robin")
@@ -92,26 +88,24 @@ def test_budget_buys_slots(family: Family, tmp_path: Path, extra: int, slots: in
     assert store.bytes_budget <= budget
 
 
-def test_identical_tensors_are_stored_once_and_shared_without_loss(tmp_path: Path) -> None:
-    base = helpers.random_mixtral(0)
-    lora = copy.deepcopy(base)  # touches attention alone, as a merged LoRA of q and v does
-    for layer in lora.model.layers:
-        layer.self_attn.q_proj.weight.data += 0.1
-    half = copy.deepcopy(lora)  # and one expert
-    half.model.layers[1].mlp.experts.down_proj.data[3] += 0.1
-    models = {"base": base, "lora": lora, "half": half}
-    paths = {n: helpers.save(m, tmp_path / n) for n, m in models.items()}
+def lora(model: checkpoints.Model) -> checkpoints.Model:
+    """A fine-tune that touches attention alone, as a merged LoRA of q does."""
+    for layer in range(2):
+        model = model.changed(f"model.layers.{layer}.self_attn.q_proj.weight", lambda w: np.add(w, 0.1, out=w))
+    return model
+
+
+def test_identical_tensors_are_stored_once(tmp_path: Path) -> None:
+    base = checkpoints.random_mixtral(0)
+    half = lora(base).changed(EXPERTS, lambda w: np.add(w, 0.1, out=w))  # and one expert
+    models = {"base": base, "lora": lora(base), "half": half}
+    paths = {n: checkpoints.save(m, tmp_path / n) for n, m in models.items()}
     store = build_store(tmp_path / "store", paths, slots="all")
     # 8 positions once, one of them twice.
     assert store.plan.num_slots == 9
     assert sum(len(store.plan.users(i)) for i in range(9)) == 24
     tensors = len(store.tenant("base").tensors)
     assert len(store.manifest.objects) == tensors + 2 + 1 + 1  # two q_proj, one w2, the distances
-    row = helpers.prompts(0, [12])
-    with load_engine(store) as shared:
-        for name, path in paths.items():
-            with load_engine(build_store(tmp_path / f"only-{name}", {name: path})) as alone:
-                assert np.array_equal(shared.logits(name, row), alone.logits(name, row))
 
 
 def test_adding_and_removing_equals_building(family: Family, tmp_path: Path) -> None:
@@ -132,22 +126,15 @@ def test_adding_and_removing_equals_building(family: Family, tmp_path: Path) -> 
 
 
 def test_a_store_can_be_replaced(family: Family, tmp_path: Path) -> None:
-    path = tmp_path / "store"
-    build_store(path, family.paths, slots=3)
-    engine = load_engine(path, spare_slots=1)  # goes on with the files that it has mapped, misses included
-    row = helpers.prompts(0, [6])
-    with load_engine(path) as other_engine:
-        before = other_engine.logits("ana", row)
-    store = build_store(path, {"ana": family.paths["ana"]}, slots=2)
+    build_store(tmp_path / "store", family.paths, slots=3)
+    store = build_store(tmp_path / "store", {"ana": family.paths["ana"]}, slots=2)
     assert store.tenants == ("ana",) and store.verify() == []
     assert store.objects.unreferenced(set(store.manifest.objects)) == []
-    helpers.assert_close(engine.logits("ana", row), before)
-    assert engine.stats()["fetches"] > 0
 
 
 def test_dtypes(family: Family, tmp_path: Path) -> None:
-    half = helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "half")
-    narrow = helpers.save(copy.deepcopy(family.models[2]).half(), tmp_path / "narrow")
+    half = checkpoints.save(family.models[1].to("bfloat16"), tmp_path / "half")
+    narrow = checkpoints.save(family.models[2].to("float16"), tmp_path / "narrow")
     mixed = {"base": family.paths["base"], "half": half, "narrow": narrow}
     auto = build_store(tmp_path / "auto", mixed)
     assert auto.dtype == "float32"
@@ -163,23 +150,6 @@ def test_dtypes(family: Family, tmp_path: Path) -> None:
     assert "converted from float32 to bfloat16 (rounded)" in forced.tenant("base").notes[0]
     assert forced.copy_bytes * 2 == auto.copy_bytes
     assert build_store(tmp_path / "same", {"narrow": narrow}).dtype == "float16"
-
-
-def test_tenants_of_other_precision_answer_right(family: Family, tmp_path: Path) -> None:
-    half = helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "half")
-    narrow = helpers.save(copy.deepcopy(family.models[2]).half(), tmp_path / "narrow")
-    store = build_store(tmp_path / "store", {"base": family.paths["base"], "half": half, "narrow": narrow})
-    models = [family.models[0], helpers.load(half), helpers.load(narrow)]
-    rows = helpers.prompts(0, [9])
-    with load_engine(store) as engine:
-        for i, name in enumerate(store.tenants):
-            helpers.assert_close(
-                engine.logits(name, rows), helpers.hf_logits(helpers.oracle(models, i, store.plan), rows)
-            )
-    float16 = build_store(tmp_path / "float16", {"narrow": narrow})
-    with load_engine(float16, device="cpu") as engine:
-        assert engine.stats()["dtype"] == "float32"  # which holds every float16 value
-        helpers.assert_close(engine.logits("narrow", rows), helpers.hf_logits(models[2], rows))
 
 
 def test_the_assets_travel(family: Family, tmp_path: Path) -> None:
@@ -199,14 +169,15 @@ def test_the_assets_travel(family: Family, tmp_path: Path) -> None:
 @pytest.mark.parametrize("slots", [4, None, "all"])
 def test_export_is_the_tenant_as_served(family: Family, tmp_path: Path, slots: Any) -> None:
     store = build_store(tmp_path / "store", family.paths, slots=slots)
-    rows = helpers.prompts(0, [14])
-    with load_engine(store) as engine:
-        for i, name in enumerate(store.tenants):
-            store.export(name, tmp_path / f"out-{name}")
-            model = helpers.load(tmp_path / f"out-{name}")
-            expected = helpers.hf_logits(helpers.oracle(family.models, i, store.plan), rows)
-            helpers.assert_close(helpers.hf_logits(model, rows), expected, tolerance=1e-6)
-            helpers.assert_close(engine.logits(name, rows), expected)
+    for name in store.tenants:
+        store.export(name, tmp_path / f"out-{name}")
+        found = {n: ref.read() for n, ref in open_checkpoint(tmp_path / f"out-{name}").tensors.items()}
+        for layer, expert in np.ndindex(store.experts.num_layers, store.experts.num_experts):
+            for projection, weight in store.served_expert(name, layer, expert).items():
+                tensor = store.family.expert_tensor(store.config(name), layer, expert, projection)
+                assert np.array_equal(found.pop(tensor), weight)
+        for tensor, value in found.items():
+            assert np.array_equal(value, store.ref(name, tensor).read()), tensor
     with pytest.raises(StoreError, match="not an empty directory"):
         store.export("ana", tmp_path / "out-ana")
     with pytest.raises(UnknownTenantError, match=r"no tenant 'nobody'.*base, ana, bob"):
@@ -214,19 +185,7 @@ def test_export_is_the_tenant_as_served(family: Family, tmp_path: Path, slots: A
     assert not (tmp_path / "out-nobody").exists()
 
 
-def test_export_of_a_tied_tenant_and_of_bfloat16(tmp_path: Path) -> None:
-    model = helpers.random_mixtral(0, tie_word_embeddings=True).to(torch.bfloat16)
-    store = build_store(tmp_path / "store", {"tied": helpers.save(model, tmp_path / "tied")})
-    store.export("tied", tmp_path / "out")
-    again = MixtralForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
-    assert again.dtype == torch.bfloat16
-    rows = helpers.prompts(0, [8])
-    assert np.array_equal(
-        helpers.hf_logits(again, rows), helpers.hf_logits(helpers.load(tmp_path / "tied", torch.bfloat16), rows)
-    )
-
-
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", rest_slow(range(25), 5))
 def test_a_flipped_bit_anywhere_is_found(store: Store, seed: int) -> None:
     rng = random.Random(seed)
     files = [p for p in sorted(store.path.rglob("*")) if p.is_file() and p.name != ".lock"]
@@ -260,8 +219,6 @@ def test_missing_and_truncated_files_are_named(store: Store) -> None:
     path.unlink()
     (problem,) = store.verify()
     assert problem.file == path and "missing" in problem.what
-    with pytest.raises(StoreError, match=rf"{path}: the file is missing.*build the store again"):
-        load_engine(store)
     # Building again mends it, although its other objects are taken as they are.
     data = {n: Path(store.tenant(n).source) for n in store.tenants}  # type: ignore[assignment]
     assert build_store(store.path, data, slots=5).verify() == []  # type: ignore[arg-type]
@@ -295,16 +252,14 @@ def test_what_is_not_a_store_is_refused(tmp_path: Path, content: str | None, mes
 
 
 def other(tmp_path: Path, **changes: Any) -> Path:
-    return helpers.save(helpers.random_mixtral(9, **changes), tmp_path / "other")
+    return checkpoints.save(checkpoints.random_mixtral(9, **changes), tmp_path / "other")
 
 
 def poisoned(family: Family, tmp_path: Path, name: str, value: float) -> Path:
-    model = copy.deepcopy(family.models[0])
-    dict(model.named_parameters())[name].data.view(-1)[7] = value
-    return helpers.save(model, tmp_path / "poisoned")
+    return checkpoints.save(family.models[0].changed(name, lambda w: w.put(7, value)), tmp_path / "poisoned")
 
 
-EXPERTS = "model.layers.1.mlp.experts.down_proj"
+EXPERTS = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
 
 BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[MoetelError], str]] = {
     "no tenant": (lambda f, t: {"tenants": {}}, StoreError, "at least one tenant"),
@@ -374,7 +329,7 @@ BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[Moete
 }
 
 
-@pytest.mark.parametrize("existing", [False, True], ids=["new", "over a store"])
+@pytest.mark.parametrize("existing", rest_slow([True, False]), ids=["over a store", "new"])
 @pytest.mark.parametrize("kind", BAD_BUILDS)
 def test_a_refused_build_leaves_things_as_they_were(kind: str, existing: bool, family: Family, tmp_path: Path) -> None:
     make, error, message = BAD_BUILDS[kind]
@@ -506,16 +461,11 @@ def test_every_source_tensor_is_read_once(family: Family, tmp_path: Path, monkey
 
 
 def test_a_tenant_joins_in_the_stores_type(family: Family, tmp_path: Path) -> None:
-    half = helpers.save(copy.deepcopy(family.models[0]).to(torch.bfloat16), tmp_path / "half")
+    half = checkpoints.save(family.models[0].to("bfloat16"), tmp_path / "half")
     store = build_store(tmp_path / "store", {"half": half})
     grown = add_tenant(store.path, "ana", family.paths["ana"])
     assert grown.dtype == "bfloat16" and grown.tenant("half").notes == ()
     assert "converted from float32 to bfloat16 (rounded)" in grown.tenant("ana").notes[0]
-    rounded = helpers.load(helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "rounded"))
-    rows = helpers.prompts(0, [9])
-    expected = helpers.hf_logits(helpers.oracle([helpers.load(half), rounded], 1, grown.plan), rows)
-    with load_engine(grown, dtype="float32") as engine:
-        helpers.assert_close(engine.logits("ana", rows), expected)
 
 
 @contextmanager
@@ -599,14 +549,11 @@ def test_a_damaged_expert_is_never_compared(store: Store, family: Family, tmp_pa
     assert add_tenant(store.path, "ana", family.paths["ana"]).verify() == []
 
 
-@pytest.mark.parametrize("what", ["distances", "inputs"])
-def test_damaged_measurements_are_never_planned_with(what: str, family: Family, tmp_path: Path) -> None:
-    sets = {"ana": CalibrationSet.texts(helpers.prompts(0, [20] * 3))}
-    store = build_store(tmp_path / "store", family.paths, slots=5, calibration=sets)
-    kept = {"distances": store.manifest.similarity["object"]} | store.manifest.calibration["ana"]["objects"]
-    flip(store.objects.path(kept[what]))
+def test_damaged_distances_are_never_planned_with(store: Store) -> None:
+    kept = store.manifest.similarity["object"]
+    flip(store.objects.path(kept))
     before = helpers.fingerprint(store.path)
-    with pytest.raises(StoreError, match=rf"{kept[what]}.*: content does not match its checksum"):
+    with pytest.raises(StoreError, match=rf"{kept}.*: content does not match its checksum"):
         remove_tenant(store.path, "bob")
     assert helpers.fingerprint(store.path) == before
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common import SamplingParams, load_engine
-from tests.helpers import assert_close, build_round_robin, padded, prompts
+from tests.helpers import assert_close, build_round_robin, padded, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily
 from tests.jax_engine.test_steps import backend_of, backend_rows, lowered_decode
 from tests.switch_models import hf_logits, oracle
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(
     len(jax.devices("cpu")) < 8, reason="needs 8 virtual CPU devices: see tests/conftest.py"
 )
 
-MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (1, 3)]
+MESHES = [(2, 4), (1, 1), (8, 1), (1, 8), (4, 2), (1, 3)]
 FREE = SamplingParams(max_new_tokens=5, ignore_eos=True)
 
 
-@pytest.mark.parametrize("slots", [None, 9])
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("slots", rest_slow([None, 9]))
+@pytest.mark.parametrize("mesh", rest_slow(MESHES), ids=str)
 def test_equal_to_hugging_face_and_to_one_device(
     switch_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int], slots: Any
 ) -> None:
@@ -48,7 +48,7 @@ def test_equal_to_hugging_face_and_to_one_device(
                 assert (ours.timings.hits, ours.timings.misses) == (theirs.timings.hits, theirs.timings.misses)
 
 
-@pytest.mark.parametrize("mesh", [(1, 4), (2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("mesh", rest_slow([(2, 4), (1, 4), (4, 2)]), ids=str)
 def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int]) -> None:
     """Each device holds its share of the slots, and the compiled step moves no array of an expert's size."""
     with load_engine(build_round_robin(tmp_path / "store", switch_family.paths), mesh=mesh) as engine:
@@ -68,6 +68,7 @@ def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh:
         assert f"f32[{spec.num_experts},{spec.intermediate_size},{spec.hidden_size}]" not in text
 
 
+@pytest.mark.slow
 def test_switching_on_a_mesh_compiles_nothing(switch_family: SwitchFamily, tmp_path: Path) -> None:
     with load_engine(build_round_robin(tmp_path / "store", switch_family.paths), mesh=(2, 4)) as engine:
         engine.generate("base", [5, 6, 7], FREE)

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from common import Engine, SamplingParams, load_engine
-from tests.helpers import adapted, assert_close, build_round_robin, padded, prompts, shared_path
+from tests.helpers import adapted, assert_close, build_round_robin, padded, prompts, rest_slow, shared_path
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.switch_models import Model, hf_greedy, hf_logits, oracle, random_switch, tuned, with_capacity
 
 EVERY_WAY: list[dict[str, Any]] = [{"products": "plain"}, {"products": "native"}]
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "gated": {"gated": True},
     "uneven": {"num_layers": 4, "num_decoder_layers": 3, "num_sparse_encoder_layers": 2},
     "all sparse": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "num_experts": 3},
     "sparse encoder": {"num_decoder_layers": 1, "num_sparse_decoder_layers": 0, "decoder_sparse_step": 0},
     "untied": {"tie_word_embeddings": False},
     "router bias": {"router_bias": True},
-    "gated": {"gated": True},
     "gelu": {"dense_act_fn": "gelu"},
     "odd sizes": {"d_model": 40, "d_kv": 5, "d_ff": 70, "num_heads": 3, "vocab_size": 101, "num_experts": 7},
     "sixteen experts": {"num_experts": 16},
@@ -54,7 +54,7 @@ def check(engine: Engine, name: str, model: Model, seed: int = 0, vocab_size: in
 
 
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", rest_slow(SHAPES))
 def test_architectures_equal_hugging_face(shape: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = random_switch(1, **SHAPES[shape])
     family = save_family(tmp_path, [model])
@@ -62,7 +62,7 @@ def test_architectures_equal_hugging_face(shape: str, options: dict[str, Any], t
         check(engine, "base", model, vocab_size=model.config.vocab_size)
 
 
-@pytest.mark.parametrize("kind", ["hf", "tenant1", "tenant2", "t5x/checkpoint_1000"])
+@pytest.mark.parametrize("kind", rest_slow(["hf", "tenant1", "tenant2", "t5x/checkpoint_1000"]))
 def test_shared_fixtures(kind: str, tmp_path: Path) -> None:
     path = shared_path(f"fixtures/switch_tiny/{kind}")
     reference = np.load(shared_path("fixtures/switch_tiny/reference.npz"))
@@ -83,7 +83,7 @@ def test_shared_fixtures(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
-@pytest.mark.parametrize("slots", [0, 3, 9, None, "all"])
+@pytest.mark.parametrize("slots", rest_slow([3, None, 0, 9, "all"]))
 def test_shared_experts_equal_the_oracle(
     switch_family: SwitchFamily, tmp_path: Path, slots: Any, options: dict[str, Any]
 ) -> None:
@@ -105,7 +105,7 @@ def test_one_spare_slot_is_enough(switch_family: SwitchFamily, tmp_path: Path) -
         assert stats["fetched_bytes"] > stats["fetches"] * store.copy_bytes * 0.99
 
 
-@pytest.mark.parametrize("capacity", [1, 3, "config"])
+@pytest.mark.parametrize("capacity", rest_slow([1, 3, "config"]))
 def test_capacity_drops_the_tokens_that_hugging_face_drops(capacity: Any, tmp_path: Path) -> None:
     model = random_switch(3, expert_capacity=2)
     family = save_family(tmp_path, [model])
@@ -117,6 +117,7 @@ def test_capacity_drops_the_tokens_that_hugging_face_drops(capacity: Any, tmp_pa
         assert np.abs(engine.logits("base", rows, answers) - unlimited).max() > 1e-2  # some were dropped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_switching(switch_family: SwitchFamily, tmp_path: Path, seed: int) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=(None, 9, "all")[seed])
@@ -131,6 +132,7 @@ def test_any_order_of_switching(switch_family: SwitchFamily, tmp_path: Path, see
             assert len(engine.stats()["ready_tenants"]) <= (3, 1, 2)[seed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_batch_size", [1, 3, 32])
 def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, max_batch_size: int) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=12)
@@ -144,7 +146,7 @@ def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, 
             assert list(answer.token_ids) == hf_greedy(models[i % 3], rows[i], 3 + i)
 
 
-@pytest.mark.parametrize("options", [*EVERY_WAY, {"ready_tenants": 1}], ids=str)
+@pytest.mark.parametrize("options", rest_slow([*EVERY_WAY, {"ready_tenants": 1}], 2), ids=str)
 def test_what_tenants_have_equal_is_held_once(tmp_path: Path, options: dict[str, Any]) -> None:
     base = random_switch(0)
     models = [base, *(adapted(base, tuned(base, i), [part]) for i, part in ((1, "SelfAttention.q"), (2, "EncDecAtt")))]
@@ -169,6 +171,7 @@ def test_what_tenants_have_equal_is_held_once(tmp_path: Path, options: dict[str,
         assert whole < stats["non_expert_bytes"] < 1.6 * whole  # 3 times, were nothing equal
 
 
+@pytest.mark.slow
 def test_hits_and_misses_are_counted_for_each_request(switch_family: SwitchFamily, tmp_path: Path) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=9)
     rows = prompts(0, [6, 13, 2])
@@ -185,6 +188,7 @@ def test_hits_and_misses_are_counted_for_each_request(switch_family: SwitchFamil
         assert stats["hits"] == 2 * sum(t.hits for t in alone)
 
 
+@pytest.mark.slow
 def test_answers_longer_than_the_first_cache(switch_family: SwitchFamily, tmp_path: Path) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths)
     row = prompts(0, [70])[0]
@@ -193,6 +197,7 @@ def test_answers_longer_than_the_first_cache(switch_family: SwitchFamily, tmp_pa
         assert list(answer.token_ids) == hf_greedy(oracle(switch_family.models, 1, store.plan), row, 80)
 
 
+@pytest.mark.slow
 def test_end_of_sequence_ends_a_row_and_others_go_on(switch_family: SwitchFamily, tmp_path: Path) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths)
     model = oracle(switch_family.models, 0, store.plan)
@@ -210,6 +215,7 @@ def test_end_of_sequence_ends_a_row_and_others_go_on(switch_family: SwitchFamily
         assert list(answer.token_ids) == tokens[: tokens.index(stop) + 1] and answer.finish_reason == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
 def test_bfloat16_weights_are_computed_in_float32(tmp_path: Path, options: dict[str, Any]) -> None:
     """On a CPU: what Hugging Face gives in float32 from weights rounded to bfloat16."""

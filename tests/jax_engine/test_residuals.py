@@ -19,7 +19,7 @@ from common.residuals import LOW_RANK, SIGN, Part, Residual, matrices, row_bytes
 from jax_engine import residuals as module
 from jax_engine.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
 from jax_engine.residuals import FIELDS, KINDS, LayerResiduals, part_on_device
-from tests.helpers import assert_close, build_round_robin, padded, prompts, random_record
+from tests.helpers import assert_close, build_round_robin, padded, prompts, random_record, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.jax_engine.test_oracle import EVERY_WAY, check, load
 from tests.jax_engine.test_steps import backend_of, backend_rows, lowered_decode
@@ -116,7 +116,7 @@ PARTS: dict[str, list[Part]] = {
 }
 
 
-@pytest.mark.parametrize("sizes", [(45, 70), (64, 128), (3, 5), (200, 33)], ids=str)
+@pytest.mark.parametrize("sizes", rest_slow([(45, 70), (64, 128), (3, 5), (200, 33)]), ids=str)
 def test_products_are_those_of_the_matrices(sizes: tuple[int, int]) -> None:
     hidden, inter = sizes
     shapes = {"wi": (inter, hidden), "wo": (hidden, inter)}
@@ -136,8 +136,10 @@ def test_a_projection_without_residuals_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("way", ["native", "loop", "ragged"])
-@pytest.mark.parametrize(("tokens", "sizes"), [(1, (45, 70)), (7, (64, 128)), (150, (37, 90))], ids=str)
+@pytest.mark.parametrize("way", rest_slow(["native", "loop", "ragged"], 2))
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), rest_slow([(7, (64, 128)), (1, (45, 70)), (150, (37, 90))], names=2), ids=str
+)
 def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, sizes: tuple[int, int]) -> None:
     hidden, inter = sizes
     names = ("wi_0", "wi_1") if gated else ("wi",)
@@ -185,7 +187,7 @@ def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, s
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("way", ["native", "loop"])
-@pytest.mark.parametrize("tokens", [3, 16, 500])
+@pytest.mark.parametrize("tokens", rest_slow([3, 16, 500]))
 def test_tokens_of_several_tenants_go_through_a_layer_together(way: str, tokens: int, gated: bool) -> None:
     """Each gets what a call for its own tenant gives it: the same bits from our own kernels."""
     names = ("wi_0", "wi_1") if gated else ("wi",)
@@ -255,7 +257,7 @@ def test_the_kernels_refuse_a_damaged_table(kind: str, field: int, value: int) -
 
 
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", rest_slow(FORMS))
 def test_every_form_equals_hugging_face(
     small_family: SwitchFamily, tmp_path: Path, form: str, options: dict[str, Any]
 ) -> None:
@@ -265,7 +267,7 @@ def test_every_form_equals_hugging_face(
 
 
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
-@pytest.mark.parametrize("slots", [None, "all", 5])
+@pytest.mark.parametrize("slots", rest_slow([5, None, "all"]))
 def test_merged_copies_and_mixed_residuals_equal_hugging_face(
     small_family: SwitchFamily, tmp_path: Path, slots: Any, options: dict[str, Any]
 ) -> None:
@@ -280,6 +282,7 @@ def test_merged_copies_and_mixed_residuals_equal_hugging_face(
         assert (engine.stats()["misses"] > 0) == (slots == 5)
 
 
+@pytest.mark.slow
 def test_residuals_are_no_small_thing(small_family: SwitchFamily, tmp_path: Path) -> None:
     """What the tests above add moves the logits by far more than they allow."""
     store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), all_of("sign"))
@@ -290,6 +293,7 @@ def test_residuals_are_no_small_thing(small_family: SwitchFamily, tmp_path: Path
         assert difference.max() > 1
 
 
+@pytest.mark.slow
 def test_merged_copies_alone(small_family: SwitchFamily, tmp_path: Path) -> None:
     store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), lambda *_: [], merged=range(8))
     assert not store.plan.residuals
@@ -302,7 +306,9 @@ def test_merged_copies_alone(small_family: SwitchFamily, tmp_path: Path) -> None
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [{"gated": True}, {"d_model": 40, "d_kv": 5, "d_ff": 70, "num_heads": 3, "vocab_size": 101, "num_experts": 7}],
+    rest_slow(
+        [{"gated": True}, {"d_model": 40, "d_kv": 5, "d_ff": 70, "num_heads": 3, "vocab_size": 101, "num_experts": 7}]
+    ),
     ids=["gated", "odd"],
 )
 def test_architectures(tmp_path: Path, sizes: dict[str, Any], options: dict[str, Any]) -> None:
@@ -318,6 +324,7 @@ def test_architectures(tmp_path: Path, sizes: dict[str, Any], options: dict[str,
             check(engine, engine.tenants[i], served(family, store)[i], vocab_size=base.config.vocab_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
 def test_bfloat16_stores(tmp_path: Path, options: dict[str, Any]) -> None:
     base = random_switch(4).to(torch.bfloat16)
@@ -328,9 +335,10 @@ def test_bfloat16_stores(tmp_path: Path, options: dict[str, Any]) -> None:
         check(engine, "ana", oracle_of_store(family.models[1].float(), store, "ana"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 virtual CPU devices: see tests/conftest.py")
-@pytest.mark.parametrize("slots", [None, 5])
-@pytest.mark.parametrize("mesh", [(1, 3), (2, 4)], ids=str)
+@pytest.mark.parametrize("slots", rest_slow([5, None]))
+@pytest.mark.parametrize("mesh", rest_slow([(1, 3), (2, 4)]), ids=str)
 def test_meshes(small_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int], slots: Any) -> None:
     store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths, slots=slots), mixed, merged=(0, 3))
     with load_engine(store, mesh=mesh) as engine:
@@ -341,7 +349,7 @@ def test_meshes(small_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int
 # Memory, compilations, what a plan without residuals gets.
 
 
-@pytest.mark.parametrize("products", ["plain", "auto"])
+@pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_a_switch_compiles_and_copies_nothing(small_family: SwitchFamily, tmp_path: Path, products: str) -> None:
     """The tenants have other kinds and ranks, and one has no residuals at all."""
     store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), mixed)
@@ -364,7 +372,7 @@ def test_a_switch_compiles_and_copies_nothing(small_family: SwitchFamily, tmp_pa
         assert places() == where
 
 
-@pytest.mark.parametrize("products", ["plain", "auto"])
+@pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_bytes_are_counted_and_freed(small_family: SwitchFamily, tmp_path: Path, products: str) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
     with load_engine(store, products=products) as engine:
@@ -390,7 +398,7 @@ def lowered(engine: Engine) -> Any:
     return lowered_decode(backend_of(engine), backend_rows(engine, [[5, 6, 7]]))[0]
 
 
-@pytest.mark.parametrize("products", ["plain", "auto"])
+@pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_a_compiled_step_expands_no_residual(tmp_path: Path, products: str) -> None:
     """Its temporary memory stays below one copy's, and below all residuals expanded to a byte a weight."""
     model = random_switch(0, d_ff=512, d_model=128, num_experts=8)
@@ -401,7 +409,7 @@ def test_a_compiled_step_expands_no_residual(tmp_path: Path, products: str) -> N
         assert memory.temp_size_in_bytes < store.copy_bytes
 
 
-@pytest.mark.parametrize("products", ["plain", "auto"])
+@pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_a_plan_without_residuals_gets_no_operands(small_family: SwitchFamily, tmp_path: Path, products: str) -> None:
     """And of a plan with some, the layers that have any do."""
     store = build_round_robin(tmp_path / "store", small_family.paths)
@@ -480,8 +488,10 @@ class HuggingFaceRouters:
             mlp.register_forward_hook(hook(layer))
 
 
-@pytest.mark.parametrize("options", [*EVERY_WAY, {"mesh": (2, 4)}], ids=str)
-@pytest.mark.parametrize(("slots", "capacity", "moved"), [(None, 2, False), (5, None, True), ("all", 3, True)])
+@pytest.mark.parametrize("options", rest_slow([*EVERY_WAY, {"mesh": (2, 4)}], 2), ids=str)
+@pytest.mark.parametrize(
+    ("slots", "capacity", "moved"), rest_slow([(5, None, True), (None, 2, False), ("all", 3, True)], names=3)
+)
 def test_an_observer_sees_what_hugging_faces_routers_do(
     small_family: SwitchFamily, tmp_path: Path, slots: Any, capacity: Any, options: dict[str, Any], moved: bool
 ) -> None:

@@ -16,7 +16,7 @@ from common.backend import Part, Row
 from jax_engine import load_backend, weights
 from jax_engine.backend import JaxBackend
 from tests import helpers
-from tests.helpers import assert_close, build_round_robin, prompts
+from tests.helpers import assert_close, build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.jax_engine.schedules import Asked, advance, alone, requests_of, run
 from tests.jax_engine.test_residuals import mixed
@@ -53,11 +53,11 @@ def check_equal(found: Sequence[Asked], expected: Sequence[Asked]) -> None:
 
 CASES: dict[str, tuple[Any, bool, dict[str, Any]]] = {
     "native": (None, False, {"products": "native"}),
-    "plain": (None, False, {"products": "plain"}),
-    "misses": (3, False, {"products": "native", "spare_slots": 2}),
     "misses, plain": (3, False, {"products": "plain"}),
+    "plain": (None, False, {"products": "plain"}),
     "residuals": (None, True, {"products": "native"}),
     "residuals, plain": (None, True, {"products": "plain"}),
+    "misses": (3, False, {"products": "native", "spare_slots": 2}),
     "residuals and misses": (5, True, {"products": "native"}),
     "capacity": (None, False, {"products": "native", "expert_capacity": 2}),
     "few ready": ("all", False, {"products": "native", "ready_tenants": 2}),
@@ -66,7 +66,7 @@ CASES: dict[str, tuple[Any, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, 2))
 def test_a_random_schedule_equals_each_alone(small_family: SwitchFamily, tmp_path: Path, case: str) -> None:
     slots, residuals, options = CASES[case]
     if "mesh" in options and len(jax.devices("cpu")) < 8:
@@ -100,7 +100,7 @@ def test_more_random_schedules(small_family: SwitchFamily, tmp_path: Path, seed:
     check_equal(found, expected)
 
 
-@pytest.mark.parametrize("slots", [None, 9])
+@pytest.mark.parametrize("slots", rest_slow([9, None]))
 def test_a_random_schedule_equals_hugging_face(switch_family: SwitchFamily, tmp_path: Path, slots: Any) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=slots)
     models = {n: oracle(switch_family.models, i, store.plan) for i, n in enumerate(store.tenants)}
@@ -127,7 +127,7 @@ def test_residuals_of_several_tenants_in_a_step_equal_hugging_face(small_family:
         assert asked.answer == hf_greedy(models[i % 3], asked.prompt, 5)
 
 
-@pytest.mark.parametrize("cut", [[1] * 11, [4, 7], [10, 1], [3, 3, 3, 2]], ids=str)
+@pytest.mark.parametrize("cut", rest_slow([[3, 3, 3, 2], [1] * 11, [4, 7], [10, 1]]), ids=str)
 def test_reading_in_pieces(switch_family: SwitchFamily, tmp_path: Path, cut: list[int]) -> None:
     """Also of an answer that was given before; another tenant answers meanwhile."""
     store = build_round_robin(tmp_path / "store", switch_family.paths)
@@ -167,7 +167,7 @@ def test_an_answer_read_again_drops_nothing(tmp_path: Path) -> None:
         assert_close(a, b, CLOSE)
 
 
-@pytest.mark.parametrize("slots", [None, 5])
+@pytest.mark.parametrize("slots", rest_slow([5, None]))
 def test_a_pause_leaves_caches_as_they_are(small_family: SwitchFamily, tmp_path: Path, slots: Any) -> None:
     """Bit for bit, in steps of its own tenant, in whole calls and layer by layer, and of others."""
     store = build_round_robin(tmp_path / "store", small_family.paths, slots=slots)
@@ -447,8 +447,8 @@ def pointers(backend: JaxBackend) -> list[int]:
     return [a.unsafe_buffer_pointer() for layer in backend.loaded.pool.copies for copy in layer for a in copy]
 
 
-@pytest.mark.parametrize("options", [{}, {"mesh": (1, 2)}], ids=str)
-@pytest.mark.parametrize("residuals", [False, True])
+@pytest.mark.parametrize("options", rest_slow([{}, {"mesh": (1, 2)}]), ids=str)
+@pytest.mark.parametrize("residuals", rest_slow([False, True]))
 def test_another_plan(small_family: SwitchFamily, tmp_path: Path, residuals: bool, options: dict[str, Any]) -> None:
     """More slots, other copies, residuals or none, misses that end: sequences go on with what the new plan gives."""
     if "mesh" in options and len(jax.devices("cpu")) < 8:

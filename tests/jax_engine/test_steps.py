@@ -20,7 +20,7 @@ from common.backend import Row
 from jax_engine.backend import JaxBackend, _use_compilation_cache
 from jax_engine.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
 from tests import helpers, switch_models
-from tests.helpers import build_round_robin, prompts
+from tests.helpers import build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily
 
 FREE = SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -56,8 +56,8 @@ def lowered_decode(backend: JaxBackend, rows: Sequence[Row]) -> Any:
     ), lane.cache
 
 
-@pytest.mark.parametrize("products", ["plain", "auto"])
-@pytest.mark.parametrize("slots", [None, "all", 5])
+@pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
+@pytest.mark.parametrize("slots", rest_slow([None, "all", 5]))
 def test_a_switch_compiles_and_copies_nothing(
     switch_family: SwitchFamily, tmp_path: Path, slots: Any, products: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_switch_compiles_and_copies_nothing(
         assert after["reconfigured_bytes"] == 0 and after["reconfigurations"] == 6
 
 
-@pytest.mark.parametrize("products", ["plain", "auto"])
+@pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path: Path, products: str) -> None:
     """Its temporary memory is smaller than a single copy; a step that copied the pool would need all of it."""
     sizes = {"d_ff": 512, "d_model": 128}
@@ -133,7 +133,7 @@ print(json.dumps(events))
 """
 
 
-@pytest.mark.parametrize("where", ["auto", "named", "none"])
+@pytest.mark.parametrize("where", rest_slow(["auto", "named", "none"]))
 def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path, where: str) -> None:
     """In processes of their own: jax opens its cache once. All of them are kept, also what takes no second."""
     build_round_robin(tmp_path / "store", switch_family.paths)
@@ -145,7 +145,7 @@ def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: 
         arguments = [str(tmp_path / "store"), str(folder) if where == "named" else where]
         done = subprocess.run(
             [sys.executable, "-c", CACHED, *arguments], check=True, cwd=helpers.REPOSITORY, env=environment,
-            timeout=120, capture_output=True, text=True,
+            timeout=240, capture_output=True, text=True,
         )  # fmt: skip
         found: dict[str, int] = json.loads(done.stdout)
         return found

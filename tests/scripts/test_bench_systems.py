@@ -201,6 +201,7 @@ def test_time_sharing_answers_all_that_waits_for_a_tenant(store: Store, setup: S
         assert r.call.tenant != "c" or "no such model" in str(r.error)
 
 
+@pytest.mark.slow
 def test_partition_ends_its_processes(store: Store, setup: Setup) -> None:
     async def run() -> None:
         system = await Partition.start(store, setup)
@@ -228,6 +229,7 @@ def test_partition_ends_its_processes(store: Store, setup: Setup) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_partition_that_cannot_load_leaves_no_process(store: Store, setup: Setup) -> None:
     async def run(options: dict[str, Any]) -> None:
         await Partition.start(store, Setup(store.path, 4, options=options))

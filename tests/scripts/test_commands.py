@@ -175,9 +175,9 @@ def test_errors_and_exit_codes(
         "convert_hf",
         "export",
         "demo",
-        "train_demo",
-        "train_text",
-        "train_switch_demo",
+        pytest.param("train_demo", marks=pytest.mark.slow),  # imports a framework
+        pytest.param("train_text", marks=pytest.mark.slow),  # imports a framework
+        pytest.param("train_switch_demo", marks=pytest.mark.slow),  # imports a framework
     ],
 )
 def test_every_command_is_a_module_with_help(name: str) -> None:

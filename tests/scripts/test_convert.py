@@ -17,8 +17,8 @@ from transformers import SwitchTransformersForConditionalGeneration
 from common.checkpoints import open_checkpoint, safetensors_file, tensorstore_array
 from scripts import command, convert_hf, convert_t5x
 from tests import helpers, switch
-from tests.common.test_t5x import assert_same, moved_experts
 from tests.helpers import shared_path
+from tests.oracle.test_t5x import assert_same, moved_experts
 
 
 def to_t5x(*args: Any) -> int:

@@ -132,6 +132,7 @@ def test_switch_equals_transformers(tmp_path: Path) -> None:
         evaluate_store(store, {"fr": Task(texts=("un",))})
 
 
+@pytest.mark.slow
 def test_methods_serve_what_they_say(tmp_path: Path) -> None:
     tenants = {lang: EXAMPLES / lang for lang in ("en", "fr")}
     material = Material(tenants, {"fr": task("fr", NUMBERS[:3])}, EXAMPLES / "base", name="numbers", seed=5)

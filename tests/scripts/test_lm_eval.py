@@ -68,6 +68,7 @@ def run_tasks(model: MoetelLM, names: list[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
 def test_equals_the_hf_model(family: str, stores: dict[str, Path]) -> None:
     if family == "switch_transformers":
@@ -164,6 +165,7 @@ def test_bad_arguments(stores: dict[str, Path], family: Any, tmp_path: Path) -> 
         MoetelLM(str(tmp_path / "mute"), "ana")
 
 
+@pytest.mark.slow
 def test_command(stores: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["--model", "moetel", "--model_args", f"store={stores['shared']},tenant=fr", "--tasks", "moetel_spell"]
     arguments += ["--include_path", str(TASKS), "--batch_size", "8", "--output_path", str(tmp_path / "out")]

@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from scripts import train_demo
 from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 from tests import helpers
+from tests.helpers import rest_slow
 
 EXAMPLES = helpers.REPOSITORY / "examples" / "tenants"
 NUMBERS = training_numbers()[:1000]
@@ -36,15 +36,6 @@ TINY = train_demo.Recipe(
     base_steps=10,
     tune_steps=4,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: where cores are busy, threads that wait for each other cost a hundredfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +169,11 @@ def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("how", [["-m", "scripts.train_demo"], ["scripts/train_demo.py"]])
+@pytest.mark.parametrize("how", rest_slow([["scripts/train_demo.py"], ["-m", "scripts.train_demo"]]))
 def test_it_starts_as_module_and_as_file(how: list[str]) -> None:
     """As a file, scripts/inspect.py must not stand in for the standard library's."""
     done = subprocess.run(
-        [sys.executable, *how, "--help"], cwd=helpers.REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, *how, "--help"], cwd=helpers.REPOSITORY, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert "--base-steps" in done.stdout

@@ -39,6 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_hugging_face_loads_and_reports_what_it_did(tiny: Path) -> None:
     metrics = json.loads((tiny / "metrics.json").read_text())
     assert set(metrics["tenants"]) == {"en", "fr"} and set(metrics["last_loss"]) == {"base", "en", "fr"}
@@ -53,6 +54,7 @@ def test_a_run_writes_what_hugging_face_loads_and_reports_what_it_did(tiny: Path
         assert all(np.array_equal(array, theirs[key].float().numpy()) for key, array in ours.items())
 
 
+@pytest.mark.slow
 def test_sharing_is_scored(tiny: Path) -> None:
     for row in json.loads((tiny / "metrics.json").read_text())["tenants"].values():
         assert {"base", "alone", "shared_round_robin", "plain_average"} <= row.keys()
@@ -95,6 +97,7 @@ def test_a_preset_never_writes_over_the_shipped_tenants(capsys: pytest.CaptureFi
     assert "needs --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_loss_is_hugging_faces(tiny: Path) -> None:
     """Cross-entropy of answers, on padded rows, against transformers' own from the same file."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "en")
@@ -112,6 +115,7 @@ def test_the_loss_is_hugging_faces(tiny: Path) -> None:
     assert abs(float(entropy) - float(out.loss)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_fine_tune_of_ones_own(tiny: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("1\tone\n2\ttwo\n12\ttwelve\n\n")
@@ -124,6 +128,7 @@ def test_a_fine_tune_of_ones_own(tiny: Path, tmp_path: Path) -> None:
     assert after < 0.7 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [("1\tone\nno tab here\n", "line 2 is not a prompt, one tab and an answer"), ("\n", "no line with a prompt")],

@@ -11,7 +11,7 @@ from common import build_store, load_engine
 from common.scheduler import SchedulerOptions
 from scripts.server.settings import Settings
 from tests import helpers
-from tests.common.test_engine import NUM_BASE, byte_tokenizer
+from tests.oracle.test_engine import NUM_BASE, byte_tokenizer
 from tests.server.live import Live, Loop
 
 CONTEXT = 4096

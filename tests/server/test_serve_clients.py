@@ -152,7 +152,7 @@ def test_curl_lines_of_the_documentation(documented: Live, command: str) -> None
     line = command.replace("http://127.0.0.1:8000", documented.url).replace(
         "curl ", "curl --silent --fail-with-body ", 1
     )
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     if "data: " in done.stdout:
         assert done.stdout.endswith("data: [DONE]\n\n")
@@ -194,7 +194,7 @@ def test_nothing_that_the_schema_allows_breaks_the_server(live: Live, loop: Loop
                     case.body["model"] = "bob"  # else all would be 404
                 case.body["max_tokens"] = 3
                 case.body["max_completion_tokens"] = 3
-            reply = case.call(base_url=live.url, timeout=60)
+            reply = case.call(base_url=live.url, timeout=240)
             seen.add(reply.status_code)
             assert reply.status_code < 500, (case.operation.path, reply.text)
             if reply.status_code >= 400:
@@ -231,7 +231,7 @@ def browse(url: str) -> str:
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
             *(f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", url),
         ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ class Process:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal; returns the exit code and the log."""
         self.process.send_signal(number)
-        _, log = self.process.communicate(timeout=60)
+        _, log = self.process.communicate(timeout=240)
         return self.process.returncode, log
 
 
@@ -99,7 +99,7 @@ def test_sigterm_under_load(store_path: Path) -> None:
 def test_a_second_signal_does_not_wait(store_path: Path) -> None:
     with serving(store_path, "--log-level", "warning") as server, ThreadPoolExecutor(1) as pool:
         body = GOOD | {"max_tokens": 4000}
-        sent = pool.submit(httpx2.post, f"{server.url}/v1/completions", json=body, timeout=60)
+        sent = pool.submit(httpx2.post, f"{server.url}/v1/completions", json=body, timeout=240)
         wait_for(lambda: httpx2.get(f"{server.url}/load").json()["server_load"] == 1)
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: httpx2.get(f"{server.url}/ready").status_code == 503)
@@ -128,7 +128,7 @@ def test_options_have_effect(checkpoints: dict[str, Path], tmp_path: Path) -> No
 
         def ask(**fields: Any) -> httpx2.Response:
             body = GOOD | {"model": "bob"} | fields
-            return httpx2.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+            return httpx2.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=240)
 
         assert ask(max_tokens=500).json()["usage"]["total_tokens"] == 100
         assert "at most 3 in one request" in ask(n=4).json()["error"]["message"]
@@ -152,7 +152,11 @@ except SystemExit:
 """
     for arguments in (["--help"], ["serve", "--help"]):
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=helpers.REPOSITORY, timeout=60
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=helpers.REPOSITORY,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         loaded = done.stdout.splitlines()[-1]
@@ -222,6 +226,6 @@ def test_a_store_that_cannot_be_loaded(store_path: Path, tmp_path: Path, argumen
         capture_output=True,
         text=True,
         cwd=helpers.REPOSITORY,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -18,8 +18,8 @@ from common import CheckpointError
 from common.checkpoints import open_checkpoint, write_orbax
 from common.families.switch_transformers import as_switch
 from tests import switch
-from tests.common.test_t5x import assert_same
 from tests.helpers import fingerprint, shared_path
+from tests.oracle.test_t5x import assert_same
 
 HANDLERS: dict[str, dict[str, bool]] = {
     "ocdbt": {"use_ocdbt": True},

@@ -16,7 +16,7 @@ from common.consolidation import MERGED
 from common.policies import DEFAULT_EXTRA, POLICIES, Planner
 from common.store import replan
 from tests import helpers, switch_models
-from tests.helpers import assert_close, hf_logits, prompts
+from tests.helpers import assert_close, hf_logits, prompts, rest_slow
 
 SIZES = {"num_local_experts": 3, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2}
 SWITCH = {"num_experts": 3, "d_model": 24, "d_ff": 40}
@@ -99,7 +99,7 @@ def _switch(root: Path, gated: bool) -> Case:
     return Case(root / "store", models, logits_of, oracle)
 
 
-@pytest.fixture(scope="module", params=["mixtral", "switch", pytest.param("gated switch", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=rest_slow(["mixtral", "switch", "gated switch"]))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     root = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     return _mixtral(root) if request.param == "mixtral" else _switch(root, "gated" in request.param)
