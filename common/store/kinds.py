@@ -17,7 +17,7 @@ from common.store.store import Store
 # Experts whose differences are measured, spread over all that moved.
 SAMPLED_EXPERTS = 4
 # Rows of a matrix that are read. A difference of rank r has rank r in these, if r is well below their number.
-SAMPLED_ROWS = 512
+SAMPLED_ROWS = 256
 # A difference counts as of low rank up to this share of the largest that its sample can have.
 LOW = 0.5
 
