@@ -212,7 +212,7 @@ def test_a_tenant_whose_experts_are_resident_needs_nothing(family: Family, tmp_p
     assert owners == [2] * 6 + [MERGED] + [2]
 
 
-@pytest.mark.parametrize("name", ["base", "ana", "bob"])
+@pytest.mark.parametrize("name", rest_slow(["base", "ana", "bob"]))
 def test_a_tenant_leaves_any_plan(name: str, store: Store) -> None:
     stay = [t for t in store.tenants if t != name]
     before = {n: served(store, n) for n in stay}

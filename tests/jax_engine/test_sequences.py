@@ -153,6 +153,7 @@ def test_reading_in_pieces(switch_family: SwitchFamily, tmp_path: Path, cut: lis
     assert busy.answer == hf_greedy(oracle(switch_family.models, 2, store.plan), other, len(busy.answer))
 
 
+@pytest.mark.slow
 def test_an_answer_read_again_drops_nothing(tmp_path: Path) -> None:
     """Capacity counts the tokens of a row that are computed at once; an answer's came one by one."""
     family = save_family(tmp_path, [random_switch(3)])
@@ -197,6 +198,7 @@ def test_a_pause_leaves_caches_as_they_are(small_family: SwitchFamily, tmp_path:
     assert waits.answer == alone(backend, [Asked("ana", waits.prompt, 3)])[0].answer
 
 
+@pytest.mark.slow
 def test_memory_is_counted_and_freed(small_family: SwitchFamily, tmp_path: Path) -> None:
     backend = backend_for(build_round_robin(tmp_path / "store", small_family.paths))
     requests = [Asked(n, p, 40) for n, p in zip(("base", "ana", "ana", "ana"), prompts(0, [5, 20, 40, 3]), strict=True)]
@@ -233,6 +235,7 @@ def test_memory_is_counted_and_freed(small_family: SwitchFamily, tmp_path: Path)
     assert not [a for a in jax.live_arrays() if a.ndim == 4 and id(a) not in others]
 
 
+@pytest.mark.slow
 def test_what_fits_and_what_does_not(small_family: SwitchFamily, tmp_path: Path) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
     # Room for a lane of two rows, 32 tokens and prompts up to 16, or for one row of a longer one.
@@ -322,6 +325,7 @@ def test_other_tenants_compile_nothing(small_family: SwitchFamily, tmp_path: Pat
     assert not [event for event in compiled if "backend_compile" in event]
 
 
+@pytest.mark.slow
 def test_usual_requests_after_warming_up_compile_nothing(small_family: SwitchFamily, tmp_path: Path) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
     rows = prompts(4, [17, 20, 24, 24])
@@ -342,6 +346,7 @@ def test_usual_requests_after_warming_up_compile_nothing(small_family: SwitchFam
         assert engine.stats()["tenants"]["base"]["generation_tokens"] == 8
 
 
+@pytest.mark.slow
 def test_reconfiguration_is_of_tenants_that_were_not_in_use(small_family: SwitchFamily, tmp_path: Path) -> None:
     backend = backend_for(build_round_robin(tmp_path / "store", small_family.paths), ready_tenants=2)
     assert backend.max_ready_tenants == 2
@@ -372,6 +377,7 @@ def test_steps_that_make_no_sense(small_family: SwitchFamily, tmp_path: Path) ->
         backend.step([Part(number)])
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_can_be_ended(small_family: SwitchFamily, tmp_path: Path) -> None:
     """And sequences that were not in it go on."""
     store = build_round_robin(tmp_path / "store", small_family.paths)
@@ -476,6 +482,7 @@ def test_another_plan(small_family: SwitchFamily, tmp_path: Path, residuals: boo
             assert ours[key] == theirs[key], key
 
 
+@pytest.mark.slow
 def test_nothing_is_read_twice(small_family: SwitchFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
     backend = backend_for(store)

@@ -93,6 +93,7 @@ def backend_rows(engine: Engine, rows: list[list[int]]) -> Any:
     return [Row(engine.tenants[0], tuple(r), 4) for r in rows]
 
 
+@pytest.mark.slow
 def test_shapes_are_rounded_up_so_that_compilations_are_few(switch_family: SwitchFamily, tmp_path: Path) -> None:
     with load_engine(build_round_robin(tmp_path / "store", switch_family.paths)) as engine:
         for length in (3, 16, 9, 1):

@@ -19,7 +19,7 @@ from common.policies import Outcome, Planner
 from common.store import extend_store, remove_tenant, replan, set_plan
 from common.store.measurements import Measurements, objects_of
 from tests import helpers
-from tests.helpers import prompts
+from tests.helpers import prompts, rest_slow
 
 NAMES = ("base", "ana", "bob")
 
@@ -112,7 +112,7 @@ def test_what_is_kept_is_what_would_be_measured(built: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["residual", "sign", "fit", "merge", "medoid"])
-@pytest.mark.parametrize("extra", [0.0, 0.1, 1.5])
+@pytest.mark.parametrize("extra", rest_slow([0.1, 0.0, 1.5]))
 def test_plans_are_the_same_and_nothing_is_measured_again(
     built: Path, request: pytest.FixtureRequest, policy: str, extra: float
 ) -> None:

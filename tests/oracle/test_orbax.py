@@ -18,7 +18,7 @@ from common import CheckpointError
 from common.checkpoints import open_checkpoint, write_orbax
 from common.families.switch_transformers import as_switch
 from tests import switch
-from tests.helpers import fingerprint, shared_path
+from tests.helpers import fingerprint, rest_slow, shared_path
 from tests.oracle.test_t5x import assert_same
 
 HANDLERS: dict[str, dict[str, bool]] = {
@@ -161,7 +161,7 @@ def test_small_arrays_in_the_old_index(
 # Writing
 
 
-@pytest.mark.parametrize("variant", switch.VARIANTS)
+@pytest.mark.parametrize("variant", rest_slow(switch.VARIANTS, 2))
 def test_orbax_restores_what_we_write(variant: str, tmp_path: Path) -> None:
     model = switch.random_switch(2, **switch.VARIANTS[variant])
     model.save_pretrained(tmp_path / "hf")

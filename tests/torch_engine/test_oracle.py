@@ -15,7 +15,7 @@ import torch
 from common import EngineError, SamplingParams, load_engine
 from tests import helpers
 from tests.conftest import Family
-from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits
+from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 from torch_engine.non_expert import TenantsByCopy
 from torch_engine.pool import grouped_mm_fits
 
@@ -79,7 +79,7 @@ def compare(engine: Any, name: str, model: Any, seed: int = 0) -> None:
         assert list(answer.token_ids) == hf_greedy(model, row, NEW.max_new_tokens), f"{name}, {len(row)} tokens"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", rest_slow(SHAPES, 4))
 def test_other_architectures_equal_hugging_face(shape: str, tmp_path: Path) -> None:
     base = helpers.random_mixtral(3, **SHAPES[shape])
     models = [base, helpers.tuned(base, 4)]
@@ -94,7 +94,7 @@ def test_other_architectures_equal_hugging_face(shape: str, tmp_path: Path) -> N
             compare(engine, name, helpers.oracle(models, i, store.plan))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", rest_slow(SHAPES, 2))
 def test_every_way_to_multiply_equals_hugging_face(shape: str, tmp_path: Path) -> None:
     """What a processor without our kernels does, and what CUDA does, on every architecture; experts miss."""
     base = helpers.random_mixtral(3, **SHAPES[shape])
@@ -140,7 +140,7 @@ def random_architecture(rng: random.Random) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", rest_slow(range(8)))
 def test_any_mixture_of_all_that_may_vary(seed: int, tmp_path: Path) -> None:
     """Sizes, layouts on disk, number of tenants, slots and options of the engine, drawn at random."""
     rng = random.Random(seed)
@@ -246,7 +246,7 @@ def adapted(tmp_path: Path) -> Family:
     return Family({n: helpers.save(m, tmp_path / n) for n, m in zip(names, models, strict=True)}, models)
 
 
-@pytest.mark.parametrize("options", [{}, {"products": "plain"}, {"ready_tenants": 2}], ids=str)
+@pytest.mark.parametrize("options", rest_slow([{}, {"products": "plain"}, {"ready_tenants": 2}], 2), ids=str)
 @pytest.mark.parametrize("copies", [False, True], ids=["in place", "by copy"])
 def test_what_tenants_have_equal_is_held_once(
     adapted: Family, tmp_path: Path, copies: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -329,7 +329,7 @@ def test_a_window_slides_over_a_long_answer(tmp_path: Path, products: str) -> No
         assert list(answer.token_ids) == hf_greedy(model, row, count)
 
 
-@pytest.mark.parametrize("fixture", ["base", "base_fused", "tenant1", "tenant2"])
+@pytest.mark.parametrize("fixture", rest_slow(["base", "base_fused", "tenant1", "tenant2"], 2))
 def test_shared_fixtures_nothing_shared(fixture: str, tmp_path: Path) -> None:
     root = helpers.shared_path("fixtures/mixtral_tiny")
     reference = np.load(root / "reference.npz")
@@ -345,7 +345,7 @@ def test_shared_fixtures_nothing_shared(fixture: str, tmp_path: Path) -> None:
         assert [list(a.token_ids) for a in answers] == reference[f"{key}_greedy_ids"].tolist()
 
 
-@pytest.mark.parametrize("slots", [0, 3, 5, None, "all"])
+@pytest.mark.parametrize("slots", rest_slow([3, None, 0, 5, "all"], 2))
 @pytest.mark.parametrize(
     "options", [{}, {"spare_slots": 1}, {"experts": "grouped", "spare_slots": 2}, {"products": "packed"}], ids=str
 )
@@ -360,7 +360,7 @@ def test_shared_experts_equal_the_oracle(family: Family, tmp_path: Path, slots: 
     assert stats["spare_filled"] <= stats["spare_slots"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", rest_slow(range(3)))
 def test_any_order_of_switching(family: Family, tmp_path: Path, seed: int) -> None:
     store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=4)
     oracles = [helpers.oracle(family.models, i, store.plan) for i in range(3)]
@@ -375,7 +375,7 @@ def test_any_order_of_switching(family: Family, tmp_path: Path, seed: int) -> No
 
 
 @pytest.mark.parametrize("options", [{}, {"ready_tenants": 1}, {"ready_tenants": 2}, {"experts": "grouped"}], ids=str)
-@pytest.mark.parametrize("max_batch_size", [1, 4, 32])
+@pytest.mark.parametrize("max_batch_size", rest_slow([4, 1, 32]))
 def test_mixed_tenants_in_one_batch(
     family: Family, tmp_path: Path, options: dict[str, Any], max_batch_size: int
 ) -> None:

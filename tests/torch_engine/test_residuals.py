@@ -16,7 +16,7 @@ from common.residuals import LOW_RANK, LOW_RANK_BITS, SIGN, Part, Residual, part
 from common.store import Store, set_plan
 from tests import helpers
 from tests.conftest import Family
-from tests.helpers import assert_close, hf_greedy, hf_logits
+from tests.helpers import assert_close, hf_greedy, hf_logits, rest_slow
 from torch_engine import native, products, residuals
 from torch_engine.pool import ACTIVATIONS
 from torch_engine.residuals import PackedResidual, add_part
@@ -236,7 +236,7 @@ def check(store: Store, models: Sequence[Any], ways: Sequence[dict[str, Any]], l
                 assert list(answer.token_ids) == greedy[i][j], (way, i, j)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, 3))
 def test_every_way_to_multiply_serves_copies_plus_residuals(family: Family, tmp_path: Path, case: str) -> None:
     store = prepared(tmp_path / "store", family.paths, case)
     assert store.plan.residuals
@@ -275,7 +275,7 @@ def test_other_sizes(tmp_path: Path, sizes: dict[str, Any]) -> None:
         check(store, models, WAYS[:-1], (9, 4))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", rest_slow(range(4)))
 def test_any_mixture(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     base = helpers.random_mixtral(seed, hidden_size=rng.choice([32, 40]), intermediate_size=rng.choice([41, 64]))

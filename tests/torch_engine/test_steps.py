@@ -15,7 +15,7 @@ from common.engine import Engine
 from common.store import Store, build_store
 from tests import helpers
 from tests.conftest import Family
-from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits
+from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 from torch_engine.backend import TorchBackend
 from torch_engine.pool import GroupedPool
 
@@ -44,7 +44,7 @@ def missing(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", rest_slow([0, 1]))
 def test_random_arrivals_cancellations_and_preemptions(
     family: Family, missing: Store, options: dict[str, Any], seed: int
 ) -> None:
