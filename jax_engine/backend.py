@@ -175,8 +175,8 @@ def _products(options: JaxOptions, dtype: str, devices: Devices) -> Products:
         kernels = native.load()
     if options.products == "native" and kernels is None:
         raise EngineError(
-            "products='native' does not work here (it needs one CPU device with AVX2, a C++ compiler, and no MOETEL_NATIVE=0); "
-            "use auto or plain"
+            "products='native' does not work here (it needs one CPU device with AVX2 and a C++ compiler, not switched "
+            "off by MOETEL_NATIVE=0); use auto or plain"
         )
     if kernels is not None:
         return NativeProducts("bfloat16" if dtype == "bfloat16" else "float32", "float32", kernels)

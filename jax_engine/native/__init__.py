@@ -216,7 +216,7 @@ def load() -> Kernels | None:
             capsule_of: Any = jax.ffi.pycapsule  # not annotated in jax
             for name, handler in zip(names, handlers, strict=True):
                 jax.ffi.register_ffi_target(handler, capsule_of(getattr(library, name)), platform="cpu")
-            kernels = Kernels(*handlers, target.name)
+            kernels = Kernels(handlers[0], handlers[1], handlers[2], target.name)
             if _proves_right(kernels):
                 return kernels
             reason = "a product differs from numpy's"

@@ -144,6 +144,7 @@ def _proves_right(kernels: Kernels, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 70, generator=generator).to(dtype)
     x = torch.randn(7, 70, generator=generator).to(dtype)
+    place: Place | None
     if kernels.own_layout:
         packed = pack(weight)
         place = place_of(packed)
