@@ -111,17 +111,35 @@ def peak_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+Clock = Callable[[], float]
+
+
+def take_clock(parser: argparse.ArgumentParser) -> None:
+    """An option for machines that other work shares; see `clock_of`."""
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, and its CPU's time: other work counts less"
+    )
+
+
+def clock_of(args: argparse.Namespace) -> Clock:
+    """What to measure with. Sets torch to one thread for CPU time, as waiting threads would spend it, too."""
+    if not args.cpu_time:
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
+
+
+def seconds(call: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def memory_bandwidth(size_bytes: int = 1 << 30, repeats: int = 9) -> float:
+def memory_bandwidth(size_bytes: int = 1 << 30, repeats: int = 9, clock: Clock = time.perf_counter) -> float:
     """Bytes a second of a plain read by all threads (a sum over more than the caches hold): the best of several."""
     data = torch.ones(size_bytes // 4)
     data.sum()
-    return size_bytes / min(seconds(data.sum) for _ in range(repeats))
+    return size_bytes / min(seconds(data.sum, clock) for _ in range(repeats))
 
 
 @dataclass(frozen=True)

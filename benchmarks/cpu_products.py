@@ -2,7 +2,8 @@
 
 plain: F.linear. packed: oneDNN on weights reordered once. native: our own kernels on the same packed weights.
 grouped: torch's grouped product over 8 matrices, against rows spread evenly over them. Each way goes through a chain
-of matrices larger than the caches; the floor is the bandwidth of a plain read.
+of matrices larger than the caches; the floor is the bandwidth of a plain read. The last column is the ratio of native
+to what runs without our kernels, pair by pair: packed, or plain where nothing packs the type.
 
 A second table compares ways to compute a whole feed-forward, down(silu(gate) * up), in the same terms: plain; packed
 for 1, 16, 64 or 256 rows, gate and up in one product; fused: gate and up apart, silu and multiplication inside oneDNN's
@@ -19,7 +20,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import Report, Spread, add_output, machine, memory_bandwidth, seconds, write_output
+from benchmarks.common import (
+    Clock,
+    Report,
+    Spread,
+    add_output,
+    clock_of,
+    machine,
+    memory_bandwidth,
+    ratios,
+    seconds,
+    take_clock,
+    write_output,
+)
 from torch_engine import native
 from torch_engine.pool import find_grouped_mm
 from torch_engine.products import PackedWeight, can_pack, linear, pack, pack_native
@@ -29,7 +42,7 @@ FEED_FORWARDS = ("plain", *(f"packed {h}" for h in HINTS), "fused 16", "native",
 
 
 def measure(
-    rows: int, outputs: int, inputs: int, dtype: torch.dtype, chain_bytes: int, repeats: int
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, chain_bytes: int, repeats: int, clock: Clock
 ) -> dict[str, list[float]]:
     """Bytes of weights a second, for each way that works here."""
     itemsize = dtype.itemsize
@@ -55,10 +68,17 @@ def measure(
     with torch.inference_mode():
         for repeat in range(repeats + 1):
             for name, way in ways.items():
-                rate = total / seconds(way)
+                rate = total / seconds(way, clock)
                 if repeat:
                     rates[name].append(rate)
     return rates
+
+
+def gain_of(rates: dict[str, list[float]], packed: str) -> Spread | str:
+    """How many times as fast our own kernels are as what is used without them: packed, or plain where nothing packs."""
+    if "native" not in rates:
+        return "-"
+    return ratios(rates["native"], rates.get(packed, rates["plain"]))
 
 
 def pack_for(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -134,7 +154,7 @@ class FeedForwards:
             ]
         return found
 
-    def measure(self, rows: int, repeats: int) -> dict[str, list[float]]:
+    def measure(self, rows: int, repeats: int, clock: Clock) -> dict[str, list[float]]:
         """Bytes of weights a second, for each way, in turn. Raises AssertionError if one is wrong."""
         ways = self.ways(rows)
         rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -146,7 +166,7 @@ class FeedForwards:
                     raise AssertionError(f"{name} differs from plain by {difference:.3g} of its largest value")
             for _ in range(repeats):
                 for name, way in ways.items():
-                    rates[name].append(self.nbytes / seconds(way))
+                    rates[name].append(self.nbytes / seconds(way, clock))
         return rates
 
 
@@ -159,31 +179,42 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--chain-bytes", type=int, default=300_000_000)
     parser.add_argument("--repeats", type=int, default=5)
+    take_clock(parser)
     args = parser.parse_args(argv)
-    columns = ("dtype", "matrix", "rows", "plain", "packed", "native", "grouped", "best")
+    clock = clock_of(args)
+    columns = ("dtype", "matrix", "rows", "plain", "packed", "native", "grouped", "best", "native / before")
     report = Report("Products on a CPU, GB/s of weights", columns)
     report.note(machine())
-    report.note(f"a plain read gives {memory_bandwidth(args.chain_bytes) / 1e9:.1f} GB/s")
+    report.note(f"a plain read gives {memory_bandwidth(args.chain_bytes, clock=clock) / 1e9:.1f} GB/s")
     for dtype in args.dtypes:
         for shape in args.shapes:
             outputs, inputs = map(int, shape.split("x"))
             for rows in args.rows:
-                rates = measure(rows, outputs, inputs, getattr(torch, dtype), args.chain_bytes, args.repeats)
+                rates = measure(rows, outputs, inputs, getattr(torch, dtype), args.chain_bytes, args.repeats, clock)
                 cells = {name: Spread.of(values).scaled(1e-9) for name, values in rates.items()}
                 best = max(cells, key=lambda name: cells[name].median)
                 found = {name: cells.get(name, "-") for name in columns[3:7]}
-                report.add(**{"dtype": dtype, "matrix": shape, "rows": rows, **found, "best": best})
-    whole = Report("Feed-forwards on a CPU, GB/s of weights", ("dtype", "expert", "rows", *FEED_FORWARDS, "best"))
+                gain = gain_of(rates, "packed")
+                report.add(
+                    **{"dtype": dtype, "matrix": shape, "rows": rows, **found, "best": best, "native / before": gain}
+                )
+    whole = Report(
+        "Feed-forwards on a CPU, GB/s of weights",
+        ("dtype", "expert", "rows", *FEED_FORWARDS, "best", "native / before"),
+    )
     for dtype in args.dtypes:
         for shape in args.experts:
             hidden, inter = map(int, shape.split("x"))
             chain = FeedForwards(hidden, inter, getattr(torch, dtype), args.chain_bytes)
             for rows in args.rows:
-                rates = chain.measure(rows, args.repeats)
+                rates = chain.measure(rows, args.repeats, clock)
                 cells = {name: Spread.of(values).scaled(1e-9) for name, values in rates.items()}
                 best = max(cells, key=lambda name: cells[name].median)
                 found = {name: cells.get(name, "-") for name in FEED_FORWARDS}
-                whole.add(**{"dtype": dtype, "expert": shape, "rows": rows, **found, "best": best})
+                gain = gain_of(rates, "packed 16")
+                whole.add(
+                    **{"dtype": dtype, "expert": shape, "rows": rows, **found, "best": best, "native / before": gain}
+                )
     write_output(args, [report, whole], "Products on a CPU")
     return report.rows
 

@@ -19,16 +19,20 @@ import torch
 from transformers import DynamicCache, MixtralForCausalLM
 
 from benchmarks.common import (
+    Clock,
     Report,
     Shape,
     Spread,
     add_output,
     add_shape,
+    clock_of,
     machine,
     memory_bandwidth,
     peak_rss_gib,
     ratios,
+    seconds,
     shape_of,
+    take_clock,
     write_output,
     write_random,
 )
@@ -80,14 +84,16 @@ class Theirs:
         out.logits.argmax(-1)
 
 
-def timed(side: Ours | Theirs, prompts: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
+def timed(
+    side: Ours | Theirs, prompts: np.ndarray, steps: np.ndarray, clock: Clock = time.perf_counter
+) -> tuple[float, float]:
     """Seconds until the first token, and of a later step (mean). steps: int64 [steps, batch]."""
-    begun = time.perf_counter()
+    begun = clock()
     side.start(prompts)
-    first = time.perf_counter()
+    first = clock()
     for ids in steps:
         side.step(ids)
-    last = time.perf_counter()
+    last = clock()
     side.stop()
     return first - begun, (last - first) / max(1, len(steps))
 
@@ -120,6 +126,7 @@ def measure(args: argparse.Namespace, shape: Shape, report: Report) -> None:
 
 def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engine, model: MixtralForCausalLM) -> None:
     rng = np.random.default_rng(0)
+    clock = clock_of(args)
 
     def ids(*size: int) -> np.ndarray:
         return rng.integers(3, shape.vocab_size, size=size)
@@ -135,8 +142,8 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
         f"logits of both sides on 16 tokens: largest difference {difference.max():.3g}, mean {difference.mean():.3g}, "
         f"mean size {np.abs(theirs).mean():.3g}"
     )
-    bandwidth = memory_bandwidth(args.bandwidth_bytes)
-    peak = matmul_rate(getattr(torch, args.dtype), args.product_size)
+    bandwidth = memory_bandwidth(args.bandwidth_bytes, clock=clock)
+    peak = matmul_rate(getattr(torch, args.dtype), args.product_size, clock)
     report.note(
         f"memory read {bandwidth / 1e9:.1f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s, both of torch in this run"
     )
@@ -147,15 +154,15 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
     for name, batch, prompt, steps in cells:
         times: dict[str, list[float]] = {side: [] for side in sides}
         counter = HitCounter(model)
-        timed(sides["eager"], ids(batch, prompt), ids(min(steps, 4), batch))
+        timed(sides["eager"], ids(batch, prompt), ids(min(steps, 4), batch), clock)
         hit = float(np.mean(counter.hits[len(model.model.layers) :])) if steps else shape.num_local_experts
         counter.close()
         for repeat in range(args.repeats + 1):
             prompts, forced = ids(batch, prompt), ids(steps, batch)
             for side in sides:
-                seconds = timed(sides[side], prompts, forced)[1 if steps else 0]
+                took = timed(sides[side], prompts, forced, clock)[1 if steps else 0]
                 if repeat:  # the first round warms up
-                    times[side].append(seconds)
+                    times[side].append(took)
         best = min(IMPLEMENTATIONS, key=lambda side: Spread.of(times[side]).median)
         read = shape.step_weights(hit) * itemsize
         rates = " / ".join(f"{read / Spread.of(times[side]).median / 1e9:.3g}" for side in ("ours", best))
@@ -184,14 +191,12 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
     report.note(f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB")
 
 
-def matmul_rate(dtype: torch.dtype, size: int) -> float:
+def matmul_rate(dtype: torch.dtype, size: int, clock: Clock = time.perf_counter) -> float:
     """Operations a second of a square product of this size, torch's best."""
     a = torch.randn(size, size).to(dtype)
     best = float("inf")
     for _ in range(4):
-        begun = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, seconds(lambda: torch.mm(a, a), clock))
     return 2 * size**3 / best
 
 
@@ -223,7 +228,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--new-tokens", type=int, default=25)
     parser.add_argument("--scratch", help="folder for the random checkpoint and its store (two times its size)")
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
-    parser.add_argument("--product-size", type=int, default=4096, help="of the square product whose rate is the limit")
+    parser.add_argument("--product-size", type=int, default=2048, help="of the square product whose rate is the limit")
+    take_clock(parser)
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -522,6 +522,8 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """What the engine holds and has done: bytes by kind, hits, misses, fetches, reconfigurations.
 
+        products: who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels (AVX-512 bf16)",
+        "oneDNN", "torch" or "XLA".
         tenants: for each of them what its requests came to since the engine was loaded.
         """
         tenants = {}

@@ -142,7 +142,7 @@ class JaxBackend(Backend):
             "dtype": self.stored_dtype,
             "compute_dtype": self._products.compute,
             "experts": type(self._dispatch).__name__.removesuffix("Dispatch").lower(),
-            "products": "native" if isinstance(self._products, NativeProducts) else "plain",
+            "products": self._products.name,
             "pool_slots": loaded.store.plan.num_slots,
             "pool_bytes": pool.device_bytes,
             "residual_bytes": loaded.residuals.device_bytes,
@@ -175,7 +175,8 @@ def _products(options: JaxOptions, dtype: str, devices: Devices) -> Products:
         kernels = native.load()
     if options.products == "native" and kernels is None:
         raise EngineError(
-            "products='native' does not work here (one CPU device with AVX-512 and a C++ compiler); use auto or plain"
+            "products='native' does not work here (it needs one CPU device with AVX2 and a C++ compiler, not switched "
+            "off by MOETEL_NATIVE=0); use auto or plain"
         )
     if kernels is not None:
         return NativeProducts("bfloat16" if dtype == "bfloat16" else "float32", "float32", kernels)

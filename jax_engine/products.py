@@ -28,6 +28,11 @@ class Products(ABC):
     weights: str
     compute: str
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Who multiplies, as `Engine.stats` says it."""
+
     def prepare(self, weight: np.ndarray) -> np.ndarray:
         """A matrix in the type that it is kept in."""
         return to_numpy(weight, self.weights)
@@ -54,6 +59,10 @@ class PlainProducts(Products):
 
     rounded: bool = False
 
+    @property
+    def name(self) -> str:
+        return "XLA"
+
     def prepare(self, weight: np.ndarray) -> np.ndarray:
         return to_numpy(to_numpy(weight, "bfloat16") if self.rounded else weight, self.weights)
 
@@ -72,6 +81,10 @@ class NativeProducts(Products):
     """[blocks of 64 outputs, in, 64], read by the kernels of `jax_engine.native`."""
 
     kernels: Kernels
+
+    @property
+    def name(self) -> str:
+        return f"own kernels ({self.kernels.target})"
 
     def pack(self, weight: Any) -> Any:
         return self.kernels.pack(weight)

@@ -349,7 +349,7 @@ class TorchBackend(Backend):
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "experts": self.experts,
-            "products": self.products,
+            "products": _products_name(self.products, self.dtype),
             "pool_slots": self.store.plan.num_slots,
             "pool_bytes": self.pool.device_bytes,
             "residual_bytes": self.pool.residual_bytes,
@@ -381,13 +381,23 @@ class TorchBackend(Backend):
 def _choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
     """The first of native, packed and plain that works for this type on this device, if none is asked for."""
     works = ["plain"]
-    if device.type == "cpu" and can_pack(dtype):
-        works.insert(0, "packed")
+    if device.type == "cpu":
+        if can_pack(dtype):
+            works.insert(0, "packed")
         if native.load(dtype) is not None:
             works.insert(0, "native")
     if wanted not in ("auto", *works):
         raise EngineError(f"products={wanted!r} does not work for {dtype} on {device} here; use auto or {works[0]}")
     return works[0] if wanted == "auto" else wanted
+
+
+def _products_name(products: str, dtype: torch.dtype) -> str:
+    """Who multiplies, as `stats` says it."""
+    if products == "native":
+        kernels = native.load(dtype)
+        assert kernels is not None
+        return f"own kernels ({kernels.target})"
+    return {"packed": "oneDNN", "plain": "torch"}[products]
 
 
 def _plain(weight: Tensor) -> Weight:

@@ -15,9 +15,9 @@ class TorchOptions:
     dtype: auto (the store's; float16 is computed in float32 on a CPU), float32, bfloat16 or float16.
     experts: how products of many experts run. loop: one copy after another; grouped: one grouped product; auto: what
         was measured faster, loop on a CPU and grouped on CUDA (docs/architecture.md, decision on products).
-    products: how matrices are kept and multiplied on a CPU. packed: reordered once for oneDNN; native: so too, and few
-        rows are multiplied by kernels of our own; plain: as they are; auto: the first of native, packed and plain that
-        works here.
+    products: how matrices are kept and multiplied on a CPU. packed: reordered once for oneDNN; native: packed once for
+        kernels of our own, which leave many rows to oneDNN where it is fast; plain: as they are; auto: the first of
+        native, packed and plain that works here. MOETEL_NATIVE=0 in the environment rules native out.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a CPU, 2 on CUDA.
     kv_cache_bytes: the most that keys and values of all sequences may take; None: a quarter of the free memory of a

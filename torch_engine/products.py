@@ -40,7 +40,7 @@ Weight = Tensor | PackedWeight
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build and processor multiply packed weights of this type (bfloat16 needs AVX-512 or better)."""
+    """Whether oneDNN, in this build and on this processor, multiplies packed weights of this type."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -62,7 +62,8 @@ def pack_native(weight: Tensor) -> PackedWeight:
     """`pack`, with our own kernels for few rows if they can read the result; for any number where they pack it."""
     weight = weight.contiguous()
     kernels = native.load(weight.dtype)
-    if kernels is not None and kernels.own_layout and (own := native.pack(weight)) is not None:
+    if kernels is not None and kernels.own_layout:
+        own = native.pack(weight)
         return PackedWeight(own, (weight.shape[0], weight.shape[1]), kernels, native.place_of(own))
     packed = pack(weight)
     place = native.locate(weight, packed.data) if kernels is not None else None

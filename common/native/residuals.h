@@ -1,5 +1,5 @@
-/* Products with the parts of residuals, as common/residuals.py lays them out; for x86-64 with AVX-512F. Included by the
- * kernels of both engines; C11 and C++17. Everything is static: no library, no state, no allocation, no threads.
+/* Products with the parts of residuals, as common/residuals.py lays them out. Included by the CPU kernels of both
+ * engines; C11 and C++17; for the processors of vectors.h. Everything is static: no library, no state, no allocation, no threads.
  *
  * A part adds y[m][n] += sum_k x[m][k] R[n][k] in two steps, so that callers can share each of them out among threads:
  *
@@ -21,9 +21,11 @@
 #ifndef MOETEL_RESIDUALS_H
 #define MOETEL_RESIDUALS_H
 
-#include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "vectors.h"
 
 #define RESIDUAL_SIGN 0
 #define RESIDUAL_LOW_RANK 1
@@ -47,10 +49,8 @@ RESIDUAL_INLINE int64_t residual_row_bytes(int64_t count, int64_t bits) { return
 RESIDUAL_INLINE int64_t residual_width(const residual_part *p) { return p->kind == RESIDUAL_SIGN ? 1 : p->size; }
 
 /* x[k..k+15], or, for the last k of a row, what is left of it and zeros. */
-RESIDUAL_INLINE __m512 residual_load(const int bf16, const void *x, int64_t k) {
-    if (!bf16) return _mm512_loadu_ps((const float *)x + k);
-    const __m256i half = _mm256_loadu_si256((const __m256i *)((const uint16_t *)x + k));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+RESIDUAL_INLINE v16 residual_load(const int bf16, const void *x, int64_t k) {
+    return bf16 ? v_load_bf16((const uint16_t *)x + k) : v_load((const float *)x + k);
 }
 
 /* ends[m] = the last inputs of each row from k on, at most 64 bytes, and zeros; in `tail`, 64 bytes a row. */
@@ -64,31 +64,16 @@ RESIDUAL_INLINE void residual_tails(const int M, const int bf16, const void *con
     }
 }
 
-/* The sums of four vectors. Each is summed in the same order wherever it stands. */
-RESIDUAL_INLINE __m128 residual_reduce(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 all = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    const __m512 more = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    const __m512 four = _mm512_add_ps(all, more);
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(four),
-                                       _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(four), 1)));
-    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-}
-
 /* y[0..count-1] = scale * (doubled ? 2 v - less : v) + y, for up to four outputs. */
-RESIDUAL_INLINE void residual_store(float *y, int64_t count, __m128 scale, __m128 v, const int doubled, float less) {
-    float sums[4] = {0, 0, 0, 0};
-    memcpy(sums, y, (size_t)count * 4);
-    if (doubled) v = _mm_fmsub_ps(_mm_set1_ps(2.0f), v, _mm_set1_ps(less));
-    _mm_storeu_ps(sums, _mm_fmadd_ps(scale, v, _mm_loadu_ps(sums)));
-    memcpy(y, sums, (size_t)count * 4);
+RESIDUAL_INLINE void residual_store(float *y, int64_t count, const float *scale, const float *v, const int doubled,
+                                    float less) {
+    for (int64_t i = 0; i < count; i++) y[i] = fmaf(scale[i], doubled ? fmaf(2.0f, v[i], -less) : v[i], y[i]);
 }
 
 /* ---- sign */
 
 /* Whether bfloat16 rows are multiplied by +1 and -1, two inputs at once, instead of summed where bits are set. */
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && !defined(MOETEL_NO_BF16)
 #define RESIDUAL_PAIRS 1
 #else
 #define RESIDUAL_PAIRS 0
@@ -96,7 +81,7 @@ RESIDUAL_INLINE void residual_store(float *y, int64_t count, __m128 scale, __m12
 
 /* acc[m][i] += what the codes at rows[i] and inputs k.. of x[m] give. */
 RESIDUAL_INLINE void residual_sign_step(const int M, const int P, const int bf16, const void *const *x, int64_t k,
-                                        const uint8_t *const *rows, int64_t at, __m512 (*acc)[8]) {
+                                        const uint8_t *const *rows, int64_t at, v16 (*acc)[8]) {
 #if RESIDUAL_PAIRS
     if (bf16) {
         __m512bh signs[8];
@@ -116,20 +101,18 @@ RESIDUAL_INLINE void residual_sign_step(const int M, const int P, const int bf16
         return;
     }
 #endif
-    __mmask16 masks[8];
+    uint16_t bits[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < P; i++) {
-        uint16_t bits;
-        memcpy(&bits, rows[i] + at / 8, 2);
-        masks[i] = (__mmask16)bits;
-    }
+    for (int i = 0; i < P; i++) memcpy(&bits[i], rows[i] + at / 8, 2);
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
-        const __m512 v = residual_load(bf16, x[m], k);
+        const v16 v = residual_load(bf16, x[m], k);
 #pragma GCC unroll 8
-        for (int i = 0; i < P; i++) acc[m][i] = _mm512_mask_add_ps(acc[m][i], masks[i], acc[m][i], v);
+        for (int i = 0; i < P; i++) acc[m][i] = v_add_where(acc[m][i], bits[i], v);
     }
 }
+
+#define RESIDUAL_OUTPUTS (VECTOR_REGISTERS >= 16 ? 8 : 4) /* at a time, of one row or two */
 
 /* M rows, outputs n0..n1, P (4 or 8) of them at a time. */
 RESIDUAL_INLINE void residual_sign_tile(const int M, const int P, const int bf16, const residual_part *p,
@@ -156,21 +139,23 @@ RESIDUAL_INLINE void residual_sign_tile(const int M, const int P, const int bf16
             memcpy(&scale[i], &bits, 4);
             if (--left == 0) group++, left = p->size;
         }
-        __m512 acc[4][8];
+        v16 acc[4][8];
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-            for (int i = 0; i < P; i++) acc[m][i] = _mm512_setzero_ps();
+            for (int i = 0; i < P; i++) acc[m][i] = v_zero();
         for (int64_t k = 0; k < whole; k += step) residual_sign_step(M, P, bf16, x, k, rows, k, acc);
         if (whole < K) residual_sign_step(M, P, bf16, ends, 0, rows, whole, acc);
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
             for (int i = 0; i < P; i += 4)
-                if (i < count)
-                    residual_store(y[m] + n - n0 + i, residual_least(4, count - i), _mm_loadu_ps(scale + i),
-                                   residual_reduce(acc[m][i], acc[m][i + 1], acc[m][i + 2], acc[m][i + 3]),
+                if (i < count) {
+                    float sums[4];
+                    v_sums(acc[m][i], acc[m][i + 1], acc[m][i + 2], acc[m][i + 3], sums);
+                    residual_store(y[m] + n - n0 + i, residual_least(4, count - i), scale + i, sums,
                                    !(RESIDUAL_PAIRS && bf16), t[m * stride]);
+                }
     }
 }
 
@@ -178,48 +163,32 @@ RESIDUAL_INLINE void residual_sign_tile(const int M, const int P, const int bf16
 RESIDUAL_INLINE void residual_sum(const int bf16, const residual_part *p, const void *x, float *t) {
     const int64_t K = p->inputs, whole = K / 16 * 16;
     uint32_t tail[16];
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < whole; k += 16) sum = _mm512_add_ps(sum, residual_load(bf16, x, k));
+    v16 sum = v_zero();
+    for (int64_t k = 0; k < whole; k += 16) sum = v_add(sum, residual_load(bf16, x, k));
     if (whole < K) {
         const void *end;
         residual_tails(1, bf16, &x, whole, K, tail, &end);
-        sum = _mm512_add_ps(sum, residual_load(bf16, end, 0));
+        sum = v_add(sum, residual_load(bf16, end, 0));
     }
-    *t = _mm_cvtss_f32(residual_reduce(sum, sum, sum, sum));
+    *t = v_sum(sum);
 }
 
 /* ---- low rank */
 
 /* Sixteen numbers from their codes, which begin at a byte. */
-RESIDUAL_INLINE __m512 residual_decode(const int bits, const uint8_t *from) {
-    if (bits <= 4) {
-        /* Shift each code to the bottom of its lane; only the low 4 bits of a lane choose among 16 numbers, and for
-         * 2-bit codes these repeat every 4. */
-        uint32_t low, high;
-        memcpy(&low, from, 4);
-        __m512i all = _mm512_set1_epi32((int)low);
-        if (bits == 4) {
-            memcpy(&high, from + 4, 4);
-            all = _mm512_mask_set1_epi32(all, 0xff00, (int)high);
-            all = _mm512_srlv_epi32(all, _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0));
-            return _mm512_permutexvar_ps(all, _mm512_set_ps(7.5f, 6.5f, 5.5f, 4.5f, 3.5f, 2.5f, 1.5f, 0.5f, -0.5f,
-                                                            -1.5f, -2.5f, -3.5f, -4.5f, -5.5f, -6.5f, -7.5f));
-        }
-        all = _mm512_srlv_epi32(all, _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0));
-        return _mm512_permutexvar_ps(all, _mm512_set_ps(1.5f, 0.5f, -0.5f, -1.5f, 1.5f, 0.5f, -0.5f, -1.5f, 1.5f, 0.5f,
-                                                        -0.5f, -1.5f, 1.5f, 0.5f, -0.5f, -1.5f));
+RESIDUAL_INLINE v16 residual_decode(const int bits, const uint8_t *from) {
+    switch (bits) {
+    case 2: return v_codes2(from);
+    case 4: return v_codes4(from);
+    case 8: return v_codes8(from);
+    case 16: return v_load_f16(from);
+    default: return v_load((const float *)from);
     }
-    if (bits == 8) {
-        const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-        return _mm512_sub_ps(_mm512_cvtepi32_ps(codes), _mm512_set1_ps(127.5f));
-    }
-    if (bits == 16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-    return _mm512_loadu_ps((const float *)from);
 }
 
 /* The last numbers of a row of `count`, from number `at` on (a multiple of 16). What follows them is undefined where
  * zero bits stand for another number than 0. */
-RESIDUAL_INLINE __m512 residual_decode_tail(const int bits, const uint8_t *row, int64_t at, int64_t count) {
+RESIDUAL_INLINE v16 residual_decode_tail(const int bits, const uint8_t *row, int64_t at, int64_t count) {
     uint8_t buffer[64];
     memset(buffer, 0, sizeof buffer);
     memcpy(buffer, row + at * bits / 8, (size_t)(((count - at) * bits + 7) / 8));
@@ -228,12 +197,12 @@ RESIDUAL_INLINE __m512 residual_decode_tail(const int bits, const uint8_t *row, 
 
 /* acc[m][c] += values[c] * x[m][k..k+15]. */
 RESIDUAL_INLINE void residual_add_products(const int M, const int bf16, const void *const *x, int64_t k,
-                                           const __m512 *values, __m512 (*acc)[4]) {
+                                           const v16 *values, v16 (*acc)[4]) {
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
-        const __m512 value = residual_load(bf16, x[m], k);
+        const v16 value = residual_load(bf16, x[m], k);
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) acc[m][c] = _mm512_fmadd_ps(values[c], value, acc[m][c]);
+        for (int c = 0; c < 4; c++) acc[m][c] = v_fma(values[c], value, acc[m][c]);
     }
 }
 
@@ -251,12 +220,12 @@ RESIDUAL_INLINE void residual_first_tile(const int M, const int bf16, const int 
         float scale[4] = {0, 0, 0, 0};
         for (int c = 0; c < 4; c++) rows[c] = v + (i + residual_least(c, count - 1)) * width;
         memcpy(scale, p->data + 4 * i, (size_t)count * 4);
-        __m512 acc[4][4];
+        v16 acc[4][4];
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) acc[m][c] = _mm512_setzero_ps();
-        __m512 values[4];
+            for (int c = 0; c < 4; c++) acc[m][c] = v_zero();
+        v16 values[4];
         for (int64_t k = 0; k < whole; k += 16) {
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) values[c] = residual_decode(bits, rows[c] + k * bits / 8);
@@ -269,10 +238,9 @@ RESIDUAL_INLINE void residual_first_tile(const int M, const int bf16, const int 
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
-            const __m128 four = residual_reduce(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
             float sums[4];
-            _mm_storeu_ps(sums, _mm_mul_ps(_mm_loadu_ps(scale), four));
-            memcpy(t + m * stride + i, sums, (size_t)count * 4);
+            v_sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3], sums);
+            for (int64_t c = 0; c < count; c++) t[m * stride + i + c] = scale[c] * sums[c];
         }
     }
 }
@@ -284,24 +252,23 @@ RESIDUAL_INLINE void residual_second_tile(const int M, const int Q, const int ta
                                           int64_t n1, float *const *y) {
     const int64_t N = p->outputs, width = residual_row_bytes(N, bits);
     const uint8_t *u = p->data + p->size * (4 + residual_row_bytes(p->inputs, bits));
-    const __mmask16 mask = n1 - n >= 16 ? (__mmask16)0xffff : (__mmask16)((1 << (n1 - n)) - 1); /* Q > 1: all */
-    __m512 acc[4][4];
+    v16 acc[4][4];
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) acc[m][q] = _mm512_setzero_ps();
+        for (int q = 0; q < Q; q++) acc[m][q] = v_zero();
     for (int64_t i = 0; i < p->size; i++) {
         const uint8_t *row = u + i * width;
-        __m512 values[4];
+        v16 values[4];
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++)
             values[q] = tail ? residual_decode_tail(bits, row, n, N)
                              : residual_decode(bits, row + (n + 16 * q) * bits / 8);
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
-            const __m512 value = _mm512_set1_ps(t[m * stride + i]);
+            const v16 value = v_set1(t[m * stride + i]);
 #pragma GCC unroll 4
-            for (int q = 0; q < Q; q++) acc[m][q] = _mm512_fmadd_ps(values[q], value, acc[m][q]);
+            for (int q = 0; q < Q; q++) acc[m][q] = v_fma(values[q], value, acc[m][q]);
         }
     }
 #pragma GCC unroll 4
@@ -309,7 +276,7 @@ RESIDUAL_INLINE void residual_second_tile(const int M, const int Q, const int ta
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) {
             float *to = y[m] + 16 * q;
-            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), acc[m][q]));
+            v_store_some(to, v_add(v_load_some(to, n1 - n), acc[m][q]), n1 - n); /* Q > 1: all */
         }
 }
 
@@ -333,9 +300,11 @@ RESIDUAL_INLINE void residual_second_rows(const int M, const int bits, const res
 
 /* ---- what callers use. Rows of a tile and bits are constants inside, so that sums stay in registers. */
 
+#define RESIDUAL_FOUR (VECTOR_REGISTERS >= 16) /* whether there are tiles of four rows */
+
 #define RESIDUAL_ROWS(M, function, ...)           \
     do {                                          \
-        if ((M) == 4)                             \
+        if ((M) == 4 && RESIDUAL_FOUR)            \
             function(4, __VA_ARGS__);             \
         else if ((M) == 2)                        \
             function(2, __VA_ARGS__);             \
@@ -344,7 +313,7 @@ RESIDUAL_INLINE void residual_second_rows(const int M, const int bits, const res
     } while (0)
 
 /* Rows of the next tile: 4, 2 or 1. */
-RESIDUAL_INLINE int residual_tile(int64_t rows) { return rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+RESIDUAL_INLINE int residual_tile(int64_t rows) { return rows >= 4 && RESIDUAL_FOUR ? 4 : rows >= 2 ? 2 : 1; }
 
 static inline void residual_second_low_rank(const residual_part *p, const float *t, int64_t stride, int M, int64_t n0,
                                             int64_t n1, float *const *y) {
@@ -372,12 +341,12 @@ static inline void residual_second_low_rank(const residual_part *p, const float 
                                                                                                                        \
     static inline void residual_sign_##SUFFIX(const residual_part *p, const void *const *x, const float *t,            \
                                               int64_t stride, int M, int64_t n0, int64_t n1, float *const *y) {        \
-        if (M == 4)                                                                                                    \
+        if (M == 4 && RESIDUAL_FOUR)                                                                                   \
             residual_sign_tile(4, 4, BF16, p, x, t, stride, n0, n1, y);                                                \
         else if (M == 2)                                                                                               \
-            residual_sign_tile(2, 8, BF16, p, x, t, stride, n0, n1, y);                                                \
+            residual_sign_tile(2, RESIDUAL_OUTPUTS, BF16, p, x, t, stride, n0, n1, y);                                                \
         else                                                                                                           \
-            residual_sign_tile(1, 8, BF16, p, x, t, stride, n0, n1, y);                                                \
+            residual_sign_tile(1, RESIDUAL_OUTPUTS, BF16, p, x, t, stride, n0, n1, y);                                                \
     }                                                                                                                  \
                                                                                                                        \
     static inline void residual_first_##SUFFIX(const residual_part *p, const TYPE *const *x, int64_t rows, int64_t i0, \

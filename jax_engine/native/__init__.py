@@ -2,8 +2,9 @@
 jitted code through XLA's foreign function interface, used where they prove right.
 
 XLA multiplies few rows at a fraction of the memory's rate. These kernels read weights packed in blocks of 64 outputs,
-for decoding and for prompts alike, and a layer of experts is one call. Nothing depends on them: without Linux on
-x86-64, AVX-512 or a compiler, `load` returns None and XLA does all products.
+for decoding and for prompts alike, and a layer of experts is one call. They are compiled for AVX-512 or AVX2
+(common/native). Nothing depends on them: on another processor, without Linux or a compiler, or with MOETEL_NATIVE=0 in
+the environment, `load` returns None and XLA does all products.
 
 Letters in shapes: T rows, K inputs, N outputs, B = ceil(N / 64) blocks of outputs, S slots, I intermediate size.
 """
@@ -16,7 +17,6 @@ import itertools
 import logging
 import math
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -31,15 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import common
+from common.native import HEADERS, Target, cpu_flags, find_target, switched_off
 from common.residuals import LOW_RANK, SIGN, Part, Residual, join_parts, matrices, pack_low_rank, pack_sign
 from jax_engine.residuals import KINDS, part_on_device
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cc")
-HEADER = Path(common.__file__).parent / "native" / "residuals.h"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
 BLOCK = 64  # outputs in a block of the packed layout
 
 # Numbers of `Activation` in kernels.cc, by the names in Switch and T5 configs.
@@ -72,12 +71,13 @@ class Kernels:
     """The kernels as functions for jitted code. Sums are float32; a row's bits depend on no other row.
 
     linear_target, experts_target, residuals_target: names under which XLA knows the handlers. threads: at most so many,
-    or None for all that XLA's own pool has.
+    or None for all that XLA's own pool has. target: the instructions that they use.
     """
 
     linear_target: str
     experts_target: str
     residuals_target: str
+    target: str
     threads: int | None = None
 
     @staticmethod
@@ -162,31 +162,23 @@ def _result(*shape: int) -> Any:
     return make(shape, np.dtype(np.float32))
 
 
-def _cpu_flags() -> frozenset[str]:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return frozenset(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return frozenset()
-
-
-def _compile() -> ctypes.CDLL:
+def _compile(target: Target) -> ctypes.CDLL:
     """Compile kernels.cc into the user's cache, or take what is there. Raises OSError or subprocess.SubprocessError."""
     compiler = next((c for c in (os.environ.get("CXX"), "g++", "c++") if c and shutil.which(c)), None)
     if compiler is None:
         raise OSError("no C++ compiler (g++ or c++) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = repr((SOURCE.read_bytes(), HEADER.read_bytes(), FLAGS, version, sorted(_cpu_flags()), version_of("jaxlib")))
+    flags = (*FLAGS, *target.flags)
+    sources = [path.read_bytes() for path in (SOURCE, *HEADERS)]
+    key = repr((sources, flags, version, sorted(cpu_flags()), version_of("jaxlib")))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"jax-kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if not _is_whole(path):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             library = Path(scratch) / path.name
-            folders = ["-isystem", jax.ffi.include_dir(), "-I", str(HEADER.parent)]
-            command = [compiler, *FLAGS, *folders, str(SOURCE), "-o", str(library)]
+            folders = ["-isystem", jax.ffi.include_dir(), "-I", str(HEADERS[0].parent)]
+            command = [compiler, *flags, *folders, str(SOURCE), "-o", str(library)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
             content = library.read_bytes()
             library.write_bytes(content + hashlib.sha256(content).digest())
@@ -208,22 +200,23 @@ def _is_whole(library: Path) -> bool:
 
 @cache
 def load() -> Kernels | None:
-    """The kernels, or None where they cannot be had; the reason is logged."""
-    reason = None
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        reason = f"they need Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    elif "avx512f" not in _cpu_flags():
-        reason = "the processor has no AVX-512"
-    if reason is None:
+    """The kernels, or None where they cannot be had; the reason is logged.
+
+    Raises EngineError if the environment's MOETEL_NATIVE is malformed.
+    """
+    target = "they are switched off" if switched_off() else find_target()
+    if isinstance(target, str):
+        reason = target
+    else:
         try:
-            library = _compile()
+            library = _compile(target)
             number = next(_loads)  # XLA refuses a name that it knows for another function
             names = ("moetel_linear", "moetel_experts", "moetel_experts_with_residuals")
-            targets = tuple(f"{name}_{number}" for name in names)
+            handlers = tuple(f"{name}_{number}" for name in names)
             capsule_of: Any = jax.ffi.pycapsule  # not annotated in jax
-            for name, target in zip(names, targets, strict=True):
-                jax.ffi.register_ffi_target(target, capsule_of(getattr(library, name)), platform="cpu")
-            kernels = Kernels(targets[0], targets[1], targets[2])
+            for name, handler in zip(names, handlers, strict=True):
+                jax.ffi.register_ffi_target(handler, capsule_of(getattr(library, name)), platform="cpu")
+            kernels = Kernels(handlers[0], handlers[1], handlers[2], target.name)
             if _proves_right(kernels):
                 return kernels
             reason = "a product differs from numpy's"

@@ -1,5 +1,5 @@
-// Products with few rows, and a whole layer of top-1 experts, for x86-64 with AVX-512; called by XLA on the CPU through
-// its foreign function interface.
+// Products with few rows, and a whole layer of top-1 experts, for the processors of common/native/vectors.h; called by
+// XLA on the CPU through its foreign function interface.
 //
 // With few rows a product is bound by reading the weights, with many by arithmetic. One micro-kernel serves both: it
 // walks a panel of packed weights front to back and adds outer products, the sums of up to six rows staying in
@@ -14,7 +14,6 @@
 // little, with few it hides behind the reading. Low-rank parts are added after (common/native/residuals.h).
 // Letters: T rows of a call, M rows of a tile, K inputs, N outputs, B blocks of outputs, S slots.
 
-#include <immintrin.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -30,6 +29,7 @@
 #include <vector>
 
 #include "residuals.h"
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -37,23 +37,22 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kBlock = 64;   // outputs in a block of the packed layout
-constexpr int kTile = 6;         // rows whose sums stay in registers: 6 x 4 of 32
-constexpr int64_t kPanel = 256;  // inputs of a panel: 64 KiB of float32; this one and the next lie in a core's L2
+constexpr int kTile = 6;         // rows whose sums stay in registers
+// Inputs of a panel: this one and the next lie in a core's caches, in the first of them where a panel is read in parts.
+constexpr int64_t kPanel = VECTOR_REGISTERS >= 16 ? 256 : 64;
 constexpr int64_t kChunk = 192;  // rows of a work item: more work for one thread at the end costs more than it saves
 
 int64_t blocks_of(int64_t N) { return (N + kBlock - 1) / kBlock; }
 
-inline __m512 widen(const float *w) { return _mm512_loadu_ps(w); }
+// Vectors of a block's outputs that a tile of `rows` rows sums at once.
+constexpr int vectors_of(int rows) { return 4 * rows <= VECTOR_REGISTERS ? 4 : 2 * rows <= VECTOR_REGISTERS ? 2 : 1; }
 
-// bfloat16 is the upper half of a float32.
-inline __m512 widen(const uint16_t *w) {
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
+inline v16 widen(const float *w) { return v_load(w); }
+inline v16 widen(const uint16_t *w) { return v_load_bf16(w); }
 
 // Weights that are not there: a sign part alone.
 struct Zero {};
-inline __m512 widen(const Zero *) { return _mm512_setzero_ps(); }
+inline v16 widen(const Zero *) { return v_zero(); }
 
 // A sign part of a residual: bfloat16 [outputs / size, rounded up], padded to 4 bytes, then uint64 [blocks, K].
 struct Sign {
@@ -81,59 +80,68 @@ struct Ahead {
     int lines;
 };
 
-// y[m][0..63] = (first ? 0 : y[m][0..63]) + x[m][0..K-1] w[K][64], where mask says which outputs exist. Signed: each
-// weight plus scale[64] where its bit of codes[K] is 1, minus it where it is 0.
-template <typename W, int M, bool Signed>
-void tile(const float *const *x, float *const *y, const W *w, const uint8_t *codes, const float *scale, int64_t K,
-          const __mmask16 *mask, bool first, Ahead ahead) {
-    __m512 sum[M][4];
+// y[m][0..16J-1] = (first ? 0 : y[m][0..16J-1]) + x[m][0..K-1] w[K][64], where `left` outputs exist. Signed: each weight
+// plus scale[64] where its bit of codes[K] is 1, minus it where it is 0.
+template <typename W, int M, int J, bool Signed>
+ALWAYS void part(const float *const *x, float *const *y, int64_t at, const W *w, const uint8_t *codes,
+                 const float *scale, int64_t K, int64_t left, bool first, Ahead &ahead) {
+    v16 sum[M][J];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            sum[m][j] = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask[j], y[m] + 16 * j);
-    const auto step = [&](int64_t k) {
-        __m512 weights[4];
+        for (int j = 0; j < J; j++)
+            sum[m][j] = first || left <= 16 * j ? v_zero() : v_load_some(y[m] + at + 16 * j, left - 16 * j);
+    const auto step = [&](int64_t k) __attribute__((always_inline)) {
+        v16 weights[J];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) weights[j] = widen(w + k * kBlock + 16 * j);
+        for (int j = 0; j < J; j++) weights[j] = widen(w + k * kBlock + 16 * j);
         if (Signed) {
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < J; j++) {
                 uint16_t bits;
                 std::memcpy(&bits, codes + 8 * k + 2 * j, 2);
-                const __m512 size = _mm512_load_ps(scale + 16 * j), less = _mm512_sub_ps(weights[j], size);
-                weights[j] = _mm512_mask_add_ps(less, static_cast<__mmask16>(bits), weights[j], size);
+                weights[j] = v_add_signed(weights[j], bits, v_load(scale + 16 * j));
             }
         }
 #pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
-            const __m512 value = _mm512_set1_ps(x[m][k]);
+            const v16 value = v_set1(x[m][k]);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) sum[m][j] = _mm512_fmadd_ps(weights[j], value, sum[m][j]);
+            for (int j = 0; j < J; j++) sum[m][j] = v_fma(weights[j], value, sum[m][j]);
         }
     };
     int64_t k = 0;
     for (; k + 4 <= K; k += 4) {
-        for (int line = 0; line < ahead.lines; line++, ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
+        for (int line = 0; line < ahead.lines; line++, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
         step(k), step(k + 1), step(k + 2), step(k + 3);
     }
     for (; k < K; k++) step(k);
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y[m] + 16 * j, mask[j], sum[m][j]);
+        for (int j = 0; j < J; j++)
+            if (left > 16 * j) v_store_some(y[m] + at + 16 * j, sum[m][j], left - 16 * j);
+}
+
+// `part` for all 64 outputs of a block.
+template <typename W, int M, bool Signed>
+void tile(const float *const *x, float *const *y, const W *w, const uint8_t *codes, const float *scale, int64_t K,
+          int64_t left, bool first, Ahead ahead) {
+    constexpr int J = vectors_of(M);
+    for (int64_t n = 0; n < kBlock; n += 16 * J)
+        part<W, M, J, Signed>(x, y, n, w + n, Signed ? codes + n / 8 : nullptr, scale + n, K, left - n, first, ahead);
 }
 
 template <typename W, bool Signed>
 void tile_of(int M, const float *const *x, float *const *y, const W *w, const uint8_t *codes, const float *scale,
-             int64_t K, const __mmask16 *mask, bool first, Ahead ahead) {
+             int64_t K, int64_t left, bool first, Ahead ahead) {
     switch (M) {
-        case 1: return tile<W, 1, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
-        case 2: return tile<W, 2, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
-        case 3: return tile<W, 3, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
-        case 4: return tile<W, 4, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
-        case 5: return tile<W, 5, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
-        default: return tile<W, 6, Signed>(x, y, w, codes, scale, K, mask, first, ahead);
+        case 1: return tile<W, 1, Signed>(x, y, w, codes, scale, K, left, first, ahead);
+        case 2: return tile<W, 2, Signed>(x, y, w, codes, scale, K, left, first, ahead);
+        case 3: return tile<W, 3, Signed>(x, y, w, codes, scale, K, left, first, ahead);
+        case 4: return tile<W, 4, Signed>(x, y, w, codes, scale, K, left, first, ahead);
+        case 5: return tile<W, 5, Signed>(x, y, w, codes, scale, K, left, first, ahead);
+        default: return tile<W, 6, Signed>(x, y, w, codes, scale, K, left, first, ahead);
     }
 }
 
@@ -164,21 +172,14 @@ void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, c
         sign->scales_of(b, scale);
         codes = sign->data + sign->codes_at() + 8 * b * K;
     }
-    __mmask16 mask[4];
-    for (int j = 0; j < 4; j++) {
-        const int64_t left = N - b * kBlock - 16 * j;
-        mask[j] = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
-    }
     const int64_t tiles = (count + kTile - 1) / kTile;
     for (int64_t k = 0; k < K; k += kPanel) {
         const int64_t length = std::min(kPanel, K - k);
         const W *panel = packed + (b * K + k) * kBlock;
         // The panel that follows in memory is what this thread reads next, in this block or the next. One tile alone
-        // reads as the processor's own prefetcher likes it.
+        // that takes all outputs at once reads as the processor's own prefetcher likes it.
         const char *next = reinterpret_cast<const char *>(panel + length * kBlock);
         const char *end = next + length * kBlock * sizeof(W);
-        const bool reading = tiles > 1 && !std::is_same_v<W, Zero>;
-        const int lines = reading ? static_cast<int>((4 * sizeof(W) + tiles - 1) / tiles) : 0;
         for (int64_t t = 0, row = first; t < tiles; t++) {
             const int M = static_cast<int>((first + count - row) / (tiles - t));
             const float *from[kTile];
@@ -187,9 +188,11 @@ void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, c
                 from[m] = x[row] + k;
                 to[m] = y[row] + b * kBlock;
             }
-            const Ahead ahead = {next, next < end ? lines : 0};
-            next += length * lines * 16;
-            tile_of<W, Signed>(M, from, to, panel, codes + (Signed ? 8 * k : 0), scale, length, mask,
+            const int64_t parts = 4 / vectors_of(M), shares = tiles * parts;
+            const bool reading = shares > 1 && next < end && !std::is_same_v<W, Zero>;
+            const Ahead ahead = {next, reading ? static_cast<int>((4 * sizeof(W) + shares - 1) / shares) : 0};
+            next += length / 4 * ahead.lines * parts * 64;
+            tile_of<W, Signed>(M, from, to, panel, codes + (Signed ? 8 * k : 0), scale, length, N - b * kBlock,
                                k == 0 && !adding, ahead);
         }
     }
@@ -197,40 +200,22 @@ void product(Rows<const float> x, Rows<float> y, int64_t first, int64_t count, c
 
 // ---- activations
 
-// e^x to about one unit in the last place: 2^n times a Taylor polynomial on |r| <= ln(2) / 2.
-inline __m512 exp_ps(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.7f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln(2) in two parts: the first is exact
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040.0f);
-    for (const float c : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, n);
-}
-
 // The numbers are those of ACTIVATIONS in native/__init__.py.
 enum Activation : int64_t { kRelu = 0, kGeluTanh = 1, kGeluErf = 2, kSilu = 3 };
 
-inline __m512 activate(__m512 v, int64_t kind) {
-    if (kind == kRelu) {
-        // Not max(v, 0): that would turn NaN into 0.
-        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), v, _mm512_setzero_ps());
-    }
+inline v16 activate(v16 v, int64_t kind) {
+    if (kind == kRelu) return v_relu(v);
     if (kind == kGeluErf) {
-        alignas(64) float lane[16];
-        _mm512_store_ps(lane, v);
+        float lane[16];
+        v_store(lane, v);
         for (float &u : lane) u = 0.5f * u * (1.0f + erff(u * 0.70710678f));
-        return _mm512_load_ps(lane);
+        return v_load(lane);
     }
-    // (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)), so both are v times a sigmoid.
-    __m512 u = v;
-    if (kind == kGeluTanh) {
-        const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(v, v), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
-        u = _mm512_mul_ps(_mm512_mul_ps(v, cubic), _mm512_set1_ps(1.59576912f));
-    }
-    const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), u));
-    return _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+    if (kind == kSilu) return v_silu(v);
+    // (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)), so this is v times a sigmoid.
+    const v16 cubic = v_fma(v_mul(v, v), v_set1(0.044715f), v_set1(1.0f));
+    const v16 u = v_mul(v_mul(v, cubic), v_set1(1.59576912f));
+    return v_div(v, v_add(v_set1(1.0f), v_exp(v_sub(v_zero(), u))));
 }
 
 // ---- threads
@@ -558,9 +543,9 @@ void experts_of(ffi::ThreadPool &pool, int64_t threads, int64_t activation, bool
         if (gated) whole(0, 1, in, up, K, width);
         for (int64_t row = first; row < first + count; row++)
             for (int64_t n = b * kBlock; n < (b + 1) * kBlock; n += 16) {
-                __m512 value = activate(_mm512_loadu_ps(gate[row] + n), activation);
-                if (gated) value = _mm512_mul_ps(value, _mm512_loadu_ps(up[row] + n));
-                _mm512_storeu_ps(gate[row] + n, value);
+                v16 value = activate(v_load(gate[row] + n), activation);
+                if (gated) value = v_mul(value, v_load(up[row] + n));
+                v_store(gate[row] + n, value);
             }
     });
 }

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common import load_engine
+from common import EngineError, load_engine
+from common import native as targets
 from tests import helpers
 from torch_engine import native, products
 from torch_engine.model import rms_norm
@@ -27,7 +28,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 def kernels(dtype: torch.dtype) -> native.Kernels:
     found = native.load(dtype)
     if found is None:
-        pytest.skip(f"no kernels for {dtype} here: they need Linux, AVX-512 and a C compiler")
+        pytest.skip(f"no kernels for {dtype} here: see native.load for what they need")
     return found
 
 
@@ -48,7 +49,8 @@ def test_linear_is_right_for_any_shape_and_number_of_rows(dtype: torch.dtype, ou
     found = kernels(dtype)
     weight = (noise(0, outputs, inputs) * inputs**-0.5).to(dtype)
     packed = products.pack_native(weight)
-    if packed.place is None:  # oneDNN packs some shapes in other ways; then it multiplies them too
+    if packed.place is None:  # where oneDNN packs, it does some shapes in other ways, and then multiplies them too
+        assert not found.own_layout
         assert packed.kernels is None
     else:
         for rows in (*range(1, 15), 20):
@@ -65,38 +67,56 @@ def test_the_shapes_that_matter_are_taken() -> None:
             assert products.pack_native(noise(0, outputs, inputs).to(dtype)).place is not None
 
 
-def test_odd_inputs_are_left_to_onednn() -> None:
-    kernels(torch.bfloat16)
-    weight, x = noise(0, 64, 33).bfloat16(), noise(1, 3, 33).bfloat16()
+@pytest.mark.parametrize("inputs", [1, 33, 129, 257])
+def test_odd_inputs(inputs: int) -> None:
+    """Weights that we pack have a zero for the other half of the last pair; oneDNN's are left to it."""
+    found = kernels(torch.bfloat16)
+    weight, x = (noise(0, 64, inputs) * inputs**-0.5).bfloat16(), noise(1, 7, inputs).bfloat16()
     packed = products.pack_native(weight)
-    assert packed.place is None
+    assert found.own_layout or packed.place is None
     close(products.linear(x, packed), x.double() @ weight.double().T, torch.bfloat16)
+    # What follows a row in memory is no number: it must not be multiplied with the padding.
+    own = native.pack(weight)
+    x = torch.cat([x, torch.full_like(x, torch.nan)])
+    out = native.linear(found, x, native.place_of(own), 64)[:7]
+    close(out, x[:7].double() @ weight.double().T, torch.bfloat16)
 
 
-def test_weights_are_packed_here_as_onednn_does_it() -> None:
-    """Where oneDNN packs bfloat16 in pairs, for processors that multiply them, what we pack is the same."""
-    for outputs, inputs in ((64, 64), (1, 2), (384, 128), (100, 34), (63, 8)):
-        weight = noise(0, outputs, inputs).bfloat16()
+def onednn_packs(weight: torch.Tensor) -> torch.Tensor | None:
+    try:
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    except (AttributeError, NotImplementedError, RuntimeError):  # no such type on this processor, or no oneDNN
+        return None
+    return packed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_packed_here_as_onednn_does_it(dtype: torch.dtype) -> None:
+    """Where oneDNN packs in blocks of 64 outputs, and bfloat16 in pairs, what we pack is the same."""
+    lanes = 2 if dtype == torch.bfloat16 else 1
+    for outputs, inputs in ((64, 64), (1, 2), (384, 128), (100, 34), (63, 8), (65, 5)):
+        weight = noise(0, outputs, inputs).to(dtype)
         own = native.pack(weight)
-        assert own is not None
         by_hand = torch.zeros_like(own)
         for n in range(outputs):
             for k in range(inputs):
-                by_hand[n // 64, k // 2, n % 64, k % 2] = weight[n, k]
+                by_hand[n // 64, k // lanes, n % 64, k % lanes] = weight[n, k]
         assert torch.equal(own, by_hand)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-        if (place := native.locate(weight, packed)) is not None:
-            raw = (ctypes.c_char * (2 * own.numel())).from_address(place.pointer)
+        packed = onednn_packs(weight)
+        if packed is not None and (place := native.locate(weight, packed)) is not None:
+            raw = (ctypes.c_char * own.nbytes).from_address(place.pointer)
             if place.stride == inputs:
                 assert bytes(raw) == own.view(torch.uint8).numpy().tobytes()
-    assert native.pack(noise(0, 64, 33).bfloat16()) is None
 
 
 def test_another_layout_is_noticed() -> None:
-    kernels(torch.float32)
+    found = kernels(torch.float32)
     weight, other = noise(0, 128, 64), noise(1, 128, 64)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    assert native.locate(weight, packed) is not None
+    packed = onednn_packs(weight)
+    if packed is None:
+        assert found.own_layout
+        return
+    assert (native.locate(weight, packed) is None) == found.own_layout
     assert native.locate(other, packed) is None
     assert native.locate(weight.T.contiguous(), packed) is None
 
@@ -208,7 +228,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
     native.load.cache_clear()
 
 
-@pytest.mark.parametrize("lack", ["compiler", "broken compiler", "AVX-512", "x86"])
+@pytest.mark.parametrize("lack", ["compiler", "broken compiler", "AVX2", "x86", "leave"])
 def test_without_kernels_onednn_does_all_products(
     lack: str, fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,42 +237,59 @@ def test_without_kernels_onednn_does_all_products(
         fresh.delenv("CC", raising=False)
     elif lack == "broken compiler":
         fresh.setenv("CC", "false")
-    elif lack == "AVX-512":
-        fresh.setattr(native, "_cpu_flags", lambda: frozenset({"avx2"}))
+    elif lack == "AVX2":
+        fresh.setattr(targets, "cpu_flags", lambda: frozenset({"avx"}))
+    elif lack == "x86":
+        fresh.setattr(targets.platform, "machine", lambda: "aarch64")
     else:
-        fresh.setattr(native.platform, "machine", lambda: "aarch64")
+        fresh.setenv(targets.SWITCH, "0")
     with caplog.at_level(logging.INFO):
         assert native.load(torch.float32) is None
-    if "compiler" in lack:
-        assert "own CPU kernels are not used" in caplog.text
+    assert "own CPU kernels are not used" in caplog.text
     model = helpers.random_mixtral(0)
     store = helpers.build_round_robin(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")})
     rows = helpers.prompts(0, [12])
     with load_engine(store) as engine:
-        assert engine.stats()["products"] in ("packed", "plain")
+        assert engine.stats()["products"] in ("oneDNN", "torch")
         helpers.assert_close(engine.logits("only", rows), helpers.hf_logits(model, rows))
         answer = engine.generate("only", rows[0])
         assert list(answer.token_ids) == helpers.hf_greedy(model, rows[0], len(answer.token_ids), eos=2)
 
 
-def test_a_processor_without_bfloat16_products(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernels are compiled without these, pack by themselves and multiply any number of rows."""
-    flags = native._cpu_flags() - {"avx512_bf16", "amx_bf16"}
-    fresh.setattr(native, "_cpu_flags", lambda: flags)
-    fresh.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512bf16"))
-    found = kernels(torch.bfloat16)
-    assert found.own_layout and not kernels(torch.float32).own_layout
-    for outputs, inputs in ((64, 64), (1, 2), (129, 200), (320, 96)):
-        weight = (noise(0, outputs, inputs) * inputs**-0.5).bfloat16()
-        packed = pack_native(weight)
-        assert packed.place is not None and packed.nbytes == 2 * outputs * inputs
-        for rows in (1, 5, 6, 7, 200):
-            x = noise(rows, rows, inputs).bfloat16()
-            close(products.linear(x, packed), x.double() @ weight.double().T, torch.bfloat16)
+@pytest.mark.parametrize("value", ["", "yes", "01"])
+def test_a_malformed_switch_is_an_error(fresh: pytest.MonkeyPatch, value: str) -> None:
+    fresh.setenv(targets.SWITCH, value)
+    with pytest.raises(EngineError, match=f"MOETEL_NATIVE='{value}'; use 1"):
+        native.load(torch.float32)
+
+
+def no_layout(*_: Any) -> Any:
+    raise RuntimeError("no reorder of this type")
+
+
+@pytest.mark.parametrize("target", ["AVX2", "AVX-512", "AVX-512 bf16"])
+def test_where_onednn_packs_nothing(fresh: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    """Kernels for every processor up to this one pack by themselves and multiply any number of rows."""
+    lack = {"AVX2": {"avx512f", "avx512_bf16"}, "AVX-512": {"avx512_bf16"}}.get(target, set())
+    flags = native.cpu_flags() - lack - {"amx_bf16"}
+    fresh.setattr(targets, "cpu_flags", lambda: flags)
+    fresh.setattr(native, "cpu_flags", lambda: flags)
+    fresh.setattr(native, "_shares_layout", lambda dtype: False)
+    fresh.setattr(torch.ops.mkldnn, "_reorder_linear_weight", no_layout)
+    if (found := native.load(torch.bfloat16)) is None or found.target != target:
+        pytest.skip(f"this machine compiles no kernels for {target}")
+    for dtype in DTYPES:
+        for outputs, inputs in ((64, 64), (1, 2), (129, 200), (320, 96), (70, 517)):
+            weight = (noise(0, outputs, inputs) * inputs**-0.5).to(dtype)
+            packed = pack_native(weight)
+            assert packed.place is not None and packed.nbytes == dtype.itemsize * outputs * inputs
+            for rows in (1, 2, 3, 4, 5, 6, 7, 95, 97, 200):
+                x = noise(rows, rows, inputs).to(dtype)
+                close(products.linear(x, packed), x.double() @ weight.double().T, dtype)
     path = helpers.save(helpers.random_mixtral(0, hidden_size=32, intermediate_size=64).bfloat16(), tmp_path / "only")
     store = helpers.build_round_robin(tmp_path / "store", {"only": path})
     with load_engine(store) as engine:
-        assert engine.stats()["products"] == "native"
+        assert engine.stats()["products"] == f"own kernels ({target})"
         for row in helpers.prompts(0, [150, 12]):
             rounded, exact = (helpers.hf_logits(helpers.load(path, *kind), [row]) for kind in ((torch.bfloat16,), ()))
             # As close to exact arithmetic as Hugging Face's own bfloat16 is, with room for other roundings.

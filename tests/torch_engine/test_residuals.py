@@ -36,7 +36,7 @@ EVERY_KIND = [(SIGN, 1, 1), (SIGN, 1, 5), (SIGN, 1, 1000), *((LOW_RANK, bits, 3)
 def kernels(dtype: torch.dtype) -> native.Kernels:
     found = native.load(dtype)
     if found is None:
-        pytest.skip(f"no kernels for {dtype} here: they need Linux, AVX-512 and a C compiler")
+        pytest.skip(f"no kernels for {dtype} here: see native.load for what they need")
     return found
 
 
@@ -251,7 +251,7 @@ def test_misses_beside_residuals(family: Family, tmp_path: Path, case: str) -> N
 
 
 def test_a_long_prompt(family: Family, tmp_path: Path) -> None:
-    """More rows than one call of our own kernels takes: products by oneDNN, residuals by our kernels."""
+    """More rows than our own kernels take where oneDNN multiplies well: its products, residuals by our kernels."""
     store = prepared(tmp_path / "store", family.paths, "several parts")
     check(store, family.models, WAYS[:1], (230,))
 

@@ -1,10 +1,11 @@
 """Our own CPU kernels for few rows (kernels.c, with common/native/residuals.h): compiled once with the machine's C
 compiler, used where they prove right.
 
-They read weights in the layout that oneDNN packs them in, so one packed copy serves both: these kernels for decoding,
-oneDNN for long prompts. Where a processor has no products of bfloat16, oneDNN's are several times slower than ours at
-any number of rows, and laid out otherwise: there weights are packed here and these kernels do everything. Nothing
-depends on them: without a compiler, AVX-512 or the expected layout, oneDNN does all products.
+They are compiled for AVX-512 or AVX2 (common/native). They read weights in the layout that oneDNN packs them in, so
+one packed copy serves both: these kernels for decoding, oneDNN for long prompts. Where oneDNN has another layout or
+none, as for bfloat16 on processors that do not multiply it, weights are packed here and these kernels do everything;
+oneDNN would be several times slower at any number of rows. Nothing depends on them: without a compiler, on another
+processor, or with MOETEL_NATIVE=0 in the environment, oneDNN or torch does all products.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -28,27 +28,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import common
+from common.native import HEADERS, Target, cpu_flags, find_target, switched_off
 from common.residuals import SIGN, Part
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
-HEADER = Path(common.__file__).with_name("native") / "residuals.h"
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-fPIC")
 BLOCK = 64  # outputs in a block of the packed layout
 
 # Numbers of `activate` in kernels.c, by the names of `pool.ACTIVATIONS`.
 ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_CPU_FLAGS = {"avx512f", "avx512bw"}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions for one type. max_rows: up to how many rows a matrix they are the faster choice here. own_layout:
-    whether weights are packed by `pack` and not by oneDNN."""
+    """The functions for one type.
+
+    max_rows: up to how many rows a matrix they are the faster choice here. own_layout: whether weights are packed by
+    `pack` and not by oneDNN. target: the instructions that they use.
+    """
 
     linears: Any
     experts: Any
@@ -56,26 +57,19 @@ class Kernels:
     rms_norm: Any
     attention: Any
     max_rows: int
+    target: str
     own_layout: bool = False
 
 
-def _cpu_flags() -> frozenset[str]:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return frozenset(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return frozenset()
-
-
-def _compile() -> ctypes.CDLL:
+def _compile(target: Target) -> ctypes.CDLL:
     """Compile kernels.c into the user's cache, or take what is there. Raises OSError or subprocess.SubprocessError."""
     compiler = next((c for c in (os.environ.get("CC"), "gcc", "cc") if c and shutil.which(c)), None)
     if compiler is None:
         raise OSError("no C compiler (gcc or cc) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = repr((SOURCE.read_bytes(), HEADER.read_bytes(), FLAGS, version, sorted(_cpu_flags())))
+    flags = (*FLAGS, *target.flags)
+    sources = [path.read_bytes() for path in (SOURCE, *HEADERS)]
+    key = repr((sources, flags, version, sorted(cpu_flags())))
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -86,7 +80,7 @@ def _compile() -> ctypes.CDLL:
             # Linked without an OpenMP runtime: the calls resolve to the one that torch has loaded, so that both share
             # threads.
             for command in (
-                [compiler, *FLAGS, "-iquote", str(HEADER.parent), "-c", str(SOURCE), "-o", str(obj)],
+                [compiler, *flags, "-iquote", str(HEADERS[0].parent), "-c", str(SOURCE), "-o", str(obj)],
                 [compiler, "-shared", str(obj), "-o", str(library), "-lm"],
             ):
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -100,14 +94,18 @@ def _compile() -> ctypes.CDLL:
 
 @cache
 def load(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for a type, or None where they cannot be had; the reason is logged."""
-    if dtype not in _SUFFIX or platform.system() != "Linux" or platform.machine() != "x86_64":
+    """The kernels for a type, or None where they cannot be had; the reason is logged.
+
+    Raises EngineError if the environment's MOETEL_NATIVE is malformed.
+    """
+    if dtype not in _SUFFIX:
         return None
-    flags = _cpu_flags()
-    if not flags >= _CPU_FLAGS:
+    target = "they are switched off" if switched_off() else find_target()
+    if isinstance(target, str):
+        logger.info("own CPU kernels are not used: %s", target)
         return None
     try:
-        library = _compile()
+        library = _compile(target)
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("own CPU kernels are not used: %s", error)
         return None
@@ -129,12 +127,12 @@ def load(dtype: torch.dtype) -> Kernels | None:
     ]  # fmt: skip
     for function in (linears, experts, residual, rms_norm, attention):
         function.restype = None
-    # With AMX oneDNN multiplies several times faster than these kernels once products are bound by arithmetic.
-    max_rows = 16 if dtype == torch.bfloat16 and "amx_bf16" in flags else 96
-    own_layout = dtype == torch.bfloat16 and not flags & {"avx512_bf16", "amx_bf16"}
-    if own_layout:
-        max_rows = 2**31 - 1
-    kernels = Kernels(linears, experts, residual, rms_norm, attention, max_rows, own_layout)
+    own_layout = not _shares_layout(dtype)
+    max_rows = 2**31 - 1
+    if not own_layout:
+        # With AMX oneDNN multiplies several times faster than these kernels once products are bound by arithmetic.
+        max_rows = 16 if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else 96
+    kernels = Kernels(linears, experts, residual, rms_norm, attention, max_rows, target.name, own_layout)
     if not _proves_right(kernels, dtype):
         logger.warning("own CPU kernels are not used: a product differs from torch's")
         return None
@@ -146,9 +144,10 @@ def _proves_right(kernels: Kernels, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 70, generator=generator).to(dtype)
     x = torch.randn(7, 70, generator=generator).to(dtype)
+    place: Place | None
     if kernels.own_layout:
         packed = pack(weight)
-        place = None if packed is None else place_of(packed)
+        place = place_of(packed)
     else:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         place = locate(weight, packed)
@@ -167,23 +166,37 @@ class Place:
     stride: int
 
 
-def pack(weight: Tensor) -> Tensor | None:
-    """A bfloat16 matrix [out, in] in the kernels' layout, [blocks, in / 2, BLOCK, 2]; None for an odd number in."""
+def _shares_layout(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this type here, with weights in the layout that these kernels read."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight = torch.randn(100, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    try:
+        return locate(weight, torch.ops.mkldnn._reorder_linear_weight(weight, 16)) is not None
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A matrix [out, in] in the kernels' layout: float32 [blocks, in, BLOCK, 1], bfloat16 [blocks, in / 2, BLOCK, 2].
+
+    Outputs are padded to whole blocks, and bfloat16 inputs to whole pairs, with zeros.
+    """
     rows, inputs = weight.shape
-    if weight.element_size() != 2 or inputs % 2:
-        return None
+    lanes = 2 if weight.element_size() == 2 else 1
+    steps = -(-inputs // lanes)
+    groups = torch.nn.functional.pad(weight, (0, steps * lanes - inputs)).view(rows, steps, lanes)
     blocks, rest = divmod(rows, BLOCK)
-    packed = torch.zeros(blocks + (rest > 0), inputs // 2, BLOCK, 2, dtype=weight.dtype)
-    pairs = weight.reshape(rows, inputs // 2, 2)
-    packed[:blocks] = pairs[: blocks * BLOCK].reshape(blocks, BLOCK, inputs // 2, 2).transpose(1, 2)
+    packed = torch.zeros(blocks + (rest > 0), steps, BLOCK, lanes, dtype=weight.dtype)
+    packed[:blocks] = groups[: blocks * BLOCK].view(blocks, BLOCK, steps, lanes).transpose(1, 2)
     if rest:
-        packed[blocks, :, :rest] = pairs[blocks * BLOCK :].transpose(0, 1)
+        packed[blocks, :, :rest] = groups[blocks * BLOCK :].transpose(0, 1)
     return packed
 
 
 def place_of(packed: Tensor) -> Place:
     """Where the kernels find what `pack` gave, which must be kept as long as they do."""
-    return Place(packed.data_ptr(), 2 * packed.shape[1])
+    return Place(packed.data_ptr(), packed.shape[1] * packed.shape[3])
 
 
 def locate(weight: Tensor, packed: Tensor) -> Place | None:

@@ -1,25 +1,39 @@
-/* Products of few rows with weights that oneDNN has packed, and a whole layer of experts in one call, for x86-64 with AVX-512.
+/* Products of few rows with packed weights, and a whole layer of experts in one call; for the processors of vectors.h.
  *
- * With few rows a product is bound by reading the weights. These kernels read each packed matrix once, from front to back,
- * with all rows at hand (the processor's own prefetcher keeps up; software prefetches made it slower), and a layer of
- * experts starts threads once instead of once a product. Norm and decode attention are here because at batch 1 the dozen
- * small operations that they replace cost as much as a tenth of the weights.
+ * With few rows a product is bound by reading the weights. These kernels read each packed matrix once, with all rows at
+ * hand, and a layer of experts starts threads once instead of once a product. Norm and decode attention are here
+ * because at batch 1 the dozen small operations that they replace cost as much as a tenth of the weights.
  *
- * Packed layout (oneDNN's, checked for each weight, or made by native/__init__.py): blocks of 64 outputs; in a block, for every input
- * (float32) or pair of inputs (bfloat16) in order, the 64 outputs' values side by side; inputs padded with zeros to
- * `stride`.
+ * Packed layout (oneDNN's, checked for each weight, or made by native/__init__.py): blocks of 64 outputs; in a block,
+ * for every input (float32) or pair of inputs (bfloat16) in order, the 64 outputs' values side by side; inputs padded
+ * with zeros to `stride`.
  * Letters: M rows, K inputs, N outputs, T tokens, H hidden size, I intermediate size.
  */
 
-#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "residuals.h"
+#include "vectors.h"
 
-#define BLOCK 64 /* outputs in a block of the packed layout */
-#define MAX_M 6  /* rows whose sums stay in registers: 6 x 4 of 32 */
+#define BLOCK 64    /* outputs in a block of the packed layout */
+#define MAX_M 6     /* rows of a tile, whose sums stay in registers */
+#define MAX_ROWS 96 /* that meet a panel of weights before the next is read */
+/* Inputs of a panel, whose weights stay in a core's caches while all rows meet them. */
+#define PANEL (VECTOR_REGISTERS >= 16 ? 256 : 64)
+
+/* Vectors of a row's 64 outputs that a tile of M rows sums at once. */
+#define VECTORS(M) (4 * (M) <= VECTOR_REGISTERS ? 4 : 2 * (M) <= VECTOR_REGISTERS ? 2 : 1)
+
+/* Whether the processor multiplies pairs of bfloat16. Others widen weights in registers, and rows once a panel. */
+#if defined(__AVX512BF16__) && !defined(MOETEL_NO_BF16)
+#define BF16_PRODUCTS 1
+#else
+#define BF16_PRODUCTS 0
+#endif
+
+static inline long least(long a, long b) { return a < b ? a : b; }
 
 static inline float from_bf16(uint16_t v) {
     uint32_t bits = (uint32_t)v << 16;
@@ -36,92 +50,49 @@ static inline uint16_t to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* 16 values as floats. */
-static inline __m512 load16_bf16(const uint16_t *from) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-#define ALWAYS static inline __attribute__((always_inline))
-
-/* One of each pair of bfloat16 as a float: the first (its bits are the lower half), or the second. */
-ALWAYS __m512 half_of_pairs(const __m512i pairs, const int second) {
-    const __m512i bits = second ? _mm512_and_si512(pairs, _mm512_set1_epi32((int32_t)0xffff0000))
-                                : _mm512_slli_epi32(pairs, 16);
-    return _mm512_castsi512_ps(bits);
-}
-
-/* sums[m][0..63] of one block, for M rows of pairs. Processors without products of bfloat16 (Intel's before Cooper Lake
- * and its Ice Lake) widen both halves of a pair, one after the other, as 24 sums leave few registers: more arithmetic,
- * which few rows hide behind the reading of weights. */
-ALWAYS void block_bf16_m(const int M, const uint16_t *const *x, const uint16_t *w, long K, float (*sums)[BLOCK]) {
-    __m512 acc[MAX_M][4];
+/* sums[m][16 j ..] += x[m][k] w[k][16 j ..] over the K inputs of a panel, for M rows and J vectors of outputs. With
+ * fewer than all 4 vectors a line of each 256 bytes is read, which processors foresee badly: as many lines of `ahead`
+ * are asked for meanwhile. Two thirds more rows a second than without, at 4 rows. */
+ALWAYS void tile(const int M, const int J, const int bf16, const float *const *x, const void *w, long K, float *sums,
+                 const char *ahead) {
+    v16 acc[MAX_M][4];
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) acc[m][j] = _mm512_setzero_ps();
-    const long pairs = K / 2;
-    for (long k = 0; k < pairs; k++) {
-        const uint16_t *row = w + k * 2 * BLOCK;
-#ifdef __AVX512BF16__
-        __m512bh weights[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) weights[j] = (__m512bh)_mm512_loadu_si512(row + j * 32);
-#pragma GCC unroll 6
-        for (int m = 0; m < M; m++) {
-            int32_t pair;
-            memcpy(&pair, x[m] + 2 * k, 4);
-            const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) acc[m][j] = _mm512_dpbf16_ps(acc[m][j], weights[j], value);
-        }
-#else
+        for (int j = 0; j < J; j++) acc[m][j] = v_load(sums + m * BLOCK + 16 * j);
+    for (long k = 0; k < K; k += bf16 ? 2 : 1) {
+        if (J < 4)
+            for (int j = 0; j < J; j++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 2
-        for (int second = 0; second < 2; second++) {
-            __m512 weights[4];
+        for (int second = 0; second < (bf16 ? 2 : 1); second++) {
+            v16 weights[4];
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) weights[j] = half_of_pairs(_mm512_loadu_si512(row + j * 32), second);
+            for (int j = 0; j < J; j++)
+                weights[j] = bf16 ? v_load_pairs((const uint16_t *)w + k * BLOCK + 32 * j, second)
+                                  : v_load((const float *)w + k * BLOCK + 16 * j);
 #pragma GCC unroll 6
             for (int m = 0; m < M; m++) {
-                int32_t pair;
-                memcpy(&pair, x[m] + 2 * k, 4);
-                const __m512 value = half_of_pairs(_mm512_set1_epi32(pair), second);
+                const v16 value = v_set1(x[m][k + second]);
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) acc[m][j] = _mm512_fmadd_ps(weights[j], value, acc[m][j]);
+                for (int j = 0; j < J; j++) acc[m][j] = v_fma(weights[j], value, acc[m][j]);
             }
         }
-#endif
     }
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(sums[m] + 16 * j, acc[m][j]);
+        for (int j = 0; j < J; j++) v_store(sums + m * BLOCK + 16 * j, acc[m][j]);
 }
 
-ALWAYS void block_f32_m(const int M, const float *const *x, const float *w, long K, float (*sums)[BLOCK]) {
-    __m512 acc[MAX_M][4];
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) acc[m][j] = _mm512_setzero_ps();
-    for (long k = 0; k < K; k++) {
-        const float *row = w + k * BLOCK;
-        __m512 weights[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) weights[j] = _mm512_loadu_ps(row + j * 16);
-#pragma GCC unroll 6
-        for (int m = 0; m < M; m++) {
-            const __m512 value = _mm512_set1_ps(x[m][k]);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) acc[m][j] = _mm512_fmadd_ps(weights[j], value, acc[m][j]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(sums[m] + 16 * j, acc[m][j]);
+/* A panel's 64 outputs for M rows: as many vectors at once as registers allow. */
+ALWAYS void panel(const int M, const int bf16, const float *const *x, const void *w, long K, float *sums) {
+    const long steps = bf16 ? (K + 1) / 2 : K;
+    for (int j = 0; j < 4; j += VECTORS(M))
+        tile(M, VECTORS(M), bf16, x, (const char *)w + j * 64, K, sums + 16 * j,
+             (const char *)w + (4 + j) * steps * 64); /* of the panel that follows in memory */
 }
 
+/* For each M a function of its own, so that rows are constants inside. */
 #define SWITCH_M(function, M, ...)                                                                                     \
     switch (M) {                                                                                                       \
     case 1: function(1, __VA_ARGS__); break;                                                                           \
@@ -132,13 +103,81 @@ ALWAYS void block_f32_m(const int M, const float *const *x, const float *w, long
     default: function(6, __VA_ARGS__); break;                                                                          \
     }
 
-static void block_bf16(int M, const uint16_t *const *x, const uint16_t *w, long K, float (*sums)[BLOCK]) {
-    SWITCH_M(block_bf16_m, M, x, w, K, sums)
+static void panel_f32(int M, const float *const *x, const float *w, long K, float *sums) {
+    SWITCH_M(panel, M, 0, x, w, K, sums)
 }
 
-static void block_f32(int M, const float *const *x, const float *w, long K, float (*sums)[BLOCK]) {
-    SWITCH_M(block_f32_m, M, x, w, K, sums)
+#if BF16_PRODUCTS
+ALWAYS void panel_pairs(const int M, const uint16_t *const *x, const uint16_t *w, long K, float *sums) {
+    __m512 acc[MAX_M][4];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) acc[m][j] = _mm512_loadu_ps(sums + m * BLOCK + 16 * j);
+    for (long k = 0; k < K; k += 2) {
+        __m512bh weights[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) weights[j] = (__m512bh)_mm512_loadu_si512(w + k * BLOCK + 32 * j);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+            int32_t pair;
+            memcpy(&pair, x[m] + k, 4);
+            const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) acc[m][j] = _mm512_dpbf16_ps(acc[m][j], weights[j], value);
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(sums + m * BLOCK + 16 * j, acc[m][j]);
 }
+#endif
+
+/* An odd last input is padded here, since what follows it in its row is another row's. */
+static void panel_bf16(int M, const uint16_t *const *x, const uint16_t *w, long K, float *sums) {
+#if BF16_PRODUCTS
+    uint16_t copies[MAX_M][PANEL];
+    const uint16_t *rows[MAX_M];
+    for (int m = 0; m < M; m++) {
+        rows[m] = x[m];
+        if (K % 2 == 0) continue;
+        memcpy(copies[m], x[m], (size_t)K * 2);
+        copies[m][K] = 0;
+        rows[m] = copies[m];
+    }
+    SWITCH_M(panel_pairs, M, rows, w, K, sums)
+#else
+    float wide[MAX_M][PANEL];
+    const float *rows[MAX_M];
+    for (int m = 0; m < M; m++) {
+        long k = 0;
+        for (; k + 16 <= K; k += 16) v_store(wide[m] + k, v_load_bf16(x[m] + k));
+        for (; k < K; k++) wide[m][k] = from_bf16(x[m][k]);
+        if (K % 2) wide[m][K] = 0.0f;
+        rows[m] = wide[m];
+    }
+    SWITCH_M(panel, M, 1, rows, w, K, sums)
+#endif
+}
+
+/* sums[m][0..63] of one block, for up to MAX_ROWS rows in tiles of about the same size. */
+#define DEFINE_BLOCK(SUFFIX, TYPE)                                                                                     \
+    static void block_##SUFFIX(long count, const TYPE *const *x, const TYPE *w, long K, float (*sums)[BLOCK]) {        \
+        const long tiles = (count + MAX_M - 1) / MAX_M;                                                                \
+        memset(sums, 0, (size_t)count * sizeof *sums);                                                                 \
+        for (long k = 0; k < K; k += PANEL)                                                                            \
+            for (long t = 0, row = 0; t < tiles; t++) {                                                                \
+                const int M = (int)((count - row) / (tiles - t));                                                      \
+                const TYPE *from[MAX_M];                                                                               \
+                for (int m = 0; m < M; m++) from[m] = x[row + m] + k;                                                  \
+                panel_##SUFFIX(M, from, w + k * BLOCK, least(PANEL, K - k), sums[row]);                                \
+                row += M;                                                                                              \
+            }                                                                                                          \
+    }
+
+DEFINE_BLOCK(bf16, uint16_t)
+DEFINE_BLOCK(f32, float)
 
 /* The activations of pool.ACTIVATIONS, by number: silu, gelu (erf), gelu (tanh), relu. */
 static inline float activate(float v, int kind) {
@@ -150,38 +189,14 @@ static inline float activate(float v, int kind) {
     }
 }
 
-/* e^x to about one unit in the last place: 2^n times a Taylor polynomial on |r| <= ln(2) / 2. */
-static inline __m512 exp_ps(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.7f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x); /* ln(2) in two parts: the first is exact */
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040.0f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
 /* gate = activation(gate) * up, for one block. silu, the usual one, is vectorised. */
 static void gated(float *gate, const float *up, int kind) {
     if (kind != 0) {
         for (int n = 0; n < BLOCK; n++) gate[n] = activate(gate[n], kind) * up[n];
         return;
     }
-    const __m512 one = _mm512_set1_ps(1.0f);
-    for (int n = 0; n < BLOCK; n += 16) {
-        const __m512 v = _mm512_loadu_ps(gate + n);
-        const __m512 silu = _mm512_div_ps(v, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), v))));
-        _mm512_storeu_ps(gate + n, _mm512_mul_ps(silu, _mm512_loadu_ps(up + n)));
-    }
+    for (int n = 0; n < BLOCK; n += 16) v_store(gate + n, v_mul(v_silu(v_load(gate + n)), v_load(up + n)));
 }
-
-static inline long least(long a, long b) { return a < b ? a : b; }
 
 /* What a tenant adds to rows start..stop of a layer's call, which are the tenant's rows of one expert. parts: of gate,
  * then of up, then of down. Their first steps' values begin at scratch[t], `stride` a row; those of down replace the
@@ -211,17 +226,17 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
 
 /* One source for both types: SUFFIX, TYPE, block function, conversion to and from float. */
 #define DEFINE(SUFFIX, TYPE, BLOCK_FUNCTION, STORE)                                                                    \
-    /* y[m][N] = x[m][K] w[g][N][K]^T for rows m = starts[g] .. starts[g + 1] - 1: one matrix for each group of rows. */\
+    /* y[m][N] = x[m][K] w[g][N][K]^T for rows m = starts[g] .. starts[g + 1] - 1: one matrix for each group of rows. */ \
     void moetel_linears_##SUFFIX(const TYPE *x, long K, long groups, const TYPE *const *w, long stride, long N,        \
                                  const long *starts, TYPE *y, int threads) {                                           \
         const long blocks = (N + BLOCK - 1) / BLOCK;                                                                   \
         _Pragma("omp parallel for schedule(dynamic, 2) num_threads(threads)")                                          \
         for (long task = 0; task < groups * blocks; task++) {                                                          \
             const long g = task / blocks, b = task % blocks, width = least(BLOCK, N - b * BLOCK);                      \
-            float sums[MAX_M][BLOCK];                                                                                  \
-            const TYPE *rows[MAX_M];                                                                                   \
-            for (long first = starts[g]; first < starts[g + 1]; first += MAX_M) {                                      \
-                const int count = (int)least(MAX_M, starts[g + 1] - first);                                            \
+            float sums[MAX_ROWS][BLOCK];                                                                               \
+            const TYPE *rows[MAX_ROWS];                                                                                \
+            for (long first = starts[g]; first < starts[g + 1]; first += MAX_ROWS) {                                   \
+                const int count = (int)least(MAX_ROWS, starts[g + 1] - first);                                         \
                 for (int m = 0; m < count; m++) rows[m] = x + (first + m) * K;                                         \
                 BLOCK_FUNCTION(count, rows, w[g] + b * BLOCK * stride, K, sums);                                       \
                 for (int m = 0; m < count; m++)                                                                        \
@@ -253,7 +268,7 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
         for (const row_residual *r = residuals; r < residuals + count; r++) {                                          \
             const long from = r->start > first ? r->start : first, to = least(r->stop, first + M);                     \
             if (from >= to) continue;                                                                                  \
-            float *y[MAX_M];                                                                                           \
+            float *y[MAX_ROWS];                                                                                        \
             for (long m = from; m < to; m++) y[m - from] = sums[m - first];                                            \
             const long begin = what == GATE ? 0 : what == UP ? r->num_gate : r->num_gate + r->num_up;                  \
             const long end = begin + (what == GATE ? r->num_gate : what == UP ? r->num_up : r->num_down);              \
@@ -306,8 +321,8 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
         const long up_tasks = first_step_tasks(residuals, num_residuals, 0);                                           \
         const long down_tasks = first_step_tasks(residuals, num_residuals, 1);                                         \
         _Pragma("omp parallel num_threads(threads)") {                                                                 \
-            float gate[MAX_M][BLOCK], up[MAX_M][BLOCK];                                                                \
-            const TYPE *rows[MAX_M];                                                                                   \
+            float gate[MAX_ROWS][BLOCK], up[MAX_ROWS][BLOCK];                                                          \
+            const TYPE *rows[MAX_ROWS];                                                                                \
             if (up_tasks) {                                                                                            \
                 _Pragma("omp for schedule(dynamic, 1)") for (long task = 0; task < num_residuals * up_tasks; task++) { \
                     const row_residual *r = residuals + task / up_tasks;                                               \
@@ -318,8 +333,8 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
             }                                                                                                          \
             _Pragma("omp for schedule(dynamic, 4)") for (long task = 0; task < groups * up_blocks; task++) {           \
                 const long g = task / up_blocks, b = task % up_blocks;                                                 \
-                for (long first = starts[g]; first < starts[g + 1]; first += MAX_M) {                                  \
-                    const int count = (int)least(MAX_M, starts[g + 1] - first);                                        \
+                for (long first = starts[g]; first < starts[g + 1]; first += MAX_ROWS) {                               \
+                    const int count = (int)least(MAX_ROWS, starts[g + 1] - first);                                     \
                     for (int m = 0; m < count; m++) rows[m] = x + tokens[first + m] * H;                               \
                     BLOCK_FUNCTION(count, rows, gate_up[g] + b * BLOCK * stride_h, H, gate);                           \
                     BLOCK_FUNCTION(count, rows, gate_up[g] + (up_blocks + b) * BLOCK * stride_h, H, up);               \
@@ -346,8 +361,8 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
             _Pragma("omp for schedule(dynamic, 2)") for (long task = 0; task < groups * down_blocks; task++) {         \
                 const long g = task / down_blocks, b = task % down_blocks;                                             \
                 const long width = least(BLOCK, H - b * BLOCK);                                                        \
-                for (long first = starts[g]; first < starts[g + 1]; first += MAX_M) {                                  \
-                    const int count = (int)least(MAX_M, starts[g + 1] - first);                                        \
+                for (long first = starts[g]; first < starts[g + 1]; first += MAX_ROWS) {                               \
+                    const int count = (int)least(MAX_ROWS, starts[g + 1] - first);                                     \
                     for (int m = 0; m < count; m++) rows[m] = inner + (first + m) * I;                                 \
                     BLOCK_FUNCTION(count, rows, down[g] + b * BLOCK * stride_i, I, gate);                              \
                     if (num_residuals)                                                                                 \
@@ -371,6 +386,8 @@ static long first_step_tasks(const row_residual *residuals, long count, int down
 DEFINE(bf16, uint16_t, block_bf16, to_bf16)
 DEFINE(f32, float, block_f32, SAME)
 
+#define CHUNKS (VECTOR_REGISTERS >= 16 ? 4 : 1) /* of 16 values, of four heads at once */
+
 #define DEFINE_SMALL(SUFFIX, TYPE, LOAD, LOAD16, STORE)                                                                \
     /* y = x / sqrt(mean(x^2) + eps), rounded to TYPE, times the weight: the order of rounding of transformers. Rows   \
      * starts[g] .. starts[g + 1] - 1 have weights[g] and eps[g]. */                                                   \
@@ -384,13 +401,13 @@ DEFINE(f32, float, block_f32, SAME)
                 _Pragma("omp simd reduction(+ : squares)")                                                             \
                 for (long n = 0; n < H; n++) squares += LOAD(row[n]) * LOAD(row[n]);                                   \
                 const float scale = 1.0f / sqrtf(squares / (float)H + eps[g]);                                         \
-                for (long n = 0; n < H; n++) y[m * H + n] = STORE(LOAD(STORE(LOAD(row[n]) * scale)) * LOAD(weight[n]));\
+                for (long n = 0; n < H; n++) y[m * H + n] = STORE(LOAD(STORE(LOAD(row[n]) * scale)) * LOAD(weight[n])); \
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
     /* Up to 16 values as floats, the rest zero. */                                                                    \
-    ALWAYS __m512 some_##SUFFIX(const TYPE *from, long count) {                                                        \
+    ALWAYS v16 some_##SUFFIX(const TYPE *from, long count) {                                                           \
         if (count >= 16) return LOAD16(from);                                                                          \
         TYPE part[16] = {0};                                                                                           \
         memcpy(part, from, count * sizeof(TYPE));                                                                      \
@@ -403,7 +420,7 @@ DEFINE(f32, float, block_f32, SAME)
                                           const long *table, long block, long first, long length, long group, long D,  \
                                           float *scores, long longest) {                                               \
         const long chunks = (D + 15) / 16;                                                                             \
-        __m512 key[chunks];                                                                                            \
+        v16 key[chunks];                                                                                               \
         for (long j = first; j < length;) {                                                                            \
             const TYPE *k = keys + (table[j / block] * block + j % block) * token_stride;                              \
             const long end = least(length, (j / block + 1) * block);                                                   \
@@ -411,10 +428,10 @@ DEFINE(f32, float, block_f32, SAME)
                 for (long c = 0; c < chunks; c++) key[c] = some_##SUFFIX(k + 16 * c, D - 16 * c);                      \
                 for (long h = 0; h < group; h++) {                                                                     \
                     const float *query = queries + h * chunks * 16;                                                    \
-                    __m512 dot = _mm512_mul_ps(_mm512_loadu_ps(query), key[0]);                                        \
+                    v16 dot = v_mul(v_load(query), key[0]);                                                            \
                     for (long c = 1; c < chunks; c++)                                                                  \
-                        dot = _mm512_fmadd_ps(_mm512_loadu_ps(query + 16 * c), key[c], dot);                           \
-                    scores[h * longest + j - first] = _mm512_reduce_add_ps(dot);                                       \
+                        dot = v_fma(v_load(query + 16 * c), key[c], dot);                                              \
+                    scores[h * longest + j - first] = v_sum(dot);                                                      \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
@@ -424,24 +441,24 @@ DEFINE(f32, float, block_f32, SAME)
     ALWAYS void attention_values_##SUFFIX(const int H, const int C, const float *p, long longest, const TYPE *values,  \
                                           long token_stride, const long *table, long block, long first, long length,   \
                                           long D, float (*sums)[4][16]) {                                              \
-        __m512 acc[4][4];                                                                                              \
+        v16 acc[4][4];                                                                                                 \
         _Pragma("GCC unroll 4") for (int h = 0; h < H; h++)                                                            \
-            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) acc[h][c] = _mm512_setzero_ps();                       \
+            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) acc[h][c] = v_zero();                                  \
         for (long j = first; j < length;) {                                                                            \
             const TYPE *v = values + (table[j / block] * block + j % block) * token_stride;                            \
             const long end = least(length, (j / block + 1) * block);                                                   \
             for (; j < end; j++, v += token_stride) {                                                                  \
-                __m512 value[4];                                                                                       \
+                v16 value[4];                                                                                          \
                 _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) value[c] = some_##SUFFIX(v + 16 * c, D - 16 * c);  \
                 _Pragma("GCC unroll 4") for (int h = 0; h < H; h++) {                                                  \
-                    const __m512 weight = _mm512_set1_ps(p[h * longest + j - first]);                                  \
+                    const v16 weight = v_set1(p[h * longest + j - first]);                                             \
                     _Pragma("GCC unroll 4") for (int c = 0; c < C; c++)                                                \
-                        acc[h][c] = _mm512_fmadd_ps(weight, value[c], acc[h][c]);                                      \
+                        acc[h][c] = v_fma(weight, value[c], acc[h][c]);                                                \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
         _Pragma("GCC unroll 4") for (int h = 0; h < H; h++)                                                            \
-            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) _mm512_storeu_ps(sums[h][c], acc[h][c]);               \
+            _Pragma("GCC unroll 4") for (int c = 0; c < C; c++) v_store(sums[h][c], acc[h][c]);                        \
     }                                                                                                                  \
                                                                                                                        \
     /* One query token a row against its cache. q, out: [B][G * group][D], rows of q `q_stride` apart. Row b's position \
@@ -469,19 +486,19 @@ DEFINE(f32, float, block_f32, SAME)
                 largest = -INFINITY;                                                                                   \
                 for (long j = 0; j < count; j++) largest = row[j] > largest ? row[j] : largest;                        \
                 long j = 0;                                                                                            \
-                for (__m512 top = _mm512_set1_ps(largest); j + 16 <= count; j += 16) {                                 \
-                    const __m512 p = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(row + j), top));                             \
-                    _mm512_storeu_ps(row + j, p);                                                                      \
-                    total += _mm512_reduce_add_ps(p);                                                                  \
+                for (v16 top = v_set1(largest); j + 16 <= count; j += 16) {                                            \
+                    const v16 p = v_exp(v_sub(v_load(row + j), top));                                                  \
+                    v_store(row + j, p);                                                                               \
+                    total += v_sum(p);                                                                                 \
                 }                                                                                                      \
                 for (; j < count; j++) total += row[j] = expf(row[j] - largest);                                       \
                 inverse[h] = 1.0f / total;                                                                             \
             }                                                                                                          \
-            for (long h = 0; h < group; h += 4) for (long c = 0; c < chunks; c += 4) {                                 \
-                const int heads = (int)least(4, group - h), wide = (int)least(4, chunks - c);                          \
+            for (long h = 0; h < group; h += 4) for (long c = 0; c < chunks; c += CHUNKS) {                            \
+                const int heads = (int)least(4, group - h), wide = (int)least(CHUNKS, chunks - c);                     \
                 const TYPE *from = values + g * D + 16 * c;                                                            \
-                if (heads == 4 && wide == 4)                                                                           \
-                    attention_values_##SUFFIX(4, 4, mine + h * longest, longest, from, token_stride, tables[b], block, \
+                if (heads == 4 && wide == CHUNKS)                                                                      \
+                    attention_values_##SUFFIX(4, CHUNKS, mine + h * longest, longest, from, token_stride, tables[b], block, \
                                               first, length, D - 16 * c, sums);                                        \
                 else                                                                                                   \
                     for (int n = 0; n < heads; n++) for (int w = 0; w < wide; w++)                                     \
@@ -497,5 +514,5 @@ DEFINE(f32, float, block_f32, SAME)
         }                                                                                                              \
     }
 
-DEFINE_SMALL(bf16, uint16_t, from_bf16, load16_bf16, to_bf16)
-DEFINE_SMALL(f32, float, SAME, _mm512_loadu_ps, SAME)
+DEFINE_SMALL(bf16, uint16_t, from_bf16, v_load_bf16, to_bf16)
+DEFINE_SMALL(f32, float, SAME, v_load, SAME)
