@@ -36,7 +36,6 @@ class TokenTexts:
         if engine.has_tokenizer(tenant):
             self._decoder = engine.detokenizer(tenant, prompt, skip_special_tokens)
             self._clean_up = engine.clean_up(tenant)
-        self._unfinished = False
         self._length = 0
 
     def _take(self, token_id: int, last: bool) -> tuple[Named, int]:
@@ -45,13 +44,12 @@ class TokenTexts:
         if self._decoder is None:
             return (f"token_id:{token_id}", []), begin
         raw = self._engine.token_bytes(self._tenant, token_id)
-        text = self._decoder.push(token_id, last)
+        before, text = self._decoder.unfinished, self._decoder.push(token_id, last)
         if self._clean_up is not None:
             text = self._clean_up.push(text, last)
         self._length += len(text)
         # Bytes that became no character show in the text of the token behind them, and are not that token's own.
-        own = text.lstrip(REPLACEMENT) if self._unfinished else text
-        self._unfinished = not text and (raw is not None or self._unfinished)
+        own = text.removeprefix(before)
         return (self._name(token_id, text), list(own.encode() if raw is None else raw)), begin
 
     def _alternative(self, token_id: int) -> Named:
@@ -60,9 +58,10 @@ class TokenTexts:
             return f"token_id:{token_id}", []
         raw = self._engine.token_bytes(self._tenant, token_id)
         text = self._decoder.peek(token_id)
-        if self._unfinished:
-            text = text.lstrip(REPLACEMENT)
-        if not text and raw is not None:
+        if REPLACEMENT in text:
+            text = text.removeprefix(self._decoder.unfinished)
+            text = text if raw is None or text.encode() == raw else ""
+        if raw is not None and not text:
             text = "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
         elif not text:  # it is left out of texts, so it is named as it is written
             text = self._engine.detokenize(self._tenant, [token_id], skip_special_tokens=False)
