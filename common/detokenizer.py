@@ -69,6 +69,11 @@ class IncrementalDecoder:
         grown = self._grown(token_id)
         return "" if grown.endswith(REPLACEMENT) else grown[len(self._known) :]
 
+    @property
+    def unfinished(self) -> str:
+        """What is held back now, as the tokenizer writes a character that is not whole."""
+        return self._decode(self._ids)[len(self._known) :] if self._read < len(self._ids) else ""
+
     def push(self, token_id: int, last: bool = False) -> str:
         """Take a token. Returns the text that is whole now. last: an unfinished character is given out as it is."""
         if self._is_silent(token_id):

@@ -20,7 +20,7 @@ import numpy as np
 
 from common.backend import Backend, Batch, Observer, Part, Row, Step
 from common.consolidation import Plan
-from common.detokenizer import IncrementalDecoder
+from common.detokenizer import CleanUp, IncrementalDecoder
 from common.errors import (
     CheckpointError,
     DeadlineError,
@@ -501,6 +501,17 @@ class Engine:
         """
         return self._text(tenant).chat(messages, add_special_tokens, **options)
 
+    def render_chat(self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The text of what `apply_chat_template` turns into token ids."""
+        return self._text(tenant).render(messages, **options)
+
+    def chat_template(self, tenant: str) -> str | None:
+        """The text of the tenant's chat template; None if it has several and none is the default.
+
+        Raises RequestError if it has none.
+        """
+        return self._text(tenant).chat_template
+
     def detokenizer(
         self, tenant: str, prompt: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> IncrementalDecoder:
@@ -510,6 +521,14 @@ class Engine:
         """
         before = () if self.store.config(tenant).is_encoder_decoder else prompt
         return self._text(tenant).require("token ids have no text").incremental(before, skip_special_tokens)
+
+    def clean_up(self, tenant: str) -> CleanUp | None:
+        """What is done to a finished text, for the pieces that `detokenizer` gives; None if nothing is."""
+        return self._text(tenant).require("token ids have no text").clean_up()
+
+    def tokens(self, tenant: str, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the tenant's vocabulary writes them."""
+        return self._text(tenant).require("token ids have no text").tokens(token_ids)
 
     def token_bytes(self, tenant: str, token_id: int) -> bytes | None:
         """The bytes of a token that need not be whole characters; None for a token of text."""

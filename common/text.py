@@ -98,15 +98,27 @@ class TenantText:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], add_special_tokens: bool = False, **options: Any
     ) -> list[int]:
-        """Token ids of a conversation in the tenant's chat template.
+        """Token ids of a conversation, see `render`."""
+        return self.encode(self.render(messages, **options), add_special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """A conversation in the tenant's chat template.
 
         options: of transformers' `apply_chat_template`; the assistant's turn is begun unless they say otherwise.
         """
+        tokenizer = self._chat_tokenizer()
+        return tokenizer.render(messages, **{"add_generation_prompt": True, **options})
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text; None if there are several without a default. Raises RequestError if there is none."""
+        return self._chat_tokenizer().chat_template
+
+    def _chat_tokenizer(self) -> Tokenizer:
         tokenizer = self.require("give the prompt as a list of token ids")
         if not tokenizer.has_chat_template:
             raise RequestError(f"tenant {self.tenant!r} has no chat template; give the prompt as plain text")
-        text = tokenizer.render(messages, **{"add_generation_prompt": True, **options})
-        return self.encode(text, add_special_tokens)
+        return tokenizer
 
     def stop_token(self, stop: str, skip_special_tokens: bool) -> int | None:
         """The special token that a stop string is, None if it is text.

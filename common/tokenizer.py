@@ -37,6 +37,14 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template that `render` uses; None if there is none, or several of which none is the default."""
+        try:
+            return str(self._hf.get_chat_template()) if self._hf.chat_template else None
+        except ValueError:
+            return None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return list(self._hf(text, add_special_tokens=add_special_tokens)["input_ids"])
@@ -94,6 +102,10 @@ class Tokenizer:
         return next((i for i in range(len(self._hf)) if self._plain([i], True).isalnum()), 0)
 
     # Single tokens.
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary writes them; an id that it does not have is an empty text."""
+        return [token or "" for token in self._hf.convert_ids_to_tokens(list(token_ids))]
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes of a token that need not hold whole characters; None for one that is text."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -15,10 +14,12 @@ from scripts import build, command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=command.path, metavar="STORE")
     parser.add_argument("--tenant", type=build.tenant, required=True, metavar="NAME=CHECKPOINT")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of a T5X or Orbax checkpoint")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="the tenant's typical prompts, JSONL; see build")
+    parser.add_argument("--config", type=command.path, metavar="FILE", help="config.json of a T5X or Orbax checkpoint")
+    parser.add_argument(
+        "--calibrate", type=command.path, metavar="FILE", help="the tenant's typical prompts, JSONL; see build"
+    )
     parser.add_argument(
         "--keep-plan",
         action="store_true",

@@ -42,13 +42,13 @@ WIDTH = 150
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what is tested")
-    what.add_argument("store", type=Path, nargs="?", metavar="STORE", help="default: a store of random tenants")
+    what.add_argument("store", type=command.path, nargs="?", metavar="STORE", help="default: a store of random tenants")
     what.add_argument(
         "--random", choices=MODELS, default="mixtral", help="shape of random tenants (default: %(default)s)"
     )
     what.add_argument("--num-tenants", type=int, default=4, metavar="N", help="random tenants (default: %(default)s)")
     what.add_argument(
-        "--work", type=Path, metavar="DIR", help="where random stores are kept (default: ~/.cache/moetel/bench)"
+        "--work", type=command.path, metavar="DIR", help="where random stores are kept (default: ~/.cache/moetel/bench)"
     )
     what.add_argument(
         "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME", help="of: %(choices)s"
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--goodput", nargs="+", default=[], metavar="GOAL:MS", help="count good requests, as ttft:200 tpot:50 e2el:5000"
     )
     results.add_argument("--percentiles", default="50,90,95,99", help="default: %(default)s")
-    results.add_argument("--out", type=Path, metavar="DIR", help="write NAME.json, NAME.md and NAME.png here")
+    results.add_argument("--out", type=command.path, metavar="DIR", help="write NAME.json, NAME.md and NAME.png here")
     results.add_argument("--name", default="qos", help="of those files (default: %(default)s)")
 
 

@@ -22,7 +22,7 @@ def tenant(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=CHECKPOINT, for example fr=checkpoints/french")
-    return name, Path(path)
+    return name, command.path(path)
 
 
 def slots(text: str) -> int | str:
@@ -97,7 +97,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE", help="directory of the store")
+    parser.add_argument("store", type=command.path, metavar="STORE", help="directory of the store")
     parser.add_argument(
         "--tenant",
         type=tenant,

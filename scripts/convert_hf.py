@@ -27,10 +27,10 @@ def step(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face directory")
+    parser.add_argument("source", type=command.path, metavar="SRC", help="a Hugging Face directory")
     parser.add_argument(
         "target",
-        type=Path,
+        type=command.path,
         metavar="DST",
         help="a directory that does not exist or is empty; T5X finds checkpoints named checkpoint_<step>",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -17,11 +16,13 @@ from scripts import command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC", help="a T5X checkpoint_<step>, or an Orbax checkpoint")
-    parser.add_argument("target", type=Path, metavar="DST", help="a directory that does not exist or is empty")
+    parser.add_argument(
+        "source", type=command.path, metavar="SRC", help="a T5X checkpoint_<step>, or an Orbax checkpoint"
+    )
+    parser.add_argument("target", type=command.path, metavar="DST", help="a directory that does not exist or is empty")
     parser.add_argument(
         "--config",
-        type=Path,
+        type=command.path,
         metavar="config.json",
         help="what the arrays do not tell; a directory with config.json may be given, tokenizer files come along then "
         "(default: config.json in SRC if there is one, else T5's defaults)",

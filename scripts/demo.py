@@ -24,7 +24,10 @@ FAMILIES = {"mixtral": (EXAMPLES, ""), "switch": (EXAMPLES / "switch", "-switch"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--store", type=Path, default=Path("stores/demo"), help="where the store goes; Switch's has -switch behind it"
+        "--store",
+        type=command.path,
+        default=Path("stores/demo"),
+        help="where the store goes; Switch's has -switch behind it",
     )
     parser.add_argument(
         "--family",

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -55,13 +54,13 @@ def method(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("store", type=Path, nargs="?", metavar="STORE", help="a store to measure as it is")
+    parser.add_argument("store", type=command.path, nargs="?", metavar="STORE", help="a store to measure as it is")
     parser.add_argument(
         "--tenant", type=name_and_path, action="append", default=[], metavar="NAME=CHECKPOINT",
         help="instead of STORE: a tenant; repeat, in the order that plans count them",
     )  # fmt: skip
     parser.add_argument(
-        "--base", type=Path, metavar="CHECKPOINT", help="what they were tuned from, for merging methods"
+        "--base", type=command.path, metavar="CHECKPOINT", help="what they were tuned from, for merging methods"
     )
     parser.add_argument(
         "--task", type=name_and_path, action="append", required=True, metavar="NAME=FILE.jsonl",
@@ -95,8 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", choices=METRICS, default=defaults.metric, help="what 'kept' compares")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for stores and logits, emptied again")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write quality.json, quality.md and quality.png here")
+    parser.add_argument("--scratch", type=command.path, metavar="DIR", help="for stores and logits, emptied again")
+    parser.add_argument(
+        "--out", type=command.path, metavar="DIR", help="write quality.json, quality.md and quality.png here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

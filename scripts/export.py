@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -14,9 +13,9 @@ from scripts import command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=command.path, metavar="STORE")
     parser.add_argument("--tenant", required=True, metavar="NAME")
-    parser.add_argument("target", type=Path, metavar="DIR", help="a directory that does not exist or is empty")
+    parser.add_argument("target", type=command.path, metavar="DIR", help="a directory that does not exist or is empty")
 
 
 def run(args: argparse.Namespace) -> int:

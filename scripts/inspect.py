@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -19,8 +18,10 @@ from scripts import command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw distances and plan, layers x experts")
+    parser.add_argument("store", type=command.path, metavar="STORE")
+    parser.add_argument(
+        "--plot", type=command.path, metavar="FILE.png", help="draw distances and plan, layers x experts"
+    )
 
 
 def tenants_table(store: Store) -> Table:

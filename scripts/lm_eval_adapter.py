@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class MoetelLM(TemplateLM):  # type: ignore[misc]
     ):
         super().__init__()
         self.tenant = str(tenant)  # lm-eval turns `tenant=1` into a number
-        opened = Store.open(str(store))
+        opened = Store.open(Path(str(store)).expanduser())  # lm-eval's arguments are no words of a shell
         if self.tenant not in opened.tenants:
             raise UnknownTenantError(self.tenant, opened.tenants)
         if alone:

@@ -28,7 +28,7 @@ ENOUGH = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=command.path, metavar="STORE")
     parser.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="default: %(default)s")
     parser.add_argument(
         "--budget", type=build.size, action="append", default=[], help="device bytes, as 60GiB; repeat to compare"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--extra", type=build.share, action="append", default=[], help="or a share of one model's expert bytes, as 15%%"
     )
     build.add_plan_arguments(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw predicted loss against bytes")
+    parser.add_argument("--plot", type=command.path, metavar="FILE.png", help="draw predicted loss against bytes")
     parser.add_argument(
         "--apply", action="store_true", help="plan the store anew with the one budget given, else the recommended one"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -14,7 +13,7 @@ from scripts import build, command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=command.path, metavar="STORE")
     parser.add_argument("--tenant", required=True, metavar="NAME")
     parser.add_argument(
         "--keep-plan", action="store_true", help="leave what other tenants are served bit for bit as it is"

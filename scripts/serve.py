@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import signal
 import socket
@@ -16,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import MoetelError, Store, add_tenant, load_engine
@@ -70,6 +70,19 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _texts(text: str) -> tuple[str, ...]:
+    """`["a", "b"]` as vLLM's flags take it, or one text alone, for argparse."""
+    if not text.startswith("["):
+        return (text,)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = [None]
+    if not all(isinstance(each, str) for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a JSON list of texts, or one text")
+    return tuple(found)
+
+
 def _named(convert: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
     """`NAME=VALUE`, for argparse."""
 
@@ -87,7 +100,7 @@ def _named(convert: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = SchedulerOptions()
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=command.path, metavar="STORE")
     net = parser.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     net.add_argument("--port", type=_port, default=8000, metavar="N", help="0 takes a free one and prints it")
@@ -129,6 +142,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=_whole, metavar="N", help="tokens of prompts in a step in which others answer"
     )
 
+    load.add_argument(
+        "--generation-config",
+        choices=("auto", "vllm"),
+        default="auto",
+        help="auto: each tenant's generation_config.json gives the defaults for sampling; vllm: OpenAI's defaults",
+    )
     load.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
@@ -173,16 +192,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     share.add_argument("--max-queue-per-tenant", type=_whole, metavar="N", help="and of one tenant")
 
     who = parser.add_argument_group("who may do what")
-    who.add_argument("--api-keys", type=Path, metavar="FILE", help="ask for keys; moetel keys new makes them")
+    who.add_argument("--api-keys", type=command.path, metavar="FILE", help="ask for keys; moetel keys new makes them")
     who.add_argument(
         "--rate-limit", type=_whole, metavar="N", help="requests a minute, for each key (without keys: each tenant)"
     )
     who.add_argument("--enable-admin", action="store_true", help="allow POST /v1/load_tenant and /v1/unload_tenant")
+    for what, about in (
+        ("origins", "origins whose pages may ask, as a JSON list or one alone; []: none"),
+        ("methods", "methods that they may use"),
+        ("headers", "headers that they may send"),
+    ):
+        who.add_argument(
+            f"--allowed-{what}",
+            type=_texts,
+            default=("*",),
+            metavar="LIST",
+            help=f'{about} (default: ["*"], all)',
+        )
     who.add_argument(
         "--tenant-root",
         action="append",
         default=[],
-        type=Path,
+        type=command.path,
         metavar="DIR",
         help="tenants are loaded from below this directory alone; repeatable",
     )
@@ -206,6 +237,10 @@ def _settings(args: argparse.Namespace) -> Settings:
         max_request_bytes=args.max_request_bytes,
         max_sequences=args.max_queue,
         drain_timeout_s=args.drain_timeout,
+        generation_config=args.generation_config == "auto",
+        allowed_origins=args.allowed_origins,
+        allowed_methods=args.allowed_methods,
+        allowed_headers=args.allowed_headers,
     )
 
 
@@ -243,8 +278,9 @@ def _load(args: argparse.Namespace) -> Engine:
     engine = load_engine(
         store, backend=args.backend, device=args.device, dtype=args.dtype, scheduler=options, **backend
     )
-    for name in engine.tenants:
-        engine.has_tokenizer(name)  # loads it, which the tenant's first request would have to wait for
+    # Tenants whose files are damaged do not keep the others from being served.
+    for name, why in engine.load_texts().items():
+        log.error("tenant %s is unavailable: %s", name, why)
     if args.warm_up:
         begun = time.perf_counter()
         engine.warm_up()
@@ -316,6 +352,8 @@ async def _serve(args: argparse.Namespace, settings: Settings, sock: socket.sock
             engine = AsyncEngine(loading.result())
             service.attach(engine)
             names = engine.engine.tenants
+            for name in names:
+                service.warn_of_unused(name)
             sys.stdout.write(f"moetel serves {len(names)} tenants ({', '.join(names)}) at {_address(sock)}\n")
             sys.stdout.flush()
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)

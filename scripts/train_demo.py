@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from common.progress import bars
+from scripts import command
 from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 
 PAD, BOS, EOS, SEP = "<pad>", "<s>", "</s>", "<sep>"
@@ -418,7 +419,7 @@ def given(args: argparse.Namespace, defaults: Any) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_out = Path(__file__).resolve().parent.parent / "examples" / "tenants"
-    parser.add_argument("--out", type=Path, default=default_out, help=f"default: {default_out}")
+    parser.add_argument("--out", type=command.path, default=default_out, help=f"default: {default_out}")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help=PRESET_HELP)
     add_recipe(parser, Recipe())
     parser.add_argument("--languages", nargs="+", choices=ALL_LANGUAGES, help=f"default: {' '.join(LANGUAGES)}")

@@ -54,6 +54,7 @@ from jax_engine.dispatch import DenseDispatch
 from jax_engine.model import Expert, Initial, Settings, SwitchTransformer
 from jax_engine.products import PlainProducts
 from jax_engine.weights import canonical_tensors, family, load_model
+from scripts import command
 from scripts.command import fail
 from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 
@@ -441,9 +442,11 @@ def tune(source: Path, pairs_file: Path, out: Path, steps: int, batch: int, lr: 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_out = Path(__file__).resolve().parent.parent / "examples" / "tenants" / "switch"
-    parser.add_argument("--out", type=Path, default=default_out, help=f"default: {default_out}")
-    parser.add_argument("--from", dest="source", type=Path, help="fine-tune this checkpoint instead (with --pairs)")
-    parser.add_argument("--pairs", type=Path, help="file of `prompt TAB answer` lines")
+    parser.add_argument("--out", type=command.path, default=default_out, help=f"default: {default_out}")
+    parser.add_argument(
+        "--from", dest="source", type=command.path, help="fine-tune this checkpoint instead (with --pairs)"
+    )
+    parser.add_argument("--pairs", type=command.path, help="file of `prompt TAB answer` lines")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help=PRESET_HELP)
     defaults = asdict(Recipe())
     for name, value in defaults.items():

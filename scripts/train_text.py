@@ -50,6 +50,7 @@ from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from common import MoetelError
 from common.progress import bars
+from scripts import command
 from scripts.command import fail
 from scripts.train_demo import (
     BOS,
@@ -352,8 +353,8 @@ def default_texts() -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, default=default_texts(), help=f"default: {default_texts()}")
+    parser.add_argument("--out", type=command.path, required=True)
+    parser.add_argument("--texts", type=command.path, default=default_texts(), help=f"default: {default_texts()}")
     add_recipe(parser, Recipe())
     parser.add_argument("--base-on-all", action="store_true", help="train the base on the other tenants' texts as well")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -14,7 +13,7 @@ from scripts import command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=command.path, metavar="STORE")
 
 
 def run(args: argparse.Namespace) -> int:

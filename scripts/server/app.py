@@ -16,7 +16,8 @@ from common.version import __version__
 from scripts.server import completions, operations
 from scripts.server.errors import SERVER, ApiError, from_exception
 from scripts.server.front import Front
-from scripts.server.schema import MENDS
+from scripts.server.origins import Origins
+from scripts.server.requests import MENDS
 from scripts.server.service import Service
 from scripts.server.settings import Settings
 
@@ -43,6 +44,8 @@ def create_app(async_engine: AsyncEngine | None, settings: Settings) -> FastAPI:
     if async_engine is not None:
         service.attach(async_engine)
     app.add_middleware(Front, service=service)
+    if settings.allowed_origins:
+        app.add_middleware(Origins, settings=settings)  # outermost, so that every answer has its headers
     for error, handler in (
         (ApiError, _known),
         (MoetelError, _known),
@@ -86,15 +89,15 @@ async def _invalid(request: Request, error: Exception) -> Response:
         return ApiError(400, f"the body is no JSON ({first['ctx']['error']} at character {where[-1]})").response()
     place, path = where[0], where[1:]
     message = str(first["msg"])
+    if message.startswith("Value error, "):  # our own, which names its field
+        message = message.removeprefix("Value error, ")
+        return ApiError(400, message, param=message.partition(":")[0]).response()
     if not path:
         kind = request.headers.get("content-type", "")
         if place == "body" and not kind.partition(";")[0].strip().lower().endswith("json"):
             return ApiError(
                 415, f"the body is said to be {kind or 'nothing'}; send the header 'Content-Type: application/json'"
             ).response()
-        if message.startswith("Value error, "):  # our own, which names its field
-            message = message.removeprefix("Value error, ")
-            return ApiError(400, message, param=message.partition(":")[0]).response()
         return ApiError(400, "the body is no JSON object; send {...}").response()
     names = _names(path)
     mend = MENDS.get(names[-1])

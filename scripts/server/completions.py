@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -14,23 +13,22 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from common.errors import MoetelError, RequestError
+from common.errors import TenantUnavailableError
 from common.request import Generation, Output
+from scripts.server.conversation import echoed, prompt_ids, written
 from scripts.server.dependencies import ERRORS, Caller, SharedService
 from scripts.server.errors import ApiError
 from scripts.server.front import arrival
+from scripts.server.requests import Asked, ChatRequest, CompletionRequest
 from scripts.server.running import Job, Run
 from scripts.server.schema import (
-    Asked,
     ChatAnswer,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatMessage,
-    ChatRequest,
     CompletionAnswer,
     CompletionChoice,
-    CompletionRequest,
     Delta,
     Model,
     ModelList,
@@ -40,7 +38,6 @@ from scripts.server.service import Service
 from scripts.server.streams import EventStream, event
 from scripts.server.tokens import TokenTexts
 
-log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
 DEFAULT_MAX_TOKENS = 16
@@ -83,37 +80,69 @@ async def get_model(model: str, service: SharedService, caller: Caller) -> Model
 # What both kinds of answer need.
 
 
-async def chat_ids(service: Service, tenant: str, messages: Sequence[dict[str, Any]]) -> list[int]:
-    """The conversation in the tenant's template. Raises RequestError."""
-    engine = service.require().engine
-    try:
-        return await asyncio.to_thread(engine.apply_chat_template, tenant, messages)
-    except MoetelError:
-        raise
-    except Exception as error:  # templates are programs of the checkpoint's and raise whatever they like
-        log.info("chat template of %s: %s: %s", tenant, type(error).__name__, error)
-        raise RequestError(
-            f"messages: the chat template of tenant {tenant!r} does not take this conversation ({error}); "
-            "mend its roles and their order"
-        ) from error
-
-
-def _jobs(
-    body: Asked, service: Service, tenant: str, prompts: Sequence[str | list[int]], limit: int, arrived_at: float
-) -> list[Job]:
-    most = service.settings.max_sequences
-    if len(prompts) * body.num_answers > most:
+def _check_number(body: Asked, service: Service, num_prompts: int) -> None:
+    """Raises ApiError for more answers than one request may ask for."""
+    asked, most = num_prompts * body.num_answers, service.settings.max_sequences
+    if asked > most:
         raise ApiError(
             400,
-            f"n: asks for {len(prompts) * body.num_answers} answers (prompts times n), "
+            f"n: asks for {asked} answers (prompts times n), "
             f"this server gives at most {most} in one request; send several",
             param="n",
         )
+
+
+def _prompt_limit(body: Asked, service: Service, tenant: str, answer_limit: int) -> int | None:
+    """Tokens that prompts are cut to, None: they are not."""
+    asked = body.truncate_prompt_tokens
+    if asked is None:
+        return None
+    context = service.max_model_len(tenant)
+    if asked > context:
+        raise ApiError(
+            400,
+            f"truncate_prompt_tokens: is {asked}, above the context of {context} tokens",
+            param="truncate_prompt_tokens",
+        )
+    if asked >= 0:
+        return asked
+    if service.require().engine.store.config(tenant).is_encoder_decoder:
+        return context
+    return context - (answer_limit if answer_limit < context else 1)
+
+
+def _require_text(body: Asked, service: Service, tenant: str) -> None:
+    """Raises TenantUnavailableError if the request needs text that the tenant should have and has not."""
+    why = service.require().engine.unavailable.get(tenant)
+    if why is not None and body.stop:
+        raise TenantUnavailableError(tenant, why)
+
+
+def _jobs(
+    body: Asked, service: Service, tenant: str, prompts: Sequence[list[int]], limit: int, arrived_at: float
+) -> list[Job]:
     deadline_s = None
     if body.deadline_ms is not None:
         deadline_s = max(1e-3, body.deadline_ms / 1e3 - (time.perf_counter() - arrived_at))
-    params = [body.params(limit, answer) for answer in range(body.num_answers)]
+    defaults = service.sampling_defaults(tenant)
+    params = [body.params(limit, answer, defaults) for answer in range(body.num_answers)]
     return [Job(tenant, prompt, p, body.priority or 0, deadline_s) for prompt in prompts for p in params]
+
+
+class _Texts:
+    """Names of the tokens of each answer, made when its first token comes: its prompt is then known to be sound."""
+
+    def __init__(self, body: Asked, service: Service, jobs: Sequence[Job]):
+        self._body, self._engine, self._jobs = body, service.require().engine, jobs
+        self._made: dict[int, TokenTexts] = {}
+
+    def __getitem__(self, index: int) -> TokenTexts:
+        if index not in self._made:
+            job, body = self._jobs[index], self._body
+            self._made[index] = TokenTexts(
+                self._engine, job.tenant, job.prompt, body.skip_special, bool(body.return_tokens_as_token_ids)
+            )
+        return self._made[index]
 
 
 def _usage(generations: Sequence[Generation], num_answers: int) -> Usage:
@@ -161,8 +190,9 @@ async def _respond(
     raise AssertionError("unreachable")
 
 
-def _number(kind: str, request: Request) -> str:
-    return f"{kind}-{arrival(request.scope).request_id.removeprefix('req-') or uuid.uuid4().hex}"
+def _number(kind: str, body: Asked, request: Request) -> str:
+    own = body.request_id or arrival(request.scope).request_id.removeprefix("req-")
+    return f"{kind}-{own or uuid.uuid4().hex}"
 
 
 # Completions.
@@ -178,18 +208,21 @@ async def complete(body: CompletionRequest, request: Request, service: SharedSer
     """Continue a prompt as a tenant would."""
     tenant = service.resolve(body.model, caller)
     service.count(caller, tenant)
-    engine = service.require().engine
-    prompts = body.prompts
-    jobs = _jobs(body, service, tenant, prompts, body.answer_limit or DEFAULT_MAX_TOKENS, arrival(request.scope).at)
+    _check_number(body, service, len(body.prompts))
     has_text = await service.has_tokenizer(tenant)
-    echoes = [await _text_of(service, tenant, p) if body.echo else "" for p in prompts]
-    number, created = _number("cmpl", request), int(time.time())
+    _require_text(body, service, tenant)
+    limit = body.answer_limit or DEFAULT_MAX_TOKENS
+    prompts, echoes = await asyncio.to_thread(_prompts, body, service, tenant, limit)
+    jobs = _jobs(body, service, tenant, prompts, limit, arrival(request.scope).at)
+    number, created = _number("cmpl", body, request), int(time.time())
     with_ids = body.return_token_ids or not has_text  # without a tokenizer the ids are all there is
-    texts = [TokenTexts(engine, tenant) for _ in jobs]
+    texts = _Texts(body, service, jobs)
 
     def choice(index: int, output: Output, generation: Generation | None, begins: bool) -> CompletionChoice:
         text = (echoes[index // body.num_answers] if begins else "") + output.text
-        logprobs = texts[index].completion(output.logprobs) if body.num_logprobs is not None else None
+        logprobs = None
+        if body.num_logprobs is not None:
+            logprobs = texts[index].completion(output.logprobs, generation is not None)
         out = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None, stop_reason=None)
         if generation is not None:
             out.finish_reason, out.stop_reason = generation.finish_reason, generation.stop_reason
@@ -218,16 +251,30 @@ async def complete(body: CompletionRequest, request: Request, service: SharedSer
     )
 
 
-async def _text_of(service: Service, tenant: str, prompt: str | list[int]) -> str:
-    """A prompt's text, for echo."""
-    if isinstance(prompt, str):
-        return prompt
+def _prompts(
+    body: CompletionRequest, service: Service, tenant: str, answer_limit: int
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of each prompt, and the text that stands before its answers. For a thread: long texts take a while."""
     engine = service.require().engine
-    if not engine.has_tokenizer(tenant):
-        raise ApiError(
-            400, f"echo: tenant {tenant!r} has no tokenizer, so its prompts have no text; leave it out", param="echo"
-        )
-    return await asyncio.to_thread(engine.detokenize, tenant, prompt)
+    limit = _prompt_limit(body, service, tenant, answer_limit)
+    side = body.truncation_side or "left"
+    ids, echoes = [], []
+    for prompt in body.prompts:
+        found = prompt_ids(engine, tenant, prompt, body.add_special_tokens is not False, limit, side)
+        ids.append(found)
+        if not body.echo:
+            echoes.append("")
+        elif isinstance(prompt, str) and limit is None:
+            echoes.append(prompt)
+        elif engine.has_tokenizer(tenant) or tenant in engine.unavailable:
+            echoes.append(echoed(engine, tenant, found, body.skip_special))
+        else:
+            raise ApiError(
+                400,
+                f"echo: tenant {tenant!r} has no tokenizer, so its prompts have no text; leave it out",
+                param="echo",
+            )
+    return ids, echoes
 
 
 def _whole(generation: Generation) -> Output:
@@ -248,18 +295,20 @@ async def chat(body: ChatRequest, request: Request, service: SharedService, call
     """Answer a conversation, which is written out by the tenant's own chat template."""
     tenant = service.resolve(body.model, caller)
     service.count(caller, tenant)
-    engine = service.require().engine
+    _check_number(body, service, 1)
     await service.has_tokenizer(tenant)
-    ids = await chat_ids(service, tenant, [m.for_template() for m in body.messages])
+    prompt, ids = await asyncio.to_thread(_conversation, body, service, tenant)
     limit = body.answer_limit or service.max_model_len(tenant)
     jobs = _jobs(body, service, tenant, [ids], limit, arrival(request.scope).at)
-    number, created = _number("chatcmpl", request), int(time.time())
-    texts = [TokenTexts(engine, tenant) for _ in jobs]
+    number, created = _number("chatcmpl", body, request), int(time.time())
+    texts = _Texts(body, service, jobs)
 
     def finish(out: ChatChoice | ChatChunkChoice, index: int, output: Output) -> None:
         """What choices of whole answers and of chunks have in common."""
-        out.logprobs = texts[index].chat(output.logprobs) if body.num_logprobs is not None else None
         generation = output.generation
+        out.logprobs = None
+        if body.num_logprobs is not None:
+            out.logprobs = texts[index].chat(output.logprobs, generation is not None)
         out.finish_reason = None if generation is None else generation.finish_reason
         out.stop_reason = None if generation is None else generation.stop_reason
         if body.return_token_ids:
@@ -273,9 +322,14 @@ async def chat(body: ChatRequest, request: Request, service: SharedService, call
             finish(choices[-1], i, _whole(g))
         out = ChatAnswer(id=number, object="chat.completion", created=created, model=tenant, choices=choices)
         out.usage, out.metrics = _usage(run.generations, body.num_answers), run.metrics()
+        asked_of_prompt(out)
+        return out
+
+    def asked_of_prompt(out: ChatAnswer | ChatChunk) -> None:
         if body.return_token_ids:
             out.prompt_token_ids = ids
-        return out
+        if body.return_prompt_text:
+            out.prompt_text = prompt
 
     def piece(choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(id=number, object="chat.completion.chunk", created=created, model=tenant, choices=choices)
@@ -286,8 +340,8 @@ async def chat(body: ChatRequest, request: Request, service: SharedService, call
         choice = ChatChunkChoice(index=index, delta=delta)
         finish(choice, index, output)
         out = piece([choice])
-        if body.return_token_ids and begins:
-            out.prompt_token_ids = ids
+        if begins:
+            asked_of_prompt(out)
         return out
 
     def last(run: Run) -> ChatChunk:
@@ -296,3 +350,13 @@ async def chat(body: ChatRequest, request: Request, service: SharedService, call
         return out
 
     return await _respond(body, request, service, jobs, whole, chunk, last)
+
+
+def _conversation(body: ChatRequest, service: Service, tenant: str) -> tuple[str, list[int]]:
+    """The conversation as the tenant's template writes it, and its token ids. For a thread."""
+    engine = service.require().engine
+    text = written(engine, tenant, body)
+    limit = _prompt_limit(body, service, tenant, body.answer_limit or 1)
+    return text, prompt_ids(
+        engine, tenant, text, bool(body.add_special_tokens), limit, body.truncation_side or "left", "messages"
+    )

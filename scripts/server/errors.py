@@ -17,6 +17,7 @@ from common.errors import (
     PlanError,
     RequestError,
     StoreError,
+    TenantUnavailableError,
     UnknownTenantError,
 )
 
@@ -98,6 +99,11 @@ def from_exception(error: BaseException) -> ApiError | None:
         return ApiError(400, str(error))
     if isinstance(error, CheckpointError | StoreError | PlanError):
         return ApiError(500, str(error), SERVER)
+    if isinstance(error, TenantUnavailableError):
+        # Asking again would not help: somebody has to mend the tenant's files.
+        return ApiError(
+            503, str(error), SERVER, param="model", code="tenant_unavailable", headers={"x-should-retry": "false"}
+        )
     if isinstance(error, EngineError):
         return ApiError(500, str(error), SERVER, code="engine_error")
     return None

@@ -7,11 +7,13 @@ nobody foresaw must still be answered in OpenAI's shape.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
 import uuid
 from dataclasses import dataclass, replace
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,6 +35,8 @@ OPEN = re.compile(r"/|/(health|ready|version|openapi\.json|page/.*)")
 ALWAYS = re.compile(r"/|/(health|ready|version|load|metrics|openapi\.json|status\.json|page/.*)")
 NOBODY = Access(Key("nobody", b"", frozenset()))
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
+# Where a body may hold half a surrogate pair: as an escape, as the bytes that Python's JSON takes for one, in UTF-16.
+HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,28 @@ class Front:
             await self._app(scope, receive, send)
             return
         arrived = Arrival(_request_id(scope), time.perf_counter(), NOBODY)
-        status = 0
+        status, method = 0, scope["method"]
+        # A route is the same with a slash at its end, and what answers GET answers HEAD.
+        path = scope["path"].rstrip("/") or "/"
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
 
         async def numbered(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", arrived.request_id.encode())]
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         own = ALWAYS.fullmatch(scope["path"]) is not None
         try:
             # Before the body is read: those without a key are told so whatever they send.
-            if not OPEN.fullmatch(scope["path"]):
+            try:
                 arrived = replace(arrived, access=self._service.access(_header(scope, b"authorization")))
+            except ApiError:
+                if not OPEN.fullmatch(scope["path"]):
+                    raise
             scope[SCOPE_KEY] = arrived
             if not own:
                 self._service.refuse_if_draining()
@@ -97,15 +109,14 @@ class Front:
         finally:
             elapsed_ms = (time.perf_counter() - arrived.at) * 1e3
             level = logging.DEBUG if own else logging.INFO
-            log.log(
-                level, "%s %s %s %.0f ms %s", scope["method"], scope["path"], status, elapsed_ms, arrived.request_id
-            )
+            log.log(level, "%s %s %s %.0f ms %s", method, scope["path"], status, elapsed_ms, arrived.request_id)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces: list[bytes] = []
         try:
             await self._read(scope, receive, pieces)
             body, told = b"".join(pieces), False
+            _refuse_half_pairs(body)
 
             async def replay() -> Message:
                 """The body, once; then what else comes, which is the client closing the connection."""
@@ -160,6 +171,34 @@ class Front:
             raise ApiError(
                 408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s", code="request_timeout", headers=close
             ) from None
+
+
+def _refuse_half_pairs(body: bytes) -> None:
+    """Raises ApiError that names the field for text that is no Unicode, which nothing behind here could write out."""
+    if HALF.search(body) is None:
+        return
+    try:
+        where = _half_pair(json.loads(body), ())
+    except (ValueError, RecursionError):
+        return  # it is no JSON, and the routes say so
+    if where is not None:
+        name = ".".join(where) or "the body"
+        raise ApiError(400, f"{name}: holds half a surrogate pair; send whole characters", param=name)
+
+
+def _half_pair(value: Any, path: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Where in JSON data there is one."""
+    if isinstance(value, str):
+        return path if any("\ud800" <= c <= "\udfff" for c in value) else None
+    items: Any = ()
+    if isinstance(value, dict):
+        if any(_half_pair(key, path) is not None for key in value):
+            return path
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    found = (_half_pair(each, (*path, str(key))) for key, each in items)
+    return next((where for where in found if where is not None), None)
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

@@ -6,7 +6,7 @@ a few fixed words, so their number is bounded by the store.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -85,9 +85,17 @@ class Metrics:
             with suppress(KeyError):  # it may have answered nothing
                 histogram.remove(tenant)
 
-    def render(self, snapshot: tuple[dict[str, Any], dict[str, Any]] | None, tenants: Sequence[str]) -> bytes:
-        """As Prometheus reads it. snapshot: the engine's load and statistics, see `Service.snapshot`."""
-        self._engine.snapshot, self._engine.tenants = snapshot, tenants
+    def render(
+        self,
+        snapshot: tuple[dict[str, Any], dict[str, Any]] | None,
+        tenants: Sequence[str],
+        unavailable: Collection[str] = (),
+    ) -> bytes:
+        """As Prometheus reads it. snapshot: the engine's load and statistics, see `Service.snapshot`.
+
+        unavailable: those of the tenants that cannot be asked.
+        """
+        self._engine.snapshot, self._engine.tenants, self._engine.unavailable = snapshot, tenants, unavailable
         return generate_latest(self.registry)
 
 
@@ -96,6 +104,7 @@ class _FromEngine(Collector):
 
     snapshot: tuple[dict[str, Any], dict[str, Any]] | None = None
     tenants: Sequence[str] = ()
+    unavailable: Collection[str] = ()
 
     def describe(self) -> list[Metric]:
         return []  # so that registering does not collect
@@ -125,6 +134,12 @@ class _FromEngine(Collector):
             for each in LEVELS:
                 where.add_metric([tenant, each], float(each == level))
         yield where
+        asked = GaugeMetricFamily(
+            f"{PREFIX}tenant_available", "0 if the tenant's files are damaged, else 1.", labels=["model_name"]
+        )
+        for tenant in self.tenants:
+            asked.add_metric([tenant], float(tenant not in self.unavailable))
+        yield asked
         held = GaugeMetricFamily(f"{PREFIX}device_bytes", "Bytes held on the device.", labels=["kind"])
         for kind, name in KINDS.items():
             held.add_metric([kind], float(stats.get(name) or load.get(name) or 0))

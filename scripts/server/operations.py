@@ -13,22 +13,20 @@ from starlette.responses import FileResponse, Response
 
 from common.errors import CheckpointError, PlanError, RequestError, StoreError, UnknownTenantError
 from common.version import __version__
-from scripts.server.completions import chat_ids
+from scripts.server.conversation import written
 from scripts.server.dependencies import ERRORS, Caller, SharedService
 from scripts.server.errors import SERVER, ApiError, JSONAnswer, unknown_model
+from scripts.server.requests import DetokenizeRequest, LoadTenantRequest, TokenizeRequest, UnloadTenantRequest
 from scripts.server.schema import (
     DetokenizeAnswer,
-    DetokenizeRequest,
     Load,
-    LoadTenantRequest,
     State,
     TenantChanged,
     TenantLoad,
     TokenizeAnswer,
-    TokenizeRequest,
-    UnloadTenantRequest,
     Version,
 )
+from scripts.server.service import Service
 from scripts.server.status import expert_map, status
 
 log = logging.getLogger(__name__)
@@ -46,7 +44,7 @@ PAGE_HEADERS = {
 }
 
 
-@router.get("/health")
+@router.get("/health", response_model_exclude_unset=True)
 async def health(service: SharedService) -> State:
     """200 while the engine's thread lives, and while the store is loaded."""
     if service.engine is not None and not service.engine.healthy:
@@ -54,12 +52,20 @@ async def health(service: SharedService) -> State:
     return State(status="ok")
 
 
-@router.get("/ready")
-async def ready(service: SharedService) -> State:
-    """200 if requests are taken; 503 while the store is loaded and while the server stops."""
+@router.get("/ready", response_model_exclude_unset=True)
+async def ready(service: SharedService, caller: Caller) -> State:
+    """200 if requests are taken; 503 while the store is loaded and while the server stops.
+
+    Tenants that cannot be asked do not count: the others are served. They are named, on a server with keys to those
+    that may use them.
+    """
     service.require()
     service.refuse_if_draining()
-    return State(status="ready")
+    out = State(status="ready")
+    unavailable = service.unavailable(caller)
+    if unavailable:
+        out.unavailable = list(unavailable)
+    return out
 
 
 @router.get("/version")
@@ -84,7 +90,8 @@ async def load(service: SharedService, caller: Caller) -> Load:
 async def metrics(service: SharedService, caller: Caller) -> Response:
     """For Prometheus. With keys: an admin key, as they name all tenants."""
     service.require_operator(caller)
-    return Response(service.metrics.render(await service.snapshot(), service.tenants), media_type=CONTENT_TYPE_LATEST)
+    shown = service.metrics.render(await service.snapshot(), service.tenants, service.unavailable(caller))
+    return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
 
 # Tokens.
@@ -96,21 +103,19 @@ async def tokenize(body: TokenizeRequest, service: SharedService, caller: Caller
     tenant = service.resolve(body.model, caller)
     service.count(caller, tenant)
     await service.has_tokenizer(tenant)
-    engine = service.require().engine
-    if body.messages is not None:
-        ids = await chat_ids(service, tenant, [m.for_template() for m in body.messages])
-    else:
-        text = body.prompt or ""
-        ids = await asyncio.to_thread(engine.tokenize, tenant, text)
-        if not body.add_special_tokens:
-            # An answer's ids are those without special tokens, but for the end of sequence if there is one.
-            ended = await asyncio.to_thread(engine.answer_ids, tenant, text)
-            end = await asyncio.to_thread(engine.answer_ids, tenant, "")
-            ids = ended[: len(ended) - len(end)]
+    ids = await asyncio.to_thread(_tokenized, body, service, tenant)
     out = TokenizeAnswer(count=len(ids), max_model_len=service.max_model_len(tenant), tokens=ids)
     if body.return_token_strs:
-        out.token_strs = await asyncio.to_thread(lambda: [engine.detokenize(tenant, [i]) for i in ids])
+        out.token_strs = service.require().engine.tokens(tenant, ids)
     return out
+
+
+def _tokenized(body: TokenizeRequest, service: Service, tenant: str) -> list[int]:
+    engine = service.require().engine
+    special = body.add_special_tokens
+    if body.messages is not None:
+        return engine.tokenize(tenant, written(engine, tenant, body), bool(special))
+    return engine.tokenize(tenant, body.prompt or "", special is not False)
 
 
 @router.post("/detokenize")
@@ -141,18 +146,23 @@ async def load_tenant(body: LoadTenantRequest, service: SharedService, caller: C
     except (CheckpointError, StoreError, PlanError, RequestError) as error:
         raise ApiError(400, str(error)) from error
     log.info("tenant %s loaded from %s", body.tenant_name, path)
+    service.warn_of_unused(body.tenant_name)
     return TenantChanged(tenant_name=body.tenant_name, status="loaded")
 
 
 def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
     """The path with links followed, if it lies below one of the roots. Raises ApiError."""
-    found = path.resolve()
+    try:
+        found = path.resolve()
+        is_directory = found.is_dir()
+    except (OSError, ValueError) as error:  # too long a name, or one with NUL
+        raise ApiError(400, f"tenant_path: is no path ({error}); give a checkpoint", param="tenant_path") from error
     if roots and not any(found.is_relative_to(root.resolve()) for root in roots):
         allowed = ", ".join(map(str, roots))
         raise ApiError(
             403, f"tenant_path: lies outside {allowed} (--tenant-root); move the checkpoint there", param="tenant_path"
         )
-    if not found.is_dir():
+    if not is_directory:
         raise ApiError(400, "tenant_path: is no directory of the server's; give a checkpoint", param="tenant_path")
     return found
 

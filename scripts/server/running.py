@@ -23,7 +23,7 @@ class Job:
     """One answer to generate. deadline_s: seconds from now."""
 
     tenant: str
-    prompt: str | list[int]
+    prompt: list[int]
     params: SamplingParams
     priority: int = 0
     deadline_s: float | None = None

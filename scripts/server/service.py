@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.errors import EngineError
+from common.errors import EngineError, TenantUnavailableError
 from scripts.server.errors import RATE, SERVER, ApiError, retry_after, unknown_model
 from scripts.server.keys import Key
 from scripts.server.limits import RateLimiter
@@ -18,6 +21,8 @@ from scripts.server.window import Window
 if TYPE_CHECKING:
     from common.serving import AsyncEngine
     from scripts.server.running import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,23 @@ class Service:
             await asyncio.to_thread(engine.has_tokenizer, tenant)
             self._warm.add(tenant)
         return engine.has_tokenizer(tenant)
+
+    def sampling_defaults(self, tenant: str) -> Mapping[str, int | float]:
+        """What the tenant's generation_config.json says of sampling. Raises TenantUnavailableError."""
+        if not self.settings.generation_config:
+            return {}
+        return self.require().engine.generation_config(tenant).sampling
+
+    def warn_of_unused(self, tenant: str) -> None:
+        """Log what the tenant's generation_config.json asks for and nobody does."""
+        with suppress(TenantUnavailableError):
+            for note in self.require().engine.generation_config(tenant).notes():
+                log.warning("tenant %s: %s", tenant, note)
+
+    def unavailable(self, access: Access) -> dict[str, str]:
+        """Tenants that cannot be asked, of those that somebody may use, and why."""
+        found = {} if self.engine is None else self.engine.engine.unavailable
+        return {name: why for name, why in found.items() if access.allows(name)}
 
     def forget(self, tenant: str) -> None:
         """A tenant is gone."""

@@ -23,6 +23,9 @@ class Settings:
     max_request_bytes: longest body; None: by the longest context.
     max_sequences: most answers that one request asks for, its prompts times `n`.
     drain_timeout_s: how long running requests may go on after the first signal to stop.
+    generation_config: whether the tenants' generation_config.json gives defaults for sampling.
+    allowed_origins, allowed_methods, allowed_headers: what pages of other origins may do, `*`: anything; no origins:
+        nothing.
     """
 
     keys: KeyRing | None = None
@@ -32,6 +35,10 @@ class Settings:
     max_request_bytes: int | None = None
     max_sequences: int = 1024
     drain_timeout_s: float = 30.0
+    generation_config: bool = True
+    allowed_origins: tuple[str, ...] = ("*",)
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
 
     def body_limit(self, context: int) -> int:
         """Bytes of a request's body, for tenants whose longest context is so many tokens."""

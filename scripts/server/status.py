@@ -45,6 +45,7 @@ async def status(service: Service, access: Access) -> dict[str, Any]:
         "separate_bytes": store.bytes_before,
     }
     counts = stats.get("tenants", {})
+    unavailable = service.unavailable(access)
     for name in visible:
         now, ever = load["tenants"].get(name, {}), counts.get(name, {})
         out["tenants"].append(
@@ -53,6 +54,7 @@ async def status(service: Service, access: Access) -> dict[str, Any]:
                 "running": now.get("running", 0),
                 "waiting": now.get("waiting", 0),
                 "resident": residency(stats, name),
+                "unavailable": unavailable.get(name),
                 "hits": ever.get("hits", 0),
                 "misses": ever.get("misses", 0),
                 "requests": sum(ever.get("requests", {}).values()),

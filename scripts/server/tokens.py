@@ -4,71 +4,101 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from common.detokenizer import REPLACEMENT
 from common.engine import Engine
 from common.sampling import TokenLogprob
 from scripts.server.schema import ChatLogprobs, CompletionLogprobs, TokenLogprobs, TopLogprob
 
-CONTEXT = 4
-"""Tokens before one that its text is read after: many tokenizers write a word otherwise at the beginning of a text."""
-
 LOWEST = -9999.0
 """For minus infinity, which JSON does not have; OpenAI's and vLLM's choice."""
 
+Named = tuple[str, list[int]]
+"""What a token is called, and its bytes."""
+
 
 class TokenTexts:
-    """Texts of an answer's tokens, one after another. Of a tenant without a tokenizer `token_id:N`, as vLLM's."""
+    """Names of an answer's tokens, one after another.
 
-    def __init__(self, engine: Engine, tenant: str):
-        self._engine, self._tenant = engine, tenant
-        self._named = engine.has_tokenizer(tenant)
-        self._before: list[int] = []
-        self._known = ""
+    A chosen token is what it adds to the text, so all of them together are the text: one that begins a character adds
+    nothing, and the one that ends it adds all of it. A token that could have been chosen is what it would have added;
+    one that would not have ended its character is named by its bytes, as `bytes:\\xe2` (OpenAI's form).
+    """
+
+    def __init__(
+        self, engine: Engine, tenant: str, prompt: Sequence[int], skip_special_tokens: bool = True, as_ids: bool = False
+    ):
+        """prompt: what the answer goes on from. as_ids: name tokens `token_id:N`, as vLLM does.
+
+        Those of a tenant without a tokenizer have no other name.
+        """
+        self._engine, self._tenant, self._as_ids = engine, tenant, as_ids
+        self._decoder, self._clean_up = None, None
+        if engine.has_tokenizer(tenant):
+            self._decoder = engine.detokenizer(tenant, prompt, skip_special_tokens)
+            self._clean_up = engine.clean_up(tenant)
         self._length = 0
 
-    def _text(self, token_id: int) -> str:
-        if not self._named:
-            return f"token_id:{token_id}"
-        grown = self._engine.detokenize(self._tenant, [*self._before, token_id])
-        if grown.startswith(self._known):
-            return grown[len(self._known) :]
-        return self._engine.detokenize(self._tenant, [token_id])  # it ends a character that was begun before
-
-    def _take(self, token_id: int, text: str) -> int:
-        """Go on after this token; returns where its text begins in the answer."""
-        if self._named:
-            self._before = [*self._before, token_id][-CONTEXT:]
-            self._known = self._engine.detokenize(self._tenant, self._before)
+    def _take(self, token_id: int, last: bool) -> tuple[Named, int]:
+        """Go on after this token; returns its name, and where its text begins in the answer."""
         begin = self._length
+        if self._decoder is None:
+            return (f"token_id:{token_id}", []), begin
+        raw = self._engine.token_bytes(self._tenant, token_id)
+        before, text = self._decoder.unfinished, self._decoder.push(token_id, last)
+        if self._clean_up is not None:
+            text = self._clean_up.push(text, last)
         self._length += len(text)
-        return begin
+        # Bytes that became no character show in the text of the token behind them, and are not that token's own.
+        own = text.removeprefix(before)
+        return (self._name(token_id, text), list(own.encode() if raw is None else raw)), begin
 
-    def completion(self, found: Sequence[TokenLogprob]) -> CompletionLogprobs:
+    def _alternative(self, token_id: int) -> Named:
+        """What another token would be called here."""
+        if self._decoder is None:
+            return f"token_id:{token_id}", []
+        raw = self._engine.token_bytes(self._tenant, token_id)
+        text = self._decoder.peek(token_id)
+        if REPLACEMENT in text:
+            text = text.removeprefix(self._decoder.unfinished)
+            text = text if raw is None or text.encode() == raw else ""
+        if raw is not None and not text:
+            text = "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+        elif not text:  # it is left out of texts, so it is named as it is written
+            text = self._engine.detokenize(self._tenant, [token_id], skip_special_tokens=False)
+        return self._name(token_id, text), list(text.encode() if raw is None else raw)
+
+    def _name(self, token_id: int, text: str) -> str:
+        return f"token_id:{token_id}" if self._as_ids else text
+
+    def completion(self, found: Sequence[TokenLogprob], last: bool) -> CompletionLogprobs:
+        """last: whether the answer ends with these tokens."""
         out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for token in found:
-            text = self._text(token.token_id)
-            top: dict[str, float] = {}
-            for token_id, logprob in token.top:
-                top.setdefault(self._text(token_id), _finite(logprob))  # of tokens with equal texts, the better one
-            top.setdefault(text, _finite(token.logprob))
-            out.tokens.append(text)
+        for i, token in enumerate(found):
+            others = [(self._alternative(t)[0], p) for t, p in token.top if t != token.token_id]
+            (name, _), begin = self._take(token.token_id, last and i == len(found) - 1)
+            top = {name: _finite(token.logprob)}
+            for other, logprob in others:
+                top.setdefault(other, _finite(logprob))  # of tokens with equal texts, the better one
+            out.tokens.append(name)
             out.token_logprobs.append(_finite(token.logprob))
             out.top_logprobs.append(top)
-            out.text_offset.append(self._take(token.token_id, text))
+            out.text_offset.append(begin)
         return out
 
-    def chat(self, found: Sequence[TokenLogprob]) -> ChatLogprobs:
+    def chat(self, found: Sequence[TokenLogprob], last: bool) -> ChatLogprobs:
+        """last: whether the answer ends with these tokens."""
         content = []
-        for token in found:
-            text = self._text(token.token_id)
-            top = [self._top(self._text(token_id), logprob) for token_id, logprob in token.top]
-            mine = self._top(text, token.logprob)
-            content.append(TokenLogprobs(token=text, logprob=mine.logprob, bytes=mine.bytes, top_logprobs=top))
-            self._take(token.token_id, text)
+        for i, token in enumerate(found):
+            names = {t: self._alternative(t) for t, _ in token.top if t != token.token_id}
+            names[token.token_id], _ = self._take(token.token_id, last and i == len(found) - 1)
+            top = [self._top(names[t], logprob) for t, logprob in token.top]
+            mine = self._top(names[token.token_id], token.logprob)
+            content.append(TokenLogprobs(**mine.model_dump(), top_logprobs=top))
         return ChatLogprobs(content=content)
 
     @staticmethod
-    def _top(text: str, logprob: float) -> TopLogprob:
-        return TopLogprob(token=text, logprob=_finite(logprob), bytes=list(text.encode("utf-8", "replace")))
+    def _top(named: Named, logprob: float) -> TopLogprob:
+        return TopLogprob(token=named[0], logprob=_finite(logprob), bytes=named[1])
 
 
 def _finite(logprob: float) -> float:

@@ -77,6 +77,21 @@ def test_inspect_draws_any_plan(slots: str, family: Family, tmp_path: Path, caps
     assert picture.stat().st_size > 5000
 
 
+def test_home_directories_in_paths(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave `~` behind an equals sign as it is."""
+    (tmp_path / "base").symlink_to(family.paths["base"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = run(capsys, "build", "~/made", "--tenant=a=~/base")
+    assert code == 0, err
+    assert Store.open(tmp_path / "made").tenants == ("a",)
+    assert run(capsys, "inspect", "~/made", "--plot=~/plan.png")[0] == 0 and (tmp_path / "plan.png").is_file()
+    code, _, err = run(capsys, "serve", "~/made", "--api-keys=~/absent")
+    assert code == 1 and f"{tmp_path}/absent: cannot be read" in err
+    assert run(capsys, "build", "made", "--tenant=a=~nobody-here/base")[0] == 2
+
+
 def test_generate_prints_ids_or_json(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with load_engine(store) as engine:
         expected = engine.generate("ana", [5, 6, 7], SamplingParams(max_new_tokens=6))

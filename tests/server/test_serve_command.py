@@ -201,6 +201,10 @@ def test_what_cannot_be_served(
         (["--kv-cache-bytes", "many"], "no size"),
         (["--max-num-seqs", "0"], "whole number from 1"),
         (["--drain-timeout", "-1"], "give seconds"),
+        (["--allowed-origins", '["a", 1]'], "JSON list of texts"),
+        (["--allowed-origins", "[a]"], "JSON list of texts"),
+        (["--generation-config", "some/path"], "invalid choice"),
+        (["--tenant", "a=~nobody-here/x"], "home directory"),
         (["--tenant", "fr"], "write NAME=CHECKPOINT"),
     ],
 )

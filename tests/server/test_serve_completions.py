@@ -141,11 +141,14 @@ def test_logprobs_of_completions(live: Live) -> None:
 def test_logprobs_of_chat(live: Live) -> None:
     fields = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, **GREEDY}
     reply = live.post("/v1/chat/completions", {"model": "bob", **fields})
-    found = reply.json()["choices"][0]["logprobs"]["content"]
+    choice = reply.json()["choices"][0]
+    found = choice["logprobs"]["content"]
     assert len(found) == 12
     for token in found:
-        assert len(token["top_logprobs"]) == 2 and token["bytes"] == list(token["token"].encode())
-        assert token["top_logprobs"][0]["logprob"] == token["logprob"]
+        assert len(token["top_logprobs"]) == 2 and len(token["bytes"]) == 1  # a token of this tenant is a byte
+        assert token["top_logprobs"][0] == {k: token[k] for k in ("token", "logprob", "bytes")}
+    assert "".join(token["token"] for token in found) == choice["message"]["content"]
+    assert bytes(b for token in found for b in token["bytes"]).decode(errors="replace") == choice["message"]["content"]
     fields["top_logprobs"] = 0
     reply = live.post("/v1/chat/completions", {"model": "bob", **fields})
     assert reply.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []

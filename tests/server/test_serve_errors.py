@@ -108,11 +108,11 @@ def test_wrong_chats_are_named(live: Live, fields: dict[str, Any], param: str | 
 
 
 def test_a_template_that_refuses_is_the_requests_fault(live: Live, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> list[int]:
+    def refuse(*_: Any, **__: Any) -> str:
         raise ValueError("roles must alternate")
 
-    monkeypatch.setattr(loop.engine.engine, "apply_chat_template", refuse)
-    body = {"model": "bob", "messages": [{"role": "user", "content": "hi"}]}
+    monkeypatch.setattr(loop.engine.engine, "render_chat", refuse)
+    body = {"model": "bob", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     found = error(live.post("/v1/chat/completions", body), 400)
     assert "roles must alternate" in found["message"]
 

@@ -101,8 +101,15 @@ function showTenants(tenants) {
     const share = lookups ? ` (${((100 * t.misses) / lookups).toFixed(t.misses && t.misses / lookups < 0.1 ? 1 : 0)} %)` : "";
     const cells = [t.name, count(t.running), count(t.waiting), rate(t.tokens_per_second), ms(t.ttft_p50_ms), ms(t.ttft_p95_ms),
       count(t.misses) + share, t.resident];
-    return element("tr", {}, ...cells.map((text, i) => element("td", { "data-name": names[i] }, text)));
+    const row = element("tr", {}, ...cells.map((text, i) => element("td", { "data-name": names[i] }, text)));
+    if (t.unavailable) {
+      row.firstChild.append(" ", element("b", { class: "unavailable", title: t.unavailable }, "unavailable"));
+    }
+    return row;
   });
+  const failed = tenants.filter((t) => t.unavailable);
+  $("unavailable").hidden = !failed.length;
+  $("unavailable").replaceChildren(...failed.map((t) => element("li", {}, element("b", {}, t.name), ": " + t.unavailable)));
   document.querySelector("#tenants tbody").replaceChildren(...rows);
 }
 

@@ -1,0 +1,318 @@
+"""What the routes take, in OpenAI's and vLLM's words; FastAPI makes the OpenAPI page of it.
+
+Types are strict ("5" is no number). Names that nobody's schema has are let through, as vLLM does. Fields of their
+schemas that are not here are in `fields.py`: those that would change an answer are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from common.sampling import MAX_LOGPROBS, SamplingParams
+from scripts.server.fields import (
+    REFUSED,
+    REFUSED_CHAT,
+    REFUSED_COMPLETION,
+    REFUSED_STREAM,
+    REFUSED_TEMPLATE,
+    Refused,
+)
+
+TokenId = Annotated[int, Field(ge=0, le=2**31)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=2048)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+TokenIdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=2048)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+# Bounds of lists that each token of an answer is compared with.
+MAX_STOPS = 64
+MAX_STOP_TOKENS = 1024
+MAX_BIASES = 1024
+
+MENDS = {
+    "prompt": "give text, a list of texts, a list of token ids, or a list of lists of token ids; none of them empty",
+    "stop": f"give a text or a list of at most {MAX_STOPS} texts, none of them empty",
+    "content": "give text, or a list of parts of type text",
+}
+"""Instead of what Pydantic says of each form that a field may have."""
+
+
+class Taken(BaseModel):
+    """Of requests. refused: fields that are refused unless they change nothing."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    refused: ClassVar[Mapping[str, Refused]] = {}
+    within: ClassVar[str] = ""
+    """What stands before a field's name in errors."""
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Self:
+        for name, refused in self.refused.items():
+            if refused.applies((self.model_extra or {}).get(name)):
+                raise ValueError(f"{self.within}{name}: {refused.why}; leave it out")
+        return self
+
+
+class StreamOptions(Taken):
+    include_usage: bool | None = Field(None, description="End the stream with a chunk that holds usage and metrics.")
+
+    refused: ClassVar[Mapping[str, Refused]] = REFUSED_STREAM
+    within: ClassVar[str] = "stream_options."
+
+
+class Asked(Taken):
+    """What completions and chat have in common."""
+
+    model: str = Field(description="A tenant's name.", max_length=256)
+    max_tokens: int | None = Field(None, ge=1, description="Most new tokens.")
+    temperature: Number | None = Field(
+        None, ge=0, description="0 is greedy. Default: of the tenant's generation_config.json, else 1."
+    )
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1: all. (vLLM)")
+    min_p: Number | None = Field(None, ge=0, le=1, description="(vLLM)")
+    n: int | None = Field(None, ge=1, le=128, description="Answers for each prompt.")
+    best_of: int | None = Field(None, description="Refused, unless it is n.")
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] | None = Field(
+        None, description="(vLLM)"
+    )
+    include_stop_str_in_output: bool | None = Field(None, description="Keep what ends the answer in it. (vLLM)")
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text. (vLLM)")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    repetition_penalty: Number | None = Field(None, gt=0, le=100, description="(vLLM)")
+    logit_bias: Annotated[dict[str, Number], Field(max_length=MAX_BIASES)] | None = Field(
+        None, description="Token id, as text, to what is added to its logit."
+    )
+    min_tokens: int | None = Field(None, ge=0, description="(vLLM)")
+    ignore_eos: bool | None = Field(None, description="Go on after the end-of-sequence token. (vLLM)")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, lt=2**31, description="Keep so many tokens of the prompt; -1: what leaves room to answer. (vLLM)"
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Where they are cut off; left unless given. (vLLM)"
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Add the tokenizer's special tokens; default: to prompts, not to conversations. (vLLM)"
+    )
+    priority: int | None = Field(
+        None, ge=-(2**31), lt=2**31, description="Smaller goes first among the tenant's own requests. (vLLM)"
+    )
+    deadline_ms: Number | None = Field(None, gt=0, le=1e9, description="Give up, with 408, if not done by then.")
+    request_id: str | None = Field(None, min_length=1, max_length=128, description="Becomes the answer's id. (vLLM)")
+    return_token_ids: bool | None = Field(None, description="(vLLM)")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Log probabilities name tokens as token_id:N. (vLLM)"
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+
+    refused: ClassVar[Mapping[str, Refused]] = REFUSED
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only for streams; set stream to true or leave it out")
+        if any(not i.isascii() or not i.isdigit() or len(i) > 9 for i in self.logit_bias or {}):
+            raise ValueError('logit_bias: names are token ids, written as "123"')
+        if self.min_tokens and self.answer_limit is not None and self.min_tokens > self.answer_limit:
+            raise ValueError(f"min_tokens: is {self.min_tokens}, above the most tokens asked for, {self.answer_limit}")
+        if self.best_of is not None and self.best_of != self.num_answers:
+            raise ValueError("best_of: answers are not ranked; leave it out and ask for n answers")
+        return self
+
+    @property
+    def answer_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_answers(self) -> int:
+        """For each prompt."""
+        return self.n or 1
+
+    @property
+    def want_usage(self) -> bool:
+        """In a stream."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def skip_special(self) -> bool:
+        """Whether special tokens are left out of the text."""
+        return self.skip_special_tokens is not False
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most probable tokens to give with each token; None: no log probabilities."""
+        raise NotImplementedError
+
+    def params(self, max_new_tokens: int, answer: int, defaults: Mapping[str, int | float]) -> SamplingParams:
+        """The engine's options for answer number `answer` of a prompt. Raises RequestError.
+
+        defaults: what the tenant's generation_config.json says, by name of `SamplingParams`; where it is silent too,
+        OpenAI's apply. Its `max_new_tokens` bounds what the request asks for.
+        """
+
+        def chosen(name: str, otherwise: float) -> Any:
+            value = getattr(self, name)
+            return defaults.get(name, otherwise) if value is None else value
+
+        # The same seed would give n times the same answer.
+        seed = None if self.seed is None else (self.seed + answer) % 2**64
+        return SamplingParams(
+            max_new_tokens=min(max_new_tokens, int(defaults.get("max_new_tokens", max_new_tokens))),
+            temperature=chosen("temperature", 1.0),
+            top_k=chosen("top_k", 0),
+            top_p=chosen("top_p", 1.0),
+            min_p=chosen("min_p", 0.0),
+            seed=seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=chosen("repetition_penalty", 1.0),
+            logit_bias={int(i): b for i, b in self.logit_bias.items()} if self.logit_bias else None,
+            logprobs=self.num_logprobs,
+            skip_special_tokens=self.skip_special,
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+        )
+
+
+class CompletionRequest(Asked):
+    prompt: str | Texts | TokenIds | TokenIdLists = Field(
+        description="Text, texts, token ids, or lists of token ids.", union_mode="left_to_right"
+    )
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="So many of the most probable tokens too.")
+    echo: bool | None = Field(None, description="Put the prompt's text before the answer.")
+
+    refused: ClassVar[Mapping[str, Refused]] = REFUSED_COMPLETION
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs: those of the prompt are not offered; leave out echo or logprobs")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(Taken):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class RefusalPart(Taken):
+    """Of an assistant's turn that a client sends back."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = str | TextPart | RefusalPart
+
+
+class Message(Taken):
+    role: str = Field(min_length=1, max_length=64, description="system, user, assistant, or what the template knows.")
+    content: str | Annotated[list[Part], Field(fail_fast=True, max_length=1024)] | None = None
+
+
+class Conversation(Taken):
+    """What chat templates are given."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)] | None = None
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin the assistant's turn; default: yes, unless the last message goes on. (vLLM)"
+    )
+    continue_final_message: bool | None = Field(None, description="Go on with the last message. (vLLM)")
+    documents: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = Field(
+        None, description="For templates that read documents. (vLLM)"
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = Field(
+        None, description="Variables of the template. (vLLM)"
+    )
+    reasoning_effort: str | None = Field(None, max_length=64, description="A variable of the template. (vLLM)")
+
+    refused: ClassVar[Mapping[str, Refused]] = REFUSED_TEMPLATE
+
+    @model_validator(mode="after")
+    def _check_conversation(self) -> Self:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError(
+                "add_generation_prompt: begins another turn than continue_final_message goes on with; choose one"
+            )
+        return self
+
+
+class ChatRequest(Conversation, Asked):
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+    max_completion_tokens: int | None = Field(None, ge=1, description="Most new tokens; goes before max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Only with logprobs.")
+    return_prompt_text: bool | None = Field(None, description="Give the written conversation too. (vLLM)")
+
+    refused: ClassVar[Mapping[str, Refused]] = REFUSED_CHAT
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs; set logprobs to true or leave it out")
+        return self
+
+    @property
+    def answer_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Conversation):
+    """prompt or messages."""
+
+    model: str = Field(max_length=256)
+    prompt: str | None = None
+    add_special_tokens: bool | None = Field(None, description="Default: to prompts, not to conversations.")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either prompt or messages")
+        if self.messages is None:
+            for name in Conversation.model_fields:
+                if name != "messages" and getattr(self, name) not in (None, False, [], {}):
+                    raise ValueError(f"{name}: this is for conversations; give messages or leave it out")
+        return self
+
+
+class DetokenizeRequest(Taken):
+    model: str = Field(max_length=256)
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class LoadTenantRequest(Taken):
+    tenant_name: str = Field(min_length=1, max_length=256)
+    tenant_path: str = Field(min_length=1, max_length=4096, description="A checkpoint directory on the server.")
+
+
+class UnloadTenantRequest(Taken):
+    tenant_name: str = Field(min_length=1, max_length=256)
