@@ -345,7 +345,7 @@ def test_shared_fixtures_nothing_shared(fixture: str, tmp_path: Path) -> None:
         assert [list(a.token_ids) for a in answers] == reference[f"{key}_greedy_ids"].tolist()
 
 
-@pytest.mark.parametrize("slots", rest_slow([3, None, 0, 5, "all"], 2))
+@pytest.mark.parametrize("slots", rest_slow([3, None, 0, 5, "all"]))
 @pytest.mark.parametrize(
     "options", [{}, {"spare_slots": 1}, {"experts": "grouped", "spare_slots": 2}, {"products": "packed"}], ids=str
 )

@@ -243,7 +243,9 @@ def test_every_way_to_multiply_serves_copies_plus_residuals(family: Family, tmp_
     check(store, family.models, WAYS, (9, 1, 17))
 
 
-@pytest.mark.parametrize("case", ["sign everywhere", "several parts", "some projections, tenants and experts"])
+@pytest.mark.parametrize(
+    "case", rest_slow(["several parts", "sign everywhere", "some projections, tenants and experts"])
+)
 def test_misses_beside_residuals(family: Family, tmp_path: Path, case: str) -> None:
     store = prepared(tmp_path / "store", family.paths, case, slots=3)
     assert store.plan.num_misses and store.plan.residuals
@@ -258,12 +260,14 @@ def test_a_long_prompt(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [
-        {"hidden_size": 20, "intermediate_size": 27, "num_attention_heads": 5, "num_key_value_heads": 1},
-        {"hidden_size": 40, "intermediate_size": 64},
-        {"intermediate_size": 48, "num_experts_per_tok": 3},
-        {"num_experts_per_tok": 1, "hidden_act": "gelu"},
-    ],
+    rest_slow(
+        [
+            {"hidden_size": 20, "intermediate_size": 27, "num_attention_heads": 5, "num_key_value_heads": 1},
+            {"hidden_size": 40, "intermediate_size": 64},
+            {"intermediate_size": 48, "num_experts_per_tok": 3},
+            {"num_experts_per_tok": 1, "hidden_act": "gelu"},
+        ]
+    ),
     ids=str,
 )
 def test_other_sizes(tmp_path: Path, sizes: dict[str, Any]) -> None:
