@@ -317,7 +317,6 @@ def test_where_a_conversation_ends(words: Live, hf: Any) -> None:
 
     for fields, options in (
         ({}, {"add_generation_prompt": True}),
-        ({"add_generation_prompt": False}, {"add_generation_prompt": False}),
         ({"continue_final_message": True}, {"continue_final_message": True}),
         ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}),
     ):
@@ -326,6 +325,10 @@ def test_where_a_conversation_ends(words: Live, hf: Any) -> None:
         assert found["prompt_text"] == hf.apply_chat_template(turns, tokenize=False, **options)
         ids = words.post("/tokenize", {"model": "words", "messages": turns, **fields}).json()["tokens"]
         assert ids == want(**options)
+    unbegun = {"messages": turns, "add_generation_prompt": False}
+    ids = words.post("/tokenize", {"model": "words", **unbegun}).json()["tokens"]
+    assert ids == want(add_generation_prompt=False)
+    assert error(words.post("/v1/chat/completions", CHAT | unbegun), 400)["param"] == "add_generation_prompt"
     both = CHAT | {"continue_final_message": True, "add_generation_prompt": True}
     assert error(words.post("/v1/chat/completions", both), 400)["param"] == "add_generation_prompt"
 
