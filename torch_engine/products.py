@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from torch_engine import native
 
 # Rows that the packed layout is chosen for; measured at 1, 4, 16 and 256 rows (benchmarks/cpu_products.py).
 PACK_FOR_ROWS = 16
+
+# Rows from which widening a matrix to float32 costs less than a product that torch emulates
+# (docs/results/2026-11-25-cpu-avx2.md).
+WIDEN_FROM_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,15 @@ class PackedWeight:
 
 
 Weight = Tensor | PackedWeight
+
+
+@cache
+def emulates_bfloat16() -> bool:
+    """Whether this processor has no instructions that multiply bfloat16 as oneDNN wants them."""
+    try:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -73,6 +87,8 @@ def pack_native(weight: Tensor) -> PackedWeight:
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [rows, in] -> [rows, out]."""
     if isinstance(weight, Tensor):
+        if len(x) >= WIDEN_FROM_ROWS and x.dtype == torch.bfloat16 and not x.is_cuda and emulates_bfloat16():
+            return F.linear(x.float(), weight.float()).to(torch.bfloat16)
         return F.linear(x, weight)
     if weight.kernels is not None and weight.place is not None and len(x) <= weight.kernels.max_rows:
         return native.linear(weight.kernels, x, weight.place, weight.shape[0])

@@ -139,3 +139,14 @@ def test_flat_layout_is_aligned_and_ordered(family: Family, tmp_path: Path) -> N
     assert len(layout.stage_ends) == config.experts.num_layers + 2
     names = {s for entry in entries(config) for s in entry.sources}
     assert names == set(store.family.non_expert_shapes(config))
+
+
+@pytest.mark.parametrize("rows", [1, products.WIDEN_FROM_ROWS, 40])
+def test_emulated_bfloat16_is_widened_for_many_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "emulates_bfloat16", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 48, generator=generator).bfloat16() for n in (rows, 24))
+    found = products.linear(x, weight)
+    assert found.dtype == torch.bfloat16
+    exact = x.double() @ weight.double().T
+    assert torch.allclose(found.double(), exact, rtol=2**-7, atol=1e-2)
