@@ -274,8 +274,9 @@ class ChatRequest(Conversation, Asked):
     def _check_chat(self) -> Self:
         if self.add_generation_prompt is False and not self.continue_final_message:
             raise ValueError(
-                "add_generation_prompt: an answer begins the assistant's turn; leave it out, set continue_final_message "
-                "to go on with the last message, or write the prompt with /tokenize and send it to /v1/completions"
+                "add_generation_prompt: an answer begins the assistant's turn; leave it out, or set "
+                "continue_final_message to go on with the last message, or write the prompt with /tokenize and send it "
+                "to /v1/completions"
             )
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs; set logprobs to true or leave it out")
