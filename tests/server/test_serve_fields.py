@@ -170,8 +170,11 @@ def test_what_is_refused_and_what_passes(words: Live, path: str, body: dict[str,
     for name, refused in model.refused.items():
         found = error(words.post(path, body | {name: VALUES.get(name, ["x"])}), 400)
         assert found["param"] == name and refused.why in found["message"]
-        for value in (None, *refused.neutral):
-            assert words.post(path, body | {name: value, "max_tokens": 1}).status_code == 200, (name, value)
+    # Values that change nothing: all fields at once, for each has several.
+    for i in range(max(len(r.neutral) for r in model.refused.values()) + 1):
+        values = {n: (None, *r.neutral)[min(i, len(r.neutral))] for n, r in model.refused.items()}
+        reply = words.post(path, body | values | {"max_tokens": 1})
+        assert reply.status_code == 200, reply.text
     if path == "/tokenize":
         return
     whole = words.post(path, body).json()["choices"]
