@@ -131,7 +131,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (lambda p: (p / "config.json").write_text("[]"), r"config\.json: holds list"),
     "other family": (edit_config(model_type="llama"), r"model_type is 'llama'; this version serves .*mixtral"),
     "no model type": (edit_config(model_type=None), r"model_type is None"),
-    "missing field": (edit_config(hidden_size=None), r"config\.json: field 'hidden_size' is missing"),
+    "missing field": (edit_config(hidden_size=None), r"transformers' defaults taken: hidden_size 4096"),
     "nonsense field": (
         edit_config(num_hidden_layers="2"),
         r"field 'num_hidden_layers' is '2'; expected a whole number",

@@ -162,8 +162,9 @@ def test_the_assets_travel(family: Family, tmp_path: Path) -> None:
     for file in kept.iterdir():
         assert file.read_bytes() == (path / file.name).read_bytes()
     store.export("ana", tmp_path / "out")
-    for name in ("chat_template.jinja", "generation_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (path / name).read_bytes()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    given, found = (json.loads((p / "generation_config.json").read_text()) for p in (path, tmp_path / "out"))
+    assert given.items() <= found.items()
 
 
 @pytest.mark.parametrize("slots", [4, None, "all"])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import pytest
 
-from common import Engine, SamplingParams, StoreError, load_engine
+from common import CheckpointError, Engine, SamplingParams, load_engine
 from common.backend import Row
 from jax_engine.backend import JaxBackend, _use_compilation_cache
 from jax_engine.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
@@ -206,5 +206,5 @@ def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
             model.generation_config.decoder_start_token_id = before
         assert list(engine.generate("ana", [5, 6, 9], FREE).token_ids) == expected
     (other / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 700}))
-    with pytest.raises(StoreError, match="decoder_start_token_id of tenant 'ana' is 700; expected a token id below 96"):
+    with pytest.raises(CheckpointError, match=r"field 'decoder_start_token_id' is 700; expected .* from 0 to 95"):
         load_engine(build_round_robin(tmp_path / "store", {"ana": other}))
