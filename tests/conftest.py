@@ -43,6 +43,24 @@ class Family:
         return list(self.paths)
 
 
+VARIATIONS = 4
+"""How many parameters of a test run by default."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave most variations of tests that have many to CI: what is left is spread over their parameters."""
+    functions: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if "[" in item.name and item.get_closest_marker("slow") is None:
+            functions.setdefault((item.parent.nodeid if item.parent else "", item.name.split("[")[0]), []).append(item)
+    for variations in functions.values():
+        kept = {i * len(variations) // VARIATIONS for i in range(VARIATIONS)}
+        for i, item in enumerate(variations):
+            if len(variations) > VARIATIONS and i not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
     """Tests write thousands of small files; none has to survive a power cut."""

@@ -65,6 +65,11 @@ def rest_slow(values: Iterable[Any], quick: int = 1, names: int = 1) -> list[Any
     return [pytest.param(*row, marks=pytest.mark.slow if i >= quick else ()) for i, row in enumerate(rows)]
 
 
+def examples(count: int) -> int:
+    """How many examples a property is tested with: a fifth, in CI all."""
+    return count if os.environ.get("CI") else max(10, count // 5)
+
+
 def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:
     """Random weights wide enough that tokens spread over experts and greedy choices are clear."""
     import torch

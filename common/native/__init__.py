@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,3 +60,16 @@ def find_target() -> Target | str:
     if flags >= {"avx2", "fma", "f16c"}:
         return Target("AVX2", ("-mavx2", "-mfma", "-mf16c", "-mtune=native"))
     return "the processor has neither AVX-512 (F, BW) nor AVX2 with FMA and F16C"
+
+
+@contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """Let one process at a time compile into a folder: the others wait, and find the library there."""
+    import fcntl  # not on every system; kernels are for Linux
+
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.native import HEADERS, Target, cpu_flags, find_target, switched_off
+from common.native import HEADERS, Target, cpu_flags, find_target, one_process, switched_off
 from common.residuals import LOW_RANK, SIGN, Part, Residual, join_parts, matrices, pack_low_rank, pack_sign
 from jax_engine.residuals import KINDS, part_on_device
 
@@ -174,16 +174,22 @@ def _compile(target: Target) -> ctypes.CDLL:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"jax-kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if not _is_whole(path):
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            library = Path(scratch) / path.name
-            folders = ["-isystem", jax.ffi.include_dir(), "-I", str(HEADERS[0].parent)]
-            command = [compiler, *flags, *folders, str(SOURCE), "-o", str(library)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
-            content = library.read_bytes()
-            library.write_bytes(content + hashlib.sha256(content).digest())
-            os.replace(library, path)
+    with one_process(folder):
+        if not _is_whole(path):
+            _build(compiler, flags, path)
     return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+
+
+def _build(compiler: str, flags: Sequence[str], path: Path) -> None:
+    """Compile kernels.cc to `path`, with its hash behind it, in one step."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        library = Path(scratch) / path.name
+        folders = ["-isystem", jax.ffi.include_dir(), "-I", str(HEADERS[0].parent)]
+        command = [compiler, *flags, *folders, str(SOURCE), "-o", str(library)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
+        content = library.read_bytes()
+        library.write_bytes(content + hashlib.sha256(content).digest())
+        os.replace(library, path)
 
 
 def _is_whole(library: Path) -> bool:

@@ -85,6 +85,7 @@ def test_a_batch_at_once_is_a_flood_until_the_device_could_have_answered_it() ->
     assert moved[1] < 1.16
 
 
+@pytest.mark.slow
 def test_the_tables(tmp_path: Path) -> None:
     small = ["--seeds=2", "--num-requests=40", "--steps", "0.05", "0.002", "0.0001", "0.01"]
     (rows,) = fairness.main([*small, f"--json={tmp_path / 'rows.json'}", f"--markdown={tmp_path / 'table.md'}"])

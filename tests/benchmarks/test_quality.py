@@ -64,6 +64,7 @@ def test_text_in_the_papers_form(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rows[-1][1:] == ["400.0%", "100.0%", "100.0%", "100.0%"]
 
 
+@pytest.mark.slow
 def test_another_recipe_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = material(tmp_path)
     (root / "text").rename(root / "text_mild")

@@ -27,6 +27,7 @@ from common.allocation import (
 from common.fitting import LEFT, Choice, Spectrum, sign_group
 from common.losses import gram_of_distances
 from common.residuals import LOW_RANK, SIGN, Part, Residual
+from tests.helpers import examples
 
 
 def grams(seed: int, count: int, size: int = 6, samples: int = 12) -> np.ndarray:
@@ -319,7 +320,7 @@ def test_allocations_against_trying_everything(seed: int, residuals: bool) -> No
         assert nbytes == made.nbytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 10**6), residuals=st.booleans())
 def test_more_bytes_never_cost_more(seed: int, residuals: bool) -> None:
     traffic = shares(seed, 3)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common import Copy, Plan, PlanError, plan_all, plan_round_robin
 from tests import helpers
+from tests.helpers import examples
 
 
 def test_published_distances_give_the_published_map() -> None:
@@ -35,7 +36,7 @@ def restated(distance: list[list[float]], num_tenants: int, slots: int) -> dict[
     return owner
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(data=st.data())
 def test_round_robin_is_algorithm_1(data: st.DataObject) -> None:
     layers, experts = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))

@@ -133,6 +133,7 @@ def test_a_tenant_joins_beside_any_plan(store: Store, newcomer: Path) -> None:
     assert grown.manifest.provenance[BESIDE] == {"added": ["cy"], "removed": []}
 
 
+@pytest.mark.slow
 def test_distances_and_the_next_plan_are_those_of_a_fresh_build(family: Family, newcomer: Path, tmp_path: Path) -> None:
     path = tmp_path / "store"
     for options in (PLANS["paper"], PLANS["misses"], PLANS["residuals"]):
@@ -311,6 +312,7 @@ def _place(plan: Any, slot: int) -> tuple[int, int]:
     return plan.copies[slot].layer, plan.copies[slot].expert
 
 
+@pytest.mark.slow
 def test_extra_bytes_follow_the_stores_settings(family: Family, newcomer: Path, tmp_path: Path) -> None:
     path = tmp_path / "store"
     two = {n: family.paths[n] for n in ("base", "ana")}

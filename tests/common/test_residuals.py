@@ -30,7 +30,7 @@ from common.residuals import (
     unpack_low_rank,
     unpack_sign,
 )
-from tests.helpers import random_record
+from tests.helpers import examples, random_record
 
 sizes = st.integers(1, 40)
 
@@ -120,7 +120,7 @@ def test_parts_of_a_record_begin_at_multiples_of_sixteen() -> None:
 # Round trips.
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(bits=st.sampled_from([1, 2, 4, 8]), rows=sizes, count=sizes, seed=st.integers(0, 2**32 - 1))
 def test_codes_come_back(bits: int, rows: int, count: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, size=(rows, count))
@@ -132,7 +132,7 @@ def test_codes_come_back(bits: int, rows: int, count: int, seed: int) -> None:
         np.testing.assert_array_equal((packed[:, j * bits // 8] >> (j * bits % 8)) & (2**bits - 1), codes[:, j])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(outputs=sizes, inputs=sizes, size=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 def test_signs_come_back(outputs: int, inputs: int, size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -150,7 +150,7 @@ def test_signs_come_back(outputs: int, inputs: int, size: int, seed: int) -> Non
     np.testing.assert_array_equal(part_matrix(data, part, (outputs, inputs)), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     bits=st.sampled_from(LOW_RANK_BITS),
     rank=st.integers(1, 12),
@@ -179,7 +179,7 @@ def test_low_rank_comes_back(bits: int, rank: int, outputs: int, inputs: int, se
     np.testing.assert_allclose(part_matrix(data, part, (outputs, inputs)), expected, rtol=0, atol=1e-6 * largest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_records_hold_what_their_parts_hold(data: st.DataObject) -> None:
     shapes = {"a": (data.draw(sizes), data.draw(sizes)), "b": (data.draw(sizes), data.draw(sizes))}

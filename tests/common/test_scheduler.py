@@ -19,7 +19,7 @@ from common.backend import Part, Step
 from common.engine import Engine
 from common.request import Output, Request
 from tests.fake_backend import FakeBackend, answer, fake_engine
-from tests.helpers import rest_slow
+from tests.helpers import examples, rest_slow
 
 TENANTS = ("a", "b", "c", "d")
 
@@ -51,7 +51,7 @@ def events(draw: st.DrawFn) -> list[tuple[str, Any]]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     events=events(),
     seqs=st.integers(1, 6),
@@ -285,6 +285,7 @@ def test_a_flood_joins_few_steps_with_many_rows_where_tenants_cost_much(monkeypa
     assert 9 <= median(joined) <= 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row_s", rest_slow([0.0, 0.05]))
 def test_what_rows_cost_is_found_out_where_a_flood_was_first(monkeypatch: pytest.MonkeyPatch, row_s: float) -> None:
     """After many steps of one size nothing tells whether the others would be better off with smaller ones."""

@@ -48,6 +48,7 @@ def test_equal_to_hugging_face_and_to_one_device(
                 assert (ours.timings.hits, ours.timings.misses) == (theirs.timings.hits, theirs.timings.misses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", rest_slow([(2, 4), (1, 4), (4, 2)]), ids=str)
 def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int]) -> None:
     """Each device holds its share of the slots, and the compiled step moves no array of an expert's size."""

@@ -347,6 +347,7 @@ def test_without_kernels_load_says_why(
     assert record.getMessage().startswith("own CPU kernels are not used: ")
 
 
+@pytest.mark.slow
 def test_wrong_products_are_refused(filled: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     filled.setattr(native.Kernels, "linear", lambda self, x, packed, out_features: jnp.zeros((len(x), out_features)))
     with caplog.at_level(logging.INFO, logger=native.__name__):
@@ -354,6 +355,7 @@ def test_wrong_products_are_refused(filled: pytest.MonkeyPatch, caplog: pytest.L
     assert "a product differs from numpy's" in caplog.text
 
 
+@pytest.mark.slow
 def test_compiled_once_and_kept(filled: pytest.MonkeyPatch) -> None:
     filled.setattr(native.subprocess, "run", _only_version(native.subprocess.run))
     assert native.load() is not None
@@ -367,6 +369,7 @@ def _only_version(run: Any) -> Any:
     return checked
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_noticed(compiled: Path, tmp_path: Path) -> None:
     (library,) = (compiled / "moetel").iterdir()
     good, copy = library.read_bytes(), tmp_path / "copy.so"
@@ -378,6 +381,7 @@ def test_a_damaged_library_is_noticed(compiled: Path, tmp_path: Path) -> None:
         assert native._is_whole(copy) == (content == good)
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_built_again(filled: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (library,) = (tmp_path / "cache" / "moetel").iterdir()
     half = library.read_bytes()[: library.stat().st_size // 2]
@@ -390,6 +394,7 @@ def test_a_damaged_library_is_built_again(filled: pytest.MonkeyPatch, tmp_path: 
     np.testing.assert_allclose(found, x @ weight.T, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_loading_inside_a_traced_function(filled: pytest.MonkeyPatch) -> None:
     weight, x = noise(0, 70, 30), noise(1, 3, 30)
 

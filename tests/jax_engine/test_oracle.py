@@ -15,7 +15,8 @@ from tests.helpers import adapted, assert_close, build_round_robin, padded, prom
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.switch_models import Model, hf_greedy, hf_logits, oracle, random_switch, tuned, with_capacity
 
-EVERY_WAY: list[dict[str, Any]] = [{"products": "plain"}, {"products": "native"}]
+# Our own kernels where the machine has any, and XLA's products.
+EVERY_WAY: list[Any] = rest_slow([{}, {"products": "plain"}])
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gated": {"gated": True},
@@ -62,6 +63,7 @@ def test_architectures_equal_hugging_face(shape: str, options: dict[str, Any], t
         check(engine, "base", model, vocab_size=model.config.vocab_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", rest_slow(["hf", "tenant1", "tenant2", "t5x/checkpoint_1000"]))
 def test_shared_fixtures(kind: str, tmp_path: Path) -> None:
     path = shared_path(f"fixtures/switch_tiny/{kind}")
@@ -146,7 +148,7 @@ def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, 
             assert list(answer.token_ids) == hf_greedy(models[i % 3], rows[i], 3 + i)
 
 
-@pytest.mark.parametrize("options", rest_slow([*EVERY_WAY, {"ready_tenants": 1}], 2), ids=str)
+@pytest.mark.parametrize("options", [*EVERY_WAY, pytest.param({"ready_tenants": 1}, marks=pytest.mark.slow)], ids=str)
 def test_what_tenants_have_equal_is_held_once(tmp_path: Path, options: dict[str, Any]) -> None:
     base = random_switch(0)
     models = [base, *(adapted(base, tuned(base, i), [part]) for i, part in ((1, "SelfAttention.q"), (2, "EncDecAtt")))]
@@ -247,6 +249,7 @@ def test_sequences_longer_than_any_bucket_distance(tmp_path: Path) -> None:
         assert_close(engine.logits("base", [row], [answer]), hf_logits(model, [row], [answer]))
 
 
+@pytest.mark.slow
 def test_tenants_may_differ_in_all_but_their_experts(tmp_path: Path) -> None:
     """Heads, depth of dense layers' weights, buckets, head and vocabulary are a tenant's own."""
     changes: list[dict[str, Any]] = [

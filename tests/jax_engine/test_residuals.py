@@ -185,6 +185,7 @@ def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, s
     assert_close(np.asarray(found), expected, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("way", ["native", "loop"])
 @pytest.mark.parametrize("tokens", rest_slow([3, 16, 500]))
@@ -349,6 +350,7 @@ def test_meshes(small_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int
 # Memory, compilations, what a plan without residuals gets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_a_switch_compiles_and_copies_nothing(small_family: SwitchFamily, tmp_path: Path, products: str) -> None:
     """The tenants have other kinds and ranks, and one has no residuals at all."""
@@ -488,7 +490,7 @@ class HuggingFaceRouters:
             mlp.register_forward_hook(hook(layer))
 
 
-@pytest.mark.parametrize("options", rest_slow([*EVERY_WAY, {"mesh": (2, 4)}], 2), ids=str)
+@pytest.mark.parametrize("options", [*EVERY_WAY, pytest.param({"mesh": (2, 4)}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
     ("slots", "capacity", "moved"), rest_slow([(5, None, True), (None, 2, False), ("all", 3, True)], names=3)
 )

@@ -66,7 +66,7 @@ CASES: dict[str, tuple[Any, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", rest_slow(CASES, 2))
+@pytest.mark.parametrize("case", rest_slow(CASES))
 def test_a_random_schedule_equals_each_alone(small_family: SwitchFamily, tmp_path: Path, case: str) -> None:
     slots, residuals, options = CASES[case]
     if "mesh" in options and len(jax.devices("cpu")) < 8:
@@ -100,6 +100,7 @@ def test_more_random_schedules(small_family: SwitchFamily, tmp_path: Path, seed:
     check_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", rest_slow([9, None]))
 def test_a_random_schedule_equals_hugging_face(switch_family: SwitchFamily, tmp_path: Path, slots: Any) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=slots)
@@ -168,6 +169,7 @@ def test_an_answer_read_again_drops_nothing(tmp_path: Path) -> None:
         assert_close(a, b, CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", rest_slow([5, None]))
 def test_a_pause_leaves_caches_as_they_are(small_family: SwitchFamily, tmp_path: Path, slots: Any) -> None:
     """Bit for bit, in steps of its own tenant, in whole calls and layer by layer, and of others."""
@@ -292,6 +294,7 @@ def test_room_by_default(small_family: SwitchFamily, tmp_path: Path) -> None:
     assert backend.max_length("ana") == backend.loaded.config("ana").max_positions
 
 
+@pytest.mark.slow
 def test_other_tenants_compile_nothing(small_family: SwitchFamily, tmp_path: Path) -> None:
     """Sequences come, wait and end, of one tenant and of several, within the same buckets."""
     backend = backend_for(build_round_robin(tmp_path / "store", small_family.paths))
@@ -453,6 +456,7 @@ def pointers(backend: JaxBackend) -> list[int]:
     return [a.unsafe_buffer_pointer() for layer in backend.loaded.pool.copies for copy in layer for a in copy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", rest_slow([{}, {"mesh": (1, 2)}]), ids=str)
 @pytest.mark.parametrize("residuals", rest_slow([False, True]))
 def test_another_plan(small_family: SwitchFamily, tmp_path: Path, residuals: bool, options: dict[str, Any]) -> None:
@@ -504,6 +508,7 @@ def without_reading(fill: Any) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_changes_that_are_refused_change_nothing(small_family: SwitchFamily, tmp_path: Path) -> None:
     paths = small_family.paths
     store = build_round_robin(tmp_path / "store", paths)

@@ -134,6 +134,7 @@ print(json.dumps(events))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", rest_slow(["auto", "named", "none"]))
 def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path, where: str) -> None:
     """In processes of their own: jax opens its cache once. All of them are kept, also what takes no second."""

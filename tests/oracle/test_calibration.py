@@ -157,6 +157,7 @@ def test_mixtral_profiles_are_what_the_router_does(mixtral: Case) -> None:
         assert (found[name].sensitivity > 0).all() and found[name].sensitivity.shape == (2,)
 
 
+@pytest.mark.slow
 def test_switch_profiles_are_what_the_routers_of_both_sides_do(switch: Case) -> None:
     found = calibrate(switch.store, switch.sets, samples=MANY)
     for name, model in zip(switch.paths, switch.models, strict=True):

@@ -39,6 +39,7 @@ def test_a_tenant_beside_the_papers_plan_answers_right(
         helpers.assert_close(engine.logits("cy", rows), expected)
 
 
+@pytest.mark.slow
 def test_what_was_measured_and_asked_of_others_stays(
     family: Family, newcomer: tuple[Any, Path], tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_a_store_is_planned_anew_without_measuring(store: Path) -> None:
         replan(store, traffic={"ana": 3.0})
 
 
+@pytest.mark.slow
 def test_other_calibration_traffic_or_tenants_are_measured_anew(store: Path, checkpoints: dict[str, Path]) -> None:
     keys = {Store.open(store).manifest.measurements["key"]}
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from common import RequestError, SamplingParams
 from common.sampling import adjusted, log_probabilities, sample
+from tests.helpers import examples
 
 
 def reference(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -33,6 +34,7 @@ def reference(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     return scores.softmax(-1)[0].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -66,7 +68,7 @@ class Sweep:
         return float(next(self._values))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
     temperature=st.floats(0.2, 3.0),

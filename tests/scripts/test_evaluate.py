@@ -54,6 +54,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return build_store(path, {lang: EXAMPLES / lang for lang in ("en", "fr", "de", "es")}, policy="round_robin")
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_scores_equal_transformers(store: Store) -> None:
     """One tenant's exact match, KL and agreement along its own answers, and perplexity in windows."""
@@ -104,6 +105,7 @@ def test_scores_equal_transformers(store: Store) -> None:
     assert only.kept == served.exact_match and only.metric == "exact_match"
 
 
+@pytest.mark.slow
 def test_switch_equals_transformers(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     tenants = {lang: EXAMPLES / "switch" / lang for lang in ("en", "fr")}
@@ -174,6 +176,7 @@ def test_one_model_is_the_merged_one(tmp_path: Path) -> None:
             helpers.assert_close(engine.logits(tenant, rows), helpers.hf_logits(models[0], rows))
 
 
+@pytest.mark.slow
 def test_calibration_reaches_the_planner(tmp_path: Path) -> None:
     from common.calibration import CalibrationSet
 
@@ -188,6 +191,7 @@ def test_calibration_reaches_the_planner(tmp_path: Path) -> None:
     assert with_it.tenants["fr"].kl != without.tenants["fr"].kl
 
 
+@pytest.mark.slow
 def test_limits_of_memory_change_nothing(store: Store, tmp_path: Path) -> None:
     tasks = {"es": Task(task("es").questions, ("mil doscientos treinta y cuatro",))}
     few = Options(dtype="float32", max_new_tokens=60, logits_bytes=1)

@@ -169,6 +169,7 @@ def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", rest_slow([["scripts/train_demo.py"], ["-m", "scripts.train_demo"]]))
 def test_it_starts_as_module_and_as_file(how: list[str]) -> None:
     """As a file, scripts/inspect.py must not stand in for the standard library's."""

@@ -181,6 +181,7 @@ def test_perplexity_is_that_of_the_models_own_loss(
     assert found == pytest.approx(float(torch.tensor(total / count).exp()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_split_by_file_name() -> None:
     found = train_text.standard_library()
     names = list(found)

@@ -183,6 +183,7 @@ def test_a_failure_inside_is_an_answer_too(live: Live, loop: Loop, monkeypatch: 
     assert error(reply, 500)
 
 
+@pytest.mark.slow
 def test_too_many_requests_wait(live: Live, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     bodies = [GOOD | {"max_tokens": 400, "ignore_eos": True, "n": 8} for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:

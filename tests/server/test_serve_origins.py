@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from scripts.server.keys import KeyRing, _key, new_key
 from scripts.server.settings import Settings
+from tests.helpers import examples
 from tests.server.live import Live, Loop
 from tests.server.test_serve_errors import GOOD, error
 
@@ -192,7 +193,7 @@ ROUTES = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize",
 def test_no_text_breaks_the_server(loop: Loop) -> None:
     with loop.serve(Settings(enable_admin=True)) as live:
 
-        @settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples(120), deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(path=st.sampled_from(ROUTES), fields=st.dictionaries(FIELDS | TEXT, VALUE, max_size=3))
         def check(path: str, fields: dict[str, Any]) -> None:
             body = {"model": "bob", "max_tokens": 1, "tenant_name": "nobody", "tenant_path": "/nowhere"}

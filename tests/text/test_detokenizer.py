@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from common.detokenizer import CleanUp
 from common.text import TenantText, TextStream
+from tests.helpers import examples
 from tests.text.kinds import CHARACTERS, KINDS
 
 CLEANED = ("unigram_cleaned", "word_piece")
@@ -56,14 +57,14 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 NUMBERS = st.lists(st.integers(0, 10_000), min_size=1, max_size=40)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(numbers=NUMBERS, skip=st.booleans())
 def test_pieces_are_the_whole(both: Both, numbers: list[int], skip: bool) -> None:
     ids = both.tokens(numbers)
     assert "".join(both.stream(ids, skip_special_tokens=skip)) == both.hf.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(prompt=NUMBERS, numbers=NUMBERS)
 def test_prompt_and_answer_are_the_whole(both: Both, prompt: list[int], numbers: list[int]) -> None:
     """What a client expects who shows prompt + text; clean-up is left out, as it may reach into the prompt."""
@@ -76,7 +77,7 @@ def test_prompt_and_answer_are_the_whole(both: Both, prompt: list[int], numbers:
     assert "".join(pieces) == whole[len(known) :]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(numbers=NUMBERS)
 def test_a_look_ahead_is_what_the_token_then_adds(both: Both, numbers: list[int]) -> None:
     decoder = both.text.require("").incremental()
@@ -85,7 +86,7 @@ def test_a_look_ahead_is_what_the_token_then_adds(both: Both, numbers: list[int]
         assert decoder.push(token_id) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(numbers=NUMBERS)
 def test_bytes_of_tokens_are_the_text(both: Both, numbers: list[int]) -> None:
     if both.kind in CLEANED:
@@ -124,7 +125,7 @@ def test_bytes_that_never_become_a_character_do_not_hold_text_back(tmp_path: Pat
     assert pieces.index("\ufffd" * 8) < 10
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     pieces=st.lists(st.text(alphabet=" .,?!'ntsmrveab", max_size=5), max_size=12),
 )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import RequestError, StoreError, TenantUnavailableError
 from common.text import TenantText, TextStream
+from tests.helpers import examples
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -40,7 +41,7 @@ def pieces(text: TenantText, ids: list[int], stop: tuple[str, ...] = ()) -> tupl
 SAMPLE = st.text(alphabet=st.sampled_from("ab é ß漢字🙂👩‍👩‍👧ñ\n"), min_size=1, max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sample=SAMPLE)
 def test_pieces_make_the_whole_and_split_no_character(text: TenantText, sample: str) -> None:
     ids = text.encode(sample)
@@ -54,7 +55,7 @@ def test_pieces_make_the_whole_and_split_no_character(text: TenantText, sample: 
         assert "".join(found[:count]) == whole
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sample=SAMPLE, stop=st.text(alphabet="ab é漢", min_size=1, max_size=4))
 def test_stop_strings_are_found_wherever_they_begin(text: TenantText, sample: str, stop: str) -> None:
     found, stream = pieces(text, text.encode(sample), (stop,))
@@ -82,7 +83,7 @@ def fallback(tmp_path_factory: pytest.TempPathFactory) -> TenantText:
     return TenantText("fallback", path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sample=SAMPLE)
 def test_bytes_that_stand_in_for_characters_are_joined(fallback: TenantText, sample: str) -> None:
     ids = fallback.encode(sample)
@@ -96,7 +97,7 @@ def test_a_long_run_of_bytes_comes_character_by_character(fallback: TenantText) 
     assert found == ["", "", "", "🙂"] * 50
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(sample=SAMPLE, stop=st.text(alphabet="ab é漢", min_size=1, max_size=4))
 def test_stop_strings_of_bytes_are_found(fallback: TenantText, sample: str, stop: str) -> None:
     found, stream = pieces(fallback, fallback.encode(sample), (stop,))

@@ -267,6 +267,7 @@ def no_layout(*_: Any) -> Any:
     raise RuntimeError("no reorder of this type")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["AVX2", "AVX-512", "AVX-512 bf16"])
 def test_where_onednn_packs_nothing(fresh: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
     """Kernels for every processor up to this one pack by themselves and multiply any number of rows."""
@@ -297,6 +298,7 @@ def test_where_onednn_packs_nothing(fresh: pytest.MonkeyPatch, tmp_path: Path, t
             assert error.mean() <= 1.5 * np.abs(rounded - exact).mean()
 
 
+@pytest.mark.slow
 def test_compiled_once_and_kept(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernels(torch.float32)
     (library,) = (tmp_path / "cache" / "moetel").iterdir()

@@ -258,6 +258,7 @@ def test_a_long_prompt(family: Family, tmp_path: Path) -> None:
     check(store, family.models, WAYS[:1], (230,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     rest_slow(

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.native import HEADERS, Target, cpu_flags, find_target, switched_off
+from common.native import HEADERS, Target, cpu_flags, find_target, one_process, switched_off
 from common.residuals import SIGN, Part
 
 logger = logging.getLogger(__name__)
@@ -74,17 +74,18 @@ def _compile(target: Target) -> ctypes.CDLL:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / name
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            obj, library = Path(scratch) / "kernels.o", Path(scratch) / name
-            # Linked without an OpenMP runtime: the calls resolve to the one that torch has loaded, so that both share
-            # threads.
-            for command in (
-                [compiler, *flags, "-iquote", str(HEADERS[0].parent), "-c", str(SOURCE), "-o", str(obj)],
-                [compiler, "-shared", str(obj), "-o", str(library), "-lm"],
-            ):
-                subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-            os.replace(library, path)
+    with one_process(folder):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                obj, library = Path(scratch) / "kernels.o", Path(scratch) / name
+                # Linked without an OpenMP runtime: the calls resolve to the one that torch has loaded, so that both
+                # share threads.
+                for command in (
+                    [compiler, *flags, "-iquote", str(HEADERS[0].parent), "-c", str(SOURCE), "-o", str(obj)],
+                    [compiler, "-shared", str(obj), "-o", str(library), "-lm"],
+                ):
+                    subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+                os.replace(library, path)
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "libgomp" in line:
             ctypes.CDLL(line.split()[-1], mode=ctypes.RTLD_GLOBAL)
