@@ -52,6 +52,7 @@ def test_numbers_over_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[st
     }
 
 
+@pytest.mark.slow
 def test_text_in_the_papers_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--material", str(material(tmp_path)), "--quiet", "--methods", "base", "round_robin", "average"]
     results = quality.main(["text", *options])

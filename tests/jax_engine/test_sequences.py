@@ -128,6 +128,7 @@ def test_residuals_of_several_tenants_in_a_step_equal_hugging_face(small_family:
         assert asked.answer == hf_greedy(models[i % 3], asked.prompt, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", rest_slow([[3, 3, 3, 2], [1] * 11, [4, 7], [10, 1]]), ids=str)
 def test_reading_in_pieces(switch_family: SwitchFamily, tmp_path: Path, cut: list[int]) -> None:
     """Also of an answer that was given before; another tenant answers meanwhile."""

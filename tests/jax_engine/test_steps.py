@@ -56,6 +56,7 @@ def lowered_decode(backend: JaxBackend, rows: Sequence[Row]) -> Any:
     ), lane.cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 @pytest.mark.parametrize("slots", rest_slow([None, "all", 5]))
 def test_a_switch_compiles_and_copies_nothing(
@@ -76,6 +77,7 @@ def test_a_switch_compiles_and_copies_nothing(
         assert after["reconfigured_bytes"] == 0 and after["reconfigurations"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path: Path, products: str) -> None:
     """Its temporary memory is smaller than a single copy; a step that copied the pool would need all of it."""

@@ -292,6 +292,7 @@ def test_what_is_built_is_near_what_was_reckoned(mixtral: Case) -> None:
             assert built < 2.5 * reckoned
 
 
+@pytest.mark.slow
 def test_large_experts_are_planned_as_small_ones_are(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In single precision, with what signs gain estimated on some rows."""
     store = Store.open(mixtral.path)

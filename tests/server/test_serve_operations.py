@@ -119,6 +119,7 @@ def test_metrics_count_what_was_answered(live: Live) -> None:
     assert {k[1] for k in after if k[0] == prefix + "device_bytes"} == {"pool", "residual", "non_expert", "kv"}
 
 
+@pytest.mark.slow
 def test_running_requests_show(live: Live, loop: Loop) -> None:
     thread = threading.Thread(
         target=live.post, args=("/v1/completions", GOOD | {"max_tokens": 600, "ignore_eos": True, "n": 12})
