@@ -43,7 +43,7 @@ class Family:
         return list(self.paths)
 
 
-VARIATIONS = 4
+VARIATIONS = 2
 """How many parameters of a test run by default."""
 
 
