@@ -6,12 +6,12 @@ built into a store, and kept there; serving, export and statistics read what was
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.checkpoints.weight_files import read_json
 from common.errors import CheckpointError, RequestError
 from common.families import ModelConfig
 from common.sampling import SamplingParams
@@ -124,7 +124,7 @@ def decide(
     tokenizer_eos: the tokenizer's end-of-sequence token. where: config.json, for errors.
     Raises CheckpointError that names file and field.
     """
-    given = {} if path is None else _read(path)
+    given = {} if path is None else read_json(path)
     file = str(path)
     raw, size = config.raw, config.vocab_size
     ends = [
@@ -160,16 +160,6 @@ def decide(
         sampling=_sampling(given, file),
         unused=_unused(given),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__}, expected a JSON object; fetch it again")
-    return value
 
 
 def _error(where: str, field: str, value: Any, size: int) -> CheckpointError:

@@ -90,11 +90,14 @@ def test_what_is_no_token_is_refused_by_file_and_field(value: Any, tmp_path: Pat
         decided(tmp_path, None, eos_token_id=value)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
-def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [("{", "cannot be read as JSON"), ("[]", "holds list, expected a JSON object"), ("\x00", "cannot be read as JSON")],
+)
+def test_a_damaged_file_is_named(content: str, what: str, tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     path.write_text(content)
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: .*fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {what}"):
         decide(config(), path, default_eos=2)
 
 
