@@ -153,11 +153,10 @@ class Request:
         if logits is not None:
             banned = self._ends if len(self.token_ids) < self.params.min_tokens else frozenset()
             token_id = sample(logits, self.params, self._rng, self.prompt, self.token_ids, banned)
-            if self.params.logprobs is not None:
-                token_id = self._forced(token_id)
-                logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
-                self.logprobs += logprobs
         token_id = self._forced(token_id)
+        if logits is not None and self.params.logprobs is not None:
+            logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
+            self.logprobs += logprobs
         self.token_ids.append(token_id)
         self.next_token = token_id
         self.last_at = now

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.detokenizer import IncrementalDecoder
 from common.errors import RequestError, StoreError, TenantUnavailableError
 from common.generation import GenerationConfig
 from common.tokenizer import FILES, Tokenizer
@@ -152,8 +151,9 @@ class TextStream:
         include_stop: bool = False,
     ):
         """prompt: what the answer goes on from. include_stop: the answer keeps the stop string that ends it."""
-        self._decoder: IncrementalDecoder = text.require("it has no text").incremental(prompt, skip_special_tokens)
-        self._clean_up = text.require("it has no text").clean_up()
+        tokenizer = text.require("it has no text")
+        self._decoder = tokenizer.incremental(prompt, skip_special_tokens)
+        self._clean_up = tokenizer.clean_up()
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._pending = ""
