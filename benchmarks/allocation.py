@@ -1,9 +1,11 @@
-"""Planning at the size of large models: seconds for candidates, residual curves and allocation, and how good plans are.
+"""Planning at the size of large models: seconds for candidates, residual curves and allocation, and
+how good plans are.
 
-No model is read: losses are squared distances of random points, one a tenant, and spectra fall off at random rates, so
-that positions and tenants differ. Losses and spectra themselves are not timed: reading and decomposing weights is
-`moetel build`'s work and grows with the weights. The gap is the plan's predicted loss over the bound that no plan of
-the same candidates can pass. On small cases plans are compared with the best of all, found by trying everything.
+No model is read: losses are squared distances of random points, one a tenant, and spectra fall off
+at random rates, so that positions and tenants differ. Losses and spectra themselves are not timed:
+reading and decomposing weights is `moetel build`'s work and grows with the weights. The gap is the
+plan's predicted loss over the bound that no plan of the same candidates can pass. On small cases
+plans are compared with the best of all, found by trying everything.
 """
 
 from __future__ import annotations
@@ -54,10 +56,13 @@ class Case:
 
 
 def grams(case: Case, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Q_t of every position, float64 [T, T, T]: tenants' distances in 16 dimensions, of very different sizes."""
+    """Q_t of every position, float64 [T, T, T]: tenants' distances in 16 dimensions, of very
+    different sizes."""
     for _ in range(case.positions):
         points = rng.standard_normal((case.tenants, 16)) * rng.lognormal(0, 0.5, (case.tenants, 1))
-        yield gram_of_distances(((points[:, None] - points) ** 2).sum(axis=2)) * rng.lognormal(-8, 1.0)
+        yield gram_of_distances(((points[:, None] - points) ** 2).sum(axis=2)) * rng.lognormal(
+            -8, 1.0
+        )
 
 
 def spectra(case: Case, rng: np.random.Generator) -> list[list[Spectrum]]:
@@ -67,14 +72,26 @@ def spectra(case: Case, rng: np.random.Generator) -> list[list[Spectrum]]:
     for _ in range(case.tenants):
         row = []
         for shape in case.shapes:
-            values = np.sort(rng.exponential(size=rank))[::-1] * np.exp(-np.arange(rank) * rng.uniform(0.005, 0.1))
-            row.append(Spectrum(shape, values, float(values.sum() * rng.uniform(1.1, 2)), float(rng.uniform(0.4, 0.7))))
+            values = np.sort(rng.exponential(size=rank))[::-1] * np.exp(
+                -np.arange(rank) * rng.uniform(0.005, 0.1)
+            )
+            row.append(
+                Spectrum(
+                    shape,
+                    values,
+                    float(values.sum() * rng.uniform(1.1, 2)),
+                    float(rng.uniform(0.4, 0.7)),
+                )
+            )
         found.append(row)
     return found
 
 
-def exact(configs: list[list[Config]], drawn: list[list[list[Curve]]], case: Case, budget: float) -> float:
-    """The least mean loss within a budget, over every configuration and every point of every curve."""
+def exact(
+    configs: list[list[Config]], drawn: list[list[list[Curve]]], case: Case, budget: float
+) -> float:
+    """The least mean loss within a budget, over every configuration and every point of every
+    curve."""
     frontier = np.zeros((1, 2))  # (bytes, loss), rising and falling
     for p, row in enumerate(configs):
         options = []
@@ -82,7 +99,9 @@ def exact(configs: list[list[Config]], drawn: list[list[list[Curve]]], case: Cas
             partial = np.array([[len(config.mixes) * float(case.copy_bytes), 0.0]])
             for t, loss in enumerate(config.losses):
                 one = drawn[config.curve][p][t]
-                points = np.unique(np.stack([np.append(one.nbytes, 0), np.append(one.left, 1)], axis=1), axis=0)
+                points = np.unique(
+                    np.stack([np.append(one.nbytes, 0), np.append(one.left, 1)], axis=1), axis=0
+                )
                 partial = _front(_sums(partial, points * [1, loss / case.tenants]))
             options.append(partial)
         frontier = _front(_sums(frontier, np.concatenate(options)))
@@ -102,10 +121,12 @@ def _front(points: np.ndarray) -> np.ndarray:
 
 
 def candidates(case: Case, rng: np.random.Generator) -> list[list[Config]]:
-    """As a policy that merges has them: mixtures for every number of groups, and the best single copy of a tenant."""
+    """As a policy that merges has them: mixtures for every number of groups, and the best single
+    copy of a tenant."""
     traffic = np.full(case.tenants, 1 / case.tenants)
     return [
-        [*merged_configs(gram, traffic, case.tenants), owned_configs(gram, traffic, 1)[0]] for gram in grams(case, rng)
+        [*merged_configs(gram, traffic, case.tenants), owned_configs(gram, traffic, 1)[0]]
+        for gram in grams(case, rng)
     ]
 
 
@@ -164,33 +185,51 @@ def small_cases(count: int) -> list[dict[str, Any]]:
             over.append(float((made.losses @ traffic).sum()) / best)
             under.append(made.bound / best)
         if min(over) < 1 - 1e-9 or max(under) > 1 + 1e-9:
-            raise AssertionError(f"at {share:.0%}: a plan is better than the best, or a bound is none")
-        rows.append({"extra": f"{share:.0%}", "plan / best": Spread.of(over), "bound / best": Spread.of(under)})
+            raise AssertionError(
+                f"at {share:.0%}: a plan is better than the best, or a bound is none"
+            )
+        rows.append(
+            {
+                "extra": f"{share:.0%}",
+                "plan / best": Spread.of(over),
+                "bound / best": Spread.of(under),
+            }
+        )
     return rows
 
 
 def _coarse(values: np.ndarray) -> np.ndarray:
     """Every eighth point in place of its neighbours."""
-    return np.asarray(values[np.minimum(len(values) - 1, (np.arange(len(values)) // 8 + 1) * 8 - 1)])
+    return np.asarray(
+        values[np.minimum(len(values) - 1, (np.arange(len(values)) // 8 + 1) * 8 - 1)]
+    )
 
 
 def parse_case(text: str) -> tuple[int, int, int]:
     try:
         layers, experts, tenants = (int(n) for n in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write LAYERSxEXPERTSxTENANTS, as 32x8x20") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write LAYERSxEXPERTSxTENANTS, as 32x8x20"
+        ) from None
     return layers, experts, tenants
 
 
 def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_output(parser)
-    parser.add_argument("--cases", type=parse_case, nargs="+", default=[parse_case(c) for c in CASES])
+    parser.add_argument(
+        "--cases", type=parse_case, nargs="+", default=[parse_case(c) for c in CASES]
+    )
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--intermediate-size", type=int, default=768)
     parser.add_argument("--extra", type=float, nargs="+", default=[0.05, 0.15, 0.4])
-    parser.add_argument("--curve-sets", type=int, default=2, choices=(2, 3), help="3: as with calibration")
-    parser.add_argument("--small-cases", type=int, default=20, help="compared with the best of all plans")
+    parser.add_argument(
+        "--curve-sets", type=int, default=2, choices=(2, 3), help="3: as with calibration"
+    )
+    parser.add_argument(
+        "--small-cases", type=int, default=20, help="compared with the best of all plans"
+    )
     args = parser.parse_args(argv)
     gaps = [f"gap at {share:.0%}" for share in args.extra]
     steps = ("candidates, s", "curves, s", "set up, s", "allocation, s")
@@ -201,7 +240,9 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
         case = Case(*sizes, args.hidden_size, args.intermediate_size)
         report.add(**plans(case, 0, args.extra, args.curve_sets))
     small = Report("Small cases", ("extra", "plan / best", "bound / best"))
-    small.note(f"{args.small_cases} random cases of 4 positions and 3 tenants, against trying everything")
+    small.note(
+        f"{args.small_cases} random cases of 4 positions and 3 tenants, against trying everything"
+    )
     for row in small_cases(args.small_cases):
         small.add(**row)
     write_output(args, [report, small], "Planning of large models")

@@ -1,4 +1,5 @@
-"""What benchmarks share: statistics, the machine's description and bandwidth, random Mixtrals written in seconds."""
+"""What benchmarks share: statistics, the machine's description and bandwidth, random Mixtrals
+written in seconds."""
 
 from __future__ import annotations
 
@@ -64,12 +65,17 @@ class Report:
         lines = [f"## {self.title}", ""]
         if self.rows:
             lines += ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
-            lines += ["| " + " | ".join(str(row[c]) for c in self.columns) + " |" for row in self.rows]
+            lines += [
+                "| " + " | ".join(str(row[c]) for c in self.columns) + " |" for row in self.rows
+            ]
             lines.append("")
         return "\n".join([*lines, *(f"- {note}" for note in self.notes), ""])
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{k: v.__dict__ if isinstance(v, Spread) else v for k, v in row.items()} for row in self.rows]
+        rows = [
+            {k: v.__dict__ if isinstance(v, Spread) else v for k, v in row.items()}
+            for row in self.rows
+        ]
         return {"title": self.title, "notes": self.notes, "rows": rows}
 
 
@@ -102,8 +108,10 @@ def machine() -> str:
     import transformers
 
     return (
-        f"{date.today()}, {name}, {os.cpu_count()} cores ({', '.join(wide)}), {torch.get_num_threads()} threads; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{date.today()}, {name}, {os.cpu_count()} cores ({', '.join(wide)}), "
+        f"{torch.get_num_threads()} threads; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}"
     )
 
 
@@ -117,12 +125,15 @@ Clock = Callable[[], float]
 def take_clock(parser: argparse.ArgumentParser) -> None:
     """An option for machines that other work shares; see `clock_of`."""
     parser.add_argument(
-        "--cpu-time", action="store_true", help="one thread, and its CPU's time: other work counts less"
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its CPU's time: other work counts less",
     )
 
 
 def clock_of(args: argparse.Namespace) -> Clock:
-    """What to measure with. Sets torch to one thread for CPU time, as waiting threads would spend it, too."""
+    """What to measure with. Sets torch to one thread for CPU time, as waiting threads would spend
+    it, too."""
     if not args.cpu_time:
         return time.perf_counter
     torch.set_num_threads(1)
@@ -135,8 +146,11 @@ def seconds(call: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
     return clock() - start
 
 
-def memory_bandwidth(size_bytes: int = 1 << 30, repeats: int = 9, clock: Clock = time.perf_counter) -> float:
-    """Bytes a second of a plain read by all threads (a sum over more than the caches hold): the best of several."""
+def memory_bandwidth(
+    size_bytes: int = 1 << 30, repeats: int = 9, clock: Clock = time.perf_counter
+) -> float:
+    """Bytes a second of a plain read by all threads (a sum over more than the caches hold): the
+    best of several."""
     data = torch.ones(size_bytes // 4)
     data.sum()
     return size_bytes / min(seconds(data.sum, clock) for _ in range(repeats))
@@ -176,37 +190,56 @@ class Shape:
         return 3 * self.hidden_size * self.intermediate_size
 
     def step_weights(self, experts_hit: float) -> float:
-        """Weights that a decode step reads when `experts_hit` different experts are hit a layer; embeddings aside."""
+        """Weights that a decode step reads when `experts_hit` different experts are hit a layer;
+        embeddings aside."""
         kv = self.num_key_value_heads * self.head_dim
         attention = 2 * self.hidden_size**2 + 2 * self.hidden_size * kv
-        layer = attention + self.hidden_size * self.num_local_experts + experts_hit * self.expert_weights
+        layer = (
+            attention
+            + self.hidden_size * self.num_local_experts
+            + experts_hit * self.expert_weights
+        )
         return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
 
     def prefill_flops(self, tokens: int) -> float:
-        """Multiplications and additions of a prompt's products; attention scores and the one head row aside."""
-        return 2 * tokens * (self.step_weights(self.num_experts_per_tok) - self.vocab_size * self.hidden_size)
+        """Multiplications and additions of a prompt's products; attention scores and the one head
+        row aside."""
+        return (
+            2
+            * tokens
+            * (self.step_weights(self.num_experts_per_tok) - self.vocab_size * self.hidden_size)
+        )
 
 
 def add_shape(parser: argparse.ArgumentParser, default: Shape = Shape()) -> None:
     for name, value in default.__dict__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}"
+        )
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
     return Shape(**{name: getattr(args, name) for name in Shape().__dict__})
 
 
-def write_random(path: Path, shape: Shape, dtype: torch.dtype, seed: int = 0, moved: float = 0.0) -> Path:
-    """Write a random checkpoint, a shard a layer. Routers get unit noise, so that tokens spread over experts.
+def write_random(
+    path: Path, shape: Shape, dtype: torch.dtype, seed: int = 0, moved: float = 0.0
+) -> Path:
+    """Write a random checkpoint, a shard a layer. Routers get unit noise, so that tokens spread
+    over experts.
 
-    Each tensor repeats one block of noise from another start: fresh noise for gigabytes would take minutes.
-    moved: how far all other weights are from those of the same seed with moved = 0, as a share of these.
+    Each tensor repeats one block of noise from another start: fresh noise for gigabytes would take
+    minutes.
+    moved: how far all other weights are from those of the same seed with moved = 0, as a share of
+        these.
     """
     path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     block = torch.empty(1 << 20).normal_(generator=generator)
     if moved:
-        block += moved * torch.empty_like(block).normal_(generator=torch.Generator().manual_seed(int(1e6 * moved)))
+        block += moved * torch.empty_like(block).normal_(
+            generator=torch.Generator().manual_seed(int(1e6 * moved))
+        )
     weight_map: dict[str, str] = {}
     total = 0
 
@@ -227,12 +260,21 @@ def write_random(path: Path, shape: Shape, dtype: torch.dtype, seed: int = 0, mo
         prefix = f"model.layers.{layer}"
         router = torch.empty(shape.num_local_experts, hidden).normal_(generator=generator).to(dtype)
         tensors = {f"{prefix}.block_sparse_moe.gate.weight": router}
-        for name, rows, columns in (("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden)):
+        for name, rows, columns in (
+            ("q", hidden, hidden),
+            ("k", kv, hidden),
+            ("v", kv, hidden),
+            ("o", hidden, hidden),
+        ):
             tensors[f"{prefix}.self_attn.{name}_proj.weight"] = noise(rows, columns)
         for name in ("input", "post_attention"):
             tensors[f"{prefix}.{name}_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
         for expert in range(shape.num_local_experts):
-            for name, size in (("w1", (inter, hidden)), ("w2", (hidden, inter)), ("w3", (inter, hidden))):
+            for name, size in (
+                ("w1", (inter, hidden)),
+                ("w2", (hidden, inter)),
+                ("w3", (inter, hidden)),
+            ):
                 tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = noise(*size)
         shard(f"layer-{layer}.safetensors", tensors)
     vocab = (shape.vocab_size, hidden)
@@ -240,5 +282,7 @@ def write_random(path: Path, shape: Shape, dtype: torch.dtype, seed: int = 0, mo
     shard("rest.safetensors", rest | {"model.norm.weight": torch.ones(hidden, dtype=dtype)})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(json.dumps(shape.config | {"dtype": str(dtype).removeprefix("torch.")}))
+    (path / "config.json").write_text(
+        json.dumps(shape.config | {"dtype": str(dtype).removeprefix("torch.")})
+    )
     return path

@@ -1,13 +1,17 @@
-"""The measurement behind the choice of products on a CPU: rates of reading weights, by rows, for each way to multiply.
+"""The measurement behind the choice of products on a CPU: rates of reading weights, by rows, for
+each way to multiply.
 
-plain: F.linear. packed: oneDNN on weights reordered once. native: our own kernels on the same packed weights.
-grouped: torch's grouped product over 8 matrices, against rows spread evenly over them. Each way goes through a chain
-of matrices larger than the caches; the floor is the bandwidth of a plain read. The last column is the ratio of native
+plain: F.linear. packed: oneDNN on weights reordered once. native: our own kernels on the same
+    packed weights.
+grouped: torch's grouped product over 8 matrices, against rows spread evenly over them. Each way
+goes through a chain of matrices larger than the caches; the floor is the bandwidth of a plain read.
+The last column is the ratio of native
 to what runs without our kernels, pair by pair: packed, or plain where nothing packs the type.
 
-A second table compares ways to compute a whole feed-forward, down(silu(gate) * up), in the same terms: plain; packed
-for 1, 16, 64 or 256 rows, gate and up in one product; fused: gate and up apart, silu and multiplication inside oneDNN's
-products; native: the whole layer in one call of our own kernels; grouped: two grouped products over 8 experts.
+A second table compares ways to compute a whole feed-forward, down(silu(gate) * up), in the same
+terms: plain; packed for 1, 16, 64 or 256 rows, gate and up in one product; fused: gate and up
+apart, silu and multiplication inside oneDNN's products; native: the whole layer in one call of our
+own kernels; grouped: two grouped products over 8 experts.
 """
 
 from __future__ import annotations
@@ -43,7 +47,13 @@ FEED_FORWARDS = ("plain", *(f"packed {h}" for h in HINTS), "fused 16", "native",
 
 
 def measure(
-    rows: int, outputs: int, inputs: int, dtype: torch.dtype, chain_bytes: int, repeats: int, clock: Clock
+    rows: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    chain_bytes: int,
+    repeats: int,
+    clock: Clock,
 ) -> dict[str, list[float]]:
     """Bytes of weights a second, for each way that works here."""
     itemsize = dtype.itemsize
@@ -76,7 +86,8 @@ def measure(
 
 
 def gain_of(rates: dict[str, list[float]], packed: str) -> Spread | str:
-    """How many times as fast our own kernels are as what is used without them: packed, or plain where nothing packs."""
+    """How many times as fast our own kernels are as what is used without them: packed, or plain
+    where nothing packs."""
     if "native" not in rates:
         return "-"
     return ratios(rates["native"], rates.get(packed, rates["plain"]))
@@ -106,8 +117,12 @@ class FeedForwards:
         self.packed: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.apart: list[tuple[torch.Tensor, ...]] = []
         if can_pack(dtype):
-            self.packed = {h: [(pack_for(a, h), pack_for(b, h)) for a, b in self.plain] for h in HINTS}
-            self.apart = [tuple(pack_for(w, 16) for w in (a[:inter], a[inter:], b)) for a, b in self.plain]
+            self.packed = {
+                h: [(pack_for(a, h), pack_for(b, h)) for a, b in self.plain] for h in HINTS
+            }
+            self.apart = [
+                tuple(pack_for(w, 16) for w in (a[:inter], a[inter:], b)) for a, b in self.plain
+            ]
         self.kernels = native.load(dtype)
         self.native: list[tuple[PackedWeight, PackedWeight]] = []
         if self.kernels is not None and inter % native.BLOCK == 0:
@@ -122,9 +137,13 @@ class FeedForwards:
 
         def fused(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
             inner = torch.ops.mkldnn._linear_pointwise(x, gate, None, "swish", [], "")
-            return product(torch.ops.mkldnn._linear_pointwise.binary(x, inner, up, None, "mul"), down)
+            return product(
+                torch.ops.mkldnn._linear_pointwise.binary(x, inner, up, None, "mul"), down
+            )
 
-        def packed(weights: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+        def packed(
+            weights: list[tuple[torch.Tensor, torch.Tensor]],
+        ) -> Callable[[], list[torch.Tensor]]:
             return lambda: [product(joined(product(x, a)), b) for a, b in weights]
 
         found: dict[str, Callable[[], list[torch.Tensor]]] = {
@@ -134,12 +153,18 @@ class FeedForwards:
         if self.apart:
             found["fused 16"] = lambda: [fused(*w) for w in self.apart]
         kernels, places = self.kernels, [(a.place, b.place) for a, b in self.native]
-        if kernels is not None and places and all(a is not None and b is not None for a, b in places):
+        if (
+            kernels is not None
+            and places
+            and all(a is not None and b is not None for a, b in places)
+        ):
             starts, order = np.array([0, rows], dtype=np.int64), np.arange(rows, dtype=np.int64)
             ones = torch.ones(rows, 1)
 
             def own(a: Any, b: Any) -> torch.Tensor:
-                return native.experts(kernels, x, [a], [b], self.inter, starts, order, order, ones, "silu")
+                return native.experts(
+                    kernels, x, [a], [b], self.inter, starts, order, order, ones, "silu"
+                )
 
             found["native"] = lambda: [own(a, b) for a, b in places]
         grouped_mm = find_grouped_mm()
@@ -147,16 +172,23 @@ class FeedForwards:
             ends = torch.arange(1, 9, dtype=torch.int32) * rows
             many = x.repeat(8, 1)
             stacks = [
-                tuple(torch.stack([w[part] for w in self.plain[i : i + 8]]).transpose(1, 2) for part in (0, 1))
+                tuple(
+                    torch.stack([w[part] for w in self.plain[i : i + 8]]).transpose(1, 2)
+                    for part in (0, 1)
+                )
                 for i in range(0, self.count, 8)
             ]
             found["grouped"] = lambda: [
-                grouped_mm(joined(grouped_mm(many, a, offs=ends)), b, offs=ends)[:rows] for a, b in stacks
+                grouped_mm(joined(grouped_mm(many, a, offs=ends)), b, offs=ends)[:rows]
+                for a, b in stacks
             ]
         return found
 
-    def measure(self, rows: int, repeats: int, clock: Clock = time.perf_counter) -> dict[str, list[float]]:
-        """Bytes of weights a second, for each way, in turn. Raises AssertionError if one is wrong."""
+    def measure(
+        self, rows: int, repeats: int, clock: Clock = time.perf_counter
+    ) -> dict[str, list[float]]:
+        """Bytes of weights a second, for each way, in turn. Raises AssertionError if one is
+        wrong."""
         ways = self.ways(rows)
         rates: dict[str, list[float]] = {name: [] for name in ways}
         with torch.inference_mode():
@@ -164,7 +196,9 @@ class FeedForwards:
             for name, way in ways.items():
                 difference = float((way()[0].float() - expected).abs().max() / expected.abs().max())
                 if not difference < (0.05 if self.dtype == torch.bfloat16 else 1e-4):
-                    raise AssertionError(f"{name} differs from plain by {difference:.3g} of its largest value")
+                    raise AssertionError(
+                        f"{name} differs from plain by {difference:.3g} of its largest value"
+                    )
             for _ in range(repeats):
                 for name, way in ways.items():
                     rates[name].append(self.nbytes / seconds(way, clock))
@@ -174,30 +208,63 @@ class FeedForwards:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_output(parser)
-    parser.add_argument("--shapes", nargs="+", default=["7168x1024", "1024x3584", "3072x768"], help="OUTPUTSxINPUTS")
-    parser.add_argument("--experts", nargs="*", default=["1024x3584", "768x3072"], help="HIDDENxINTERMEDIATE")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["7168x1024", "1024x3584", "3072x768"], help="OUTPUTSxINPUTS"
+    )
+    parser.add_argument(
+        "--experts", nargs="*", default=["1024x3584", "768x3072"], help="HIDDENxINTERMEDIATE"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256])
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"]
+    )
     parser.add_argument("--chain-bytes", type=int, default=300_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     take_clock(parser)
     args = parser.parse_args(argv)
     clock = clock_of(args)
-    columns = ("dtype", "matrix", "rows", "plain", "packed", "native", "grouped", "best", "native / before")
+    columns = (
+        "dtype",
+        "matrix",
+        "rows",
+        "plain",
+        "packed",
+        "native",
+        "grouped",
+        "best",
+        "native / before",
+    )
     report = Report("Products on a CPU, GB/s of weights", columns)
     report.note(machine())
-    report.note(f"a plain read gives {memory_bandwidth(args.chain_bytes, clock=clock) / 1e9:.1f} GB/s")
+    report.note(
+        f"a plain read gives {memory_bandwidth(args.chain_bytes, clock=clock) / 1e9:.1f} GB/s"
+    )
     for dtype in args.dtypes:
         for shape in args.shapes:
             outputs, inputs = map(int, shape.split("x"))
             for rows in args.rows:
-                rates = measure(rows, outputs, inputs, getattr(torch, dtype), args.chain_bytes, args.repeats, clock)
+                rates = measure(
+                    rows,
+                    outputs,
+                    inputs,
+                    getattr(torch, dtype),
+                    args.chain_bytes,
+                    args.repeats,
+                    clock,
+                )
                 cells = {name: Spread.of(values).scaled(1e-9) for name, values in rates.items()}
                 best = max(cells, key=lambda name: cells[name].median)
                 found = {name: cells.get(name, "-") for name in columns[3:7]}
                 gain = gain_of(rates, "packed")
                 report.add(
-                    **{"dtype": dtype, "matrix": shape, "rows": rows, **found, "best": best, "native / before": gain}
+                    **{
+                        "dtype": dtype,
+                        "matrix": shape,
+                        "rows": rows,
+                        **found,
+                        "best": best,
+                        "native / before": gain,
+                    }
                 )
     whole = Report(
         "Feed-forwards on a CPU, GB/s of weights",
@@ -214,7 +281,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 found = {name: cells.get(name, "-") for name in FEED_FORWARDS}
                 gain = gain_of(rates, "packed 16")
                 whole.add(
-                    **{"dtype": dtype, "expert": shape, "rows": rows, **found, "best": best, "native / before": gain}
+                    **{
+                        "dtype": dtype,
+                        "expert": shape,
+                        "rows": rows,
+                        **found,
+                        "best": best,
+                        "native / before": gain,
+                    }
                 )
     write_output(args, [report, whole], "Products on a CPU")
     return report.rows

@@ -1,5 +1,6 @@
-"""What sharing costs the shipped tenants, both engines, in one table: each tenant alone and with shared experts, with
-weights in float32 and in bfloat16, and how many greedy answers the two types agree on.
+"""What sharing costs the shipped tenants, both engines, in one table: each tenant alone and with
+shared experts, with weights in float32 and in bfloat16, and how many greedy answers the two types
+agree on.
 
 A score is the share of held-out numbers that a tenant spells exactly right.
 """
@@ -31,13 +32,16 @@ def answers(store: Any, dtype: str, numbers: list[int]) -> tuple[str, list[Any]]
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_output(parser)
-    parser.add_argument("--numbers", type=int, default=1000, help="held-out numbers that a score counts")
+    parser.add_argument(
+        "--numbers", type=int, default=1000, help="held-out numbers that a score counts"
+    )
     parser.add_argument("--family", choices=(*FAMILIES, "both"), default="both")
     args = parser.parse_args(argv)
     report = Report("Scores of the shipped tenants before and after consolidation", COLUMNS)
     report.note(machine())
     report.note(
-        f"{args.numbers} held-out numbers; paper: one copy a position, the paper's rule; default: the default policy, "
+        f"{args.numbers} held-out numbers; paper: one copy a position, the paper's rule; default: "
+        "the default policy, "
         "calibrated on training numbers; kept: share of the score alone"
     )
     examples = CalibrationSet.read(EXAMPLES / "calibration.jsonl")
@@ -57,12 +61,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             for i, tenant in enumerate(LANGUAGES):
                 part = slice(i * len(numbers), (i + 1) * len(numbers))
                 scores = [
-                    sum(a.text == expected(n, tenant) for a, n in zip(found[part], numbers, strict=True)) / len(numbers)
+                    sum(
+                        a.text == expected(n, tenant)
+                        for a, n in zip(found[part], numbers, strict=True)
+                    )
+                    / len(numbers)
                     for _, found in (wide, narrow)
                 ]
                 alone.setdefault(tenant, scores[0])
                 same = sum(
-                    a.token_ids == b.token_ids for a, b in zip(wide[1][part], narrow[1][part], strict=True)
+                    a.token_ids == b.token_ids
+                    for a, b in zip(wide[1][part], narrow[1][part], strict=True)
                 ) / len(numbers)
                 report.add(
                     family=store.family.name,

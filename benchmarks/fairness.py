@@ -1,23 +1,28 @@
-"""What a tenant's flood does to the others, and what keeping it from that costs: the scheduler itself, in virtual time.
+"""What a tenant's flood does to the others, and what keeping it from that costs: the scheduler
+itself, in virtual time.
 
     python -m benchmarks.fairness --steps 0.09 0.011 0.0006 0
 
-A step takes (seconds) so much, so much more for each row, for each token of a prompt that it reads, and for each tenant
-in it, with a normal error of a twentieth: by default those of small Mixtrals on two kinds of CPU, of a device that
-waits for weights, and of switch-base-8, where what a tenant has of its own is much (docs/results). Arrivals are those
-of `moetel bench`. So only the scheduler makes the difference, which on a shared machine a busy neighbour makes as well.
+A step takes (seconds) so much, so much more for each row, for each token of a prompt that it reads,
+and for each tenant
+in it, with a normal error of a twentieth: by default those of small Mixtrals on two kinds of CPU,
+of a device that waits for weights, and of switch-base-8, where what a tenant has of its own is much
+(docs/results). Arrivals are those of `moetel bench`. So only the scheduler makes the difference,
+which on a shared machine a busy neighbour makes as well.
 
-For each bound on interference (`SchedulerOptions.max_interference`; inf: work-conserving, every free place is taken):
+For each bound on interference (`SchedulerOptions.max_interference`; inf: work-conserving, every
+free place is taken):
 
 - saturates at: requests a second, closed-loop, `max_num_seqs` under way.
-- E2EL at 70 %, 90 % of that of inf: mean seconds to the last token, queueing included; then of the most popular of
-  tenants whose rates follow a power law, in all 85 %. A bound must not cost this.
-- flood: p95 of the others' E2EL while one tenant sends eight times its share of a load of 70 %, over that without; and
-  the part of the device's best rate that the flooding tenant is given.
+- E2EL at 70 %, 90 % of that of inf: mean seconds to the last token, queueing included; then of the
+  most popular of tenants whose rates follow a power law, in all 85 %. A bound must not cost this.
+- flood: p95 of the others' E2EL while one tenant sends eight times its share of a load of 70 %,
+  over that without; and the part of the device's best rate that the flooding tenant is given.
 - long prompts: the same with prompts of 16 times the length in the flood.
-- batch: the same if it sends, beside its ordinary requests, twice as many at once as come in a test; of the others'
-  requests that arrive in the first seven tenths of the time in which the device, always at its best, could have
-  answered all of it. After that time it is demand that the device can bear, and takes what is free.
+- batch: the same if it sends, beside its ordinary requests, twice as many at once as come in a
+  test; of the others' requests that arrive in the first seven tenths of the time in which the
+  device, always at its best, could have answered all of it. After that time it is demand that the
+  device can bear, and takes what is free.
 """
 
 from __future__ import annotations
@@ -58,8 +63,8 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of a step: `empty_s + tenant_s * tenants + row_s * rows + token_s * tokens read`, and a normal error
-    relative to that."""
+    """Seconds of a step: `empty_s + tenant_s * tenants + row_s * rows + token_s * tokens read`, and
+    a normal error relative to that."""
 
     empty_s: float
     row_s: float
@@ -69,7 +74,9 @@ class Steps:
 
     def seconds(self, tenants: int, rows: int, read: int, rng: np.random.Generator) -> float:
         error = max(0.5, 1 + self.noise * float(rng.standard_normal()))
-        return (self.empty_s + self.tenant_s * tenants + self.row_s * rows + self.token_s * read) * error
+        return (
+            self.empty_s + self.tenant_s * tenants + self.row_s * rows + self.token_s * read
+        ) * error
 
 
 @dataclass(frozen=True)
@@ -127,14 +134,22 @@ class _NoBackend(Backend):
 
 
 def simulate(
-    calls: Sequence[Call], options: SchedulerOptions, steps: Steps, *, seed: int = 0, closed: int | None = None
+    calls: Sequence[Call],
+    options: SchedulerOptions,
+    steps: Steps,
+    *,
+    seed: int = 0,
+    closed: int | None = None,
 ) -> list[Answer]:
     """Every request's answer, in the order of their ends.
 
-    closed: so many requests are always under way, in the order of their arrival, whenever that was to be.
+    closed: so many requests are always under way, in the order of their arrival, whenever that was
+        to be.
     """
     scheduler, rng = Scheduler(_NoBackend(), options), np.random.default_rng(seed)
-    texts = {name: TenantText(name, Path("/nonexistent")) for name in {call.tenant for call in calls}}
+    texts = {
+        name: TenantText(name, Path("/nonexistent")) for name in {call.tenant for call in calls}
+    }
     params = SamplingParams()
     clock, taken, under_way = 0.0, 0, 0
     asked: dict[Request, Call] = {}
@@ -146,7 +161,9 @@ def simulate(
             clock = max(clock, calls[taken].at_s)
         while taken < len(calls) and (under_way < closed if closed else calls[taken].at_s <= clock):
             call = calls[taken]
-            request = Request(call.tenant, call.prompt, call.max_new_tokens, params, texts[call.tenant], clock)
+            request = Request(
+                call.tenant, call.prompt, call.max_new_tokens, params, texts[call.tenant], clock
+            )
             asked[request] = call
             scheduler.add(request, bounded=False)
             taken, under_way = taken + 1, under_way + 1
@@ -177,7 +194,12 @@ def saturation(options: SchedulerOptions, steps: Steps) -> float:
 
 
 def latency(
-    options: SchedulerOptions, steps: Steps, rate: float, seconds: float, seed: int, skew: float = 0.0
+    options: SchedulerOptions,
+    steps: Steps,
+    rate: float,
+    seconds: float,
+    seed: int,
+    skew: float = 0.0,
 ) -> float:
     """Mean E2EL in seconds; with a skew, of the most popular tenant."""
     calls = make_trace(VOCAB, Load(seed=seed, skew=skew, **LENGTHS), rate, duration_s=seconds).calls
@@ -186,30 +208,48 @@ def latency(
 
 
 def flooded(
-    options: SchedulerOptions, steps: Steps, rate: float, seconds: float, seed: int, batch: int = 0, longer: int = 1
+    options: SchedulerOptions,
+    steps: Steps,
+    rate: float,
+    seconds: float,
+    seed: int,
+    batch: int = 0,
+    longer: int = 1,
 ) -> tuple[float, float]:
-    """p95 of the others' E2EL with one tenant's flood over that without, from its beginning on; and the requests a
-    second that it is answered in the second half of the time.
+    """p95 of the others' E2EL with one tenant's flood over that without, from its beginning on; and
+    the requests a second that it is answered in the second half of the time.
 
-    batch: it sends so many at once, instead of eight times its rate. longer: its prompts, times the others'.
+    batch: it sends so many at once, instead of eight times its rate. longer: its prompts, times the
+        others'.
     """
     load, begin_s, end_s = Load(seed=seed, **LENGTHS), seconds / 4, seconds
     plain = make_trace(VOCAB, load, rate, duration_s=seconds).calls
     if batch:
         more = make_trace({FLOODING: 1000}, load, math.inf, num_requests=batch).calls
-        added = [Call(len(plain) + n, c.tenant, begin_s, c.prompt, c.max_new_tokens) for n, c in enumerate(more)]
+        added = [
+            Call(len(plain) + n, c.tenant, begin_s, c.prompt, c.max_new_tokens)
+            for n, c in enumerate(more)
+        ]
         calls = tuple(sorted([*plain, *added], key=lambda c: c.at_s))
         end_s = min(seconds, begin_s + 0.7 * batch / (rate / LOAD - rate))
     else:
-        calls = make_trace(VOCAB, load, rate, duration_s=seconds, flood=Flood(FLOODING, 8.0, begin_s)).calls
-    calls = tuple(replace(c, prompt=c.prompt * longer) if _is_flood(c, begin_s) else c for c in calls)
+        calls = make_trace(
+            VOCAB, load, rate, duration_s=seconds, flood=Flood(FLOODING, 8.0, begin_s)
+        ).calls
+    calls = tuple(
+        replace(c, prompt=c.prompt * longer) if _is_flood(c, begin_s) else c for c in calls
+    )
     without, with_it = (simulate(some, options, steps, seed=seed) for some in (plain, calls))
 
     def others_p95(answers: list[Answer]) -> float:
-        some = [a.e2el_s for a in answers if a.call.tenant != FLOODING and begin_s < a.call.at_s < end_s]
+        some = [
+            a.e2el_s for a in answers if a.call.tenant != FLOODING and begin_s < a.call.at_s < end_s
+        ]
         return float(np.percentile(some, 95))
 
-    answered = sum(a.call.tenant == FLOODING and seconds / 2 < a.done_at <= seconds for a in with_it)
+    answered = sum(
+        a.call.tenant == FLOODING and seconds / 2 < a.done_at <= seconds for a in with_it
+    )
     return others_p95(with_it) / others_p95(without), answered / (seconds / 2)
 
 
@@ -225,11 +265,16 @@ def measure(
     options = SchedulerOptions(max_num_seqs=max_num_seqs, max_queue=10**9, max_interference=bound)
 
     def each(rate: float, skew: float = 0.0) -> Spread:
-        return Spread.of([latency(options, steps, rate * best, seconds, seed, skew) for seed in range(seeds)])
+        return Spread.of(
+            [latency(options, steps, rate * best, seconds, seed, skew) for seed in range(seeds)]
+        )
 
     floods = [flooded(options, steps, LOAD * best, seconds, seed) for seed in range(seeds)]
     long = [flooded(options, steps, LOAD * best, seconds, seed, longer=16) for seed in range(seeds)]
-    batches = [flooded(options, steps, LOAD * best, 8 * seconds, seed, 2 * num_requests) for seed in range(seeds)]
+    batches = [
+        flooded(options, steps, LOAD * best, 8 * seconds, seed, 2 * num_requests)
+        for seed in range(seeds)
+    ]
     return {
         "max_interference": f"{bound:g}",
         "saturates at": f"{saturation(options, steps):.3g}",
@@ -244,36 +289,54 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_output(parser)
     parser.add_argument(
         "--steps",
         type=float,
         nargs=4,
         metavar=("STEP", "ROW", "TOKEN", "TENANT"),
-        help="seconds of a step, of a row, of a prompt's token and of a tenant; default: four kinds of device",
+        help="seconds of a step, of a row, of a prompt's token and of a tenant; default: four "
+        "kinds of device",
     )
     parser.add_argument("--bounds", type=float, nargs="+", default=[math.inf, 0.1])
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--num-requests", type=int, default=200, help="of a test at 70 %% load, without a flood")
+    parser.add_argument(
+        "--num-requests", type=int, default=200, help="of a test at 70 %% load, without a flood"
+    )
     parser.add_argument("--max-num-seqs", type=int, default=32)
     args = parser.parse_args(argv)
     kinds = {f"{args.steps}": tuple(args.steps)} if args.steps else KINDS
     reports = []
     for name, each in kinds.items():
         steps = Steps(*each)
-        unbound = SchedulerOptions(max_num_seqs=args.max_num_seqs, max_queue=10**9, max_interference=math.inf)
+        unbound = SchedulerOptions(
+            max_num_seqs=args.max_num_seqs, max_queue=10**9, max_interference=math.inf
+        )
         best = saturation(unbound, steps)
-        columns = ("max_interference", "saturates at", "E2EL at 70 %", "E2EL at 90 %", "popular, at 85 %", "flood")
+        columns = (
+            "max_interference",
+            "saturates at",
+            "E2EL at 70 %",
+            "E2EL at 90 %",
+            "popular, at 85 %",
+            "flood",
+        )
         report = Report(f"Steps: {name}", (*columns, "flood is given", "long prompts", "batch"))
         report.note(
-            f"{1e3 * steps.empty_s:g} ms and {1e3 * steps.tenant_s:g} ms a tenant, {1e3 * steps.row_s:g} ms a row, "
+            f"{1e3 * steps.empty_s:g} ms and {1e3 * steps.tenant_s:g} ms a tenant, "
+            f"{1e3 * steps.row_s:g} ms a row, "
             f"{1e3 * steps.token_s:g} ms a token read; "
-            f"{len(TENANTS)} tenants, {args.max_num_seqs} sequences, {args.seeds} traces of {args.num_requests} "
+            f"{len(TENANTS)} tenants, {args.max_num_seqs} sequences, {args.seeds} traces of "
+            f"{args.num_requests} "
             "requests"
         )
         for bound in args.bounds:
-            report.add(**measure(bound, steps, best, args.seeds, args.num_requests, args.max_num_seqs))
+            report.add(
+                **measure(bound, steps, best, args.seeds, args.num_requests, args.max_num_seqs)
+            )
         reports.append(report)
     write_output(args, reports, "Fairness")
     return [r.rows for r in reports]

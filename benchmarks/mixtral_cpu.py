@@ -1,9 +1,10 @@
-"""This engine beside transformers on a CPU: the same random Mixtral, the same tokens, in turn, in one process.
+"""This engine beside transformers on a CPU: the same random Mixtral, the same tokens, in turn, in
+one process.
 
-Prefill of a prompt (until the first token) and decode steps at several batch sizes. Next tokens are random ids, the
-same for both sides, so lengths are exact and tokens spread over experts. For transformers each cell takes the faster
-of its experts implementations; batched_mm is left out, since it copies the weights of every token's experts (survey:
-191 ms a step at batch 1).
+Prefill of a prompt (until the first token) and decode steps at several batch sizes. Next tokens are
+random ids, the same for both sides, so lengths are exact and tokens spread over experts. For
+transformers each cell takes the faster of its experts implementations; batched_mm is left out,
+since it copies the weights of every token's experts (survey: 191 ms a step at batch 1).
 """
 
 from __future__ import annotations
@@ -44,13 +45,16 @@ NEW_TOKENS = 64  # what caches are told to expect
 
 
 class Ours:
-    """Prefill and decode through the engine's backend, as `generate_batch` drives it. `stop` frees the caches."""
+    """Prefill and decode through the engine's backend, as `generate_batch` drives it. `stop` frees
+    the caches."""
 
     def __init__(self, engine: Engine):
         self.backend = engine._require_backend()
 
     def start(self, prompts: np.ndarray) -> None:
-        self.batch = self.backend.start([Row("tenant", tuple(p.tolist()), NEW_TOKENS) for p in prompts])
+        self.batch = self.backend.start(
+            [Row("tenant", tuple(p.tolist()), NEW_TOKENS) for p in prompts]
+        )
         self.batch.prefill(want_logits=False)
 
     def step(self, ids: np.ndarray) -> None:
@@ -61,7 +65,8 @@ class Ours:
 
 
 class Theirs:
-    """Prefill and decode through transformers' forward with its cache; greedy choice included on both sides."""
+    """Prefill and decode through transformers' forward with its cache; greedy choice included on
+    both sides."""
 
     def __init__(self, model: MixtralForCausalLM, implementation: str):
         self.model, self.implementation = model, implementation
@@ -80,7 +85,12 @@ class Theirs:
         del self.cache
 
     def forward(self, ids: np.ndarray) -> None:
-        out = self.model(input_ids=torch.from_numpy(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            input_ids=torch.from_numpy(ids),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         out.logits.argmax(-1)
 
 
@@ -99,12 +109,15 @@ def timed(
 
 
 class HitCounter:
-    """Different experts hit a layer and step, counted on transformers' routers in a run that is not timed."""
+    """Different experts hit a layer and step, counted on transformers' routers in a run that is not
+    timed."""
 
     def __init__(self, model: MixtralForCausalLM):
         self.hits: list[int] = []
         self.handles = [
-            layer.mlp.gate.register_forward_hook(lambda _m, _a, out: self.hits.append(len(out[2].unique())))
+            layer.mlp.gate.register_forward_hook(
+                lambda _m, _a, out: self.hits.append(len(out[2].unique()))
+            )
             for layer in model.model.layers
         ]
 
@@ -124,7 +137,13 @@ def measure(args: argparse.Namespace, shape: Shape, report: Report) -> None:
         engine.close()
 
 
-def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engine, model: MixtralForCausalLM) -> None:
+def compare(
+    args: argparse.Namespace,
+    shape: Shape,
+    report: Report,
+    engine: Engine,
+    model: MixtralForCausalLM,
+) -> None:
     rng = np.random.default_rng(0)
     clock = clock_of(args)
 
@@ -139,23 +158,33 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
         theirs = model(input_ids=torch.from_numpy(probe)).logits.float().numpy()
     difference = np.abs(engine.logits("tenant", probe) - theirs)
     report.note(
-        f"logits of both sides on 16 tokens: largest difference {difference.max():.3g}, mean {difference.mean():.3g}, "
+        f"logits of both sides on 16 tokens: largest difference {difference.max():.3g}, mean "
+        f"{difference.mean():.3g}, "
         f"mean size {np.abs(theirs).mean():.3g}"
     )
     bandwidth = memory_bandwidth(args.bandwidth_bytes, clock=clock)
     peak = matmul_rate(getattr(torch, args.dtype), args.product_size, clock)
     report.note(
-        f"memory read {bandwidth / 1e9:.1f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s, both of torch in this run"
+        f"memory read {bandwidth / 1e9:.1f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s, both of "
+        "torch in this run"
     )
     itemsize = getattr(torch, args.dtype).itemsize
-    sides: dict[str, Ours | Theirs] = {"ours": Ours(engine)} | {n: Theirs(model, n) for n in IMPLEMENTATIONS}
+    sides: dict[str, Ours | Theirs] = {"ours": Ours(engine)} | {
+        n: Theirs(model, n) for n in IMPLEMENTATIONS
+    }
     cells: list[tuple[str, int, int, int]] = [(f"prefill {n}, ms", 1, n, 0) for n in args.prefill]
-    cells += [(f"decode batch {b}, tokens/s", b, args.prompt, args.new_tokens - 1) for b in args.batch]
+    cells += [
+        (f"decode batch {b}, tokens/s", b, args.prompt, args.new_tokens - 1) for b in args.batch
+    ]
     for name, batch, prompt, steps in cells:
         times: dict[str, list[float]] = {side: [] for side in sides}
         counter = HitCounter(model)
         timed(sides["eager"], ids(batch, prompt), ids(min(steps, 4), batch), clock)
-        hit = float(np.mean(counter.hits[len(model.model.layers) :])) if steps else shape.num_local_experts
+        hit = (
+            float(np.mean(counter.hits[len(model.model.layers) :]))
+            if steps
+            else shape.num_local_experts
+        )
         counter.close()
         for repeat in range(args.repeats + 1):
             prompts, forced = ids(batch, prompt), ids(steps, batch)
@@ -165,7 +194,9 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
                     times[side].append(took)
         best = min(IMPLEMENTATIONS, key=lambda side: Spread.of(times[side]).median)
         read = shape.step_weights(hit) * itemsize
-        rates = " / ".join(f"{read / Spread.of(times[side]).median / 1e9:.3g}" for side in ("ours", best))
+        rates = " / ".join(
+            f"{read / Spread.of(times[side]).median / 1e9:.3g}" for side in ("ours", best)
+        )
         if steps:
             floor = read / bandwidth
             ours, other = (Spread.of([batch / t for t in times[side]]) for side in ("ours", best))
@@ -188,7 +219,9 @@ def compare(args: argparse.Namespace, shape: Shape, report: Report, engine: Engi
                 "weights, GB/s": rates,
             }
         )
-    report.note(f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB")
+    report.note(
+        f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB"
+    )
 
 
 def matmul_rate(dtype: torch.dtype, size: int, clock: Clock = time.perf_counter) -> float:
@@ -227,9 +260,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=20, help="tokens before decoding")
     parser.add_argument("--new-tokens", type=int, default=25)
-    parser.add_argument("--scratch", help="folder for the random checkpoint and its store (two times its size)")
+    parser.add_argument(
+        "--scratch", help="folder for the random checkpoint and its store (two times its size)"
+    )
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
-    parser.add_argument("--product-size", type=int, default=2048, help="of the square product whose rate is the limit")
+    parser.add_argument(
+        "--product-size",
+        type=int,
+        default=2048,
+        help="of the square product whose rate is the limit",
+    )
     take_clock(parser)
     args = parser.parse_args(argv)
     if args.threads:

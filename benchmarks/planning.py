@@ -1,9 +1,11 @@
-"""What the default policy takes to plan tenants of a large model: seconds of one position by step, and memory.
+"""What the default policy takes to plan tenants of a large model: seconds of one position by step,
+and memory.
 
-A store of a few positions of the real shapes is written (Mixtral-8x7B's by default; every tenant is the first one with
-its expert weights moved a little), calibrated with random inputs as many as a real calibration keeps, and planned as
-`moetel build` plans. Planning looks at one position at a time, so that a model's time is that of one position times
-their number; reading the checkpoints and running the calibration prompts come on top. The floor counts only the
+A store of a few positions of the real shapes is written (Mixtral-8x7B's by default; every tenant is
+the first one with its expert weights moved a little), calibrated with random inputs as many as a
+real calibration keeps, and planned as `moetel build` plans. Planning looks at one position at a
+time, so that a model's time is that of one position times their number; reading the checkpoints and
+running the calibration prompts come on top. The floor counts only the
 products without which nothing could be compared: every tenant's expert on every tenant's sample.
 """
 
@@ -53,11 +55,16 @@ class Stopwatch:
 
 
 def random_profile(store: Store, samples: int, seed: int) -> Profile:
-    """As many inputs of every expert as `samples`, of unit size, spread over a few hundred directions most."""
+    """As many inputs of every expert as `samples`, of unit size, spread over a few hundred
+    directions most."""
     spec, rng = store.experts, np.random.default_rng(seed)
     rows = spec.num_positions * samples
     falling = (1 + np.arange(spec.hidden_size)) ** -0.5
-    inputs = rng.standard_normal((rows, spec.hidden_size)) * falling * np.sqrt(spec.hidden_size / (falling**2).sum())
+    inputs = (
+        rng.standard_normal((rows, spec.hidden_size))
+        * falling
+        * np.sqrt(spec.hidden_size / (falling**2).sum())
+    )
     gates = rng.uniform(0.3, 0.7, rows).astype(np.float32)
     shape = (spec.num_layers, spec.num_experts)
     return Profile(
@@ -77,9 +84,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     add_output(parser)
     parser.add_argument("--tenants", type=int, default=4)
     parser.add_argument("--extra", type=float, help="of one model's experts; default: the policy's")
-    parser.add_argument("--positions", type=int, default=256, help="of the whole model; default: %(default)s")
     parser.add_argument(
-        "--samples", type=int, default=LEAST_SAMPLES, help="inputs of an expert; as kept of large models"
+        "--positions", type=int, default=256, help="of the whole model; default: %(default)s"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=LEAST_SAMPLES,
+        help="inputs of an expert; as kept of large models",
     )
     parser.add_argument("--scratch", help="folder for checkpoints and store")
     args = parser.parse_args(argv)
@@ -91,10 +103,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
         tenants = {
-            f"tenant{i}": write_random(root / f"tenant{i}", shape, torch.bfloat16, moved=0.05 * i) for i in range(count)
+            f"tenant{i}": write_random(root / f"tenant{i}", shape, torch.bfloat16, moved=0.05 * i)
+            for i in range(count)
         }
         store = build_store(root / "store", tenants, policy="round_robin")
-        profiles = {name: random_profile(store, samples, seed) for seed, name in enumerate(store.tenants)}
+        profiles = {
+            name: random_profile(store, samples, seed) for seed, name in enumerate(store.tenants)
+        }
         before, watch = peak_rss_gib(), Stopwatch()
         here = store.experts.num_positions
         begun = time.perf_counter()
@@ -103,13 +118,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         whole = time.perf_counter() - begun
     once = watch.seconds.pop(RIDGE, 0.0) / min(here, RIDGE_POSITIONS) * RIDGE_POSITIONS
     rest = whole - sum(watch.seconds.values()) - once / RIDGE_POSITIONS * min(here, RIDGE_POSITIONS)
-    report.add(**{"step": f"{RIDGE}, once", "s a position": "", "h for the model": f"{once / 3600:.2f}"})
+    report.add(
+        **{"step": f"{RIDGE}, once", "s a position": "", "h for the model": f"{once / 3600:.2f}"}
+    )
     hours = once / 3600
     for step, spent in {**watch.seconds, "all else": rest}.items():
         each = spent / here
         hours += each * args.positions / 3600
         report.add(
-            **{"step": step, "s a position": f"{each:.1f}", "h for the model": f"{each * args.positions / 3600:.2f}"}
+            **{
+                "step": step,
+                "s a position": f"{each:.1f}",
+                "h for the model": f"{each * args.positions / 3600:.2f}",
+            }
         )
     report.add(
         **{
@@ -120,13 +141,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     flops = 2 * shape.expert_weights * count * count * samples
     report.note(
-        f"experts of {shape.hidden_size} x {shape.intermediate_size}, {count} tenants, {samples} samples of each, "
-        f"{extra:.0%} extra; {len(outcome.plan.residuals)} residuals and {len(outcome.merged)} merged copies on {here} "
+        f"experts of {shape.hidden_size} x {shape.intermediate_size}, {count} tenants, {samples} "
+        "samples of each, "
+        f"{extra:.0%} extra; {len(outcome.plan.residuals)} residuals and {len(outcome.merged)} "
+        f"merged copies on {here} "
         f"positions; {args.positions} in the whole model"
     )
     report.note(
-        f"every tenant's expert on every sample: {flops / 1e12:.2f} TFLOP a position; numpy's float32 products run at "
-        f"{product_rate(shape) / 1e9:.0f} GFLOP/s here; memory grew by {peak_rss_gib() - before:.1f} GiB"
+        f"every tenant's expert on every sample: {flops / 1e12:.2f} TFLOP a position; numpy's "
+        "float32 products run at "
+        f"{product_rate(shape) / 1e9:.0f} GFLOP/s here; memory grew by "
+        f"{peak_rss_gib() - before:.1f} GiB"
     )
     write_output(args, [report], "Planning large experts")
     return report.rows

@@ -1,8 +1,9 @@
 """Tenant switches on a CPU: time and bytes copied, with every tenant kept ready and with one.
 
-Random tenants share a store; each mode serves the same prompts in turn, once to the tenant that the last prompt went
-to and once to the next one. A switch among ready tenants is a look-up and copies nothing; with one ready tenant the
-next one's non-expert weights are read from the store's mapped files and packed anew.
+Random tenants share a store; each mode serves the same prompts in turn, once to the tenant that the
+last prompt went to and once to the next one. A switch among ready tenants is a look-up and copies
+nothing; with one ready tenant the next one's non-expert weights are read from the store's mapped
+files and packed anew.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     report = Report("Tenant switch (reconfiguration) on a CPU", COLUMNS)
     report.note(machine())
     report.note(f"{args.tenants} tenants, {shape}, {args.dtype}; prompts of {args.prompt} tokens")
-    report.note(f"memory read {memory_bandwidth(args.bandwidth_bytes) / 1e9:.1f} GB/s (torch, this run)")
+    report.note(
+        f"memory read {memory_bandwidth(args.bandwidth_bytes) / 1e9:.1f} GB/s (torch, this run)"
+    )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
         dtype = getattr(torch, args.dtype)

@@ -1,12 +1,15 @@
-"""What residuals cost: layers of experts and whole decode steps with and without them, in turn, in one process.
+"""What residuals cost: layers of experts and whole decode steps with and without them, in turn, in
+one process.
 
-Tenants share one copy of every position; each adds a residual of its own to every expert: one sign bit a weight with a
-scale a row; low rank in 4-bit codes, of about 3 % of an expert's bytes; or both. The weights are one and the same on
-every side, only the residuals are exchanged. `layer`: the experts of one layer, the mean over all layers, with random
+Tenants share one copy of every position; each adds a residual of its own to every expert: one sign
+bit a weight with a scale a row; low rank in 4-bit codes, of about 3 % of an expert's bytes; or
+both. The weights are one and the same on
+every side, only the residuals are exchanged. `layer`: the experts of one layer, the mean over all
+layers, with random
 routing. `step`: a whole decode step with forced tokens. `prompt`: until the first token.
 
-The floor is the bytes that must be read (experts hit, residuals hit; for steps and prompts also attention and head)
-over the rate of a plain read in the same run.
+The floor is the bytes that must be read (experts hit, residuals hit; for steps and prompts also
+attention and head) over the rate of a plain read in the same run.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ COLUMNS = (
 )
 
 
-def parts_of(kind: str, shapes: dict[str, tuple[int, ...]], itemsize: int, share: float) -> tuple[Part, ...]:
+def parts_of(
+    kind: str, shapes: dict[str, tuple[int, ...]], itemsize: int, share: float
+) -> tuple[Part, ...]:
     """A residual's parts. share: of an expert's bytes, for low rank in 4 bits."""
     parts = []
     for projection, (outputs, inputs) in shapes.items():
@@ -84,22 +89,28 @@ def random_record(parts: tuple[Part, ...], shapes: dict[str, tuple[int, ...]]) -
             packed.append(pack_sign(scale, rng.random((outputs, inputs)) < 0.5, part.size))
         else:
             v, u = (rng.integers(0, 16, size=(part.size, n)) for n in (inputs, outputs))
-            packed.append(pack_low_rank(np.full(part.size, 1e-6, dtype=np.float32), v, u, part.bits))
+            packed.append(
+                pack_low_rank(np.full(part.size, 1e-6, dtype=np.float32), v, u, part.bits)
+            )
     return join_parts(packed)
 
 
 def with_kind(store: Store, kind: str, share: float) -> Store:
-    """The store with residuals of one kind for every tenant at every position. One record on disk serves all."""
+    """The store with residuals of one kind for every tenant at every position. One record on disk
+    serves all."""
     shapes = dict(store.experts.projections)
     parts = parts_of(kind, shapes, store.copy_bytes // store.experts.copy_elements, share)
     residuals = tuple(Residual(*place, parts) for place in np.ndindex(store.plan.serving.shape))
     record = random_record(parts, shapes)
-    return set_plan(store.path, replace(store.plan, residuals=residuals), records=[record] * len(residuals))
+    return set_plan(
+        store.path, replace(store.plan, residuals=residuals), records=[record] * len(residuals)
+    )
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Different experts, and different pairs of tenant and expert, that a layer's call hits: means."""
+    """Different experts, and different pairs of tenant and expert, that a layer's call hits:
+    means."""
 
     experts: float
     pairs: float
@@ -107,7 +118,9 @@ class Hits:
     @classmethod
     def of(cls, calls: list[list[tuple[str, np.ndarray]]]) -> Hits:
         """calls: of each layer's call, the tenants and their tokens' experts."""
-        experts = [len(np.unique(np.concatenate([ids.reshape(-1) for _, ids in call]))) for call in calls]
+        experts = [
+            len(np.unique(np.concatenate([ids.reshape(-1) for _, ids in call]))) for call in calls
+        ]
         pairs = [sum(len(np.unique(ids)) for _, ids in call) for call in calls]
         return cls(float(np.mean(experts)), float(np.mean(pairs)))
 
@@ -132,7 +145,13 @@ class Counter:
 class Bench:
     """One engine whose residuals are exchanged between measurements."""
 
-    def __init__(self, backend: TorchBackend, shape: Shape, residuals: dict[str, ResidentResiduals], repeats: int):
+    def __init__(
+        self,
+        backend: TorchBackend,
+        shape: Shape,
+        residuals: dict[str, ResidentResiduals],
+        repeats: int,
+    ):
         self.backend, self.shape, self.residuals, self.repeats = backend, shape, residuals, repeats
         self.rng = np.random.default_rng(0)
 
@@ -157,7 +176,11 @@ class Bench:
         tenants = TokenTenants(tenant_ids, 0 if num_tenants == 1 else None)
         x = torch.randn(tokens, self.shape.hidden_size).to(self.backend.dtype)
         gates = torch.full((tokens, top_k), 1 / top_k)
-        picks = self.rng.random((layers, tokens, self.shape.num_local_experts)).argsort(axis=-1)[..., :top_k].copy()
+        picks = (
+            self.rng.random((layers, tokens, self.shape.num_local_experts))
+            .argsort(axis=-1)[..., :top_k]
+            .copy()
+        )
         misses = np.zeros(tokens, dtype=np.int64)
 
         @torch.inference_mode()
@@ -165,7 +188,10 @@ class Bench:
             routed = [torch.from_numpy(p) for p in picks]
             return (
                 seconds(
-                    lambda: [self.backend.pool.forward(i, x, r, gates, tenants, misses) for i, r in enumerate(routed)]
+                    lambda: [
+                        self.backend.pool.forward(i, x, r, gates, tenants, misses)
+                        for i, r in enumerate(routed)
+                    ]
                 )
                 / layers
             )
@@ -173,14 +199,20 @@ class Bench:
         calls = [[(str(t), p[tenant_ids == t]) for t in range(num_tenants)] for p in picks]
         return self.in_turn(call), Hits.of(calls)
 
-    def step(self, batch: int, num_tenants: int, prompt: int, steps: int) -> tuple[dict[str, list[float]], Hits]:
+    def step(
+        self, batch: int, num_tenants: int, prompt: int, steps: int
+    ) -> tuple[dict[str, list[float]], Hits]:
         """A decode step, the mean over some; with no steps, a prompt until its first token."""
-        names = [self.backend.store.tenants[i] for i in sorted(i % num_tenants for i in range(batch))]
+        names = [
+            self.backend.store.tenants[i] for i in sorted(i % num_tenants for i in range(batch))
+        ]
         prompts, forced = self.ids(batch, prompt), self.ids(max(steps, 1), batch)
 
         def call() -> float:
             begun = time.perf_counter()
-            made = self.backend.start([Row(n, tuple(p.tolist()), 1) for n, p in zip(names, prompts, strict=True)])
+            made = self.backend.start(
+                [Row(n, tuple(p.tolist()), 1) for n, p in zip(names, prompts, strict=True)]
+            )
             made.prefill(want_logits=False)
             if steps:
                 begun = time.perf_counter()
@@ -194,7 +226,9 @@ class Bench:
         self.backend.observe(counter)
         call()
         self.backend.observe(None)
-        return self.in_turn(call), Hits.of(counter.calls[self.shape.num_hidden_layers if steps else 0 :])
+        return self.in_turn(call), Hits.of(
+            counter.calls[self.shape.num_hidden_layers if steps else 0 :]
+        )
 
 
 def measure(args: argparse.Namespace, shape: Shape, report: Report) -> None:
@@ -209,30 +243,49 @@ def measure(args: argparse.Namespace, shape: Shape, report: Report) -> None:
             kernels = native.load(dtype) if backend.products == "native" else None
             sides = {"none": backend.pool.residuals}
             report.note(machine())
-            report.note(f"{shape}, {args.dtype}, products {backend.products}, {args.tenants} tenants")
+            report.note(
+                f"{shape}, {args.dtype}, products {backend.products}, {args.tenants} tenants"
+            )
             for kind in KINDS:
                 changed = with_kind(store, kind, args.low_rank_share)
                 sides[kind] = ResidentResiduals(changed, backend.device, kernels)
                 (parts,) = {r.parts for r in changed.plan.residuals}
                 each = changed.plan.residuals[0].nbytes(dict(store.experts.projections))
                 report.note(
-                    f"{kind}: {each / store.copy_bytes:.2%} of an expert's bytes; {sides[kind].nbytes / 1e6:.0f} MB "
-                    f"for all tenants; {', '.join(f'{p.projection} {p.kind} {p.bits} bits {p.size}' for p in parts)}"
+                    f"{kind}: {each / store.copy_bytes:.2%} of an expert's bytes; "
+                    f"{sides[kind].nbytes / 1e6:.0f} MB "
+                    "for all tenants; "
+                    f"{', '.join(f'{p.projection} {p.kind} {p.bits} bits {p.size}' for p in parts)}"
                 )
             bandwidth = memory_bandwidth(args.bandwidth_bytes)
             report.note(f"memory read {bandwidth / 1e9:.1f} GB/s, torch's best in this run")
             cells(args, shape, report, Bench(backend, shape, sides, args.repeats), store, bandwidth)
 
 
-def cells(args: argparse.Namespace, shape: Shape, report: Report, bench: Bench, store: Store, bandwidth: float) -> None:
+def cells(
+    args: argparse.Namespace,
+    shape: Shape,
+    report: Report,
+    bench: Bench,
+    store: Store,
+    bandwidth: float,
+) -> None:
     shapes = dict(store.experts.projections)
     itemsize = store.copy_bytes // store.experts.copy_elements
-    plans = [(batch, tenants) for batch in args.batch for tenants in sorted({1, min(batch, args.tenants)})]
+    plans = [
+        (batch, tenants)
+        for batch in args.batch
+        for tenants in sorted({1, min(batch, args.tenants)})
+    ]
     runs: list[tuple[str, int, bool, Callable[[], tuple[dict[str, list[float]], Hits]]]] = []
     runs += [(f"layer, {b} rows", t, False, partial(bench.layer, b, t)) for b, t in plans]
     runs += [(f"layer, {n} rows", 1, False, partial(bench.layer, n, 1)) for n in args.prompts]
-    runs += [(f"step, batch {b}", t, True, partial(bench.step, b, t, 8, args.steps)) for b, t in plans]
-    runs += [(f"prompt, {n} tokens", 1, True, partial(bench.step, 1, 1, n, 0)) for n in args.prompts]
+    runs += [
+        (f"step, batch {b}", t, True, partial(bench.step, b, t, 8, args.steps)) for b, t in plans
+    ]
+    runs += [
+        (f"prompt, {n} tokens", 1, True, partial(bench.step, 1, 1, n, 0)) for n in args.prompts
+    ]
     for what, tenants, whole, run in runs:
         times, hits = run()
         layers = shape.num_hidden_layers if whole else 1
@@ -240,7 +293,9 @@ def cells(args: argparse.Namespace, shape: Shape, report: Report, bench: Bench, 
         read = weights * itemsize
         without = Spread.of(times["none"]).scaled(1e3)
         for kind in KINDS:
-            each = Residual(0, 0, 0, parts_of(kind, shapes, itemsize, args.low_rank_share)).nbytes(shapes)
+            each = Residual(0, 0, 0, parts_of(kind, shapes, itemsize, args.low_rank_share)).nbytes(
+                shapes
+            )
             more = layers * hits.pairs * each
             found = Spread.of(times[kind]).scaled(1e3)
             floor, floor_with = read / bandwidth * 1e3, (read + more) / bandwidth * 1e3
@@ -274,7 +329,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=10, help="decode steps a measurement")
     parser.add_argument("--low-rank-share", type=float, default=0.03, help="of an expert's bytes")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--scratch", help="folder for the random checkpoint and its store (two times its size)")
+    parser.add_argument(
+        "--scratch", help="folder for the random checkpoint and its store (two times its size)"
+    )
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
     args = parser.parse_args(argv)
     if args.threads:

@@ -1,9 +1,11 @@
-"""Distances between two tenants' experts: bytes a second and peak memory, on checkpoints larger than memory's bound.
+"""Distances between two tenants' experts: bytes a second and peak memory, on checkpoints larger
+than memory's bound.
 
-Two random tenants are written shard by shard; the distances are measured in a process of their own, whose growth over
-its imports is reported beside its bound (a tensor of each tenant a thread). The floor is reading the same files into a
-reused buffer with as many threads, in the same run; what was just written comes from the page cache on both sides,
-unless it is larger than memory. `benchmarks.store_build` measures the whole build.
+Two random tenants are written shard by shard; the distances are measured in a process of their own,
+whose growth over its imports is reported beside its bound (a tensor of each tenant a thread). The
+floor is reading the same files into a reused buffer with as many threads, in the same run; what was
+just written comes from the page cache on both sides, unless it is larger than memory.
+`benchmarks.store_build` measures the whole build.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_shape(parser, SHAPE)
     add_output(parser)
-    parser.add_argument("--gigabytes", type=float, help="experts of both tenants; sets the number of layers")
+    parser.add_argument(
+        "--gigabytes", type=float, help="experts of both tenants; sets the number of layers"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scratch", help="folder for the checkpoints")
@@ -79,7 +83,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.gigabytes is not None:
         layer = 2 * 2 * shape.num_local_experts * shape.expert_weights  # two tenants, two bytes
         shape = replace(shape, num_hidden_layers=max(1, round(args.gigabytes * 1e9 / layer)))
-    columns = ("threads", "read, GB/s", "distances, GB/s", "distances / read", "memory grown, MB", "bound, MB")
+    columns = (
+        "threads",
+        "read, GB/s",
+        "distances, GB/s",
+        "distances / read",
+        "memory grown, MB",
+        "bound, MB",
+    )
     report = Report("Distances between two tenants", columns)
     report.note(machine())
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -90,13 +101,25 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         on_disk = sum(f.stat().st_size for f in files)
         compared = 2 * 2 * shape.num_hidden_layers * shape.num_local_experts * shape.expert_weights
         tensor = shape.hidden_size * shape.intermediate_size * 2
-        report.note(f"{on_disk / 1e9:.2f} GB in two bfloat16 checkpoints, {compared / 1e9:.2f} GB of it experts")
+        report.note(
+            f"{on_disk / 1e9:.2f} GB in two bfloat16 checkpoints, {compared / 1e9:.2f} GB of it "
+            "experts"
+        )
         for workers in args.workers:
             read, measured, grown = [], [], []
             for repeat in range(args.repeats + 1):
                 read_s = seconds(lambda: read_all(files, workers))  # noqa: B023
-                command = [sys.executable, "-c", MEASURE, str(workers), str(root / "a"), str(root / "b")]
-                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+                command = [
+                    sys.executable,
+                    "-c",
+                    MEASURE,
+                    str(workers),
+                    str(root / "a"),
+                    str(root / "b"),
+                ]
+                out = subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.split()
                 if repeat:  # the first round warms up
                     read.append(on_disk / read_s)
                     measured.append(compared / float(out[0]))

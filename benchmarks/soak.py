@@ -1,13 +1,16 @@
-"""A server under everything that clients do, for as many requests as two hours of ordinary traffic bring.
+"""A server under everything that clients do, for as many requests as two hours of ordinary traffic
+bring.
 
     python -m benchmarks.soak STORE --requests 20000 --extra-tenant it=CHECKPOINT --markdown FILE
 
-Starts `moetel serve` as a process of its own and sends it, many at once: greedy answers, compared with the first
-of their kind, sampled ones, streams that are read to their end or left in the middle, requests whose deadline passes,
-invalid JSON, bodies that are too long, unknown tenants; meanwhile a tenant is loaded and unloaded again and again. Its
-memory is looked at all along. At the end it gets SIGTERM under load: what it had begun must arrive whole.
+Starts `moetel serve` as a process of its own and sends it, many at once: greedy answers, compared
+with the first of their kind, sampled ones, streams that are read to their end or left in the
+middle, requests whose deadline passes, invalid JSON, bodies that are too long, unknown tenants;
+meanwhile a tenant is loaded and unloaded again and again. Its memory is looked at all along. At the
+end it gets SIGTERM under load: what it had begun must arrive whole.
 
-Nothing may be lost: each request has one right kind of answer, and every other is a failure of the run.
+Nothing may be lost: each request has one right kind of answer, and every other is a failure of the
+    run.
 """
 
 from __future__ import annotations
@@ -59,13 +62,20 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    async def send(self, path: str, body: bytes, read_bytes: int | None = None) -> tuple[int, bytes]:
-        """POST and read the answer, or only so much of it and go away. Status 0: the connection broke."""
+    async def send(
+        self, path: str, body: bytes, read_bytes: int | None = None
+    ) -> tuple[int, bytes]:
+        """POST and read the answer, or only so much of it and go away. Status 0: the connection
+        broke."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n"
+        )
         data = b""
         try:
-            # A server that refuses a long body may close the connection while it is still being sent.
+            # A server that refuses a long body may close the connection while it is still being
+            # sent.
             with contextlib.suppress(ConnectionError):
                 writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
                 await writer.drain()
@@ -95,29 +105,46 @@ class Soak:
         }
         self.counts[kind] += 1
         if kind == "invalid JSON":
-            await self.refused(kind, 400, self.rng.choice([b"{", b"[]", b"\xff\xfe", b'{"model": }', b"null"]))
+            await self.refused(
+                kind, 400, self.rng.choice([b"{", b"[]", b"\xff\xfe", b'{"model": }', b"null"])
+            )
         elif kind == "wrong field":
             await self.refused(kind, 400, json.dumps({**asked, "temperature": "hot"}).encode())
         elif kind == "too long":
-            await self.refused(kind, 413, json.dumps({**asked, "prompt": "1 " * BODY_LIMIT}).encode())
+            await self.refused(
+                kind, 413, json.dumps({**asked, "prompt": "1 " * BODY_LIMIT}).encode()
+            )
         elif kind == "unknown tenant":
             await self.refused(kind, 404, json.dumps({**asked, "model": "nobody"}).encode())
         elif kind == "deadline":
             status, _ = await self.send(
-                "/v1/completions", json.dumps({**asked, "max_tokens": 200, "deadline_ms": 1}).encode()
+                "/v1/completions",
+                json.dumps({**asked, "max_tokens": 200, "deadline_ms": 1}).encode(),
             )
             self.check(kind, status in (200, 408), f"status {status}")
         elif kind == "left in the middle":
-            await self.send("/v1/completions", json.dumps({**asked, "max_tokens": 200, "stream": True}).encode(), 400)
+            await self.send(
+                "/v1/completions",
+                json.dumps({**asked, "max_tokens": 200, "stream": True}).encode(),
+                400,
+            )
         elif kind == "sampled":
-            status, data = await self.send("/v1/completions", json.dumps({**asked, "temperature": 1.0}).encode())
-            self.check(kind, status == 200 and tokens_of(data) == TOKENS, f"status {status}, {tokens_of(data)} tokens")
+            status, data = await self.send(
+                "/v1/completions", json.dumps({**asked, "temperature": 1.0}).encode()
+            )
+            self.check(
+                kind,
+                status == 200 and tokens_of(data) == TOKENS,
+                f"status {status}, {tokens_of(data)} tokens",
+            )
         else:
             await self.greedy(kind, tenant, number, asked)
 
     async def greedy(self, kind: str, tenant: str, number: int, asked: dict[str, Any]) -> None:
-        """An answer that must be the same whenever it is asked for and whatever goes on beside it."""
-        # Ended where the tenant ends it: what it would say after that are ties that any rounding decides.
+        """An answer that must be the same whenever it is asked for and whatever goes on beside
+        it."""
+        # Ended where the tenant ends it: what it would say after that are ties that any rounding
+        # decides.
         asked |= {"stream": kind == "stream", "ignore_eos": False, "max_tokens": 100}
         status, data = await self.send("/v1/completions", json.dumps(asked).encode())
         text = streamed_text(data) if kind == "stream" else text_of(data)
@@ -125,7 +152,11 @@ class Soak:
             self.check(kind, False, f"status {status}")
             return
         first = self.expected.setdefault((tenant, number), text)
-        self.check(kind, text == first, f"{tenant} answers prompt {number} with {text!r}, before with {first!r}")
+        self.check(
+            kind,
+            text == first,
+            f"{tenant} answers prompt {number} with {text!r}, before with {first!r}",
+        )
 
     async def refused(self, kind: str, status: int, body: bytes) -> None:
         found, data = await self.send("/v1/completions", body)
@@ -198,7 +229,11 @@ async def tenants_come_and_go(soak: Soak, name: str, checkpoint: str, stop: asyn
             soak.check(path, status == 200, f"status {status}: {body_of(data)[:200]!r}")
             asked = {"model": name, "prompt": "7", "max_tokens": 4, "ignore_eos": True}
             status, _ = await soak.send("/v1/completions", json.dumps(asked).encode())
-            soak.check(path, status == (200 if path == "/v1/load_tenant" else 404), f"then its request gets {status}")
+            soak.check(
+                path,
+                status == (200 if path == "/v1/load_tenant" else 404),
+                f"then its request gets {status}",
+            )
         times += 1
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), 5)
@@ -238,13 +273,16 @@ async def run(args: argparse.Namespace, soak: Soak, pid: int, report: Report) ->
     report.add(what="tenant loaded and unloaded", number=changes)
     report.add(what="wrong answers", number=len(soak.wrong))
     fifth = max(1, len(memory) // 5)
-    early, late = (sorted(part)[len(part) // 2] for part in (memory[fifth : 2 * fifth], memory[-fifth:]))
+    early, late = (
+        sorted(part)[len(part) // 2] for part in (memory[fifth : 2 * fifth], memory[-fifth:])
+    )
     report.add(what="seconds", number=f"{took:.0f}")
     report.add(what="requests a second", number=f"{args.requests / took:.0f}")
     report.add(what="server's memory, second fifth of the time, median, MiB", number=f"{early:.1f}")
     report.add(what="server's memory, last fifth, median, MiB", number=f"{late:.1f}")
     report.add(
-        what="growth a thousand requests, KiB", number=f"{(late - early) * 1024 / (0.7 * args.requests / 1e3):.1f}"
+        what="growth a thousand requests, KiB",
+        number=f"{(late - early) * 1024 / (0.7 * args.requests / 1e3):.1f}",
     )
 
 
@@ -252,9 +290,16 @@ async def sigterm_under_load(soak: Soak, process: subprocess.Popen[str], report:
     """Whoever's answer had begun gets all of it; the process ends with 0."""
 
     async def whole() -> bool | None:
-        body = {"model": soak.rng.choice(soak.tenants), "prompt": "12", "max_tokens": 100, "ignore_eos": True}
+        body = {
+            "model": soak.rng.choice(soak.tenants),
+            "prompt": "12",
+            "max_tokens": 100,
+            "ignore_eos": True,
+        }
         try:
-            status, data = await soak.send("/v1/completions", json.dumps({**body, "stream": True}).encode())
+            status, data = await soak.send(
+                "/v1/completions", json.dumps({**body, "stream": True}).encode()
+            )
         except ConnectionError:
             return None  # came when the door was shut already
         return None if status in (0, 503) else streamed_text(data) is not None
@@ -271,24 +316,54 @@ async def sigterm_under_load(soak: Soak, process: subprocess.Popen[str], report:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="its tenants have tokenizers; --extra-tenant changes it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "store", type=Path, help="its tenants have tokenizers; --extra-tenant changes it"
+    )
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--concurrency", type=int, default=24)
-    parser.add_argument("--extra-tenant", metavar="NAME=CHECKPOINT", help="load and unload it all along")
+    parser.add_argument(
+        "--extra-tenant", metavar="NAME=CHECKPOINT", help="load and unload it all along"
+    )
     parser.add_argument("--seed", type=int, default=0)
     add_output(parser)
     args = parser.parse_args(argv)
-    command = [sys.executable, "-m", "scripts.serve", str(args.store), "--port", "0", "--enable-admin"]
-    command += ["--max-request-bytes", str(BODY_LIMIT), "--log-level", "error", "--dtype", "float32"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.serve",
+        str(args.store),
+        "--port",
+        "0",
+        "--enable-admin",
+    ]
+    command += [
+        "--max-request-bytes",
+        str(BODY_LIMIT),
+        "--log-level",
+        "error",
+        "--dtype",
+        "float32",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
     assert process.stdout is not None
-    report = Report(f"Soak of moetel serve, {args.requests} requests, {args.concurrency} at once", ("what", "number"))
+    report = Report(
+        f"Soak of moetel serve, {args.requests} requests, {args.concurrency} at once",
+        ("what", "number"),
+    )
     try:
         line = process.stdout.readline()
         if "://" not in line:
             raise SystemExit(f"the server did not start: {line!r}")
-        soak = Soak(int(line.rsplit(":", 1)[1]), list(Store.open(args.store).tenants), random.Random(args.seed))
+        soak = Soak(
+            int(line.rsplit(":", 1)[1]),
+            list(Store.open(args.store).tenants),
+            random.Random(args.seed),
+        )
 
         async def everything() -> None:
             await run(args, soak, process.pid, report)

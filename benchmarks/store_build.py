@@ -1,7 +1,9 @@
-"""Building a store: bytes a second and peak memory, on checkpoints far larger than the memory that a build may use.
+"""Building a store: bytes a second and peak memory, on checkpoints far larger than the memory that
+a build may use.
 
-Two random tenants are written shard by shard; the build runs in a process of its own, whose growth over its imports
-is reported. The floor is a plain copy of the same files, synced to the disk, in the same run.
+Two random tenants are written shard by shard; the build runs in a process of its own, whose growth
+over its imports is reported. The floor is a plain copy of the same files, synced to the disk, in
+the same run.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ print(time.perf_counter() - begun, peak() - before)
 
 
 def copy_all(files: list[Path], target: Path) -> None:
-    """Read every file and write it to `target`, each synced to the disk, as a store's objects are."""
+    """Read every file and write it to `target`, each synced to the disk, as a store's objects
+    are."""
     target.mkdir()
     for number, path in enumerate(files):
         with open(path, "rb") as source, open(target / str(number), "wb") as copy:
@@ -60,11 +63,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     add_shape(parser, Shape(num_hidden_layers=8))
     add_output(parser)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scratch", help="folder for the checkpoints and the store (four times a checkpoint)")
+    parser.add_argument(
+        "--scratch", help="folder for the checkpoints and the store (four times a checkpoint)"
+    )
     args = parser.parse_args(argv)
     shape = shape_of(args)
     report = Report(
-        "Building a store of two tenants", ("run", "copy, GB/s", "build, GB/s", "build / copy", "memory grown, MB")
+        "Building a store of two tenants",
+        ("run", "copy, GB/s", "build, GB/s", "build / copy", "memory grown, MB"),
     )
     report.note(machine())
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -75,11 +81,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         size = sum(f.stat().st_size for f in files)
         tensor = shape.hidden_size * shape.intermediate_size * 2
         report.note(
-            f"{size / 1e9:.2f} GB in two bfloat16 checkpoints; the largest expert tensor has {tensor / 1e6:.1f} MB"
+            f"{size / 1e9:.2f} GB in two bfloat16 checkpoints; the largest expert tensor has "
+            f"{tensor / 1e6:.1f} MB"
         )
         for run in range(args.repeats):
             copy = size / seconds(lambda: copy_all(files, root / "copy"))
-            command = [sys.executable, "-c", BUILD, str(root / f"store{run}"), str(root / "a"), str(root / "b")]
+            command = [
+                sys.executable,
+                "-c",
+                BUILD,
+                str(root / f"store{run}"),
+                str(root / "a"),
+                str(root / "b"),
+            ]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             build = size / float(out[0])
             report.add(

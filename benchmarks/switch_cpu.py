@@ -1,9 +1,10 @@
-"""The JAX engine beside transformers on a CPU: the same random Switch Transformer, the same tokens, in turn, in one
-process.
+"""The JAX engine beside transformers on a CPU: the same random Switch Transformer, the same tokens,
+in turn, in one process.
 
-Time until the first token (encoder and one decoder step) and decode steps at several batch sizes. Next tokens are
-random ids, the same for both sides, so lengths are exact and tokens spread over experts. transformers is driven
-through its forward with its cache, without generate()'s overhead; greedy choice included on both sides.
+Time until the first token (encoder and one decoder step) and decode steps at several batch sizes.
+Next tokens are random ids, the same for both sides, so lengths are exact and tokens spread over
+experts. transformers is driven through its forward with its cache, without generate()'s overhead;
+greedy choice included on both sides.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from benchmarks.common import (
     write_output,
 )
 from benchmarks.mixtral_cpu import Ours, matmul_rate, timed
-from benchmarks.switch_shape import SwitchShape, add_switch_shape, switch_shape_of, write_random_switch
+from benchmarks.switch_shape import (
+    SwitchShape,
+    add_switch_shape,
+    switch_shape_of,
+    write_random_switch,
+)
 from common import build_store, load_engine
 from common.engine import Engine
 
@@ -62,13 +68,16 @@ class Theirs:
 
 
 class HitCounter:
-    """Different experts hit a decoder layer and step, counted on transformers' routers in a run that is not timed."""
+    """Different experts hit a decoder layer and step, counted on transformers' routers in a run
+    that is not timed."""
 
     def __init__(self, model: Model):
         self.hits: list[int] = []
         routers = [block.layer[-1].mlp.router for block in model.decoder.block if block.is_sparse]
         self.handles = [
-            router.register_forward_hook(lambda _m, _a, out: self.hits.append(int((out[0].sum((0, 1)) > 0).sum())))
+            router.register_forward_hook(
+                lambda _m, _a, out: self.hits.append(int((out[0].sum((0, 1)) > 0).sum()))
+            )
             for router in routers
         ]
 
@@ -88,7 +97,9 @@ def measure(args: argparse.Namespace, shape: SwitchShape, report: Report) -> Non
         engine.close()
 
 
-def compare(args: argparse.Namespace, shape: SwitchShape, report: Report, engine: Engine, model: Model) -> None:
+def compare(
+    args: argparse.Namespace, shape: SwitchShape, report: Report, engine: Engine, model: Model
+) -> None:
     import jax
 
     rng = np.random.default_rng(0)
@@ -105,17 +116,24 @@ def compare(args: argparse.Namespace, shape: SwitchShape, report: Report, engine
     theirs = out.logits.float().numpy()
     difference = np.abs(engine.logits("tenant", probe, answer) - theirs)
     report.note(
-        f"logits of both sides on 8 tokens: largest difference {difference.max():.3g}, mean {difference.mean():.3g}, "
+        f"logits of both sides on 8 tokens: largest difference {difference.max():.3g}, mean "
+        f"{difference.mean():.3g}, "
         f"mean size {np.abs(theirs).mean():.3g}"
     )
-    bandwidth, peak = memory_bandwidth(args.bandwidth_bytes), matmul_rate(torch.float32, args.product_size)
+    bandwidth, peak = (
+        memory_bandwidth(args.bandwidth_bytes),
+        matmul_rate(torch.float32, args.product_size),
+    )
     report.note(
-        f"memory read {bandwidth / 1e9:.1f} GB/s, float32 matrix product {peak / 1e9:.0f} GFLOP/s, of torch in this run"
+        f"memory read {bandwidth / 1e9:.1f} GB/s, float32 matrix product {peak / 1e9:.0f} GFLOP/s, "
+        "of torch in this run"
     )
     itemsize = getattr(torch, args.dtype).itemsize
     sides: dict[str, Any] = {"ours": Ours(engine), "transformers": Theirs(model)}
     cells = [(f"first token, prompt {n}, ms", 1, n, 0) for n in args.prefill]
-    cells += [(f"decode batch {b}, tokens/s", b, args.prompt, args.new_tokens - 1) for b in args.batch]
+    cells += [
+        (f"decode batch {b}, tokens/s", b, args.prompt, args.new_tokens - 1) for b in args.batch
+    ]
     for name, batch, prompt, steps in cells:
         times: dict[str, list[float]] = {side: [] for side in sides}
         counter = HitCounter(model)
@@ -145,10 +163,21 @@ def compare(args: argparse.Namespace, shape: SwitchShape, report: Report, engine
             **{f"{side} / floor": f"{medians[side] / floor:.2f}" for side in sides},
             **{"experts hit": f"{hit:.2f}"},
         )
-    report.note(f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB")
+    report.note(
+        f"peak memory of the process, both models and their files' pages: {peak_rss_gib():.2f} GiB"
+    )
 
 
-COLUMNS = ("what", "ours", "transformers", "ratio", "floor", "ours / floor", "transformers / floor", "experts hit")
+COLUMNS = (
+    "what",
+    "ours",
+    "transformers",
+    "ratio",
+    "floor",
+    "ours / floor",
+    "transformers / floor",
+    "experts hit",
+)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -163,9 +192,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=32, help="tokens before decoding")
     parser.add_argument("--new-tokens", type=int, default=25)
-    parser.add_argument("--scratch", help="folder for the random checkpoint and its store (two times its size)")
+    parser.add_argument(
+        "--scratch", help="folder for the random checkpoint and its store (two times its size)"
+    )
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
-    parser.add_argument("--product-size", type=int, default=4096, help="of the square product whose rate is the limit")
+    parser.add_argument(
+        "--product-size",
+        type=int,
+        default=4096,
+        help="of the square product whose rate is the limit",
+    )
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

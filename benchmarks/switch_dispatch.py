@@ -1,8 +1,8 @@
-"""Ways to send the tokens of one Switch layer through its experts on a CPU, in jax: what `jax_engine.dispatch` chooses
-from.
+"""Ways to send the tokens of one Switch layer through its experts on a CPU, in jax: what
+`jax_engine.dispatch` chooses from.
 
-Each call uses the next of several layers' weights, so that they do not stay in a cache. Routing is balanced. Every way
-is checked against float64 numpy on a few tokens before it is timed.
+Each call uses the next of several layers' weights, so that they do not stay in a cache. Routing is
+balanced. Every way is checked against float64 numpy on a few tokens before it is timed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ def loop_of(size: int, ff: FeedForward) -> Way:
 
     def run(x: Any, slots: Any, copies: Any) -> Any:
         branches = [lambda rows, copy=copy: ff(rows, copy) for copy in copies]
-        return over_blocks(x, slots, len(copies), lambda rows, slot: lax.switch(slot, branches, rows), size)
+        return over_blocks(
+            x, slots, len(copies), lambda rows, slot: lax.switch(slot, branches, rows), size
+        )
 
     return run
 
 
 def unrolled(ff: FeedForward) -> Way:
-    """One `lax.switch` a slot, over the number of its tokens rounded up: no loop, one product a slot."""
+    """One `lax.switch` a slot, over the number of its tokens rounded up: no loop, one product a
+    slot."""
 
     def run(x: Any, slots: Any, copies: Any) -> Any:
         tokens = x.shape[0]
@@ -64,7 +67,9 @@ def unrolled(ff: FeedForward) -> Way:
 
                 return body
 
-            branch = jnp.where(counts[slot] == 0, 0, 1 + jnp.searchsorted(jnp.asarray(sizes), counts[slot]))
+            branch = jnp.where(
+                counts[slot] == 0, 0, 1 + jnp.searchsorted(jnp.asarray(sizes), counts[slot])
+            )
             branches = [lambda out, *_: out, *map(of, sizes)]
             out = lax.switch(branch, branches, out, firsts[slot], counts[slot])
         return jnp.zeros_like(x).at[order].set(out[:tokens])
@@ -81,14 +86,20 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--layers", type=int, default=4, help="weight sets to go through in turn")
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--limit", type=float, default=2.0, help="no more repeats of a way after so many seconds")
+    parser.add_argument(
+        "--limit", type=float, default=2.0, help="no more repeats of a way after so many seconds"
+    )
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
     args = parser.parse_args(argv)
-    report = Report("Expert dispatch of one layer, float32, ms", ("slots", "tokens", "way", "ms", "GB/s", "of floor"))
+    report = Report(
+        "Expert dispatch of one layer, float32, ms",
+        ("slots", "tokens", "way", "ms", "GB/s", "of floor"),
+    )
     report.note(machine() + f", jax {jax.__version__}")
     bandwidth = memory_bandwidth(args.bandwidth_bytes)
     report.note(
-        f"memory read {bandwidth / 1e9:.1f} GB/s; the floor is the weights of the slots that are hit, read once"
+        f"memory read {bandwidth / 1e9:.1f} GB/s; the floor is the weights of the slots that are "
+        "hit, read once"
     )
     ff = FeedForward("relu", False, args.d_ff)
     kernels = native.load()
@@ -99,18 +110,30 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def measure(
-    args: argparse.Namespace, slots: int, ff: FeedForward, kernels: Any, bandwidth: float, report: Report
+    args: argparse.Namespace,
+    slots: int,
+    ff: FeedForward,
+    kernels: Any,
+    bandwidth: float,
+    report: Report,
 ) -> None:
     rng = np.random.default_rng(0)
     shapes = ((args.d_ff, args.d_model), (args.d_model, args.d_ff))
     layers = [
-        [[rng.standard_normal(s, dtype=np.float32) * s[1] ** -0.5 for s in shapes] for _ in range(slots)]
+        [
+            [rng.standard_normal(s, dtype=np.float32) * s[1] ** -0.5 for s in shapes]
+            for _ in range(slots)
+        ]
         for _ in range(args.layers if slots <= 8 else 2)
     ]
     split = [tuple(tuple(jnp.asarray(w) for w in copy) for copy in layer) for layer in layers]
-    packed = [tuple(tuple(jnp.asarray(native.pack(w)) for w in copy) for copy in layer) for layer in layers]
+    packed = [
+        tuple(tuple(jnp.asarray(native.pack(w)) for w in copy) for copy in layer)
+        for layer in layers
+    ]
     stacked = [
-        (tuple(jnp.stack([copy[i] for copy in layer]) for i in range(2)),) if slots <= 8 else None for layer in split
+        (tuple(jnp.stack([copy[i] for copy in layer]) for i in range(2)),) if slots <= 8 else None
+        for layer in split
     ]
     ways: dict[str, tuple[Way, Any]] = {}
     if kernels:
@@ -120,7 +143,10 @@ def measure(
         ways[f"loop with blocks of {size}"] = (loop_of(size, ff), split)
     if slots <= 8:
         ways["unrolled: a switch on size each"] = (unrolled(ff), split)
-        ways["dense: every expert, then select"] = (lambda x, i, c: DenseDispatch()(x, i, c, ff), stacked)
+        ways["dense: every expert, then select"] = (
+            lambda x, i, c: DenseDispatch()(x, i, c, ff),
+            stacked,
+        )
         ways["ragged_dot"] = (lambda x, i, c: _ragged(x, i, c[0], ff), stacked)
     for tokens in args.tokens:
         x = rng.standard_normal((tokens, args.d_model), dtype=np.float32)
@@ -147,7 +173,8 @@ def measure(
             report.add(
                 slots=slots,
                 tokens=tokens,
-                way=name + (f" (of {block_rows(tokens, slots)})" if name.startswith("loop: ") else ""),
+                way=name
+                + (f" (of {block_rows(tokens, slots)})" if name.startswith("loop: ") else ""),
                 **{
                     "ms": spread.scaled(1e3),
                     "GB/s": f"{floor * bandwidth / spread.median / 1e9:.1f}",

@@ -1,9 +1,11 @@
-"""Decoding for several tenants in one batch beside one tenant with all its rows: one store, in turn, in one process.
+"""Decoding for several tenants in one batch beside one tenant with all its rows: one store, in
+turn, in one process.
 
-A base and its fine-tunes share one copy a position (their experts are equal, so that the store is built soon). What is
-not an expert each tenant has of its own, and a step reads it for every tenant that is in it; so the bytes that a step
-must read, over the memory's rate, are the floor of each side, and bound how near the mixed batch can come. Next tokens
-are random ids, the same for both sides.
+A base and its fine-tunes share one copy a position (their experts are equal, so that the store is
+built soon). What is not an expert each tenant has of its own, and a step reads it for every tenant
+that is in it; so the bytes that a step must read, over the memory's rate, are the floor of each
+side, and bound how near the mixed batch can come. Next tokens are random ids, the same for both
+sides.
 """
 
 from __future__ import annotations
@@ -18,8 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Report, Spread, add_output, machine, memory_bandwidth, peak_rss_gib, ratios, write_output
-from benchmarks.switch_shape import SwitchShape, add_switch_shape, switch_shape_of, write_random_switch
+from benchmarks.common import (
+    Report,
+    Spread,
+    add_output,
+    machine,
+    memory_bandwidth,
+    peak_rss_gib,
+    ratios,
+    write_output,
+)
+from benchmarks.switch_shape import (
+    SwitchShape,
+    add_switch_shape,
+    switch_shape_of,
+    write_random_switch,
+)
 from common import build_store
 from common.backend import Backend, Row
 from common.dtypes import BY_NAME
@@ -27,15 +43,18 @@ from jax_engine import load_backend
 
 
 class Side:
-    """Rows of some tenants that answer together. They begin anew for each measurement: a backend keeps rows of one
-    tenant in the same arrays, so those of the other side must be gone."""
+    """Rows of some tenants that answer together. They begin anew for each measurement: a backend
+    keeps rows of one tenant in the same arrays, so those of the other side must be gone."""
 
     def __init__(self, backend: Backend, names: Sequence[str], prompts: np.ndarray):
         self.backend, self.tenants = backend, len(set(names))
-        self.rows = [Row(n, tuple(p.tolist()), 1 << 20) for n, p in zip(names, prompts, strict=True)]
+        self.rows = [
+            Row(n, tuple(p.tolist()), 1 << 20) for n, p in zip(names, prompts, strict=True)
+        ]
 
     def steps(self, forced: np.ndarray) -> float:
-        """Seconds of a step, the mean over int64 [steps, rows]; reading the prompts, and one step more, come before."""
+        """Seconds of a step, the mean over int64 [steps, rows]; reading the prompts, and one step
+        more, come before."""
         batch = self.backend.start(self.rows)
         batch.prefill(want_logits=False)
         batch.decode(forced[0], want_logits=False)
@@ -51,7 +70,9 @@ class Side:
         counts: list[int] = []
         seen: dict[int, set[int]] = defaultdict(set)
 
-        def look(tenant: str, layer: int, x: np.ndarray, expert_ids: np.ndarray, gates: np.ndarray) -> None:
+        def look(
+            tenant: str, layer: int, x: np.ndarray, expert_ids: np.ndarray, gates: np.ndarray
+        ) -> None:
             seen[layer] |= set(expert_ids[:, 0].tolist())
 
         batch = self.backend.start(self.rows)
@@ -81,7 +102,11 @@ def measure(args: argparse.Namespace, shape: SwitchShape, report: Report) -> Non
 
 
 def compare(
-    args: argparse.Namespace, shape: SwitchShape, report: Report, backend: Backend, names: Sequence[str]
+    args: argparse.Namespace,
+    shape: SwitchShape,
+    report: Report,
+    backend: Backend,
+    names: Sequence[str],
 ) -> None:
     import jax
 
@@ -92,7 +117,10 @@ def compare(
 
     stats = backend.stats()
     report.note(machine() + f", jax {jax.__version__}")
-    report.note(f"{shape}, {args.dtype}; experts {stats['experts']}, products {stats['products']}; {args.rows} rows")
+    report.note(
+        f"{shape}, {args.dtype}; experts {stats['experts']}, products {stats['products']}; "
+        f"{args.rows} rows"
+    )
     bandwidth = memory_bandwidth(args.bandwidth_bytes)
     report.note(f"memory read {bandwidth / 1e9:.1f} GB/s, of torch in this run")
     prompts = ids(args.rows, args.prompt)
@@ -112,7 +140,11 @@ def compare(
     forced = ids(args.steps, args.rows)
     for name, side in sides.items():
         hits[name] = side.experts_hit(forced)
-        weights = side.tenants * shape.step_weights(0) + shape.step_weights(hits[name]) - shape.step_weights(0)
+        weights = (
+            side.tenants * shape.step_weights(0)
+            + shape.step_weights(hits[name])
+            - shape.step_weights(0)
+        )
         floors[name] = weights * BY_NAME[args.dtype].itemsize / bandwidth
     (one, several) = sides
     for name in sides:
@@ -129,16 +161,23 @@ def compare(
             }
         )
     report.note(
-        f"{several}: {ratios(times[one], times[several]).median:.2f} of one tenant's throughput; the bytes allow "
+        f"{several}: {ratios(times[one], times[several]).median:.2f} of one tenant's throughput; "
+        "the bytes allow "
         f"{floors[one] / floors[several]:.2f}"
     )
     report.note(f"peak memory of the process: {peak_rss_gib():.2f} GiB")
 
 
 COLUMNS = (
-    "what", "tokens/s", "step, ms", "floor, ms", "step / floor", "experts hit", "throughput beside one tenant",
+    "what",
+    "tokens/s",
+    "step, ms",
+    "floor, ms",
+    "step / floor",
+    "experts hit",
+    "throughput beside one tenant",
     "of the floors",
-)  # fmt: skip
+)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -152,7 +191,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--prompt", type=int, default=32, help="tokens before decoding")
     parser.add_argument("--steps", type=int, default=6, help="of a measurement")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--scratch", help="folder for checkpoints and store (two models for each tenant)")
+    parser.add_argument(
+        "--scratch", help="folder for checkpoints and store (two models for each tenant)"
+    )
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
     args = parser.parse_args(argv)
     report = Report("Switch Transformer: several tenants in a batch beside one", COLUMNS)

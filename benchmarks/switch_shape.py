@@ -60,23 +60,31 @@ class SwitchShape:
         return 2 * self.d_model * self.d_ff
 
     def step_weights(self, experts_hit: float) -> float:
-        """Weights that a decode step reads: cross-attention's keys and values are cached, the head is the embedding."""
+        """Weights that a decode step reads: cross-attention's keys and values are cached, the head
+        is the embedding."""
         dense = self.num_layers - self.num_sparse_layers
         attention = self._attention * 3 // 2
         feed = (dense + self.num_sparse_layers * experts_hit) * self.expert_weights
         return self.num_layers * attention + feed + self.vocab_size * self.d_model
 
     def encoder_flops(self, tokens: int) -> float:
-        """Of the encoder's products and of the decoder's keys and values of the prompt; attention scores aside."""
+        """Of the encoder's products and of the decoder's keys and values of the prompt; attention
+        scores aside."""
         return 2 * tokens * self.num_layers * (self._attention * 3 / 2 + self.expert_weights)
 
 
 def write_random_switch(
-    path: Path, shape: SwitchShape, dtype: str, seed: int = 0, moved: float = 0.0, frozen_experts: bool = False
+    path: Path,
+    shape: SwitchShape,
+    dtype: str,
+    seed: int = 0,
+    moved: float = 0.0,
+    frozen_experts: bool = False,
 ) -> Path:
     """Write a random checkpoint. Routers spread tokens over experts.
 
-    moved: standard deviation, relative to the weights', of a second noise that is added with seed `seed`, to the same
+    moved: standard deviation, relative to the weights', of a second noise that is added with seed
+        `seed`, to the same
     first noise whatever the seed: a fine-tune. frozen_experts: to all but the experts.
     """
     family = FAMILIES["switch_transformers"]
@@ -86,7 +94,8 @@ def write_random_switch(
     path.mkdir(parents=True, exist_ok=True)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        # Each tensor repeats one block of noise from another start: fresh noise for gigabytes would take minutes.
+        # Each tensor repeats one block of noise from another start: fresh noise for gigabytes would
+        # take minutes.
         for number, (name, size) in enumerate(family.all_shapes(config).items()):
             count = int(np.prod(size))
             if name.endswith("layer_norm.weight"):
@@ -99,17 +108,22 @@ def write_random_switch(
             wide = "shared" in name or "router" in name
             std = 1.0 if wide else size[-1] ** -0.5 * (shape.d_kv**-0.5 if ".q." in name else 1)
             if ".wo." in name or ".o." in name:
-                std *= 0.2  # else what all tokens share grows with depth, and routers send them to few experts
+                # Else what all tokens share grows with depth, and routers send them to few experts.
+                std *= 0.2
             yield name, (values * np.float32(std)).astype(BY_NAME[dtype]).reshape(size)
 
     write_hugging_face(path, family.hf_config(config, dtype), tensors())
-    (path / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, "eos_token_id": 1}))
+    (path / "generation_config.json").write_text(
+        json.dumps({"decoder_start_token_id": 0, "eos_token_id": 1})
+    )
     return path
 
 
 def add_switch_shape(parser: argparse.ArgumentParser) -> None:
     for name, value in SwitchShape().__dict__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}"
+        )
 
 
 def switch_shape_of(args: argparse.Namespace) -> SwitchShape:

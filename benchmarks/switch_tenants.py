@@ -1,7 +1,9 @@
-"""Real sizes end to end: random fine-tunes of a Switch Transformer are built into a store, consolidated and served.
+"""Real sizes end to end: random fine-tunes of a Switch Transformer are built into a store,
+consolidated and served.
 
-Reports the build's time, the store's bytes, how long loading takes, first-token latency, what a tenant switch adds to
-it, compilations, and peak memory (of a fresh process that only serves, and of the build).
+Reports the build's time, the store's bytes, how long loading takes, first-token latency, what a
+tenant switch adds to it, compilations, and peak memory (of a fresh process that only serves, and of
+the build).
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Report, Spread, add_output, machine, peak_rss_gib, write_output
-from benchmarks.switch_shape import SwitchShape, add_switch_shape, switch_shape_of, write_random_switch
+from benchmarks.switch_shape import (
+    SwitchShape,
+    add_switch_shape,
+    switch_shape_of,
+    write_random_switch,
+)
 from common import SamplingParams, build_store, load_engine
 
 COLUMNS = ("dtype", "what", "value")
@@ -56,7 +63,9 @@ def serve(store: str, dtype: str, prompt: int, rounds: int) -> dict[str, Any]:
         "switch": switch,
         "reconfiguration": reconfiguration,
         "compilations": stats["compilations"] - compiled,
-        "stats": {k: stats[k] for k in ("pool_bytes", "non_expert_bytes", "experts", "products", "dtype")},
+        "stats": {
+            k: stats[k] for k in ("pool_bytes", "non_expert_bytes", "experts", "products", "dtype")
+        },
         "peak": peak_rss_gib(),
     }
 
@@ -67,7 +76,9 @@ def in_fresh_process(function: str, *args: Any) -> Any:
         "import json, sys; from benchmarks import switch_tenants as module; "
         f"print(json.dumps(module.{function}(*json.loads(sys.argv[1]))))"
     )
-    out = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, check=False)
+    out = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, check=False
+    )
     if out.returncode:
         raise RuntimeError(out.stderr[-2000:])
     return json.loads(out.stdout.splitlines()[-1])
@@ -95,17 +106,28 @@ def measure(args: argparse.Namespace, shape: SwitchShape, dtype: str, report: Re
 
     about, stats = built["about"], served["stats"]
     gib = 2.0**30
-    add("tenants, positions, resident copies", f"{args.variants + 1}, {about['positions']}, {about['resident_copies']}")
-    add("as separate models -> shared, GiB", f"{about['bytes_before'] / gib:.2f} -> {about['bytes_after'] / gib:.2f}")
+    add(
+        "tenants, positions, resident copies",
+        f"{args.variants + 1}, {about['positions']}, {about['resident_copies']}",
+    )
+    add(
+        "as separate models -> shared, GiB",
+        f"{about['bytes_before'] / gib:.2f} -> {about['bytes_after'] / gib:.2f}",
+    )
     add("build, s; its peak memory, GiB", f"{built['seconds']:.1f}; {built['peak']:.2f}")
-    add("products; pool and tenants on the device, GiB", f"{stats['products']}; {stats['pool_bytes'] / gib:.2f}, "
-        f"{stats['non_expert_bytes'] / gib:.2f}")  # fmt: skip
+    add(
+        "products; pool and tenants on the device, GiB",
+        f"{stats['products']}; {stats['pool_bytes'] / gib:.2f}, "
+        f"{stats['non_expert_bytes'] / gib:.2f}",
+    )
     add("load, s; first call (compiles), s", f"{served['loaded']:.1f}; {served['first call']:.1f}")
     add("peak memory of serving (mapped files' pages counted), GiB", f"{served['peak']:.2f}")
     stay, switch = Spread.of(served["stay"]), Spread.of(served["switch"])
     add(f"first token, prompt {args.prompt}, same tenant again, ms", stay.scaled(1e3))
     add(f"first token, prompt {args.prompt}, another tenant than before, ms", switch.scaled(1e3))
-    part = Spread.of([r / t for r, t in zip(served["reconfiguration"], served["switch"], strict=True)])
+    part = Spread.of(
+        [r / t for r, t in zip(served["reconfiguration"], served["switch"], strict=True)]
+    )
     add("reconfiguration, microseconds", Spread.of(served["reconfiguration"]).scaled(1e6))
     add("reconfiguration, % of the first token's latency", part.scaled(100))
     add("compilations during the switches", served["compilations"])
@@ -115,11 +137,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_switch_shape(parser)
     add_output(parser)
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
     parser.add_argument("--variants", type=int, default=4, help="fine-tunes beside the base")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--scratch", help="folder for checkpoints and store (four times a model for each tenant)")
+    parser.add_argument(
+        "--scratch", help="folder for checkpoints and store (four times a model for each tenant)"
+    )
     args = parser.parse_args(argv)
     report = Report("Switch Transformer: a base and its fine-tunes from one store", COLUMNS)
     report.note(machine())

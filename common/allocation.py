@@ -1,11 +1,14 @@
-"""Where memory goes: how many copies of each position, whose or of what mixture, and which tenants keep residuals.
+"""Where memory goes: how many copies of each position, whose or of what mixture, and which tenants
+keep residuals.
 
-Every position has configurations (one copy, two, ... one for each tenant) with a loss for each tenant, and beside each
-copy every tenant has a curve: how much of its loss is left for how many bytes of residual. At a price of mu loss a
-byte each position has a best choice of its own, found by looking at all of its configurations; mu is then lowered, by
-bisection, until the budget is used. This is Lagrangian relaxation of a multiple-choice knapsack: what it finds is the
-best of all plans with as many bytes, and what another plan could gain with the bytes that are left over is at most mu
-times these (Everett 1963, theorem 1; bounds are given in `Allocation`).
+Every position has configurations (one copy, two, ... one for each tenant) with a loss for each
+tenant, and beside each
+copy every tenant has a curve: how much of its loss is left for how many bytes of residual. At a
+price of mu loss a byte each position has a best choice of its own, found by looking at all of its
+configurations; mu is then lowered, by bisection, until the budget is used. This is Lagrangian
+relaxation of a multiple-choice knapsack: what it finds is the best of all plans with as many bytes,
+and what another plan could gain with the bytes that are left over is at most mu times these
+(Everett 1963, theorem 1; bounds are given in `Allocation`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from common.residuals import ALIGNMENT, LOW_RANK, SIGN, Part
 
 # Tenants up to which all subsets of owners are tried.
 EXACT_TENANTS = 10
-# Prices at which a residual's curve is known: powers of 2^(1/2) around the loss of one byte's share.
+# Prices at which a residual's curve is known: powers of 2^(1/2) around the loss of one byte's
+# share.
 PRICES = 2.0 ** np.arange(-44, 12, 0.5)
 # Curves that are computed together, for memory's sake.
 ROWS_AT_ONCE = 512
@@ -34,8 +38,10 @@ class Config:
     """Copies of one position.
 
     mixes: float64 [copies, tenants], each a copy's weights of tenants (one 1: that tenant's own).
-    serves: int [tenants], index into them. losses: float64 [tenants]. curve: which set of residual curves.
-    fitted: whether copies of several tenants are fitted to their outputs, starting from the mixture.
+    serves: int [tenants], index into them. losses: float64 [tenants]. curve: which set of residual
+        curves.
+    fitted: whether copies of several tenants are fitted to their outputs, starting from the
+        mixture.
     """
 
     mixes: np.ndarray
@@ -48,8 +54,9 @@ class Config:
 def owned_configs(gram: np.ndarray, traffic: np.ndarray, most: int) -> list[Config]:
     """Best sets of 1, 2, ... `most` of the tenants' own copies at one position.
 
-    gram: float64 [T, T, T], see `Losses.gram`. All subsets are tried for up to 10 tenants; for more, copies are taken
-    away one by one, each time the one that is missed least, and exchanged as long as that helps.
+    gram: float64 [T, T, T], see `Losses.gram`. All subsets are tried for up to 10 tenants; for
+    more, copies are taken away one by one, each time the one that is missed least, and exchanged as
+    long as that helps.
     """
     count = len(traffic)
     single = np.einsum("tcc->tc", gram)  # loss of t with c's copy
@@ -90,11 +97,14 @@ def _owned(owners: np.ndarray, single: np.ndarray) -> Config:
     return Config(np.eye(single.shape[0])[owners], serves, losses, curve=1)
 
 
-def best_mix(gram: np.ndarray, members: Sequence[int], traffic: np.ndarray) -> tuple[np.ndarray, float]:
+def best_mix(
+    gram: np.ndarray, members: Sequence[int], traffic: np.ndarray
+) -> tuple[np.ndarray, float]:
     """Weights [T] of members that serve these members with the least loss, and that loss.
 
-    The least of `w^T A w` with `sum w = 1`, A the members' grams weighted by traffic, is `A^-1 1 / (1^T A^-1 1)`.
-    Members with a negative weight are left out of the mixture one by one, so that no noise is amplified.
+    The least of `w^T A w` with `sum w = 1`, A the members' grams weighted by traffic, is `A^-1 1 /
+    (1^T A^-1 1)`. Members with a negative weight are left out of the mixture one by one, so that no
+    noise is amplified.
     """
     return _mix_of(np.tensordot(traffic[list(members)], gram[list(members)], axes=1), members)
 
@@ -119,12 +129,15 @@ def _mix_of(whole: np.ndarray, members: Sequence[int]) -> tuple[np.ndarray, floa
 
 
 def merged_configs(gram: np.ndarray, traffic: np.ndarray, most: int) -> list[Config]:
-    """Mixtures for 1, 2, ... `most` groups of tenants: neighbours joined one pair at a time (agglomerative clustering),
-    each time the pair whose common mixture costs least (Ward 1963, with the loss for a distance)."""
+    """Mixtures for 1, 2, ... `most` groups of tenants: neighbours joined one pair at a time
+    (agglomerative clustering), each time the pair whose common mixture costs least (Ward 1963, with
+    the loss for a distance)."""
     count = len(traffic)
     groups: list[tuple[int, ...]] = [(t,) for t in range(count)]
     sums: dict[tuple[int, ...], np.ndarray] = {(t,): traffic[t] * gram[t] for t in range(count)}
-    mixes: dict[tuple[int, ...], tuple[np.ndarray, float]] = {(t,): (np.eye(count)[t], 0.0) for t in range(count)}
+    mixes: dict[tuple[int, ...], tuple[np.ndarray, float]] = {
+        (t,): (np.eye(count)[t], 0.0) for t in range(count)
+    }
     found = []
     while True:
         if len(groups) <= most:
@@ -151,7 +164,9 @@ def _merged(mixes: list[np.ndarray], groups: Sequence[tuple[int, ...]], gram: np
     for number, group in enumerate(groups):
         serves[list(group)] = number
     stacked = np.stack(mixes)
-    losses = np.array([max(0.0, float(stacked[s] @ gram[t] @ stacked[s])) for t, s in enumerate(serves)])
+    losses = np.array(
+        [max(0.0, float(stacked[s] @ gram[t] @ stacked[s])) for t, s in enumerate(serves)]
+    )
     return Config(stacked, serves, losses)
 
 
@@ -169,9 +184,11 @@ class Kinds:
 
 @dataclass(frozen=True)
 class Curve:
-    """What residuals leave of a tenant's loss at a position, at each of `PRICES` (loss 1, so prices are relative).
+    """What residuals leave of a tenant's loss at a position, at each of `PRICES` (loss 1, so prices
+    are relative).
 
-    nbytes: float64 [prices], rising as prices fall. left: float64 [prices], 1 where nothing is kept.
+    nbytes: float64 [prices], rising as prices fall. left: float64 [prices], 1 where nothing is
+        kept.
     """
 
     nbytes: np.ndarray
@@ -182,18 +199,20 @@ class Curve:
 def _levels(
     shape: tuple[int, ...], bits: tuple[int, ...]
 ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of bits that a component is worth at some price, from few to many; the bytes of a component in each;
-    what each keeps more of it than the one before; and the price at which it is worth that step, for a component of 1.
+    """Numbers of bits that a component is worth at some price, from few to many; the bytes of a
+    component in each; what each keeps more of it than the one before; and the price at which it is
+    worth that step, for a component of 1.
 
-    The others lie below the upper hull of what is kept over bytes: small rows are padded, so that 2 and 4 bits may
-    take as many bytes.
+    The others lie below the upper hull of what is kept over bytes: small rows are padded, so that 2
+    and 4 bits may take as many bytes.
     """
     hull: list[tuple[float, float, int]] = [(0.0, 0.0, 0)]
     for b in sorted(bits):
         cost, kept = float(Part("", LOW_RANK, b, 1).nbytes(shape)), 1 - LEFT[b]
         while len(hull) > 1 and (
             cost <= hull[-1][0]
-            or (kept - hull[-1][1]) / (cost - hull[-1][0]) >= (hull[-1][1] - hull[-2][1]) / (hull[-1][0] - hull[-2][0])
+            or (kept - hull[-1][1]) / (cost - hull[-1][0])
+            >= (hull[-1][1] - hull[-2][1]) / (hull[-1][0] - hull[-2][0])
         ):
             hull.pop()
         hull.append((cost, kept, b))
@@ -205,7 +224,8 @@ def _levels(
 class _Points:
     """What is best for each of some matrices of one shape at each of `PRICES`.
 
-    nbytes, gain: float64 [matrices, prices]. ranks: int [matrices, prices, levels], components in so many bits or
+    nbytes, gain: float64 [matrices, prices]. ranks: int [matrices, prices, levels], components in
+        so many bits or
     more, see `_levels`. sign: bool [matrices, prices].
     """
 
@@ -218,20 +238,26 @@ class _Points:
     def choice(self, matrix: int, price: int) -> Choice:
         more = [*self.ranks[matrix, price].tolist(), 0]
         counts = [(b, more[i] - more[i + 1]) for i, b in enumerate(self.bits)]
-        return Choice(tuple((b, n) for b, n in reversed(counts) if n), bool(self.sign[matrix, price]))
+        return Choice(
+            tuple((b, n) for b, n in reversed(counts) if n), bool(self.sign[matrix, price])
+        )
 
 
 def _points(spectra: Sequence[Spectrum], kinds: Kinds, itemsize: int) -> _Points:
-    """itemsize: bytes of a number of the store's type; no residual may take more than the matrix itself.
+    """itemsize: bytes of a number of the store's type; no residual may take more than the matrix
+    itself.
 
-    At every price nothing, signs, low rank, and low rank under signs are compared. How many components have how many
-    bits follows from the price alone, as a component's gain is its squared singular value times what bits keep of it.
-    Where that takes more than the matrix, it is as much as the lowest price above buys within it.
+    At every price nothing, signs, low rank, and low rank under signs are compared. How many
+    components have how many bits follows from the price alone, as a component's gain is its squared
+    singular value times what bits keep of it. Where that takes more than the matrix, it is as much
+    as the lowest price above buys within it.
     """
     shape, prices, count = spectra[0].shape, len(PRICES), len(spectra)
     most = shape[0] * shape[1] * itemsize
     sign_bytes = float(_aligned(Part("", SIGN, 1, sign_group(shape)).nbytes(shape)))
-    total, share = (np.array([getattr(s, name) for s in spectra])[:, None] for name in ("total", "sign"))
+    total, share = (
+        np.array([getattr(s, name) for s in spectra])[:, None] for name in ("total", "sign")
+    )
     zero = np.zeros((count, prices))
     options = [(zero, zero)]  # (bytes, gain), and below the ranks of each
     if kinds.sign:
@@ -265,11 +291,14 @@ def _points(spectra: Sequence[Spectrum], kinds: Kinds, itemsize: int) -> _Points
     chosen = ranks[0]
     for i in range(1, len(ranks)):
         chosen = np.where((best == i)[:, :, None], ranks[i], chosen)
-    return _Points(names, nbytes, gain, chosen, (best == 1) | (best == 3) if kinds.sign else best < 0)
+    return _Points(
+        names, nbytes, gain, chosen, (best == 1) | (best == 3) if kinds.sign else best < 0
+    )
 
 
 def choose(spectra: Sequence[Spectrum], price: float, kinds: Kinds, itemsize: int) -> list[Choice]:
-    """The best parts for each matrix when a byte costs `price`, one of `PRICES`, and the spectra's totals together are
+    """The best parts for each matrix when a byte costs `price`, one of `PRICES`, and the spectra's
+    totals together are
     the loss. itemsize: bytes of a number of the store's type."""
     index = int(np.abs(np.log(PRICES / price)).argmin())
     return [_points([s], kinds, itemsize).choice(0, index) for s in spectra]
@@ -280,7 +309,8 @@ def _aligned(nbytes: int) -> int:
 
 
 def curves(rows: Sequence[Sequence[Spectrum]], kinds: Kinds, itemsize: int) -> list[Curve]:
-    """Of tenants at positions, all of the same shapes; the totals of a row's spectra together count as loss 1."""
+    """Of tenants at positions, all of the same shapes; the totals of a row's spectra together count
+    as loss 1."""
     nothing = Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))
     totals = [sum(s.total for s in row) for row in rows]
     some = [i for i, total in enumerate(totals) if total > 0] if kinds.any else []
@@ -288,7 +318,9 @@ def curves(rows: Sequence[Sequence[Spectrum]], kinds: Kinds, itemsize: int) -> l
     for start in range(0, len(some), ROWS_AT_ONCE):
         part = some[start : start + ROWS_AT_ONCE]
         nbytes, gain = (np.zeros((len(part), len(PRICES))) for _ in range(2))
-        for column in zip(*([s.scaled(s.total / totals[i]) for s in rows[i]] for i in part), strict=True):
+        for column in zip(
+            *([s.scaled(s.total / totals[i]) for s in rows[i]] for i in part), strict=True
+        ):
             points = _points(column, kinds, itemsize)
             nbytes += points.nbytes
             gain += points.gain
@@ -304,11 +336,11 @@ def curve(spectra: Sequence[Spectrum], kinds: Kinds, itemsize: int) -> Curve:
 
 @dataclass(frozen=True)
 class Allocation:
-    """chosen: int [positions], which configuration. price: float64 [positions, tenants], at which each residual is
-    chosen (relative to its loss; infinite: none).
+    """chosen: int [positions], which configuration. price: float64 [positions, tenants], at which
+    each residual is chosen (relative to its loss; infinite: none).
 
-    losses: float64 [positions, tenants], predicted; nbytes: copies and residuals; bound: no plan of these
-    configurations and curves within the budget has less (traffic-weighted) loss than this.
+    losses: float64 [positions, tenants], predicted; nbytes: copies and residuals; bound: no plan of
+    these configurations and curves within the budget has less (traffic-weighted) loss than this.
     """
 
     chosen: np.ndarray
@@ -333,11 +365,13 @@ class Allocator:
         copy_bytes: int,
     ):
         self._traffic = traffic
-        # Positions may have fewer than others (nothing is fitted where nobody has samples): their first one stands in,
-        # and as the first of equals is taken, its repetitions never are.
+        # Positions may have fewer than others (nothing is fitted where nobody has samples): their
+        # first one stands in, and as the first of equals is taken, its repetitions never are.
         most = max(map(len, configs))
         configs = [[*row, *[row[0]] * (most - len(row))] for row in configs]
-        self._losses = np.array([[c.losses for c in row] for row in configs])  # [positions, configs, tenants]
+        self._losses = np.array(
+            [[c.losses for c in row] for row in configs]
+        )  # [positions, configs, tenants]
         self._counts = np.array([[len(c.mixes) for c in row] for row in configs])
         self._base = self._counts * float(copy_bytes)
         self._set = np.array([[c.curve for c in row] for row in configs])
@@ -346,15 +380,21 @@ class Allocator:
         if curves is not None:
             # [sets, positions, tenants, prices + 1], the last one for: no residual.
             nbytes, left = (
-                np.array([[[np.append(getattr(c, name), end) for c in row] for row in one] for one in curves])
+                np.array(
+                    [
+                        [[np.append(getattr(c, name), end) for c in row] for row in one]
+                        for one in curves
+                    ]
+                )
                 for name, end in (("nbytes", 0.0), ("left", 1.0))
             )
             self._point = _lower_envelope(nbytes, left)
             self._curves = nbytes, left
 
     def at(self, mu: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-        """Best choice at a price: chosen [positions], price index [positions, tenants], losses [positions, tenants],
-        bytes [positions], and the Lagrangian's value without the budget's term."""
+        """Best choice at a price: chosen [positions], price index [positions, tenants], losses
+        [positions, tenants], bytes [positions], and the Lagrangian's value without the budget's
+        term."""
         weighted = self._losses * self._traffic
         if self._curves is None:
             index = np.full(self._losses.shape, len(PRICES))
@@ -365,7 +405,10 @@ class Allocator:
             # Of a curve's points one of the two with the nearest prices is best.
             above = np.searchsorted(PRICES, relative)
             sets = self._set[:, :, None]
-            places = np.arange(len(weighted))[:, None, None], np.arange(weighted.shape[2])[None, None]
+            places = (
+                np.arange(len(weighted))[:, None, None],
+                np.arange(weighted.shape[2])[None, None],
+            )
             nearest = []
             for point in (above, np.maximum(above - 1, 0)):
                 nbytes = self._curves[0][sets, *places, point]
@@ -373,12 +416,20 @@ class Allocator:
                 nearest.append((nbytes, left, left * self._traffic + mu * nbytes))
             lower = nearest[1][2] < nearest[0][2]
             index = self._point[sets, *places, np.where(lower, np.maximum(above - 1, 0), above)]
-            nbytes, left = (np.where(lower, b, a) for a, b in zip(nearest[0][:2], nearest[1][:2], strict=True))
+            nbytes, left = (
+                np.where(lower, b, a) for a, b in zip(nearest[0][:2], nearest[1][:2], strict=True)
+            )
         value = (left * self._traffic).sum(axis=2) + mu * (self._base + nbytes.sum(axis=2))
         chosen = value.argmin(axis=1)
         rows = np.arange(len(chosen))
         total = self._base[rows, chosen] + nbytes[rows, chosen].sum(axis=1)
-        return chosen, index[rows, chosen], left[rows, chosen], total, float(value[rows, chosen].sum())
+        return (
+            chosen,
+            index[rows, chosen],
+            left[rows, chosen],
+            total,
+            float(value[rows, chosen].sum()),
+        )
 
     def copies(self, allocation: Allocation) -> list[int]:
         """Number of copies of each position in an allocation."""
@@ -391,7 +442,9 @@ class Allocator:
         """
         least = int(self._base.min(axis=1).sum())
         if budget < least:
-            raise PlanError(f"{budget} bytes are less than one copy of each position takes ({least})")
+            raise PlanError(
+                f"{budget} bytes are less than one copy of each position takes ({least})"
+            )
         low, high = 1e-30, 1e30  # too dear at high, over the budget at low
         if self.at(low)[3].sum() <= budget:
             high = low
@@ -406,8 +459,9 @@ class Allocator:
                     break
         chosen, index, losses, nbytes, value = self.at(high)
         bound = max(0.0, value - high * budget)
-        # Bytes that are left go, position by position, to what the next lower price would buy: in order of gain a byte
-        # as far as they reach, then to the one that still fits and gains most. So more bytes never gain less.
+        # Bytes that are left go, position by position, to what the next lower price would buy: in
+        # order of gain a byte as far as they reach, then to the one that still fits and gains most.
+        # So more bytes never gain less.
         after = self.at(min(low, high / 2**0.5))
         gain = ((losses - after[2]) * self._traffic).sum(axis=1)
         more = after[3] - nbytes
@@ -428,9 +482,9 @@ class Allocator:
 def _lower_envelope(nbytes: np.ndarray, left: np.ndarray) -> np.ndarray:
     """Makes every point of curves the best of all of its curve's points at its price, in place.
 
-    nbytes, left: [..., prices + 1], the last point at an infinite price. Returns which point each now is. Points are
-    best already where what a byte gains between neighbours lies between their prices; padding to whole words can
-    shift it.
+    nbytes, left: [..., prices + 1], the last point at an infinite price. Returns which point each
+    now is. Points are best already where what a byte gains between neighbours lies between their
+    prices; padding to whole words can shift it.
     """
     shape, count = nbytes.shape, len(PRICES)
     nbytes, left = nbytes.reshape(-1, count + 1), left.reshape(-1, count + 1)

@@ -1,10 +1,13 @@
 """What a tenant's experts see and what changing them does, measured on a few of its prompts.
 
-A tenant runs alone, with all its own experts, on its calibration examples. From the routing of every layer come
+A tenant runs alone, with all its own experts, on its calibration examples. From the routing of
+every layer come
 - how often each expert is picked, and the sum of its squared gates;
-- a sample of the inputs of each expert, with their gates: on these, other experts are compared with the tenant's own;
-- sensitivity: how much a squared error in a layer's output, of the kind that other tenants' experts make there, moves
-  the tenant's next-token distribution (Kullback-Leibler divergence a unit of squared error).
+- a sample of the inputs of each expert, with their gates: on these, other experts are compared with
+  the tenant's own;
+- sensitivity: how much a squared error in a layer's output, of the kind that other tenants' experts
+  make there, moves the tenant's next-token distribution (Kullback-Leibler divergence a unit of
+  squared error).
 """
 
 from __future__ import annotations
@@ -33,32 +36,41 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 
-# Inputs kept for each expert of a tenant, unless that takes more than so many bytes: then fewer, down to the least.
+# Inputs kept for each expert of a tenant, unless that takes more than so many bytes: then fewer,
+# down to the least.
 MOST_SAMPLES, LEAST_SAMPLES = 1024, 256
 SAMPLE_BYTES = 1 << 30
 # Scored tokens that sensitivities are measured on.
 SENSITIVITY_TOKENS = 2048
 # Bytes of logits held at once while they are compared.
 LOGITS_BYTES = 1 << 28
-# Bytes of experts that a tenant running alone keeps in memory; what does not fit is read again when it is needed.
+# Bytes of experts that a tenant running alone keeps in memory; what does not fit is read again when
+# it is needed.
 SPARE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and, if it is known, its answer. A text to be continued by nothing has an empty answer."""
+    """A prompt and, if it is known, its answer. A text to be continued by nothing has an empty
+    answer."""
 
     prompt: Prompt
     answer: Prompt | None = None
 
 
 def json_fault(error: ValueError) -> str:
-    """What is wrong with a line of JSON, without the number of the only line that the parser saw."""
-    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+    """What is wrong with a line of JSON, without the number of the only line that the parser
+    saw."""
+    return (
+        f"{error.msg} at character {error.pos + 1}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+    )
 
 
 def refused_pair(value: Mapping[str, Any]) -> str | None:
-    """What is wrong with a JSONL line that has two fields of which one would be ignored; None if nothing is."""
+    """What is wrong with a JSONL line that has two fields of which one would be ignored; None if
+    nothing is."""
     if "text" in value and "prompt" in value:
         return "has both prompt and text; keep prompt (with answer) or text, or write two lines"
     if "text" in value and "answer" in value:
@@ -95,7 +107,8 @@ class CalibrationSet:
         path = Path(path)
         examples = []
         try:
-            # Not splitlines(): a JSON string may hold characters that it takes for the end of a line.
+            # Not splitlines(): a JSON string may hold characters that it takes for the end of a
+            # line.
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"{path}: cannot be read: {error}") from error
@@ -106,11 +119,13 @@ class CalibrationSet:
                 value = json.loads(line)
             except ValueError as error:
                 raise RequestError(
-                    f"{path}, line {number}: not JSON ({json_fault(error)}); write one object a line"
+                    f"{path}, line {number}: not JSON ({json_fault(error)}); write one object a "
+                    "line"
                 ) from error
             if not isinstance(value, dict) or not ({"prompt", "text"} & set(value)):
                 raise RequestError(
-                    f'{path}, line {number}: expected {{"prompt": ...}}, {{"prompt": ..., "answer": ...}} or '
+                    f'{path}, line {number}: expected {{"prompt": ...}}, '
+                    '{"prompt": ..., "answer": ...} or '
                     '{"text": ...}'
                 )
             pair = refused_pair(value)
@@ -118,8 +133,14 @@ class CalibrationSet:
                 raise RequestError(f"{path}, line {number}: {pair}")
             prompt = value.get("prompt", value.get("text"))
             answer = value.get("answer", None if "prompt" in value else "")
-            if not isinstance(prompt, str) or not prompt or not (answer is None or isinstance(answer, str)):
-                raise RequestError(f"{path}, line {number}: prompt, answer and text are strings, and not empty")
+            if (
+                not isinstance(prompt, str)
+                or not prompt
+                or not (answer is None or isinstance(answer, str))
+            ):
+                raise RequestError(
+                    f"{path}, line {number}: prompt, answer and text are strings, and not empty"
+                )
             examples.append(Example(prompt, answer))
         if not examples:
             raise RequestError(f"{path}: holds no example; give at least one line")
@@ -130,11 +151,14 @@ class CalibrationSet:
 class Profile:
     """What was measured of one tenant.
 
-    tokens: number of tokens seen in each layer, int64 [layers] (Switch: encoder's and decoder's differ).
+    tokens: number of tokens seen in each layer, int64 [layers] (Switch: encoder's and decoder's
+        differ).
     counts: int64 [layers, experts], how many of them the expert was picked for.
     gate_squares: float64 [layers, experts], sum of squared gates over these.
-    inputs: float32 [rows, H], sampled inputs; gates: float32 [rows]; starts: int64 [layers * experts + 1], whose rows.
-    sensitivity: float64 [layers], divergence (nats a token) by squared error (a token); 0: not measured.
+    inputs: float32 [rows, H], sampled inputs; gates: float32 [rows]; starts: int64 [layers *
+        experts + 1], whose rows.
+    sensitivity: float64 [layers], divergence (nats a token) by squared error (a token); 0: not
+        measured.
     """
 
     tokens: np.ndarray
@@ -157,13 +181,17 @@ class Profile:
         expected = (spec.num_layers, spec.num_experts, spec.hidden_size)
         if found != expected:
             raise PlanError(
-                f"calibration of {tenant!r} is of {found[0]} layers with {found[1]} experts of width {found[2]}, the "
-                f"store's have {expected[0]}, {expected[1]} and {expected[2]}; measure it on this store"
+                f"calibration of {tenant!r} is of {found[0]} layers with {found[1]} experts of "
+                f"width {found[2]}, the "
+                f"store's have {expected[0]}, {expected[1]} and {expected[2]}; measure it on this "
+                "store"
             )
 
     def to_json(self, put: Callable[[np.ndarray], str]) -> dict[str, Any]:
         """For a manifest; arrays go through `put`, which returns an object's id."""
-        objects = {name: put(getattr(self, name)) for name in ("inputs", "gates") if len(self.inputs)}
+        objects = {
+            name: put(getattr(self, name)) for name in ("inputs", "gates") if len(self.inputs)
+        }
         return {
             "objects": objects,
             "rows": len(self.inputs),
@@ -172,14 +200,17 @@ class Profile:
 
     @classmethod
     def from_store(cls, store: Store, tenant: str) -> Profile | None:
-        """The profile that a store keeps of a tenant, None if it has none. Raises StoreError where it is damaged."""
+        """The profile that a store keeps of a tenant, None if it has none. Raises StoreError where
+        it is damaged."""
         value = store.manifest.calibration.get(tenant)
         if value is None:
             return None
         rows, hidden = int(value["rows"]), store.experts.hidden_size
         arrays = {"inputs": np.zeros((0, hidden), np.float32), "gates": np.zeros(0, np.float32)}
         for name, object_id in value["objects"].items():
-            ref = store.objects.ref(object_id, "float32", (rows, hidden) if name == "inputs" else (rows,))
+            ref = store.objects.ref(
+                object_id, "float32", (rows, hidden) if name == "inputs" else (rows,)
+            )
             arrays[name] = ref.map()  # not read: large models' inputs take a gigabyte a tenant
             store.objects.check(ref, arrays[name])
         tables = {name: np.array(value[name], dtype=kind) for name, kind in _TABLES.items()}
@@ -206,7 +237,9 @@ class _Recorder:
         self._kept: dict[tuple[int, int], list[tuple[float, np.ndarray, float]]] = {}
         self._hidden = hidden
 
-    def __call__(self, tenant: str, layer: int, x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> None:
+    def __call__(
+        self, tenant: str, layer: int, x: np.ndarray, ids: np.ndarray, gates: np.ndarray
+    ) -> None:
         self.tokens[layer] += len(x)
         for expert in np.unique(ids):
             rows, choices = np.nonzero(ids == expert)
@@ -216,7 +249,8 @@ class _Recorder:
             # A uniform sample: the rows with the smallest of random keys.
             kept = self._kept.setdefault((layer, int(expert)), [])
             kept += [
-                (float(k), x[r].copy(), float(w)) for k, r, w in zip(self._rng.random(len(rows)), rows, g, strict=True)
+                (float(k), x[r].copy(), float(w))
+                for k, r, w in zip(self._rng.random(len(rows)), rows, g, strict=True)
             ]
             if len(kept) > 2 * self._samples:
                 kept.sort(key=lambda row: row[0])
@@ -226,7 +260,9 @@ class _Recorder:
         starts, inputs, gates = [0], [], []
         for layer in range(self.counts.shape[0]):
             for expert in range(self.counts.shape[1]):
-                kept = sorted(self._kept.get((layer, expert), []), key=lambda row: row[0])[: self._samples]
+                kept = sorted(self._kept.get((layer, expert), []), key=lambda row: row[0])[
+                    : self._samples
+                ]
                 inputs += [row[1] for row in kept]
                 gates += [row[2] for row in kept]
                 starts.append(len(inputs))
@@ -241,9 +277,10 @@ class _Recorder:
 class Row:
     """Token ids to run, and which logits count.
 
-    An answer's last token is not among them: it is what the last logits are for. Decoder-only: prompt holds prompt and
-    answer, whose logits count from `first` on (a text's from 0). Encoder-decoder: the prompt, and the answer that the
-    decoder reads after its start token; all of the decoder's logits count.
+    An answer's last token is not among them: it is what the last logits are for. Decoder-only:
+    prompt holds prompt and answer, whose logits count from `first` on (a text's from 0).
+    Encoder-decoder: the prompt, and the answer that the decoder reads after its start token; all of
+    the decoder's logits count.
     """
 
     prompt: tuple[int, ...]
@@ -259,7 +296,9 @@ def rows_of(engine: Engine, tenant: str, examples: CalibrationSet) -> list[Row]:
     config = engine.store.config(tenant)
     missing = [i for i, e in enumerate(examples.examples) if e.answer is None]
     params = SamplingParams(max_new_tokens=examples.max_new_tokens)
-    generated = engine.generate_batch([(tenant, examples.examples[i].prompt) for i in missing], params)
+    generated = engine.generate_batch(
+        [(tenant, examples.examples[i].prompt) for i in missing], params
+    )
     found = dict(zip(missing, generated, strict=True))
     rows = []
     for i, example in enumerate(examples.examples):
@@ -268,12 +307,14 @@ def rows_of(engine: Engine, tenant: str, examples: CalibrationSet) -> list[Row]:
         else:
             prompt = _ids(engine, tenant, example.prompt)
             answer = _answer_ids(engine, tenant, example.answer)
-        # An answer's last token (end of sequence, or where the tenant was stopped) is foretold and never read: nothing
-        # comes after it when the tenant serves.
+        # An answer's last token (end of sequence, or where the tenant was stopped) is foretold and
+        # never read: nothing comes after it when the tenant serves.
         read = tuple(answer[:-1])
         if config.is_encoder_decoder:
             # The decoder reads a start token before the answer.
-            rows.append(Row(tuple(prompt[: config.max_positions]), read[: config.max_positions - 1], 0))
+            rows.append(
+                Row(tuple(prompt[: config.max_positions]), read[: config.max_positions - 1], 0)
+            )
         else:
             whole = (*prompt, *read)[: config.max_positions]
             rows.append(Row(tuple(whole), (), min(len(prompt), len(whole)) - 1 if answer else 0))
@@ -293,7 +334,8 @@ def _answer_ids(engine: Engine, tenant: str, answer: Prompt | None) -> tuple[int
 
 
 def iter_logits(engine: Engine, tenant: str, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-    """The scored logits of each row, float32 [positions, vocab]: as many as its answer, or its text, has tokens."""
+    """The scored logits of each row, float32 [positions, vocab]: as many as its answer, or its
+    text, has tokens."""
     config = engine.store.config(tenant)
     start = engine.start_id(tenant) if config.is_encoder_decoder else 0
     longest = max((max(len(r.prompt), len(r.answer) + 1) for r in rows), default=1)
@@ -318,13 +360,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def divergence(own: np.ndarray, served: np.ndarray) -> np.ndarray:
-    """Kullback-Leibler divergence KL(own || served) in nats: float64 [positions], from logits [positions, vocab]."""
+    """Kullback-Leibler divergence KL(own || served) in nats: float64 [positions], from logits
+    [positions, vocab]."""
     p, q = log_softmax(own), log_softmax(served)
     return np.asarray((np.exp(p) * (p - q)).sum(axis=-1))
 
 
 def alone(store: Store) -> Store:
-    """The store with no resident copy: every tenant computes with its own experts, read when they are needed."""
+    """The store with no resident copy: every tenant computes with its own experts, read when they
+    are needed."""
     spec = store.experts
     serving = np.full((len(store.tenants), spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
     plan = Plan("alone", store.tenants, spec.num_layers, spec.num_experts, (), serving)
@@ -332,7 +376,8 @@ def alone(store: Store) -> Store:
 
 
 def usual_samples(spec: ExpertSpec) -> int:
-    """Inputs kept for each expert of a tenant: as many as are of use to fits, or as `SAMPLE_BYTES` hold."""
+    """Inputs kept for each expert of a tenant: as many as are of use to fits, or as `SAMPLE_BYTES`
+    hold."""
     fitting = SAMPLE_BYTES // (4 * spec.hidden_size * spec.num_positions)
     return max(LEAST_SAMPLES, min(MOST_SAMPLES, fitting))
 
@@ -347,7 +392,8 @@ def calibrate(
 ) -> dict[str, Profile]:
     """Measure the tenants that have examples. Needs the engine of the store's family.
 
-    samples: inputs kept for each expert; None: `usual_samples`. Raises RequestError, EngineError, UnknownTenantError.
+    samples: inputs kept for each expert; None: `usual_samples`. Raises RequestError, EngineError,
+        UnknownTenantError.
     """
     from common.engine import load_engine  # which imports stores, whose builds import this
 
@@ -372,7 +418,11 @@ def calibrate(
                     pass
             sensitivity = _sensitivity(engine, store, tenant, rows)
             found[tenant] = Profile(
-                recorder.tokens, recorder.counts, recorder.gate_squares, **recorder.arrays(), sensitivity=sensitivity
+                recorder.tokens,
+                recorder.counts,
+                recorder.gate_squares,
+                **recorder.arrays(),
+                sensitivity=sensitivity,
             )
             advance()
     return found
@@ -394,7 +444,9 @@ class _Swap:
     def __init__(self, store: Store, tenant: str, layer: int):
         self._store, self._layer = store, layer
         others = [name for name in store.tenants if name != tenant]
-        self._owner = {e: others[(layer + e) % len(others)] for e in range(store.experts.num_experts)}
+        self._owner = {
+            e: others[(layer + e) % len(others)] for e in range(store.experts.num_experts)
+        }
         self._tenant = tenant
         self._weights: dict[tuple[str, int], dict[str, np.ndarray]] = {}
         self.squares, self.tokens = 0.0, 0
@@ -404,13 +456,17 @@ class _Swap:
             self._weights[tenant, expert] = self._store.own_expert(tenant, self._layer, expert)
         return self._weights[tenant, expert]
 
-    def __call__(self, tenant: str, layer: int, x: np.ndarray, ids: np.ndarray, gates: np.ndarray) -> np.ndarray | None:
+    def __call__(
+        self, tenant: str, layer: int, x: np.ndarray, ids: np.ndarray, gates: np.ndarray
+    ) -> np.ndarray | None:
         if layer != self._layer:
             return None
         change = np.zeros(x.shape, dtype=np.float32)
         for expert in np.unique(ids):
             rows, choices = np.nonzero(ids == expert)
-            mine, theirs = (self._expert(t, int(expert)) for t in (self._tenant, self._owner[int(expert)]))
+            mine, theirs = (
+                self._expert(t, int(expert)) for t in (self._tenant, self._owner[int(expert)])
+            )
             spec = self._store.experts
             difference = forward(spec, x[rows], theirs) - forward(spec, x[rows], mine)
             np.add.at(change, rows, gates[rows, choices][:, None] * difference)
@@ -437,5 +493,7 @@ def _sensitivity(engine: Engine, store: Store, tenant: str, rows: Sequence[Row])
             served = iter_logits(engine, tenant, chosen)
             total = [divergence(a, b) for a, b in zip(own, served, strict=True)]
         if swap.squares > 0:
-            found[layer] = float(np.concatenate(total).mean()) / (swap.squares / max(1, swap.tokens))
+            found[layer] = float(np.concatenate(total).mean()) / (
+                swap.squares / max(1, swap.tokens)
+            )
     return found

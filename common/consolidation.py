@@ -1,6 +1,7 @@
 """From distances and a budget to a plan: which copies are resident, and which of them serves whom.
 
-`plan_round_robin` is Algorithm 1 of arXiv 2505.06481; `plan_all` shares nothing but what is identical.
+`plan_round_robin` is Algorithm 1 of arXiv 2505.06481; `plan_all` shares nothing but what is
+identical.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from common.residuals import Residual
 
 MISS = -1
 MERGED = -2
-"""Owner of a copy that is no tenant's own: made from several tenants' weights, or one's that is no tenant any more."""
+"""Owner of a copy that is no tenant's own: made from several tenants' weights, or one's that is no
+tenant any more."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One resident copy: the weights that tenant number `owner` has at (layer, expert), or merged ones.
+    """One resident copy: the weights that tenant number `owner` has at (layer, expert), or merged
+    ones.
 
-    mix: of a merged copy that is a weighted sum of tenants' weights, the weight of each tenant; else empty.
+    mix: of a merged copy that is a weighted sum of tenants' weights, the weight of each tenant;
+        else empty.
     """
 
     layer: int
@@ -38,10 +42,12 @@ class Copy:
 class Plan:
     """Which copies are resident and which copy serves each tenant at each position. Immutable.
 
-    tenants: in the order they were given to build; `owner` and the first axis of `serving` index them.
+    tenants: in the order they were given to build; `owner` and the first axis of `serving` index
+        them.
     copies: the resident copies; a copy's index is its slot in the whole pool.
     serving: int32 [tenants, layers, experts], index into `copies`, -1 where the tenant misses.
-    residuals: what tenants add to the copies that serve them, at most one for a tenant and position.
+    residuals: what tenants add to the copies that serve them, at most one for a tenant and
+        position.
     """
 
     policy: str
@@ -56,7 +62,9 @@ class Plan:
         serving = np.array(self.serving, dtype=np.int32)
         expected = (len(self.tenants), self.num_layers, self.num_experts)
         if serving.shape != expected:
-            raise PlanError(f"serving is {serving.shape}, expected [tenants, layers, experts] = {expected}")
+            raise PlanError(
+                f"serving is {serving.shape}, expected [tenants, layers, experts] = {expected}"
+            )
         for i, copy in enumerate(self.copies):
             if not (
                 0 <= copy.layer < self.num_layers
@@ -65,7 +73,9 @@ class Plan:
             ):
                 raise PlanError(f"copy {i} {copy} lies outside {expected}")
             if copy.mix and (copy.owner != MERGED or len(copy.mix) != len(self.tenants)):
-                raise PlanError(f"copy {i} {copy} mixes {len(copy.mix)} tenants of {len(self.tenants)}")
+                raise PlanError(
+                    f"copy {i} {copy} mixes {len(copy.mix)} tenants of {len(self.tenants)}"
+                )
         if serving.size and (serving.min() < MISS or serving.max() >= len(self.copies)):
             raise PlanError(f"serving names a copy outside 0..{len(self.copies) - 1}")
         places = np.array([(c.layer, c.expert) for c in self.copies], dtype=np.int64).reshape(-1, 2)
@@ -74,7 +84,10 @@ class Plan:
         if wrong.any():
             tenant, layer, expert = served[wrong][0]
             copy = self.copies[serving[tenant, layer, expert]]
-            raise PlanError(f"tenant {self.tenants[tenant]!r} at {(int(layer), int(expert))} is served by {copy}")
+            raise PlanError(
+                f"tenant {self.tenants[tenant]!r} at {(int(layer), int(expert))} is served by "
+                f"{copy}"
+            )
         self._check_residuals(serving)
         serving.setflags(write=False)
         object.__setattr__(self, "serving", serving)
@@ -85,7 +98,9 @@ class Plan:
             place = (residual.tenant, residual.layer, residual.expert)
             inside = all(0 <= i < n for i, n in zip(place, serving.shape, strict=True))
             if not inside or serving[place] == MISS:
-                raise PlanError(f"a residual for (tenant, layer, expert) {place}, which no copy serves")
+                raise PlanError(
+                    f"a residual for (tenant, layer, expert) {place}, which no copy serves"
+                )
             if place in places:
                 raise PlanError(f"two residuals for (tenant, layer, expert) {place}")
             if not residual.parts:
@@ -98,7 +113,9 @@ class Plan:
         return isinstance(other, Plan) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
-        return hash((self.policy, self.tenants, self.copies, self.serving.tobytes(), self.residuals))
+        return hash(
+            (self.policy, self.tenants, self.copies, self.serving.tobytes(), self.residuals)
+        )
 
     @property
     def num_slots(self) -> int:
@@ -107,15 +124,18 @@ class Plan:
 
     @property
     def owner(self) -> np.ndarray:
-        """int [layers, experts]: the tenant whose copy is resident, -1 where none is, -2 (`MERGED`) for a merged one.
+        """int [layers, experts]: the tenant whose copy is resident, -1 where none is, -2 (`MERGED`)
+        for a merged one.
 
-        Raises PlanError if a position has several copies; `copies` and `serving` are the general form.
+        Raises PlanError if a position has several copies; `copies` and `serving` are the general
+        form.
         """
         owner = np.full((self.num_layers, self.num_experts), MISS, dtype=np.int64)
         for copy in self.copies:
             if owner[copy.layer, copy.expert] != MISS:
                 raise PlanError(
-                    f"position {(copy.layer, copy.expert)} has several copies, so it has no one owner; "
+                    f"position {(copy.layer, copy.expert)} has several copies, so it has no one "
+                    "owner; "
                     "use plan.copies and plan.serving"
                 )
             owner[copy.layer, copy.expert] = copy.owner
@@ -132,12 +152,16 @@ class Plan:
     def users(self, slot: int) -> tuple[int, ...]:
         """The tenants that a copy serves."""
         copy = self.copies[slot]
-        return tuple(int(t) for t in np.flatnonzero(self.serving[:, copy.layer, copy.expert] == slot))
+        return tuple(
+            int(t) for t in np.flatnonzero(self.serving[:, copy.layer, copy.expert] == slot)
+        )
 
     def weights_of(self, tenant: int, layer: int, expert: int) -> int:
-        """The tenant whose weights answer for `tenant` at a position: the copy's owner, or itself on a miss.
+        """The tenant whose weights answer for `tenant` at a position: the copy's owner, or itself
+        on a miss.
 
-        `MERGED` for a merged copy. Residuals are not considered; `Store.served_expert` has the weights themselves.
+        `MERGED` for a merged copy. Residuals are not considered; `Store.served_expert` has the
+        weights themselves.
         """
         slot = int(self.serving[tenant, layer, expert])
         return tenant if slot == MISS else self.copies[slot].owner
@@ -162,7 +186,9 @@ class Plan:
             "tenants": list(self.tenants),
             "num_layers": self.num_layers,
             "num_experts": self.num_experts,
-            "copies": [[c.layer, c.expert, c.owner, *([list(c.mix)] if c.mix else [])] for c in self.copies],
+            "copies": [
+                [c.layer, c.expert, c.owner, *([list(c.mix)] if c.mix else [])] for c in self.copies
+            ],
             "serving": self.serving.tolist(),
             "residuals": [r.to_json() for r in self.residuals],
         }
@@ -177,7 +203,12 @@ class Plan:
                 num_layers=int(value["num_layers"]),
                 num_experts=int(value["num_experts"]),
                 copies=tuple(
-                    Copy(int(c[0]), int(c[1]), int(c[2]), tuple(float(w) for w in c[3]) if len(c) > 3 else ())
+                    Copy(
+                        int(c[0]),
+                        int(c[1]),
+                        int(c[2]),
+                        tuple(float(w) for w in c[3]) if len(c) > 3 else (),
+                    )
                     for c in value["copies"]
                 ),
                 serving=np.array(value["serving"], dtype=np.int32).reshape(
@@ -191,23 +222,33 @@ class Plan:
             raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error
 
 
-def plan_round_robin(distance: ArrayLike, tenants: Sequence[str] | int, slots: int | None = None) -> Plan:
-    """The paper's layout: one copy a position, most similar positions first, owners in turn (Algorithm 1).
+def plan_round_robin(
+    distance: ArrayLike, tenants: Sequence[str] | int, slots: int | None = None
+) -> Plan:
+    """The paper's layout: one copy a position, most similar positions first, owners in turn
+    (Algorithm 1).
 
-    distance: [layers, experts], a position's score (the sum over all pairs of tenants, see `Distances.score`).
+    distance: [layers, experts], a position's score (the sum over all pairs of tenants, see
+        `Distances.score`).
     tenants: their names in order, or their number.
     slots: number of resident copies, at most layers * experts; None: every position.
 
-    Positions are sorted by score ascending, stable, ties in row-major order; position number i of that order gets the
-    copy of tenant i mod T, for i < slots. Raises PlanError for a score that is not a number or slots out of range.
+    Positions are sorted by score ascending, stable, ties in row-major order; position number i of
+    that order gets the copy of tenant i mod T, for i < slots. Raises PlanError for a score that is
+    not a number or slots out of range.
     """
     score = np.asarray(distance, dtype=np.float64)
     if score.ndim != 2 or score.size == 0:
         raise PlanError(f"distance is {list(score.shape)}, expected [layers, experts]")
     if not np.isfinite(score).all():
         layer, expert = np.argwhere(~np.isfinite(score))[0]
-        raise PlanError(f"distance at position ({layer}, {expert}) is {score[layer, expert]}; are the weights finite?")
-    names = tuple(f"tenant{i}" for i in range(tenants)) if isinstance(tenants, int) else tuple(tenants)
+        raise PlanError(
+            f"distance at position ({layer}, {expert}) is {score[layer, expert]}; are the weights "
+            "finite?"
+        )
+    names = (
+        tuple(f"tenant{i}" for i in range(tenants)) if isinstance(tenants, int) else tuple(tenants)
+    )
     if not names:
         raise PlanError("a plan needs at least one tenant")
     if len(set(names)) != len(names):
@@ -215,7 +256,8 @@ def plan_round_robin(distance: ArrayLike, tenants: Sequence[str] | int, slots: i
     num_slots = score.size if slots is None else slots
     if not 0 <= num_slots <= score.size:
         raise PlanError(
-            f"{num_slots} slots; this policy keeps at most one copy of each of the {score.size} positions, "
+            f"{num_slots} slots; this policy keeps at most one copy of each of the {score.size} "
+            "positions, "
             f"so give 0..{score.size}, or 'all' to share nothing"
         )
     order = np.argsort(score, axis=None, kind="stable")[:num_slots]
@@ -236,7 +278,9 @@ def plan_all(contents: ArrayLike, tenants: Sequence[str]) -> Plan:
     """
     groups = np.asarray(contents)
     if groups.ndim != 3 or groups.shape[0] != len(tenants):
-        raise PlanError(f"contents is {list(groups.shape)}, expected [{len(tenants)} tenants, layers, experts]")
+        raise PlanError(
+            f"contents is {list(groups.shape)}, expected [{len(tenants)} tenants, layers, experts]"
+        )
     _, num_layers, num_experts = groups.shape
     copies: list[Copy] = []
     serving = np.full(groups.shape, MISS, dtype=np.int32)

@@ -1,12 +1,15 @@
-"""What tenants ask for beside what the device can give, in rows of steps: whether one tenant's requests are a flood.
+"""What tenants ask for beside what the device can give, in rows of steps: whether one tenant's
+requests are a flood.
 
-A request takes a row for each token of its answer, and its prompt as many more as cost the same time.
+A request takes a row for each token of its answer, and its prompt as many more as cost the same
+time.
 
-What waits does not tell. A tenant that has most of the traffic of a device that keeps up with it may have a backlog for
-a while, and is best served at once; and holding a tenant to its share makes a backlog of its own, which must not be a
-reason to go on. So a tenant's backlog is counted as it were if the device had always done what it can at its best,
-fairly shared among those who have one (generalized processor sharing): a flood's grows for as long as it lasts, and
-everything else's comes back to nothing, whatever the scheduler did.
+What waits does not tell. A tenant that has most of the traffic of a device that keeps up with it
+may have a backlog for a while, and is best served at once; and holding a tenant to its share makes
+a backlog of its own, which must not be a reason to go on. So a tenant's backlog is counted as it
+were if the device had always done what it can at its best, fairly shared among those who have one
+(generalized processor sharing): a flood's grows for as long as it lasts, and everything else's
+comes back to nothing, whatever the scheduler did.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Demand:
         """It is `now`, and since the last time the device could do so much."""
         left = rows_per_s * max(0.0, now - self._at)
         self._at = max(self._at, now)
-        # In the order in which they come to an end; each leaves to the others what it does not need.
+        # In the order in which they come to an end; each leaves to the others what it does not
+        # need.
         total = sum(weight(n) for n in self.backlog)
         for name in sorted(self.backlog, key=lambda n: self.backlog[n] / weight(n)):
             done = min(self.backlog[name], left * weight(name) / total)
@@ -49,7 +53,9 @@ class Demand:
 
     def arrived(self, request: Request, token_rows: float) -> None:
         """After `passed`."""
-        self.backlog[request.tenant] = self.backlog.get(request.tenant, 0.0) + self.rows(request, token_rows)
+        self.backlog[request.tenant] = self.backlog.get(request.tenant, 0.0) + self.rows(
+            request, token_rows
+        )
         self._last[request.tenant] = request.taken_at
 
     def answered(self, request: Request) -> None:
@@ -72,9 +78,13 @@ class Demand:
     def rows(self, request: Request, token_rows: float) -> float:
         """What a request takes. token_rows: rows that cost as much as a token of a prompt.
 
-        Its answer's expected length is the part of what it asks for at most that its tenant's answers had so far, or
-        all tenants', or all of it.
+        Its answer's expected length is the part of what it asks for at most that its tenant's
+        answers had so far, or all tenants', or all of it.
         """
-        used = [self._used[request.tenant]] if request.tenant in self._used else list(self._used.values())
+        used = (
+            [self._used[request.tenant]]
+            if request.tenant in self._used
+            else list(self._used.values())
+        )
         part = sum(got for _, got, _ in used) / sum(asked for _, _, asked in used) if used else 1.0
         return request.max_new_tokens * part + token_rows * len(request.prompt)

@@ -1,8 +1,10 @@
-"""Tokens into text, one token at a time, so that the pieces add up to what the tokenizer says of the whole.
+"""Tokens into text, one token at a time, so that the pieces add up to what the tokenizer says of
+the whole.
 
-Two things make pieces differ from the whole. A token may hold a part of a character, or lose its space at the start
-of a text: so each token is decoded behind the tokens before it. And some tokenizers remove spaces from a finished text
-(`clean_up_tokenization_spaces`): so text that may still change is held back.
+Two things make pieces differ from the whole. A token may hold a part of a character, or lose its
+space at the start
+of a text: so each token is decoded behind the tokens before it. And some tokenizers remove spaces
+from a finished text (`clean_up_tokenization_spaces`): so text that may still change is held back.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ REPLACEMENT = "\ufffd"
 """What a tokenizer decodes an unfinished character to."""
 
 CONTEXT = 6
-"""Tokens that a new one is decoded behind. One would do for joining words; a character has up to four byte tokens."""
+"""Tokens that a new one is decoded behind. One would do for joining words; a character has up to
+four byte tokens."""
 
 MAX_UNFINISHED = 8
 """Tokens after which an unfinished character is taken for bytes that never become one."""
@@ -25,11 +28,15 @@ Decode = Callable[[Sequence[int]], str]
 class IncrementalDecoder:
     """Text of a growing sequence of tokens, in whole characters.
 
-    decode: the tokenizer's own, without clean-up. is_silent: whether a token adds no text wherever it stands, such as
-    a special token that is left out. prompt: tokens before the first one; their text is not given out.
+    decode: the tokenizer's own, without clean-up. is_silent: whether a token adds no text wherever
+        it stands, such as
+    a special token that is left out. prompt: tokens before the first one; their text is not given
+        out.
     """
 
-    def __init__(self, decode: Decode, is_silent: Callable[[int], bool], prompt: Sequence[int] = ()):
+    def __init__(
+        self, decode: Decode, is_silent: Callable[[int], bool], prompt: Sequence[int] = ()
+    ):
         self._decode, self._is_silent = decode, is_silent
         self._ids: list[int] = []
         self._read = 0
@@ -75,12 +82,17 @@ class IncrementalDecoder:
         return self._decode(self._ids)[len(self._known) :] if self._read < len(self._ids) else ""
 
     def push(self, token_id: int, last: bool = False) -> str:
-        """Take a token. Returns the text that is whole now. last: an unfinished character is given out as it is."""
+        """Take a token. Returns the text that is whole now. last: an unfinished character is given
+        out as it is."""
         if self._is_silent(token_id):
             return self.finish() if last else ""
         grown = self._grown(token_id)
         self._ids.append(token_id)
-        if grown.endswith(REPLACEMENT) and not last and len(self._ids) - self._read < MAX_UNFINISHED:
+        if (
+            grown.endswith(REPLACEMENT)
+            and not last
+            and len(self._ids) - self._read < MAX_UNFINISHED
+        ):
             return ""
         return self._take(grown)
 
@@ -93,7 +105,8 @@ class IncrementalDecoder:
         self._read = len(self._ids)
         self._known = grown
         if len(self._ids) > 2 * CONTEXT and not grown.endswith(REPLACEMENT):
-            # Begin the context at a character: decoders of byte tokens give up a run that begins inside of one.
+            # Begin the context at a character: decoders of byte tokens give up a run that begins
+            # inside of one.
             for start in range(len(self._ids) - CONTEXT, max(0, len(self._ids) - CONTEXT - 4), -1):
                 known = self._decode(self._ids[start:])
                 if known and not known.startswith(REPLACEMENT):
@@ -103,14 +116,16 @@ class IncrementalDecoder:
         return text
 
 
-# transformers' clean-up replaces " .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've" and " 're", each by itself
-# without its spaces (PreTrainedTokenizerBase.clean_up_tokenization). No replacement crosses a cut behind four
-# characters without a space, nor one between a space and the beginning of a word that none of them has.
+# transformers' clean-up replaces " .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've" and "
+# 're", each by itself without its spaces (PreTrainedTokenizerBase.clean_up_tokenization). No
+# replacement crosses a cut behind four characters without a space, nor one between a space and the
+# beginning of a word that none of them has.
 _CUT = re.compile(r"(?<=[^ ]{4})|(?<=[^ '] )(?=[^ .?!,'n])")
 
 
 class CleanUp:
-    """A tokenizer's `clean_up_tokenization` for a text that comes in pieces; gives out what can no longer change."""
+    """A tokenizer's `clean_up_tokenization` for a text that comes in pieces; gives out what can no
+    longer change."""
 
     def __init__(self, clean: Callable[[str], str]):
         self._clean = clean

@@ -17,9 +17,11 @@ BY_NAME: dict[str, np.dtype[Any]] = {
 
 
 def common_dtype(names: list[str]) -> str:
-    """The narrowest of the three types that holds every value of all named types: itself if one, else float32.
+    """The narrowest of the three types that holds every value of all named types: itself if one,
+    else float32.
 
-    bfloat16 and float16 together need float32: one has the larger exponent, the other the longer mantissa.
+    bfloat16 and float16 together need float32: one has the larger exponent, the other the longer
+    mantissa.
     """
     return names[0] if len(set(names)) == 1 else "float32"
 
@@ -29,8 +31,8 @@ def is_lossless(source: str, target: str) -> bool:
     return source == target or target == "float32"
 
 
-# Matrices of so many weights and more are compared and fitted in single precision: half the time, and still far finer
-# than what models of that size are stored in.
+# Matrices of so many weights and more are compared and fitted in single precision: half the time,
+# and still far finer than what models of that size are stored in.
 LARGE = 1 << 22
 
 
@@ -40,7 +42,8 @@ def working(size: int) -> np.dtype[Any]:
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
-    """The same values in float32. bfloat16 is widened by shifting bits, which is several times faster than a cast."""
+    """The same values in float32. bfloat16 is widened by shifting bits, which is several times
+    faster than a cast."""
     if array.dtype == np.float32:
         return array
     if array.dtype == BFLOAT16:

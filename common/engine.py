@@ -1,7 +1,8 @@
 """The one Python interface to every engine.
 
-An engine supplies a `Backend`: logits for sequences of tokens. Everything that a user sees (checking of requests,
-sampling, stopping, text, results, statistics) is here and in the modules that this one joins, once.
+An engine supplies a `Backend`: logits for sequences of tokens. Everything that a user sees
+(checking of requests, sampling, stopping, text, results, statistics) is here and in the modules
+that this one joins, once.
 """
 
 from __future__ import annotations
@@ -65,10 +66,12 @@ BACKENDS = {"mixtral": "torch", "switch_transformers": "jax"}
 
 
 class Engine:
-    """Answers for every tenant of a store. Make one with `load_engine`; a context manager, or call `close()`.
+    """Answers for every tenant of a store. Make one with `load_engine`; a context manager, or call
+    `close()`.
 
-    `generate`, `generate_batch` and `stream` run requests to their end. `submit`, `step` and `cancel` are what a
-    server drives them with; `common.serving.AsyncEngine` does so in a thread. Not for use by several threads at once.
+    `generate`, `generate_batch` and `stream` run requests to their end. `submit`, `step` and
+    `cancel` are what a server drives them with; `common.serving.AsyncEngine` does so in a thread.
+    Not for use by several threads at once.
     """
 
     def __init__(self, store: Store, backend: Backend, options: SchedulerOptions | None = None):
@@ -99,11 +102,16 @@ class Engine:
 
         One whose tokenizer cannot be loaded still answers prompts of token ids.
         """
-        failed = {name: text.failure for name, text in self._texts.items() if text.failure is not None}
-        return {name: why for name, why in (failed | self._unusable).items() if name in self.tenants}
+        failed = {
+            name: text.failure for name, text in self._texts.items() if text.failure is not None
+        }
+        return {
+            name: why for name, why in (failed | self._unusable).items() if name in self.tenants
+        }
 
     def load_texts(self) -> dict[str, str]:
-        """Load every tenant's tokenizer, so that no first request waits for it. Returns `unavailable`."""
+        """Load every tenant's tokenizer, so that no first request waits for it. Returns
+        `unavailable`."""
         for name in self.tenants:
             with suppress(TenantUnavailableError):
                 self._text(name)
@@ -121,11 +129,14 @@ class Engine:
         return self.store.plan
 
     def warm_up(self, prompt_tokens: int = 24, new_tokens: int = 16) -> None:
-        """Let the backend compile now what usual steps need, so that the first requests do not wait for it.
+        """Let the backend compile now what usual steps need, so that the first requests do not wait
+        for it.
 
-        Made-up prompts of so many tokens come, each time as many as are there already, while those answer, up to what
-        a step may hold: of the first tenant alone, then beside one of the second. Other lengths and mixtures are still
-        compiled when they come. For when there are no requests; `stats()["tenants"]` does not count it.
+        Made-up prompts of so many tokens come, each time as many as are there already, while those
+        answer, up to what
+        a step may hold: of the first tenant alone, then beside one of the second. Other lengths and
+        mixtures are still compiled when they come. For when there are no requests;
+        `stats()["tenants"]` does not count it.
         """
         backend, names, most = self._require_backend(), self.store.tenants, self.max_batch_size
         longest = min(map(backend.max_length, names[:2]))
@@ -137,8 +148,8 @@ class Engine:
 
     @staticmethod
     def _warm_up_with(backend: Backend, arrivals: list[list[Row]], more: Row, most: int) -> None:
-        """Steps in which some rows read while all before them answer, the last without any to read. Stops where memory
-        ends."""
+        """Steps in which some rows read while all before them answer, the last without any to read.
+        Stops where memory ends."""
         there = len(arrivals[0])
         while there < most:
             arrivals = [*arrivals, [more] * min(there, most - there)]
@@ -159,22 +170,26 @@ class Engine:
     def generate(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Generation:
         """Continue a prompt (text, or token ids) as the tenant would.
 
-        Raises UnknownTenantError, or RequestError for an empty or too long prompt, ids out of range, text without a
-        tokenizer.
+        Raises UnknownTenantError, or RequestError for an empty or too long prompt, ids out of
+        range, text without a tokenizer.
         """
         return self.generate_batch([(tenant, prompt)], params)[0]
 
     def generate_batch(
-        self, requests: Sequence[tuple[str, Prompt]], params: SamplingParams | Sequence[SamplingParams] = GREEDY
+        self,
+        requests: Sequence[tuple[str, Prompt]],
+        params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     ) -> list[Generation]:
-        """Answers in the order of the requests, which may name different tenants and are decoded together.
+        """Answers in the order of the requests, which may name different tenants and are decoded
+        together.
 
         params: one for all, or one for each. Every request is checked before the first is answered.
         """
         each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(requests):
             raise RequestError(
-                f"{len(each)} sampling params for {len(requests)} requests; give one for all, or one for each"
+                f"{len(each)} sampling params for {len(requests)} requests; give one for all, or "
+                "one for each"
             )
         made = [self._request(t, p, s) for (t, p), s in zip(requests, each, strict=True)]
         self._run_alone(made)
@@ -183,7 +198,8 @@ class Engine:
     def stream(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[str]:
         """Pieces of the answer's text as they become certain; no piece ends inside a character.
 
-        The request is checked when this is called, not at the first piece. Raises RequestError without a tokenizer.
+        The request is checked when this is called, not at the first piece. Raises RequestError
+        without a tokenizer.
         """
         pieces: list[str] = []
         request = self._request(tenant, prompt, params)
@@ -206,7 +222,8 @@ class Engine:
             self.cancel(request)
 
     def _run_alone(self, requests: Sequence[Request]) -> None:
-        """Run requests to their end. Nobody waits for one of them alone, so throughput is what counts."""
+        """Run requests to their end. Nobody waits for one of them alone, so throughput is what
+        counts."""
         try:
             for request in requests:
                 self._scheduler.add(request, bounded=False)
@@ -233,12 +250,15 @@ class Engine:
     ) -> Request:
         """Take a request, which `step` will advance together with all others that are there.
 
-        priority: smaller goes first among the tenant's own requests. deadline_s: seconds from now after which the
-        answer is worth nothing; what is not done then is ended. on_output: called by `step` with what is new.
+        priority: smaller goes first among the tenant's own requests. deadline_s: seconds from now
+        after which the answer is worth nothing; what is not done then is ended. on_output: called
+        by `step` with what is new.
 
         Raises as `generate` does, and OverloadedError.
         """
-        request = self.check(tenant, prompt, params, priority=priority, deadline_s=deadline_s, on_output=on_output)
+        request = self.check(
+            tenant, prompt, params, priority=priority, deadline_s=deadline_s, on_output=on_output
+        )
         self.enqueue(request)
         return request
 
@@ -252,7 +272,8 @@ class Engine:
         deadline_s: float | None = None,
         on_output: Callable[[Output], None] | None = None,
     ) -> Request:
-        """What `submit` takes, checked and turned into tokens, to be handed to `enqueue`; safe in another thread."""
+        """What `submit` takes, checked and turned into tokens, to be handed to `enqueue`; safe in
+        another thread."""
         if not is_whole(priority):
             raise RequestError(f"priority is {priority!r}; give a whole number, smaller goes first")
         if deadline_s is not None and (isinstance(deadline_s, bool) or not deadline_s > 0):
@@ -281,10 +302,11 @@ class Engine:
         return self._scheduler.has_work
 
     def step(self, *, alone: bool = False) -> bool:
-        """Advance requests by one step; their `on_output` is called. Returns whether there was anything to do.
+        """Advance requests by one step; their `on_output` is called. Returns whether there was
+        anything to do.
 
-        A request that fails has `error` set and is forgotten. alone: prompts are read in as large pieces as a step
-        takes, for callers that wait for all answers together.
+        A request that fails has `error` set and is forgotten. alone: prompts are read in as large
+        pieces as a step takes, for callers that wait for all answers together.
         """
         backend = self._require_backend()
         for request in self._scheduler.expired(time.perf_counter()):
@@ -300,12 +322,20 @@ class Engine:
             step = backend.step([part for _, part in parts])
         except Exception as error:
             for request, _ in parts:
-                self._fail(request, EngineError(f"a step of the engine failed ({type(error).__name__}: {error})"))
+                self._fail(
+                    request,
+                    EngineError(f"a step of the engine failed ({type(error).__name__}: {error})"),
+                )
             raise
         now = time.perf_counter()
         self._scheduler.done(parts, step, now)
         for (request, part), winner, logits, hits, misses in zip(
-            parts, step.token_ids.tolist(), step.logits, step.hits.tolist(), step.misses.tolist(), strict=True
+            parts,
+            step.token_ids.tolist(),
+            step.logits,
+            step.hits.tolist(),
+            step.misses.tolist(),
+            strict=True,
         ):
             counts = self._counts_of(request.tenant)
             counts["hits"] += hits
@@ -343,7 +373,8 @@ class Engine:
         self._fail(
             request,
             DeadlineError(
-                f"the deadline passed after {done} tokens of the answer; give it longer, or ask for fewer tokens",
+                f"the deadline passed after {done} tokens of the answer; give it longer, or ask "
+                "for fewer tokens",
                 output.generation,
             ),
         )
@@ -371,7 +402,8 @@ class Engine:
         counts["preemptions"] += request.preemptions
 
     def load(self) -> dict[str, Any]:
-        """Requests that run (have caches) and wait, in all and of each tenant, and what the caches hold."""
+        """Requests that run (have caches) and wait, in all and of each tenant, and what the caches
+        hold."""
         stats = self._require_backend().stats()
         tenants = {}
         for name in self.store.tenants:
@@ -387,14 +419,18 @@ class Engine:
         }
 
     def update(self, store: Store) -> None:
-        """Go on with a changed store between two steps: tenants added, tenants removed, another plan.
+        """Go on with a changed store between two steps: tenants added, tenants removed, another
+        plan.
 
-        Weights that did not change stay where they are, and so do requests. A tenant that is gone must have none: see
-        `retire`. Raises StoreError or EngineError, and then nothing has changed.
+        Weights that did not change stay where they are, and so do requests. A tenant that is gone
+        must have none: see `retire`. Raises StoreError or EngineError, and then nothing has
+            changed.
         """
         for name in self.store.tenants:
             if name not in store.tenants and self._scheduler.requests(name):
-                raise EngineError(f"tenant {name!r} has requests; retire it and wait until they are done")
+                raise EngineError(
+                    f"tenant {name!r} has requests; retire it and wait until they are done"
+                )
         self._require_backend().update(store)
         gone = set(self.store.tenants) - set(store.tenants)
         self.store = store
@@ -422,29 +458,41 @@ class Engine:
         decoder_input_ids: Any = None,
         attention_mask: Any = None,
     ) -> np.ndarray:
-        """Logits at every position, for tests and scoring: float32 [batch, seq, vocab], vocab the tenant's own.
+        """Logits at every position, for tests and scoring: float32 [batch, seq, vocab], vocab the
+        tenant's own.
 
-        input_ids: int [batch, seq], or rows of different lengths. attention_mask: int [batch, seq], 1 at the tokens,
-        padding on either side; padded positions are not computed and come back as 0.
-        decoder_input_ids: int [batch, seq], for encoder-decoder families, whose logits are at its positions.
+        input_ids: int [batch, seq], or rows of different lengths. attention_mask: int [batch, seq],
+        1 at the tokens, padding on either side; padded positions are not computed and come back as
+        0.
+        decoder_input_ids: int [batch, seq], for encoder-decoder families, whose logits are at its
+            positions.
         """
         backend = self._require_backend()
         rows = _rows(input_ids, "input_ids")
         places = [np.arange(len(row)) for row in rows]
         if attention_mask is not None:
             mask = [np.asarray(m).astype(bool) for m in attention_mask]
-            if len(mask) != len(rows) or any(len(m) != len(r) for m, r in zip(mask, rows, strict=True)):
+            if len(mask) != len(rows) or any(
+                len(m) != len(r) for m, r in zip(mask, rows, strict=True)
+            ):
                 raise RequestError("attention_mask has another shape than input_ids")
             places = [np.flatnonzero(m) for m in mask]
             if any(len(p) and p[-1] - p[0] + 1 != len(p) for p in places):
                 raise RequestError(
-                    "attention_mask has a gap; give 1 at adjacent tokens of a row and 0 before or after them"
+                    "attention_mask has a gap; give 1 at adjacent tokens of a row and 0 before or "
+                    "after them"
                 )
         if tenant not in self.tenants:
             raise UnknownTenantError(tenant, self.tenants)
         if self.store.config(tenant).is_encoder_decoder != (decoder_input_ids is not None):
-            what = "needs decoder_input_ids as well" if decoder_input_ids is None else "reads input_ids alone"
-            raise RequestError(f"family {self.store.family.name!r} {what}; give what its Hugging Face model takes")
+            what = (
+                "needs decoder_input_ids as well"
+                if decoder_input_ids is None
+                else "reads input_ids alone"
+            )
+            raise RequestError(
+                f"family {self.store.family.name!r} {what}; give what its Hugging Face model takes"
+            )
         prompts = [
             self._check_ids(tenant, [row[i] for i in place], "input_ids")
             for row, place in zip(rows, places, strict=True)
@@ -452,10 +500,13 @@ class Engine:
         decoder_rows = None
         if decoder_input_ids is not None:
             decoder_rows = [
-                self._check_ids(tenant, r, "decoder_input_ids") for r in _rows(decoder_input_ids, "decoder_input_ids")
+                self._check_ids(tenant, r, "decoder_input_ids")
+                for r in _rows(decoder_input_ids, "decoder_input_ids")
             ]
             if len(decoder_rows) != len(rows):
-                raise RequestError(f"{len(decoder_rows)} rows of decoder_input_ids for {len(rows)} of input_ids")
+                raise RequestError(
+                    f"{len(decoder_rows)} rows of decoder_input_ids for {len(rows)} of input_ids"
+                )
         found = backend.logits(tenant, prompts, decoder_rows)
         if decoder_rows is not None:
             places = [np.arange(len(r)) for r in decoder_rows]
@@ -476,32 +527,47 @@ class Engine:
         return self._text(tenant).encode(text, add_special_tokens)
 
     def answer_ids(self, tenant: str, text: str) -> list[int]:
-        """Token ids of a text as the tenant would answer it: of special tokens only the end-of-sequence one."""
+        """Token ids of a text as the tenant would answer it: of special tokens only the
+        end-of-sequence one."""
         return self._text(tenant).encode_answer(text)
 
     def start_id(self, tenant: str) -> int:
-        """The token that answers of an encoder-decoder tenant are decoded from. Raises RequestError for others."""
+        """The token that answers of an encoder-decoder tenant are decoded from. Raises RequestError
+        for others."""
         found = self._require_backend().start_id(tenant) if tenant in self.tenants else None
         if found is None:
-            raise RequestError(f"tenant {tenant!r} has no decoder start token; its answers go on from the prompt")
+            raise RequestError(
+                f"tenant {tenant!r} has no decoder start token; its answers go on from the prompt"
+            )
         return found
 
-    def detokenize(self, tenant: str, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids, with special tokens or without. Raises RequestError without a tokenizer."""
+    def detokenize(
+        self, tenant: str, token_ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> str:
+        """Text of token ids, with special tokens or without. Raises RequestError without a
+        tokenizer."""
         tokenizer = self._text(tenant).require("token ids have no text")
-        return tokenizer.decode(self._check_ids(tenant, token_ids, "token_ids"), skip_special_tokens)
+        return tokenizer.decode(
+            self._check_ids(tenant, token_ids, "token_ids"), skip_special_tokens
+        )
 
     def apply_chat_template(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], add_special_tokens: bool = False, **options: Any
+        self,
+        tenant: str,
+        messages: Sequence[Mapping[str, Any]],
+        add_special_tokens: bool = False,
+        **options: Any,
     ) -> list[int]:
         """Token ids of a conversation in the tenant's chat template: a prompt for `generate`.
 
-        options: of transformers' `apply_chat_template`, such as `add_generation_prompt` (here true if not given),
-        `continue_final_message`, `documents`, and variables of the template.
+        options: of transformers' `apply_chat_template`, such as `add_generation_prompt` (here true
+        if not given), `continue_final_message`, `documents`, and variables of the template.
         """
         return self._text(tenant).chat(messages, add_special_tokens, **options)
 
-    def render_chat(self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render_chat(
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> str:
         """The text of what `apply_chat_template` turns into token ids."""
         return self._text(tenant).render(messages, **options)
 
@@ -520,10 +586,15 @@ class Engine:
         Raises RequestError without a tokenizer.
         """
         before = () if self.store.config(tenant).is_encoder_decoder else prompt
-        return self._text(tenant).require("token ids have no text").incremental(before, skip_special_tokens)
+        return (
+            self._text(tenant)
+            .require("token ids have no text")
+            .incremental(before, skip_special_tokens)
+        )
 
     def clean_up(self, tenant: str) -> CleanUp | None:
-        """What is done to a finished text, for the pieces that `detokenizer` gives; None if nothing is."""
+        """What is done to a finished text, for the pieces that `detokenizer` gives; None if nothing
+        is."""
         return self._text(tenant).require("token ids have no text").clean_up()
 
     def tokens(self, tenant: str, token_ids: Sequence[int]) -> list[str]:
@@ -539,17 +610,21 @@ class Engine:
         self._require_backend().observe(observer)
 
     def stats(self) -> dict[str, Any]:
-        """What the engine holds and has done: bytes by kind, hits, misses, fetches, reconfigurations.
+        """What the engine holds and has done: bytes by kind, hits, misses, fetches,
+        reconfigurations.
 
-        products: who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels (AVX-512 bf16)",
-        "oneDNN", "torch" or "XLA".
+        products: who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels
+        (AVX-512 bf16)", "oneDNN", "torch" or "XLA".
         tenants: for each of them what its requests came to since the engine was loaded.
         """
         tenants = {}
         for name in self.store.tenants:
             counts = self._counts_of(name)
             tenants[name] = {
-                "requests": {r: counts[f"finished_{r}"] for r in ("stop", "length", "abort", "deadline", "error")},
+                "requests": {
+                    r: counts[f"finished_{r}"]
+                    for r in ("stop", "length", "abort", "deadline", "error")
+                },
                 **{
                     k: counts[k]
                     for k in (
@@ -565,7 +640,11 @@ class Engine:
                 },
                 "reconfiguration_s": counts["reconfiguration_us"] / 1e6,
             }
-        return {**self._require_backend().stats(), "tenants": tenants, "preemptions": self._scheduler.preemptions}
+        return {
+            **self._require_backend().stats(),
+            "tenants": tenants,
+            "preemptions": self._scheduler.preemptions,
+        }
 
     def close(self) -> None:
         """Free the device. The engine cannot be used afterwards."""
@@ -577,7 +656,10 @@ class Engine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -613,7 +695,8 @@ class Engine:
             raise RequestError(f"{what} is empty; give at least one token")
         if len(checked) > config.max_positions:
             raise RequestError(
-                f"{what} has {len(checked)} tokens, tenant {tenant!r} has a context of {config.max_positions}; "
+                f"{what} has {len(checked)} tokens, tenant {tenant!r} has a context of "
+                f"{config.max_positions}; "
                 "shorten it"
             )
         return tuple(checked)
@@ -632,13 +715,16 @@ class Engine:
             try:
                 ids = list(prompt)
             except TypeError as error:
-                raise RequestError(f"the prompt is {prompt!r}; give text or a list of token ids") from error
+                raise RequestError(
+                    f"the prompt is {prompt!r}; give text or a list of token ids"
+                ) from error
         checked = self._check_ids(tenant, ids, "the prompt")
         config = self.store.config(tenant)
         length = min(backend.max_length(tenant), self.options.max_model_len or config.max_positions)
         if len(checked) > length:
             raise RequestError(
-                f"the prompt has {len(checked)} tokens, there is room for {length} of tenant {tenant!r} "
+                f"the prompt has {len(checked)} tokens, there is room for {length} of tenant "
+                f"{tenant!r} "
                 "(max_model_len, kv_cache_bytes); shorten it, or give the engine more"
             )
         room = length - (0 if config.is_encoder_decoder else len(checked))
@@ -649,19 +735,23 @@ class Engine:
             )
         if params.stop_strings and not text.has_tokenizer:
             raise RequestError(
-                f"tenant {tenant!r} has no tokenizer, so stop strings cannot be found; use stop_token_ids"
+                f"tenant {tenant!r} has no tokenizer, so stop strings cannot be found; use "
+                "stop_token_ids"
             )
         for token_id in params.logit_bias or {}:
             if not 0 <= token_id < config.vocab_size:
                 raise RequestError(
-                    f"logit_bias names token {token_id}, outside the vocabulary of tenant {tenant!r} "
+                    f"logit_bias names token {token_id}, outside the vocabulary of tenant "
+                    f"{tenant!r} "
                     f"(0..{config.vocab_size - 1})"
                 )
         return Request(
             tenant=tenant,
             prompt=checked,
             max_new_tokens=min(params.max_new_tokens, room),
-            params=replace(params, min_tokens=min(params.min_tokens, room)) if params.min_tokens > room else params,
+            params=replace(params, min_tokens=min(params.min_tokens, room))
+            if params.min_tokens > room
+            else params,
             text=text,
             taken_at=taken_at,
             is_encoder_decoder=config.is_encoder_decoder,
@@ -673,10 +763,15 @@ def _rows(ids: Any, what: str) -> list[list[int]]:
     rows = (
         ids.tolist()
         if hasattr(ids, "tolist")
-        else [list(r) if isinstance(r, Sequence) else getattr(r, "tolist", lambda r=r: r)() for r in ids]
+        else [
+            list(r) if isinstance(r, Sequence) else getattr(r, "tolist", lambda r=r: r)()
+            for r in ids
+        ]
     )
     if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):
-        raise RequestError(f"{what} must be [batch, seq]: a list of rows of token ids with at least one row")
+        raise RequestError(
+            f"{what} must be [batch, seq]: a list of rows of token ids with at least one row"
+        )
     return rows
 
 
@@ -692,7 +787,8 @@ def load_engine(
 ) -> Engine:
     """Load a store for inference.
 
-    backend: auto picks by family (mixtral: torch, switch_transformers: jax). device: auto takes a GPU if there is one.
+    backend: auto picks by family (mixtral: torch, switch_transformers: jax). device: auto takes a
+        GPU if there is one.
     dtype: auto is the store's; float32 or bfloat16 to override.
     scheduler: how requests share steps; max_batch_size: short for its `max_num_seqs`.
     options: the backend's own, see `torch_engine.TorchOptions` and `jax_engine.JaxOptions`.
@@ -703,7 +799,8 @@ def load_engine(
     wanted = BACKENDS[opened.family.name] if backend == "auto" else backend
     if wanted != BACKENDS[opened.family.name]:
         raise EngineError(
-            f"backend {backend!r} does not serve family {opened.family.name!r}; use {BACKENDS[opened.family.name]!r}"
+            f"backend {backend!r} does not serve family {opened.family.name!r}; use "
+            f"{BACKENDS[opened.family.name]!r}"
         )
     chosen = scheduler or SchedulerOptions()
     if max_batch_size is not None:
@@ -720,7 +817,9 @@ def _torch_backend(store: Store, **options: Any) -> Backend:
     try:
         import torch_engine.backend
     except ImportError as error:
-        raise EngineError(f"the torch backend is not installed ({error}); run: pip install 'moetel[torch]'") from error
+        raise EngineError(
+            f"the torch backend is not installed ({error}); run: pip install 'moetel[torch]'"
+        ) from error
     return torch_engine.load_backend(store, **options)
 
 
@@ -728,5 +827,7 @@ def _jax_backend(store: Store, **options: Any) -> Backend:
     try:
         import jax_engine.backend
     except ImportError as error:
-        raise EngineError(f"the jax backend is not installed ({error}); run: pip install 'moetel[jax]'") from error
+        raise EngineError(
+            f"the jax backend is not installed ({error}); run: pip install 'moetel[jax]'"
+        ) from error
     return jax_engine.load_backend(store, **options)

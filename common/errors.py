@@ -1,14 +1,17 @@
-"""The few exceptions that users of Moetel meet. Each message names what is at fault and says how to mend it."""
+"""The few exceptions that users of Moetel meet. Each message names what is at fault and says how to
+mend it."""
 
 from __future__ import annotations
 
 
 class MoetelError(Exception):
-    """Base of every error that Moetel raises on purpose; the command line prints it without a traceback."""
+    """Base of every error that Moetel raises on purpose; the command line prints it without a
+    traceback."""
 
 
 class CheckpointError(MoetelError):
-    """A checkpoint that cannot be read: a missing or damaged file, a tensor of another shape, an unsupported config."""
+    """A checkpoint that cannot be read: a missing or damaged file, a tensor of another shape, an
+    unsupported config."""
 
 
 class StoreError(MoetelError):
@@ -36,7 +39,8 @@ class UnknownTenantError(RequestError, KeyError):
 class OverloadedError(RequestError):
     """Too many requests wait already.
 
-    waiting: how many; retry_after_s: seconds after which there is likely room, None if nothing is known.
+    waiting: how many; retry_after_s: seconds after which there is likely room, None if nothing is
+        known.
     """
 
     def __init__(self, message: str, waiting: int, retry_after_s: float | None = None):
@@ -57,7 +61,8 @@ class EngineError(MoetelError):
 
 
 class TenantUnavailableError(EngineError):
-    """A tenant of the store whose files cannot be used; the others are served. why: what is wrong, and the mend."""
+    """A tenant of the store whose files cannot be used; the others are served. why: what is wrong,
+    and the mend."""
 
     def __init__(self, tenant: str, why: str):
         super().__init__(f"tenant {tenant!r} cannot answer this: {why}")

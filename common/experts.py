@@ -1,7 +1,8 @@
 """What an expert computes, in numpy: for measuring what another expert in its place would change.
 
-Source: Mixtral (transformers, models/mixtral/modeling_mixtral.py): `w2 (act(w1 x) * (w3 x))`; Switch Transformer
-(models/switch_transformers/modeling_switch_transformers.py): `wo act(wi x)`, gated `wo (act(wi_0 x) * (wi_1 x))`.
+Source: Mixtral (transformers, models/mixtral/modeling_mixtral.py): `w2 (act(w1 x) * (w3 x))`;
+Switch Transformer (models/switch_transformers/modeling_switch_transformers.py): `wo act(wi x)`,
+gated `wo (act(wi_0 x) * (wi_1 x))`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Matrices = Mapping[str, np.ndarray]
 
 
 def inputs_and_output(spec: ExpertSpec) -> tuple[tuple[str, ...], str]:
-    """The projections that read the expert's input (the first goes through the activation), and the last one."""
+    """The projections that read the expert's input (the first goes through the activation), and the
+    last one."""
     names = [name for name, _ in spec.projections]
     last = "w2" if "w2" in names else "wo"
     return tuple(name for name in names if name != last), last
@@ -26,7 +28,9 @@ def inputs_and_output(spec: ExpertSpec) -> tuple[tuple[str, ...], str]:
 def _erf(x: np.ndarray) -> np.ndarray:
     """Abramowitz and Stegun, formula 7.1.26: within 1.5e-7."""
     t = 1 / (1 + 0.3275911 * np.abs(x))
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    series = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
     return np.asarray(np.sign(x) * (1 - series * np.exp(-x * x)))
 
 

@@ -1,9 +1,11 @@
-"""Residuals fitted to a difference of two matrices, and what they would gain, predicted from its singular values.
+"""Residuals fitted to a difference of two matrices, and what they would gain, predicted from its
+singular values.
 
-The error of a matrix is weighted by what is done with it: `sum_n a_n |d_n S|^2`, rows d_n of the error, `S S^T` the
-second moments of its inputs, a_n the weight of output n. For the last projection of an expert a_n = 1; for the ones
-before the activation a_n is how strongly output n acts on the expert's output, to first order. Truncating the singular
-value decomposition of `diag(a)^(1/2) D S` is then the best low rank (as SVD-LLM, arXiv 2403.07378, for one side).
+The error of a matrix is weighted by what is done with it: `sum_n a_n |d_n S|^2`, rows d_n of the
+error, `S S^T` the second moments of its inputs, a_n the weight of output n. For the last projection
+of an expert a_n = 1; for the ones before the activation a_n is how strongly output n acts on the
+expert's output, to first order. Truncating the singular value decomposition of `diag(a)^(1/2) D S`
+is then the best low rank (as SVD-LLM, arXiv 2403.07378, for one side).
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from common.experts import Matrices, inner, inputs_and_output, slope
 from common.families import ExpertSpec
 from common.residuals import LOW_RANK, SIGN, Part
 
-# Share of a component's squared singular value that is left when its vectors are kept in so many bits; measured with
-# `fit` below on Gaussian matrices (tests/common/test_fitting.py).
+# Share of a component's squared singular value that is left when its vectors are kept in so many
+# bits; measured with `fit` below on Gaussian matrices (tests/common/test_fitting.py).
 LEFT = {2: 0.3, 4: 0.04, 8: 3e-4, 16: 1e-7, 32: 1e-13}
 BITS = tuple(LEFT)
-# Step of the best uniform quantiser with so many bits, in standard deviations of a Gaussian (Max 1960, table II).
+# Step of the best uniform quantiser with so many bits, in standard deviations of a Gaussian (Max
+# 1960, table II).
 STEPS = {2: 0.9957, 4: 0.3352, 8: 0.0308}
-# Inputs up to which correlations between them are estimated: a few hundred samples say little of more.
+# Inputs up to which correlations between them are estimated: a few hundred samples say little of
+# more.
 MAX_MOMENTS = 2048
 # Rows of a large matrix on which it is estimated how much sign bits remove.
 SIGN_ROWS = 512
@@ -34,8 +38,8 @@ MAX_RANK = 128
 
 @dataclass(frozen=True)
 class Weighting:
-    """rows: float64 [out], a_n above. columns: float64 [in, in], S, or [in] where S is diagonal; None: all of `inputs`
-    inputs count the same."""
+    """rows: float64 [out], a_n above. columns: float64 [in, in], S, or [in] where S is diagonal;
+    None: all of `inputs` inputs count the same."""
 
     rows: np.ndarray
     columns: np.ndarray | None
@@ -43,15 +47,22 @@ class Weighting:
 
     @property
     def moments(self) -> np.ndarray | None:
-        """S S^T, [in, in]; None where it is diagonal, so that no input's error can be made good by another."""
-        return self.columns @ self.columns.T if self.columns is not None and self.columns.ndim == 2 else None
+        """S S^T, [in, in]; None where it is diagonal, so that no input's error can be made good by
+        another."""
+        return (
+            self.columns @ self.columns.T
+            if self.columns is not None and self.columns.ndim == 2
+            else None
+        )
 
     def times_moments(self, matrix: np.ndarray) -> np.ndarray:
         """[rows, in] times S S^T, in the matrix's type."""
         if self.columns is None:
             return matrix
         columns = self.columns.astype(matrix.dtype, copy=False)
-        return np.asarray(matrix * columns**2 if columns.ndim == 1 else matrix @ columns @ columns.T)
+        return np.asarray(
+            matrix * columns**2 if columns.ndim == 1 else matrix @ columns @ columns.T
+        )
 
     def times_columns(self, matrix: np.ndarray) -> np.ndarray:
         """[rows, in] times S, in the matrix's type."""
@@ -86,10 +97,12 @@ def plain(shape: tuple[int, ...]) -> Weighting:
 
 
 def second_moments(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """S, lower triangular, with `S S^T = E[w x x^T]` of the rows of x, shrunk towards its mean diagonal.
+    """S, lower triangular, with `S S^T = E[w x x^T]` of the rows of x, shrunk towards its mean
+    diagonal.
 
-    A few hundred samples do not fill the space: the fewer, the more of the estimate is replaced by a multiple of the
-    identity, so that directions which no sample shows still count. Beyond `MAX_MOMENTS` inputs only the diagonal, [in].
+    A few hundred samples do not fill the space: the fewer, the more of the estimate is replaced by
+    a multiple of the identity, so that directions which no sample shows still count. Beyond
+    `MAX_MOMENTS` inputs only the diagonal, [in].
     """
     count, size = x.shape
     w = weights.astype(np.float64)
@@ -103,7 +116,9 @@ def second_moments(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.cholesky(shrunk))
 
 
-def weightings(spec: ExpertSpec, weights: Matrices, x: np.ndarray, gates: np.ndarray) -> dict[str, Weighting]:
+def weightings(
+    spec: ExpertSpec, weights: Matrices, x: np.ndarray, gates: np.ndarray
+) -> dict[str, Weighting]:
     """How errors of each projection of an expert count, on sampled inputs x [n, H] with gates [n].
 
     Without samples all weights of a projection count the same.
@@ -115,7 +130,9 @@ def weightings(spec: ExpertSpec, weights: Matrices, x: np.ndarray, gates: np.nda
     squared = gates.astype(np.float64) ** 2
     into = second_moments(x, squared)
     hidden = inner(spec, x, weights)
-    found = {last: Weighting(np.ones(shapes[last][0]), second_moments(hidden, squared), shapes[last][1])}
+    found = {
+        last: Weighting(np.ones(shapes[last][0]), second_moments(hidden, squared), shapes[last][1])
+    }
     pre = x @ weights[names[0]].T
     act = slope(pre, spec.activation)
     columns = (weights[last].astype(np.float64) ** 2).sum(axis=0)
@@ -134,8 +151,9 @@ def weightings(spec: ExpertSpec, weights: Matrices, x: np.ndarray, gates: np.nda
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What residuals of one matrix can gain. values: float64 [r], squared singular values of the weighted difference,
-    descending; total: their sum with the ones beyond r; sign: share of it that one bit a weight removes."""
+    """What residuals of one matrix can gain. values: float64 [r], squared singular values of the
+    weighted difference, descending; total: their sum with the ones beyond r; sign: share of it that
+    one bit a weight removes."""
 
     shape: tuple[int, ...]
     values: np.ndarray
@@ -166,12 +184,16 @@ def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
         rows, counted = difference[some], weighting.of_rows(some)
     before = counted.loss(rows)
     after = counted.loss(rows - _sign_matrix(rows, counted)[2])
-    return Spectrum(difference.shape, values, total, max(0.0, 1 - after / before) if before > 0 else 0.0)
+    return Spectrum(
+        difference.shape, values, total, max(0.0, 1 - after / before) if before > 0 else 0.0
+    )
 
 
-def _top_singular(matrix: np.ndarray, rank: int = MAX_RANK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U [N, r], values [r], V^T [r, K] of the largest singular values; for large matrices by random projection with
-    two power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4)."""
+def _top_singular(
+    matrix: np.ndarray, rank: int = MAX_RANK
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U [N, r], values [r], V^T [r, K] of the largest singular values; for large matrices by random
+    projection with two power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4)."""
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= 4 * rank or min(matrix.shape) <= 512:
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
@@ -185,19 +207,28 @@ def _top_singular(matrix: np.ndarray, rank: int = MAX_RANK) -> tuple[np.ndarray,
     return (basis @ u)[:, :rank], s[:rank], vt[:rank]
 
 
-def _sign_matrix(difference: np.ndarray, weighting: Weighting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scales [groups], which signs are positive, and the matrix that they make, for little weighted error."""
+def _sign_matrix(
+    difference: np.ndarray, weighting: Weighting
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scales [groups], which signs are positive, and the matrix that they make, for little weighted
+    error."""
     group = sign_group(difference.shape)
     starts = np.arange(0, len(difference), group)
-    scale = np.add.reduceat(np.abs(difference).mean(axis=1), starts) / np.diff([*starts, len(difference)])
+    scale = np.add.reduceat(np.abs(difference).mean(axis=1), starts) / np.diff(
+        [*starts, len(difference)]
+    )
     moments, numbers = weighting.moments, difference
     if moments is not None:  # else a sign is that of the weight itself
         each = np.repeat(scale, group)[: len(difference)] + 1e-30
-        numbers = _round_columns(difference, 1, moments, np.broadcast_to(2 * each[:, None], difference.shape))[1]
+        numbers = _round_columns(
+            difference, 1, moments, np.broadcast_to(2 * each[:, None], difference.shape)
+        )[1]
     signs = np.where(numbers > 0, difference.dtype.type(1), difference.dtype.type(-1))
     # The scale that fits these signs best.
     behind = weighting.times_moments(signs)
-    above = np.add.reduceat(weighting.rows * (behind * difference).sum(axis=1, dtype=np.float64), starts)
+    above = np.add.reduceat(
+        weighting.rows * (behind * difference).sum(axis=1, dtype=np.float64), starts
+    )
     below = np.add.reduceat(weighting.rows * (behind * signs).sum(axis=1, dtype=np.float64), starts)
     scale = np.maximum(0, above / np.maximum(1e-300, below)).astype(BFLOAT16).astype(np.float64)
     each = np.repeat(scale, group)[: len(difference), None].astype(difference.dtype)
@@ -206,7 +237,8 @@ def _sign_matrix(difference: np.ndarray, weighting: Weighting) -> tuple[np.ndarr
 
 @dataclass(frozen=True)
 class Choice:
-    """Parts for one matrix: how many components in how many bits, most bits first, and whether signs come on top."""
+    """Parts for one matrix: how many components in how many bits, most bits first, and whether
+    signs come on top."""
 
     ranks: tuple[tuple[int, int], ...] = ()
     sign: bool = False
@@ -219,7 +251,8 @@ class Choice:
 def fit(
     difference: np.ndarray, weighting: Weighting, projection: str, choice: Choice
 ) -> tuple[list[Part], list[np.ndarray], np.ndarray]:
-    """Parts, their packed bytes, and what of the difference they leave: [out, in], in `working` type.
+    """Parts, their packed bytes, and what of the difference they leave: [out, in], in `working`
+    type.
 
     Each part is fitted to what the ones before it left, so later ones mend their rounding.
     """
@@ -250,7 +283,9 @@ def _scales(rows: np.ndarray, bits: int) -> np.ndarray:
     best, least = usual, np.full(len(rows), np.inf)
     for share in (0.0, 0.15, 0.3, 0.5, 0.75, 1.0):
         scale = usual ** (1 - share) * widest**share
-        error = ((rows - _rounded(rows / scale[:, None], bits)[1] * scale[:, None]) ** 2).sum(axis=1)
+        error = ((rows - _rounded(rows / scale[:, None], bits)[1] * scale[:, None]) ** 2).sum(
+            axis=1
+        )
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
     return np.asarray(best)
 
@@ -268,10 +303,12 @@ def _rounded(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def _round_columns(
     rows: np.ndarray, bits: int, moments: np.ndarray | None, scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and numbers (scales left out) of rows [R, n], for the least error `(r - q) moments (r - q)^T`.
+    """Codes and numbers (scales left out) of rows [R, n], for the least error `(r - q) moments (r -
+    q)^T`.
 
-    Numbers are rounded one column after another, and what rounding cost is made good in the columns to come (GPTQ,
-    arXiv 2210.17323, algorithm 1). Columns whose errors cost most come first, while many are left to make them good.
+    Numbers are rounded one column after another, and what rounding cost is made good in the columns
+    to come (GPTQ, arXiv 2210.17323, algorithm 1). Columns whose errors cost most come first, while
+    many are left to make them good.
     scale: [R, n]. moments: None where they are diagonal.
     """
     if moments is None or bits > 8:  # beyond 8 bits there is nothing to make good
@@ -292,7 +329,8 @@ def _round_columns(
 
 
 def _fit_low_rank(left: np.ndarray, weighting: Weighting, part: Part) -> np.ndarray:
-    """The packed part: v quantised first, u fitted to it exactly in the weighted norm, then quantised."""
+    """The packed part: v quantised first, u fitted to it exactly in the weighted norm, then
+    quantised."""
     white = weighting.white(left)
     _, _, vt = _top_singular(white, part.size)
     # Rows of v in the plain space: D ~ A^(-1/2) U S V^T C^(-1), C lower triangular.

@@ -1,7 +1,9 @@
-"""What a checkpoint says about generating: which tokens end an answer, where answers start, and how to sample.
+"""What a checkpoint says about generating: which tokens end an answer, where answers start, and how
+to sample.
 
-Three files may say it: generation_config.json, config.json and the tokenizer's. It is decided once, when a tenant is
-built into a store, and kept there; serving, export and statistics read what was decided.
+Three files may say it: generation_config.json, config.json and the tokenizer's. It is decided once,
+when a tenant is built into a store, and kept there; serving, export and statistics read what was
+decided.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from common.sampling import SamplingParams
 FILE = "generation_config.json"
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-"""Settings that become the server's defaults, as in vLLM (vllm/config/model.py, `get_diff_sampling_param`)."""
+"""Settings that become the server's defaults, as in vLLM (vllm/config/model.py,
+`get_diff_sampling_param`)."""
 
-# Settings of transformers' GenerationConfig that change answers, with the values at which they do nothing. None and
-# an empty list always do nothing.
+# Settings of transformers' GenerationConfig that change answers, with the values at which they do
+# nothing. None and an empty list always do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -61,11 +64,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class GenerationConfig:
     """What was decided for a tenant.
 
-    eos_token_ids: all that end an answer: of generation_config.json, config.json and the tokenizer, in this order.
+    eos_token_ids: all that end an answer: of generation_config.json, config.json and the tokenizer,
+        in this order.
     decoder_start_token_id: what answers of an encoder-decoder are decoded from.
-    forced_bos_token_id, forced_eos_token_id: an answer's first token, and its last one where it reaches its limit.
+    forced_bos_token_id, forced_eos_token_id: an answer's first token, and its last one where it
+        reaches its limit.
     sampling: defaults of the server, by name of `SamplingParams`.
-    unused: settings of generation_config.json that change transformers' answers and are not applied.
+    unused: settings of generation_config.json that change transformers' answers and are not
+        applied.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -79,7 +85,8 @@ class GenerationConfig:
 
     @property
     def token_ids(self) -> dict[str, Any]:
-        """The special tokens as generation_config.json writes them, those that are not set left out."""
+        """The special tokens as generation_config.json writes them, those that are not set left
+        out."""
         eos = list(self.eos_token_ids)
         ids = {
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
@@ -95,7 +102,10 @@ class GenerationConfig:
         """What people should know about it."""
         if not self.unused:
             return ()
-        return (f"{FILE}: not applied: {', '.join(self.unused)}; answers differ from transformers' generate()",)
+        return (
+            f"{FILE}: not applied: {', '.join(self.unused)}; answers differ from transformers' "
+            "generate()",
+        )
 
     def to_json(self) -> dict[str, Any]:
         return self.token_ids | {
@@ -107,7 +117,12 @@ class GenerationConfig:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> GenerationConfig:
         ids = {k: v for k, v in value.items() if k not in ("eos_token_id", "sampling", "unused")}
-        return cls(tuple(value["eos_token_id"]), **ids, sampling=value["sampling"], unused=tuple(value["unused"]))
+        return cls(
+            tuple(value["eos_token_id"]),
+            **ids,
+            sampling=value["sampling"],
+            unused=tuple(value["unused"]),
+        )
 
 
 def decide(
@@ -120,7 +135,8 @@ def decide(
 ) -> GenerationConfig:
     """Decide from a tenant's files.
 
-    path: its generation_config.json, None if it has none. default_eos: what a config.json without the field means.
+    path: its generation_config.json, None if it has none. default_eos: what a config.json without
+        the field means.
     tokenizer_eos: the tokenizer's end-of-sequence token. where: config.json, for errors.
     Raises CheckpointError that names file and field.
     """
@@ -164,7 +180,9 @@ def decide(
 
 def _error(where: str, field: str, value: Any, size: int) -> CheckpointError:
     many = ", or a list of them" if field == "eos_token_id" else ""
-    return CheckpointError(f"{where}: field {field!r} is {value!r}; expected a token id from 0 to {size - 1}{many}")
+    return CheckpointError(
+        f"{where}: field {field!r} is {value!r}; expected a token id from 0 to {size - 1}{many}"
+    )
 
 
 def _ids(value: Any, field: str, size: int, where: str) -> list[int]:
@@ -176,7 +194,9 @@ def _ids(value: Any, field: str, size: int, where: str) -> list[int]:
 
 def _known(given: Mapping[str, Any], raw: Mapping[str, Any], field: str, size: int) -> int | None:
     """A token that nothing here computes with: what is no id is passed over."""
-    return next((v for v in (given.get(field), raw.get(field)) if type(v) is int and 0 <= v < size), None)
+    return next(
+        (v for v in (given.get(field), raw.get(field)) if type(v) is int and 0 <= v < size), None
+    )
 
 
 def _sampling(given: Mapping[str, Any], where: str) -> dict[str, int | float]:
@@ -185,7 +205,9 @@ def _sampling(given: Mapping[str, Any], where: str) -> dict[str, int | float]:
         try:
             SamplingParams(**{name: value})
         except RequestError as error:
-            raise CheckpointError(f"{where}: {error}; mend the file, or leave the field out") from error
+            raise CheckpointError(
+                f"{where}: {error}; mend the file, or leave the field out"
+            ) from error
     return found
 
 

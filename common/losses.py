@@ -1,13 +1,16 @@
-"""What it would cost each tenant to be served by other weights at a position, predicted before anything is built.
+"""What it would cost each tenant to be served by other weights at a position, predicted before
+anything is built.
 
-The loss is the gate-weighted output error `E[g^2 |f_tenant(x) - f_copy(x)|^2]` a token, over the tokens that the
-tenant's own router sends to the position (the term that remains of REAP's analysis, arXiv 2510.13999, when tenants
-share a position and keep their routers), times the layer's measured sensitivity: an estimate of the divergence in nats.
+The loss is the gate-weighted output error `E[g^2 |f_tenant(x) - f_copy(x)|^2]` a token, over the
+tokens that the tenant's own router sends to the position (the term that remains of REAP's analysis,
+arXiv 2510.13999, when tenants share a position and keep their routers), times the layer's measured
+sensitivity: an estimate of the divergence in nats.
 
-A merged copy is a weighted sum of tenants' weights, `sum_c w_c W_c` with `sum_c w_c = 1`. For fine-tunes of one model
-its output is, to first order, the weighted sum of outputs, so that the loss of tenant t is the quadratic form
-`w^T Q_t w` with `Q_t[c, c'] = E[g^2 <f_c(x) - f_t(x), f_c'(x) - f_t(x)>]`. Without calibration the outputs are replaced
-by the weights themselves, and Q_t follows from the distances of pairs alone.
+A merged copy is a weighted sum of tenants' weights, `sum_c w_c W_c` with `sum_c w_c = 1`. For
+fine-tunes of one model its output is, to first order, the weighted sum of outputs, so that the loss
+of tenant t is the quadratic form `w^T Q_t w` with `Q_t[c, c'] = E[g^2 <f_c(x) - f_t(x), f_c'(x) -
+f_t(x)>]`. Without calibration the outputs are replaced by the weights themselves, and Q_t follows
+from the distances of pairs alone.
 """
 
 from __future__ import annotations
@@ -28,16 +31,18 @@ UNITS = ("squared distance", "squared error", "nats")
 
 @dataclass(frozen=True)
 class Losses:
-    """gram: float64 [tenants t, layers, experts, tenants c, tenants c'], the Q_t above, in the units of the loss.
+    """gram: float64 [tenants t, layers, experts, tenants c, tenants c'], the Q_t above, in the
+    units of the loss.
 
-    frequency: float64 [tenants, layers, experts], how often a token picks the expert; where calibration is absent,
-        top_k / experts.
-    scale: float64 [tenants, layers, experts]: the loss of any weights is so many times the sum of `g^2 |error|^2` over
-        the tenant's samples; where it has none (sampled false), of the squared differences of weights.
+    frequency: float64 [tenants, layers, experts], how often a token picks the expert; where
+        calibration is absent, top_k / experts.
+    scale: float64 [tenants, layers, experts]: the loss of any weights is so many times the sum of
+        `g^2 |error|^2` over the tenant's samples; where it has none (sampled false), of the squared
+        differences of weights.
     sampled: bool [tenants, layers, experts].
     measured: names of tenants whose losses rest on calibration.
-    unit: "nats"; "squared error" of outputs where no tenant's sensitivity is known (one that was calibrated when it was
-        alone, or beside its equals); "squared distance" without calibration.
+    unit: "nats"; "squared error" of outputs where no tenant's sensitivity is known (one that was
+        calibrated when it was alone, or beside its equals); "squared distance" without calibration.
     """
 
     tenants: tuple[str, ...]
@@ -53,12 +58,14 @@ class Losses:
         return np.asarray(np.einsum("tlecc->tlec", self.gram))
 
     def of(self, tenant: int, layer: int, expert: int, mix: np.ndarray) -> float:
-        """The loss of a tenant with a weighted sum of tenants' experts. mix: [tenants], summing to 1."""
+        """The loss of a tenant with a weighted sum of tenants' experts. mix: [tenants], summing to
+        1."""
         return float(mix @ self.gram[tenant, layer, expert] @ mix)
 
 
 def gram_of_distances(squared: np.ndarray) -> np.ndarray:
-    """Q_t from squared distances float64 [T, T]: `(d_tc^2 + d_tc'^2 - d_cc'^2) / 2`, float64 [T, T, T]."""
+    """Q_t from squared distances float64 [T, T]: `(d_tc^2 + d_tc'^2 - d_cc'^2) / 2`, float64 [T, T,
+    T]."""
     return np.asarray((squared[:, :, None] + squared[:, None, :] - squared[None]) / 2)
 
 
@@ -81,11 +88,16 @@ def losses_of_weights(distances: Distances, top_k: int) -> Losses:
             gram[:, layer, expert] = gram_of_distances(squared[layer, expert])
     scale = np.full((count, layers, experts), top_k / experts)
     gram *= top_k / experts
-    return Losses(distances.tenants, gram, scale, scale, np.zeros(scale.shape, dtype=bool), (), UNITS[0])
+    return Losses(
+        distances.tenants, gram, scale, scale, np.zeros(scale.shape, dtype=bool), (), UNITS[0]
+    )
 
 
-def measure_losses(store: Store, profiles: Mapping[str, Profile], progress: Progress = silent) -> Losses:
-    """Losses on calibration samples; tenants without a profile are judged by weights, scaled to the others.
+def measure_losses(
+    store: Store, profiles: Mapping[str, Profile], progress: Progress = silent
+) -> Losses:
+    """Losses on calibration samples; tenants without a profile are judged by weights, scaled to the
+    others.
 
     Memory: one expert, and every tenant's outputs on all tenants' samples of one position.
     """
@@ -103,17 +115,23 @@ def measure_losses(store: Store, profiles: Mapping[str, Profile], progress: Prog
                 samples = {name: profiles[name].sample(layer, expert) for name in measured}
                 x = np.concatenate([samples[name][0] for name in measured])
                 if len(x):
-                    outputs = np.stack([forward(spec, x, store.own_expert(name, layer, expert)) for name in names])
+                    outputs = np.stack(
+                        [forward(spec, x, store.own_expert(name, layer, expert)) for name in names]
+                    )
                 start = 0
                 for name in measured:
                     t, profile = names.index(name), profiles[name]
                     rows, gates = samples[name]
-                    frequency[t, layer, expert] = profile.counts[layer, expert] / max(1, profile.tokens[layer])
+                    frequency[t, layer, expert] = profile.counts[layer, expert] / max(
+                        1, profile.tokens[layer]
+                    )
                     if not len(rows):
                         continue
                     part = outputs[:, start : start + len(rows)]
                     start += len(rows)
-                    error = ((part - part[t]) * gates[:, None]).reshape(count, -1).astype(np.float64)
+                    error = (
+                        ((part - part[t]) * gates[:, None]).reshape(count, -1).astype(np.float64)
+                    )
                     # The sample stands for all tokens: by squared gates, as the loss weights them.
                     share = profile.gate_squares[layer, expert] / max(
                         1e-30, float((gates.astype(np.float64) ** 2).sum())
@@ -130,10 +148,16 @@ def measure_losses(store: Store, profiles: Mapping[str, Profile], progress: Prog
 
 
 def _sensitivity(profiles: Mapping[str, Profile], name: str, layer: int) -> float:
-    """A layer's; the tenant's median for a layer that could not be measured, and the others' for a tenant of which
+    """A layer's; the tenant's median for a layer that could not be measured, and the others' for a
+    tenant of which
     none could: in one plan all losses have one unit."""
     mine, others = profiles[name].sensitivity, [p.sensitivity for p in profiles.values()]
-    for found in (mine[layer : layer + 1], mine, np.array([o[layer] for o in others]), np.concatenate(others)):
+    for found in (
+        mine[layer : layer + 1],
+        mine,
+        np.array([o[layer] for o in others]),
+        np.concatenate(others),
+    ):
         if (found > 0).any():
             return float(np.median(found[found > 0]))
     return 1.0
@@ -154,8 +178,8 @@ def _scale_unsampled(
 ) -> None:
     """Loss by squared difference of weights where there are no samples.
 
-    An expert that calibration never picked counts as picked once, with its layer's usual error for a difference; a
-    tenant without calibration counts as the usual one of the others.
+    An expert that calibration never picked counts as picked once, with its layer's usual error for
+    a difference; a tenant without calibration counts as the usual one of the others.
     """
     traces, distances = (np.trace(a, axis1=3, axis2=4) for a in (gram, by_weights))
     everyone = _ratio(traces[sampled], distances[sampled]) or 1.0
@@ -165,6 +189,9 @@ def _scale_unsampled(
             picked = sampled[t, layer]
             picks = profiles[names[t]].counts[layer][picked]
             if picked.any():
-                usual = _ratio(traces[t, layer][picked] / picks, distances[t, layer][picked]) or everyone
+                usual = (
+                    _ratio(traces[t, layer][picked] / picks, distances[t, layer][picked])
+                    or everyone
+                )
         gram[t, layer, expert] = by_weights[t, layer, expert] * usual
         scale[t, layer, expert] *= usual

@@ -1,4 +1,5 @@
-"""Copies made from several tenants' experts of one position. Experts alone are merged; all else stays own."""
+"""Copies made from several tenants' experts of one position. Experts alone are merged; all else
+stays own."""
 
 from __future__ import annotations
 
@@ -11,13 +12,15 @@ from common.dtypes import working
 from common.experts import Matrices, forward, inner, inner_of, inputs_and_output, plus
 from common.families import ExpertSpec
 
-# How far fits may be held to the tenants' mixture, as shares of the mean diagonal of second moments.
+# How far fits may be held to the tenants' mixture, as shares of the mean diagonal of second
+# moments.
 RIDGES = (2.0, 0.5, 0.2, 0.08, 0.03, 0.01, 0.003)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs of one tenant's expert. x: float32 [n, H]; weights: float64 [n], what an error on each of them costs."""
+    """Inputs of one tenant's expert. x: float32 [n, H]; weights: float64 [n], what an error on each
+    of them costs."""
 
     x: np.ndarray
     weights: np.ndarray
@@ -25,8 +28,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Targets:
-    """What one tenant's own expert makes of its sample: float32 [n, out] before the activation, by projection, and
-    float32 [n, H] at the end. Every fit needs them, so they are computed once."""
+    """What one tenant's own expert makes of its sample: float32 [n, out] before the activation, by
+    projection, and float32 [n, H] at the end. Every fit needs them, so they are computed once."""
 
     before: Mapping[str, np.ndarray]
     output: np.ndarray
@@ -42,7 +45,8 @@ class Targets:
 
 
 def mixture(mix: np.ndarray, own: Mapping[int, Matrices]) -> dict[str, np.ndarray]:
-    """A weighted sum of tenants' experts. mix: [tenants]. Returns [out, in] of each projection, in `working` type."""
+    """A weighted sum of tenants' experts. mix: [tenants]. Returns [out, in] of each projection, in
+    `working` type."""
     used = [int(t) for t in np.flatnonzero(mix)]
     found = {}
     for name, matrix in own[used[0]].items():
@@ -60,15 +64,19 @@ def fit_matrix(
     towards: np.ndarray,
     ridge: float,
 ) -> np.ndarray:
-    """W [out, in] with the least `sum_i w_i |W x_i - y_i|^2 + ridge |W - towards|^2`, rows i of all tenants.
+    """W [out, in] with the least `sum_i w_i |W x_i - y_i|^2 + ridge |W - towards|^2`, rows i of all
+    tenants.
 
-    Solved for what is to be added to `towards`, in the smaller of the spaces of samples and of inputs. W has the type
-    of `towards`; sums of squares and the solution are in double precision whatever that is.
+    Solved for what is to be added to `towards`, in the smaller of the spaces of samples and of
+    inputs. W has the type of `towards`; sums of squares and the solution are in double precision
+    whatever that is.
     """
     dtype = towards.dtype
     x = np.concatenate(inputs).astype(dtype)
     every = np.concatenate(weights)
-    root = np.sqrt(every / max(float(every.mean()), 1e-300))[:, None].astype(dtype)  # only their ratios count
+    root = np.sqrt(every / max(float(every.mean()), 1e-300))[:, None].astype(
+        dtype
+    )  # only their ratios count
     wanted = (np.concatenate(targets).astype(dtype, copy=False) - x @ towards.T) * root
     x *= root
     exact = x.astype(np.float64, copy=False)
@@ -89,13 +97,15 @@ def least_squares(
     added: Mapping[int, Matrices] | None = None,
     targets: Mapping[int, Targets] | None = None,
 ) -> dict[str, np.ndarray]:
-    """One expert whose outputs are close to each tenant's own on that tenant's inputs: [out, in], in `working` type.
+    """One expert whose outputs are close to each tenant's own on that tenant's inputs: [out, in],
+    in `working` type.
 
-    The projections that read the input are fitted to the tenants' (RegMean, arXiv 2212.09849); the last one is fitted
-    to the tenants' outputs on what the fitted ones hand it, so it also mends their errors, where RegMean fits it to
-    the tenants' own on their own hidden values. What samples do not determine is as in the mixture. For the tenants of
-    `samples` only. added: what residuals will add to some projections of the copy for some tenants. targets: of these
-    samples, where they are known.
+    The projections that read the input are fitted to the tenants' (RegMean, arXiv 2212.09849); the
+    last one is fitted to the tenants' outputs on what the fitted ones hand it, so it also mends
+    their errors, where RegMean fits it to the tenants' own on their own hidden values. What samples
+    do not determine is as in the mixture. For the tenants of
+    `samples` only. added: what residuals will add to some projections of the copy for some tenants.
+    targets: of these samples, where they are known.
     """
     first, last = inputs_and_output(spec)
     added = added or {}
@@ -123,13 +133,16 @@ def least_squares(
     }
     copy = {name: found[name].astype(np.float32) for name in first}
     hidden = [inner(spec, samples[t].x, plus(copy, added.get(t, {}))) for t in tenants]
-    outputs = [less_added(known[t].output, h, t, last) for t, h in zip(tenants, hidden, strict=True)]
+    outputs = [
+        less_added(known[t].output, h, t, last) for t, h in zip(tenants, hidden, strict=True)
+    ]
     found[last] = fit_matrix(hidden, outputs, weights, start[last], ridge)
     return found
 
 
 def best_ridge(
-    spec: ExpertSpec, positions: Iterable[tuple[Mapping[int, Matrices], Mapping[int, Sample], np.ndarray]]
+    spec: ExpertSpec,
+    positions: Iterable[tuple[Mapping[int, Matrices], Mapping[int, Sample], np.ndarray]],
 ) -> float:
     """The one of `RIDGES` whose fits to every second sample leave the least error on the others.
 
@@ -137,9 +150,13 @@ def best_ridge(
     """
     totals = np.zeros(len(RIDGES))
     for own, samples, mix in positions:
-        halves = [{t: Sample(s.x[i::2], s.weights[i::2]) for t, s in samples.items()} for i in (0, 1)]
+        halves = [
+            {t: Sample(s.x[i::2], s.weights[i::2]) for t, s in samples.items()} for i in (0, 1)
+        ]
         whole = {t: Targets.of(spec, s.x, own[t]) for t, s in samples.items() if len(s.x)}
-        targets = [{t: known.of_rows(slice(i, None, 2)) for t, known in whole.items()} for i in (0, 1)]
+        targets = [
+            {t: known.of_rows(slice(i, None, 2)) for t, known in whole.items()} for i in (0, 1)
+        ]
         for number, ridge in enumerate(RIDGES):
             for seen, unseen in ((0, 1), (1, 0)):
                 fitted = least_squares(spec, own, halves[seen], mix, ridge, targets=targets[seen])

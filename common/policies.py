@@ -1,4 +1,5 @@
-"""Policies: from distances, losses and a budget to a plan, its merged copies and its residuals. By name, in POLICIES.
+"""Policies: from distances, losses and a budget to a plan, its merged copies and its residuals. By
+name, in POLICIES.
 
 docs/consolidation.md says what each does and what the tables say of it.
 """
@@ -29,7 +30,16 @@ from common.consolidation import MERGED, MISS, Copy, Plan, plan_round_robin
 from common.dtypes import BY_NAME, to_float32, working
 from common.errors import PlanError
 from common.experts import forward, inner, inputs_and_output, plus
-from common.fitting import Choice, Spectrum, Weighting, fit, plain, second_moments, spectrum, weightings
+from common.fitting import (
+    Choice,
+    Spectrum,
+    Weighting,
+    fit,
+    plain,
+    second_moments,
+    spectrum,
+    weightings,
+)
 from common.losses import Losses, measure_losses
 from common.merging import Sample, Targets, best_ridge, fit_matrix, least_squares, mixture
 from common.progress import Progress, silent
@@ -42,14 +52,17 @@ Matrix = dict[str, np.ndarray]
 
 # Positions on which the ridge of fits is chosen.
 RIDGE_POSITIONS = 6
-# How often a copy is fitted anew beside the residuals that were fitted to it, as long as that helps.
+# How often a copy is fitted anew beside the residuals that were fitted to it, as long as that
+# helps.
 REFITS = 2
-# Of each expert's samples every eighth is not fitted to, so that what is fitted can be judged: where there are fewer
-# samples than inputs, as of large models, fits have next to no error on samples that they have seen.
+# Of each expert's samples every eighth is not fitted to, so that what is fitted can be judged:
+# where there are fewer samples than inputs, as of large models, fits have next to no error on
+# samples that they have seen.
 HELD_OUT = 8
-# How far the last projection that would serve a tenant best is held to its own, as a share of what one sample's moments
-# add: the more samples, the less it is held. With little of it hundreds of samples are fitted too closely; what
-# cross-validation over them chose was too little for other texts (docs/consolidation.md).
+# How far the last projection that would serve a tenant best is held to its own, as a share of what
+# one sample's moments add: the more samples, the less it is held. With little of it hundreds of
+# samples are fitted too closely; what cross-validation over them chose was too little for other
+# texts (docs/consolidation.md).
 TARGET_RIDGE = 4.0
 
 
@@ -57,8 +70,8 @@ TARGET_RIDGE = 4.0
 class Policy:
     """How a policy chooses.
 
-    copies: "paper" (round robin), "owned" (tenants' own), "mean", "merged" (the mixture with the least loss) or
-        "fitted" (least squares on calibration inputs; the mixture without them).
+    copies: "paper" (round robin), "owned" (tenants' own), "mean", "merged" (the mixture with the
+        least loss) or "fitted" (least squares on calibration inputs; the mixture without them).
     several: whether bytes beyond one copy a position may go to further copies.
     kinds: residuals that it may use.
     """
@@ -75,28 +88,49 @@ class Policy:
 
 
 POLICIES: dict[str, Policy] = {
-    "round_robin": Policy("the paper's rule: one tenant's copy a position, owners in turn", "paper"),
-    "medoid": Policy("of tenants' own copies the one that serves the others best; more where it pays", "owned", True),
+    "round_robin": Policy(
+        "the paper's rule: one tenant's copy a position, owners in turn", "paper"
+    ),
+    "medoid": Policy(
+        "of tenants' own copies the one that serves the others best; more where it pays",
+        "owned",
+        True,
+    ),
     "mean": Policy("the plain mean of the tenants' experts", "mean"),
-    "merge": Policy("the mixture of tenants' experts with the least loss; more where it pays", "merged", True),
-    "fit": Policy("copies fitted to the outputs of all tenants' experts; more where it pays", "fitted", True),
-    "sign": Policy("fit, and residuals of one sign bit a weight where they pay", "fitted", True, Kinds((), True)),
-    "low_rank": Policy("fit, and low-rank residuals in 16 bits where they pay", "fitted", True, Kinds((16,), False)),
-    "residual": Policy("fit, and residuals of any kind and precision where they pay", "fitted", True, Kinds()),
+    "merge": Policy(
+        "the mixture of tenants' experts with the least loss; more where it pays", "merged", True
+    ),
+    "fit": Policy(
+        "copies fitted to the outputs of all tenants' experts; more where it pays", "fitted", True
+    ),
+    "sign": Policy(
+        "fit, and residuals of one sign bit a weight where they pay",
+        "fitted",
+        True,
+        Kinds((), True),
+    ),
+    "low_rank": Policy(
+        "fit, and low-rank residuals in 16 bits where they pay", "fitted", True, Kinds((16,), False)
+    ),
+    "residual": Policy(
+        "fit, and residuals of any kind and precision where they pay", "fitted", True, Kinds()
+    ),
 }
 
 
 DEFAULT_POLICY = "residual"
-# Extra bytes for each tenant where none are asked for, as a share of one model's expert bytes: 15 % for four tenants.
+# Extra bytes for each tenant where none are asked for, as a share of one model's expert bytes: 15 %
+# for four tenants.
 DEFAULT_EXTRA = 0.0375
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """losses: float64 [tenants], expected divergence in nats a token with calibration, else squared distance.
+    """losses: float64 [tenants], expected divergence in nats a token with calibration, else squared
+    distance.
 
-    unit: see `Losses.unit`. bound: no plan of the same candidates and bytes is predicted to have less than this
-    (traffic-weighted mean).
+    unit: see `Losses.unit`. bound: no plan of the same candidates and bytes is predicted to have
+    less than this (traffic-weighted mean).
     """
 
     losses: np.ndarray
@@ -109,7 +143,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A plan with the weights that it needs beside the tenants' own. See `common.store.set_plan`."""
+    """A plan with the weights that it needs beside the tenants' own. See
+    `common.store.set_plan`."""
 
     plan: Plan
     merged: Mapping[int, Matrix]
@@ -118,9 +153,11 @@ class Outcome:
 
 
 class Planner:
-    """Plans for one store, any policy and budget; what does not depend on the budget is computed once.
+    """Plans for one store, any policy and budget; what does not depend on the budget is computed
+    once.
 
-    traffic: tenant -> requests beside a tenant that is not named, which counts as 1. profiles: of calibrated tenants.
+    traffic: tenant -> requests beside a tenant that is not named, which counts as 1. profiles: of
+        calibrated tenants.
     known: what was measured before; used if it rests on the same weights, profiles and traffic.
     """
 
@@ -141,10 +178,14 @@ class Planner:
             known = Measurements(self._key, measure_losses(store, self.profiles, progress))
         self.losses: Losses = known.losses
         spec = store.experts
-        self._places = [(layer, e) for layer in range(spec.num_layers) for e in range(spec.num_experts)]
+        self._places = [
+            (layer, e) for layer in range(spec.num_layers) for e in range(spec.num_experts)
+        ]
         self._itemsize = BY_NAME[store.dtype].itemsize
         self._chosen_ridge = known.ridge
-        self._fitted = dict(known.fitted)  # position -> float64 [copies that are fitted, tenants], their losses
+        self._fitted = dict(
+            known.fitted
+        )  # position -> float64 [copies that are fitted, tenants], their losses
         self._spectra = dict(known.spectra)  # (curve set, position) -> of each tenant
         self._last: tuple[int, _Position] | None = None
         self._configs: dict[str, list[list[Config]]] = {}
@@ -161,7 +202,8 @@ class Planner:
     # Candidates.
 
     def _position(self, p: int) -> _Position:
-        """Weights and samples of a position; the last one is kept, as several steps in turn look at it."""
+        """Weights and samples of a position; the last one is kept, as several steps in turn look at
+        it."""
         if self._last is None or self._last[0] != p:
             self._last = (p, _Position(self, self._places[p]))
         return self._last[1]
@@ -169,7 +211,11 @@ class Planner:
     def _candidates(self, policy: Policy) -> list[list[Config]]:
         """Configurations of every position."""
         if policy.copies not in self._configs:
-            if policy.copies == "fitted" and self.losses.sampled.any() and len(self.store.tenants) > 1:
+            if (
+                policy.copies == "fitted"
+                and self.losses.sampled.any()
+                and len(self.store.tenants) > 1
+            ):
                 if len(self._fitted) < len(self._places):
                     _ = self._ridge  # before the candidates, as a step of its own
             with self.progress("finding candidates", len(self._places)) as advance:
@@ -189,8 +235,8 @@ class Planner:
             losses = np.maximum(0, np.einsum("c,tcd,d->t", mix, gram, mix))
             return [Config(mix[None], np.zeros(count, dtype=np.int64), losses)]
         merged = merged_configs(gram, self.traffic, count)
-        # One of the tenants' own as the only copy is a candidate too: where the others differ from it by a few
-        # components (a merged LoRA), residuals beside it are small.
+        # One of the tenants' own as the only copy is a candidate too: where the others differ from
+        # it by a few components (a merged LoRA), residuals beside it are small.
         found = [*merged, owned_configs(gram, self.traffic, 1)[0]]
         if copies == "fitted" and self.losses.sampled[:, *self._places[p]].any() and count > 1:
             fits = merged[:-1]  # the last one is a copy for each tenant
@@ -203,9 +249,13 @@ class Planner:
         return found
 
     def _loss_of_fits(self, p: int, config: Config) -> np.ndarray:
-        """float64 [tenants], with copies that are fitted to the tenants that each of the mixtures would serve."""
+        """float64 [tenants], with copies that are fitted to the tenants that each of the mixtures
+        would serve."""
         position = self._position(p)
-        weights = [position.copy(mix, np.flatnonzero(config.serves == i), True) for i, mix in enumerate(config.mixes)]
+        weights = [
+            position.copy(mix, np.flatnonzero(config.serves == i), True)
+            for i, mix in enumerate(config.mixes)
+        ]
         return np.array([position.loss(t, weights[int(i)]) for t, i in enumerate(config.serves)])
 
     @property
@@ -221,7 +271,9 @@ class Planner:
         mix = np.full(count, 1 / count)
         with self.progress("choosing how closely copies are fitted", len(spread)) as advance:
 
-            def positions() -> Iterator[tuple[Mapping[int, Matrix], Mapping[int, Sample], np.ndarray]]:
+            def positions() -> Iterator[
+                tuple[Mapping[int, Matrix], Mapping[int, Sample], np.ndarray]
+            ]:
                 for p in spread:  # one in memory at a time
                     position = self._position(int(p))
                     yield position.own, {t: position.weighted_sample(t) for t in everyone}, mix
@@ -235,7 +287,8 @@ class Planner:
     def _measure_spectra(self, configs: list[list[Config]]) -> None:
         """Spectra of what each tenant lacks beside the one copy of each configuration that has one.
 
-        Not beside a mixture where a copy was fitted: what serves tenants better leaves less for residuals too.
+        Not beside a mixture where a copy was fitted: what serves tenants better leaves less for
+        residuals too.
         """
         wanted = [
             (p, c)
@@ -250,8 +303,12 @@ class Planner:
         with self.progress("measuring residuals", len(wanted)) as advance:
             for p, config in wanted:
                 position = self._position(p)
-                copy = position.copy(config.mixes[0], np.arange(len(self.store.tenants)), config.fitted)
-                self._spectra[config.curve, p] = [position.spectra(t, copy) for t in range(len(self.store.tenants))]
+                copy = position.copy(
+                    config.mixes[0], np.arange(len(self.store.tenants)), config.fitted
+                )
+                self._spectra[config.curve, p] = [
+                    position.spectra(t, copy) for t in range(len(self.store.tenants))
+                ]
                 advance()
 
     def _curves(self, policy: Policy) -> list[list[list[Curve]]] | None:
@@ -260,7 +317,11 @@ class Planner:
         count = len(self.store.tenants)
         nothing = [Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))] * count
         known = [key for key in product(range(3), range(len(self._places))) if key in self._spectra]
-        drawn = curves([spectra for key in known for spectra in self._spectra[key]], policy.kinds, self._itemsize)
+        drawn = curves(
+            [spectra for key in known for spectra in self._spectra[key]],
+            policy.kinds,
+            self._itemsize,
+        )
         found = {key: drawn[i * count : (i + 1) * count] for i, key in enumerate(known)}
         return [[found.get((s, p), nothing) for p in range(len(self._places))] for s in range(3)]
 
@@ -275,7 +336,8 @@ class Planner:
         return Allocator(configs, self._curves(rule), self.traffic, self.store.copy_bytes)
 
     def plan(self, policy: str, slots: int | None = None, extra_bytes: int = 0) -> Outcome:
-        """One copy of `slots` positions (None: all), and what the policy does with `extra_bytes` beside them.
+        """One copy of `slots` positions (None: all), and what the policy does with `extra_bytes`
+        beside them.
 
         Raises PlanError, and StoreError where a file of the store is damaged.
         """
@@ -283,7 +345,9 @@ class Planner:
         spec = self.store.experts
         slots = spec.num_positions if slots is None else slots
         if not is_whole(slots) or not 0 <= slots <= spec.num_positions:
-            raise PlanError(f"slots is {slots!r}; give a whole number 0..{spec.num_positions}, or None for all")
+            raise PlanError(
+                f"slots is {slots!r}; give a whole number 0..{spec.num_positions}, or None for all"
+            )
         if not is_whole(extra_bytes) or extra_bytes < 0:
             raise PlanError(f"extra_bytes is {extra_bytes!r}; give a whole number of bytes from 0")
         if rule.copies == "paper":
@@ -291,17 +355,22 @@ class Planner:
             return Outcome(plan, {}, [], self.predict(plan))
         kept = self._kept_positions(rule, slots)
         allocator = (
-            self.allocator(policy) if rule.uses_extra and extra_bytes > 0 and slots == len(self._places) else None
+            self.allocator(policy)
+            if rule.uses_extra and extra_bytes > 0 and slots == len(self._places)
+            else None
         )
         configs = self._candidates(rule)
         if allocator is None:
-            chosen = [min(range(len(row)), key=lambda i: _single(row[i], self.traffic)) for row in configs]
+            chosen = [
+                min(range(len(row)), key=lambda i: _single(row[i], self.traffic)) for row in configs
+            ]
             return self._build(policy, configs, chosen, None, kept, None)
         found = allocator.allocate(slots * self.store.copy_bytes + extra_bytes)
         return self._build(policy, configs, found.chosen.tolist(), found, kept, rule.kinds)
 
     def _kept_positions(self, rule: Policy, slots: int) -> list[int]:
-        """Which positions are resident: those whose sharing costs least for every look-up that they save."""
+        """Which positions are resident: those whose sharing costs least for every look-up that they
+        save."""
         if slots == len(self._places):
             return list(range(slots))
         configs = self._candidates(rule)
@@ -330,7 +399,11 @@ class Planner:
             for p in kept:
                 place = self._places[p]
                 config = configs[p][chosen[p]]
-                prices = np.full(count, np.inf) if allocation is None or kinds is None else allocation.price[p]
+                prices = (
+                    np.full(count, np.inf)
+                    if allocation is None or kinds is None
+                    else allocation.price[p]
+                )
                 content, made = self._make(p, config, prices, kinds or Kinds((), False))
                 for number, (mix, weights) in enumerate(zip(config.mixes, content, strict=True)):
                     serving[np.flatnonzero(config.serves == number), *place] = len(copies)
@@ -338,22 +411,34 @@ class Planner:
                         copies.append(Copy(*place, int(np.flatnonzero(mix)[0])))
                     else:
                         merged[len(copies)] = weights
-                        copies.append(Copy(*place, MERGED, () if config.fitted else tuple(mix.tolist())))
+                        copies.append(
+                            Copy(*place, MERGED, () if config.fitted else tuple(mix.tolist()))
+                        )
                 for residual, record in made.values():
                     assert len(record) == residual.nbytes(shapes)
                     residuals.append(residual)
                     records.append(record)
                 advance()
-        plan = Plan(policy, names, spec.num_layers, spec.num_experts, tuple(copies), serving, tuple(residuals))
+        plan = Plan(
+            policy,
+            names,
+            spec.num_layers,
+            spec.num_experts,
+            tuple(copies),
+            serving,
+            tuple(residuals),
+        )
         bound = allocation.bound if allocation is not None else None
         return Outcome(plan, merged, records, self.predict(plan, merged, records, bound))
 
     def _make(
         self, p: int, config: Config, prices: np.ndarray, kinds: Kinds
     ) -> tuple[list[Matrix | None], dict[int, tuple[Residual, np.ndarray]]]:
-        """Weights of a position's copies (None: a tenant's own), and tenants' residuals with their records.
+        """Weights of a position's copies (None: a tenant's own), and tenants' residuals with their
+        records.
 
-        Fitted copies and residuals are fitted to each other in turn: a copy need not serve what residuals add.
+        Fitted copies and residuals are fitted to each other in turn: a copy need not serve what
+        residuals add.
         """
         users = [np.flatnonzero(config.serves == i) for i in range(len(config.mixes))]
         merges = [
@@ -368,8 +453,12 @@ class Planner:
         def attempt(
             added: Mapping[int, Matrix],
         ) -> tuple[list[Matrix], dict[int, tuple[Residual, np.ndarray]], dict[int, Matrix], float]:
-            """Copies beside residuals, residuals fitted to these copies, what they add, and what all of it costs."""
-            copies = [position.copy(m, u, config.fitted, added) for m, u in zip(config.mixes, users, strict=True)]
+            """Copies beside residuals, residuals fitted to these copies, what they add, and what
+            all of it costs."""
+            copies = [
+                position.copy(m, u, config.fitted, added)
+                for m, u in zip(config.mixes, users, strict=True)
+            ]
             made, adds, cost = {}, {}, 0.0
             for t, number in enumerate(config.serves):
                 copy = copies[int(number)]
@@ -438,9 +527,16 @@ class Planner:
                     if owner != MERGED and number is None:
                         total[t] += single[t, layer, expert, owner]
                         continue
-                    copy = merged[slot] if owner == MERGED else self._weights(owner, (layer, expert))
+                    copy = (
+                        merged[slot] if owner == MERGED else self._weights(owner, (layer, expert))
+                    )
                     if number is not None:
-                        copy = plus(copy, matrices(plan.residuals[number], records[number], dict(spec.projections)))
+                        copy = plus(
+                            copy,
+                            matrices(
+                                plan.residuals[number], records[number], dict(spec.projections)
+                            ),
+                        )
                     position = self._position(layer * spec.num_experts + expert)
                     total[t] += position.loss(t, copy)
                 advance()
@@ -465,7 +561,8 @@ class _Position:
         return profile.sample(*self._place)
 
     def held_out(self, tenant: int) -> np.ndarray:
-        """bool [n]: the samples that losses of weights are measured on; a lone one is fitted to as well."""
+        """bool [n]: the samples that losses of weights are measured on; a lone one is fitted to as
+        well."""
         count = len(self.sample(tenant)[0])
         return np.asarray(np.arange(count) % HELD_OUT == min(count, HELD_OUT) - 1)
 
@@ -486,16 +583,27 @@ class _Position:
         return self._weighting[tenant]
 
     def copy(
-        self, mix: np.ndarray, users: np.ndarray, fitted: bool, added: Mapping[int, Matrix] | None = None
+        self,
+        mix: np.ndarray,
+        users: np.ndarray,
+        fitted: bool,
+        added: Mapping[int, Matrix] | None = None,
     ) -> Matrix:
-        """A copy's weights, rounded to the store's type; one tenant's own as they are. added: tenants' residuals."""
+        """A copy's weights, rounded to the store's type; one tenant's own as they are. added:
+        tenants' residuals."""
         used = np.flatnonzero(mix)
         if len(used) == 1 and not (fitted and len(users) > 1):
             return self.own[int(used[0])]
         if fitted:
             samples = {int(t): self.weighted_sample(int(t)) for t in users}
-            targets = {t: self.targets(t).of_rows(self.fitted_to(t)) for t, s in samples.items() if len(s.x)}
-            found = least_squares(self._spec, self.own, samples, mix, self._planner._ridge, added, targets)
+            targets = {
+                t: self.targets(t).of_rows(self.fitted_to(t))
+                for t, s in samples.items()
+                if len(s.x)
+            }
+            found = least_squares(
+                self._spec, self.own, samples, mix, self._planner._ridge, added, targets
+            )
         else:
             found = mixture(mix, self.own)
         dtype = BY_NAME[self._planner.store.dtype]
@@ -508,14 +616,17 @@ class _Position:
         return Sample(x, gates.astype(np.float64) ** 2 * scale)
 
     def _last_target(self, tenant: int, weights: Matrix) -> tuple[np.ndarray, Weighting]:
-        """The last projection [out, in] that would serve the tenant best behind the others of `weights`, and how errors
-        of it count. Behind the tenant's own it is the tenant's own; behind others it also mends their errors."""
+        """The last projection [out, in] that would serve the tenant best behind the others of
+        `weights`, and how errors of it count. Behind the tenant's own it is the tenant's own;
+        behind others it also mends their errors."""
         last = inputs_and_output(self._spec)[1]
         x, gates = self.seen(tenant)
         if not len(x):
             return self._own(tenant, last), plain(self.own[tenant][last].shape)
         hidden, squared = inner(self._spec, x, weights), gates.astype(np.float64) ** 2
-        ridge = TARGET_RIDGE * hidden.shape[1] / len(x)  # `fit_matrix` takes shares of the mean diagonal of all moments
+        ridge = (
+            TARGET_RIDGE * hidden.shape[1] / len(x)
+        )  # `fit_matrix` takes shares of the mean diagonal of all moments
         found = fit_matrix(
             [hidden],
             [self.targets(tenant).output[self.fitted_to(tenant)]],
@@ -523,12 +634,16 @@ class _Position:
             self._own(tenant, last),
             ridge,
         )
-        return found, Weighting(np.ones(len(found)), second_moments(hidden, squared), found.shape[1])
+        return found, Weighting(
+            np.ones(len(found)), second_moments(hidden, squared), found.shape[1]
+        )
 
     def spectra(self, tenant: int, copy: Matrix) -> list[Spectrum]:
-        """What residuals of each projection could gain for a tenant beside a copy; totals add up to its loss.
+        """What residuals of each projection could gain for a tenant beside a copy; totals add up to
+        its loss.
 
-        The last projection can win back what a better one behind the copy's others would; the others the rest.
+        The last projection can win back what a better one behind the copy's others would; the
+        others the rest.
         """
         names, last = inputs_and_output(self._spec)
         whole = self.loss(tenant, copy)
@@ -536,10 +651,14 @@ class _Position:
             return [Spectrum(shape, np.zeros(1), 0.0, 0.0) for _, shape in self._spec.projections]
         target, weighting = self._last_target(tenant, copy)
         found = {last: spectrum(target - copy[last], weighting)}
-        found |= {n: spectrum(self._own(tenant, n) - copy[n], self.weighting(tenant)[n]) for n in names}
+        found |= {
+            n: spectrum(self._own(tenant, n) - copy[n], self.weighting(tenant)[n]) for n in names
+        }
         rest = whole
         if len(self.sample(tenant)[0]):
-            rest = min(whole, self.loss(tenant, {**copy, last: target.astype(np.float32, copy=False)}))
+            rest = min(
+                whole, self.loss(tenant, {**copy, last: target.astype(np.float32, copy=False)})
+            )
             found[last] = found[last].scaled(whole - rest)
             parts = sum(found[n].total for n in names)
         else:
@@ -549,8 +668,11 @@ class _Position:
             found[n] = found[n].scaled(rest * found[n].total / max(1e-300, parts))
         return [found[name] for name, _ in self._spec.projections]
 
-    def residual(self, tenant: int, copy: Matrix, choices: Sequence[Choice]) -> tuple[list[Part], list[np.ndarray]]:
-        """Parts and their bytes, the last projection's fitted behind the others as they then are."""
+    def residual(
+        self, tenant: int, copy: Matrix, choices: Sequence[Choice]
+    ) -> tuple[list[Part], list[np.ndarray]]:
+        """Parts and their bytes, the last projection's fitted behind the others as they then
+        are."""
         names, last = inputs_and_output(self._spec)
         by_name = dict(zip([name for name, _ in self._spec.projections], choices, strict=True))
         served = dict(copy)
@@ -580,18 +702,24 @@ class _Position:
         return self._targets[tenant]
 
     def loss(self, tenant: int, weights: Matrix) -> float:
-        """What serving a tenant with any weights costs it, in the unit of the planner's losses; of samples that nothing
-        was fitted to."""
+        """What serving a tenant with any weights costs it, in the unit of the planner's losses; of
+        samples that nothing was fitted to."""
         losses = self._planner.losses
         scale = float(losses.scale[tenant, *self._place])
         own = self.own[tenant]
         if not losses.sampled[tenant, *self._place]:
-            return scale * sum(float(((weights[n].astype(np.float64) - own[n]) ** 2).sum()) for n in own)
+            return scale * sum(
+                float(((weights[n].astype(np.float64) - own[n]) ** 2).sum()) for n in own
+            )
         x, gates = self.sample(tenant)
         held = self.held_out(tenant)
         squared = gates.astype(np.float64) ** 2
-        scale *= float(squared.sum() / max(1e-300, squared[held].sum()))  # they stand for all samples
-        error = (forward(self._spec, x[held], weights) - self.targets(tenant).output[held]) * gates[held, None]
+        scale *= float(
+            squared.sum() / max(1e-300, squared[held].sum())
+        )  # they stand for all samples
+        error = (forward(self._spec, x[held], weights) - self.targets(tenant).output[held]) * gates[
+            held, None
+        ]
         return scale * float((error.astype(np.float64) ** 2).sum())
 
 
@@ -612,10 +740,21 @@ def _traffic(tenants: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
     if strangers:
         raise PlanError(f"traffic is given for {strangers[0]!r}, which is no tenant of this store")
     for name, value in given.items():
-        if isinstance(value, bool) or not (isinstance(value, int | float) and np.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not (
+            isinstance(value, int | float) and np.isfinite(value) and value > 0
+        ):
             raise PlanError(f"traffic of {name!r} is {value!r}; give a number above 0")
     shares = np.array([float(given.get(name, 1.0)) for name in tenants])
     return np.asarray(shares / shares.sum())
 
 
-__all__ = ["DEFAULT_EXTRA", "DEFAULT_POLICY", "POLICIES", "PRICES", "Outcome", "Planner", "Policy", "Prediction"]
+__all__ = [
+    "DEFAULT_EXTRA",
+    "DEFAULT_POLICY",
+    "POLICIES",
+    "PRICES",
+    "Outcome",
+    "Planner",
+    "Policy",
+    "Prediction",
+]

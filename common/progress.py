@@ -9,7 +9,8 @@ from typing import Protocol
 
 class Progress(Protocol):
     def __call__(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """A context manager around one long step of `total` parts; its value is called after each part."""
+        """A context manager around one long step of `total` parts; its value is called after each
+        part."""
         ...
 
 
@@ -23,7 +24,13 @@ def silent(what: str, total: int) -> Iterator[Callable[[], None]]:
 def bars(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error with the time elapsed and left."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as RichProgress
 
     columns = (

@@ -19,13 +19,16 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds on one clock from the moment that the engine took the request, and expert look-ups of this request.
+    """Seconds on one clock from the moment that the engine took the request, and expert look-ups of
+    this request.
 
-    reconfiguration: making the tenant's non-expert weights the ones in use, before the first token; 0 if they were.
-    ttft: until the first token; total: until the last; queued: until the first step that read any of it; with a
-    tenant's first request in a process, the load of its tokenizer too.
-    hits: look-ups that a resident copy served (tokens * layers * top_k in all); misses: those that needed the
-        tenant's own expert. preemptions: how often its caches were given up for others' and computed again.
+    reconfiguration: making the tenant's non-expert weights the ones in use, before the first token;
+        0 if they were.
+    ttft: until the first token; total: until the last; queued: until the first step that read any
+    of it; with a tenant's first request in a process, the load of its tokenizer too.
+    hits: look-ups that a resident copy served (tokens * layers * top_k in all); misses: those that
+        needed the tenant's own expert. preemptions: how often its caches were given up for others'
+        and computed again.
     """
 
     reconfiguration: float
@@ -39,9 +42,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. token_ids: the new tokens alone, an end-of-sequence token included. text: None without a tokenizer.
+    """An answer. token_ids: the new tokens alone, an end-of-sequence token included. text: None
+    without a tokenizer.
 
-    finish_reason: stop (end of sequence, a stop string or id), length, or abort (cancelled, or past its deadline).
+    finish_reason: stop (end of sequence, a stop string or id), length, or abort (cancelled, or past
+        its deadline).
     stop_reason: the stop string or the stop token id that ended it, None for anything else.
     logprobs: one for each of token_ids, empty if not asked for.
     """
@@ -60,8 +65,10 @@ class Generation:
 class Output:
     """What a request got in a step. The texts of a request's outputs make up its answer's text.
 
-    token_ids: new tokens. text: what is now certain: nothing while a character or a stop string is undecided.
-    logprobs: one for each of token_ids, empty if not asked for. generation: the whole, in the last output alone.
+    token_ids: new tokens. text: what is now certain: nothing while a character or a stop string is
+        undecided.
+    logprobs: one for each of token_ids, empty if not asked for. generation: the whole, in the last
+        output alone.
     """
 
     token_ids: tuple[int, ...]
@@ -75,7 +82,8 @@ class Request:
     """What was asked, what came so far, and where it stands with the scheduler.
 
     deadline: on the engine's clock, infinite if there is none. number: order of arrival.
-    sequence: the backend's number while the request has caches. unread: tokens to read before the next one comes.
+    sequence: the backend's number while the request has caches. unread: tokens to read before the
+        next one comes.
     next_token: chosen and not yet given to the backend.
 
     Raises RequestError for a stop string that can never match.
@@ -118,7 +126,9 @@ class Request:
             skip = params.skip_special_tokens
             # An encoder-decoder's answer is a text of its own.
             before = () if self.is_encoder_decoder else self.prompt
-            self.stream = TextStream(self.text, params.stop_strings, before, skip, params.include_stop_str_in_output)
+            self.stream = TextStream(
+                self.text, params.stop_strings, before, skip, params.include_stop_str_in_output
+            )
             stops = ((self.text.stop_token(stop, skip), stop) for stop in params.stop_strings)
             self._stops = {token_id: stop for token_id, stop in stops if token_id is not None}
         self._rng = np.random.default_rng(params.seed)
@@ -144,7 +154,8 @@ class Request:
         return Row(self.tenant, self.prompt, self.max_new_tokens, tuple(self.token_ids))
 
     def choose(self, winner: int, logits: np.ndarray | None, now: float) -> Output:
-        """Choose the next token from what the backend gave, and say what is now certain of the answer.
+        """Choose the next token from what the backend gave, and say what is now certain of the
+        answer.
 
         Sets `finish_reason` at the end, and `next_token` before it.
         """
@@ -164,12 +175,16 @@ class Request:
             self.first_at = now
         if token_id in self._ends:
             self.finish_reason = "stop"
-            self.stop_reason = self._stops.get(token_id, None if token_id in self._eos else token_id)
+            self.stop_reason = self._stops.get(
+                token_id, None if token_id in self._eos else token_id
+            )
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish_reason = "length"
         piece = ""
         if self.stream is not None:
-            if token_id in self._ends and not self.params.include_stop_str_in_output:  # no part of the text
+            if (
+                token_id in self._ends and not self.params.include_stop_str_in_output
+            ):  # no part of the text
                 piece = self.stream.finish()
             else:
                 piece = self.stream.push(token_id, last=self.done)
@@ -179,13 +194,14 @@ class Request:
         return Output((token_id,), piece, logprobs, self.generation() if self.done else None)
 
     def _forced(self, token_id: int) -> int:
-        """The next token, or the one that the tenant's generation config puts there (transformers' ForcedBOS- and
-        ForcedEOSTokenLogitsProcessor)."""
+        """The next token, or the one that the tenant's generation config puts there (transformers'
+        ForcedBOS- and ForcedEOSTokenLogitsProcessor)."""
         generation = self.text.generation
         first, last = not self.token_ids, len(self.token_ids) + 1 == self.max_new_tokens
         if last and generation.forced_eos_token_id is not None and not self.params.ignore_eos:
             return generation.forced_eos_token_id
-        # transformers forces it behind a single token, which is where an encoder-decoder's answers start.
+        # transformers forces it behind a single token, which is where an encoder-decoder's answers
+        # start.
         if first and generation.forced_bos_token_id is not None and self.is_encoder_decoder:
             return generation.forced_bos_token_id
         return token_id

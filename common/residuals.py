@@ -1,16 +1,19 @@
-"""Residuals: small corrections that a tenant keeps beside a copy it shares, and how they lie in memory.
+"""Residuals: small corrections that a tenant keeps beside a copy it shares, and how they lie in
+memory.
 
 A residual of a matrix is a sum of parts, each of one of two kinds:
-- sign: one bit a weight and one scale for every few rows, `scale * (+1 or -1)` (BitDelta, arXiv 2402.10193);
-- low_rank: `sum_i scale_i u_i v_i^T`, with u and v in 2, 4, 8, 16 or 32 bits a number, so that large singular values
-  can have more bits than small ones (Delta-CoMe, arXiv 2406.08903).
+- sign: one bit a weight and one scale for every few rows, `scale * (+1 or -1)` (BitDelta, arXiv
+  2402.10193);
+- low_rank: `sum_i scale_i u_i v_i^T`, with u and v in 2, 4, 8, 16 or 32 bits a number, so that
+  large singular values can have more bits than small ones (Delta-CoMe, arXiv 2406.08903).
 
-The parts of all matrices of one tenant's expert form one record: bytes, little endian, each part at a multiple of 16.
-Rows of codes are padded with zeros to a multiple of 4 bytes. Code j of a row with b bits a code begins at bit
-`j * b % 8` (from the lowest) of byte `j * b // 8`. N outputs, K inputs, rank R:
+The parts of all matrices of one tenant's expert form one record: bytes, little endian, each part at
+a multiple of 16. Rows of codes are padded with zeros to a multiple of 4 bytes. Code j of a row with
+b bits a code begins at bit `j * b % 8` (from the lowest) of byte `j * b // 8`. N outputs, K inputs,
+rank R:
 - sign: scales bfloat16 [ceil(N / size)], padded to 4 bytes; codes [N][K], 1 bit: 1 is +, 0 is -.
-- low_rank: scales float32 [R]; v [R][K]; u [R][N]. Up to 8 bits a code c stands for `c - (2^bits - 1) / 2`;
-  16 bits are float16, 32 bits float32.
+- low_rank: scales float32 [R]; v [R][K]; u [R][N]. Up to 8 bits a code c stands for `c - (2^bits -
+  1) / 2`; 16 bits are float16, 32 bits float32.
 docs/store-format.md has the same with an example.
 """
 
@@ -35,7 +38,8 @@ ALIGNMENT = 16
 class Part:
     """One term of a residual.
 
-    bits: of one number: 1 for sign, one of `LOW_RANK_BITS`. size: rows that share a scale (sign), rank (low_rank).
+    bits: of one number: 1 for sign, one of `LOW_RANK_BITS`. size: rows that share a scale (sign),
+        rank (low_rank).
     """
 
     projection: str
@@ -62,7 +66,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Residual:
-    """What tenant number `tenant` adds to the copy that serves it at (layer, expert). Parts in the record's order."""
+    """What tenant number `tenant` adds to the copy that serves it at (layer, expert). Parts in the
+    record's order."""
 
     tenant: int
     layer: int
@@ -74,7 +79,9 @@ class Residual:
         found = [0]
         for part in self.parts:
             if part.projection not in shapes:
-                raise PlanError(f"residual of projection {part.projection!r}; there is: {', '.join(shapes)}")
+                raise PlanError(
+                    f"residual of projection {part.projection!r}; there is: {', '.join(shapes)}"
+                )
             size = part.nbytes(shapes[part.projection])
             found.append(found[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         return found
@@ -83,7 +90,12 @@ class Residual:
         return self.offsets(shapes)[-1]
 
     def to_json(self) -> list[Any]:
-        return [self.tenant, self.layer, self.expert, [[p.projection, p.kind, p.bits, p.size] for p in self.parts]]
+        return [
+            self.tenant,
+            self.layer,
+            self.expert,
+            [[p.projection, p.kind, p.bits, p.size] for p in self.parts],
+        ]
 
     @classmethod
     def from_json(cls, value: Any) -> Residual:
@@ -122,16 +134,20 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def pack_sign(scale: np.ndarray, positive: np.ndarray, size: int) -> np.ndarray:
-    """scale: [ceil(N / size)], rounded to bfloat16; positive: bool [N, K]. Returns uint8 [bytes]."""
+    """scale: [ceil(N / size)], rounded to bfloat16; positive: bool [N, K]. Returns uint8
+    [bytes]."""
     scales = np.zeros(_padded(2 * len(scale)) // 2, dtype=BFLOAT16)
     scales[: len(scale)] = scale.astype(BFLOAT16)
     if len(scale) != -(-len(positive) // size):
         raise ValueError(f"{len(scale)} scales for {len(positive)} rows, {size} to a scale")
-    return np.concatenate([scales.view(np.uint8), pack_codes(positive.astype(np.uint8), 1).reshape(-1)])
+    return np.concatenate(
+        [scales.view(np.uint8), pack_codes(positive.astype(np.uint8), 1).reshape(-1)]
+    )
 
 
 def pack_low_rank(scale: np.ndarray, v: np.ndarray, u: np.ndarray, bits: int) -> np.ndarray:
-    """scale: float32 [R]; v: [R, K], u: [R, N]: codes (integers) up to 8 bits, numbers above. Returns uint8 [bytes]."""
+    """scale: float32 [R]; v: [R, K], u: [R, N]: codes (integers) up to 8 bits, numbers above.
+    Returns uint8 [bytes]."""
 
     def rows(values: np.ndarray) -> np.ndarray:
         if bits <= 8:
@@ -141,19 +157,25 @@ def pack_low_rank(scale: np.ndarray, v: np.ndarray, u: np.ndarray, bits: int) ->
         out[:, : numbers.shape[1] * bits // 8] = np.ascontiguousarray(numbers).view(np.uint8)
         return out
 
-    return np.concatenate([scale.astype(np.float32).view(np.uint8), rows(v).reshape(-1), rows(u).reshape(-1)])
+    return np.concatenate(
+        [scale.astype(np.float32).view(np.uint8), rows(v).reshape(-1), rows(u).reshape(-1)]
+    )
 
 
 def join_parts(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The record of parts as `pack_sign` and `pack_low_rank` give them, each padded to a multiple of 16 bytes."""
+    """The record of parts as `pack_sign` and `pack_low_rank` give them, each padded to a multiple
+    of 16 bytes."""
     return np.concatenate(
         [np.concatenate([p, np.zeros(-len(p) % ALIGNMENT, dtype=np.uint8)]) for p in parts]
         or [np.zeros(0, dtype=np.uint8)]
     )
 
 
-def unpack_sign(data: np.ndarray, part: Part, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """scale float32 [N], one for each row, and positive bool [N, K], of a part that begins at data[0]."""
+def unpack_sign(
+    data: np.ndarray, part: Part, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """scale float32 [N], one for each row, and positive bool [N, K], of a part that begins at
+    data[0]."""
     outputs, inputs = shape
     count = -(-outputs // part.size)
     start = _padded(2 * count)
@@ -163,7 +185,9 @@ def unpack_sign(data: np.ndarray, part: Part, shape: tuple[int, ...]) -> tuple[n
     return np.repeat(scale, part.size)[:outputs], unpack_codes(codes, 1, inputs).astype(bool)
 
 
-def unpack_low_rank(data: np.ndarray, part: Part, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def unpack_low_rank(
+    data: np.ndarray, part: Part, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 scale [R], v [R, K], u [R, N], codes turned into the numbers that they stand for."""
     outputs, inputs = shape
 
@@ -171,7 +195,9 @@ def unpack_low_rank(data: np.ndarray, part: Part, shape: tuple[int, ...]) -> tup
         width = row_bytes(count, part.bits)
         raw = data[start : start + part.size * width].reshape(part.size, width)
         if part.bits <= 8:
-            return unpack_codes(raw, part.bits, count).astype(np.float32) - np.float32((2**part.bits - 1) / 2)
+            return unpack_codes(raw, part.bits, count).astype(np.float32) - np.float32(
+                (2**part.bits - 1) / 2
+            )
         kind = np.float16 if part.bits == 16 else np.float32
         flat = np.frombuffer(np.ascontiguousarray(raw).tobytes(), dtype=kind)
         return flat.reshape(part.size, -1)[:, :count].astype(np.float32)
@@ -191,13 +217,18 @@ def part_matrix(data: np.ndarray, part: Part, shape: tuple[int, ...]) -> np.ndar
     return np.asarray((u * scale[:, None]).T @ v)
 
 
-def matrices(residual: Residual, data: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """What a residual adds to each projection that it touches: float32 [out, in]. data: uint8, its record."""
+def matrices(
+    residual: Residual, data: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """What a residual adds to each projection that it touches: float32 [out, in]. data: uint8, its
+    record."""
     offsets = residual.offsets(shapes)
     if len(data) != offsets[-1]:
         raise PlanError(f"a residual's record has {len(data)} bytes, its parts need {offsets[-1]}")
     found: dict[str, np.ndarray] = {}
     for part, start in zip(residual.parts, offsets, strict=False):
         matrix = part_matrix(data[start:], part, shapes[part.projection])
-        found[part.projection] = found[part.projection] + matrix if part.projection in found else matrix
+        found[part.projection] = (
+            found[part.projection] + matrix if part.projection in found else matrix
+        )
     return found

@@ -17,8 +17,8 @@ MAX_LOGPROBS = 20  # OpenAI's and vLLM's bound
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """token_id: the chosen token; logprob: its natural log probability. top: (token id, logprob) of the most probable
-    tokens, best first, as many as were asked for."""
+    """token_id: the chosen token; logprob: its natural log probability. top: (token id, logprob) of
+    the most probable tokens, best first, as many as were asked for."""
 
     token_id: int
     logprob: float
@@ -35,18 +35,23 @@ class SamplingParams:
     top_p: draw among the most probable tokens whose probabilities sum to at least top_p; 1: all.
     seed: makes the draws of this request repeatable; None draws differently each time.
     stop: strings that end the answer (None: none); they are not part of its text.
-    stop_token_ids: token ids that end the answer, beside the end-of-sequence ids of the tenant's generation config.
+    stop_token_ids: token ids that end the answer, beside the end-of-sequence ids of the tenant's
+        generation config.
     ignore_eos: go on after an end-of-sequence token.
-    skip_special_tokens: leave special tokens out of the text. A stop string that is one of them ends the answer still.
-    include_stop_str_in_output: keep the stop string, or stop token, that ends the answer in its text.
-    min_p: draw among the tokens that are at least min_p times as probable as the most probable one; 0: all.
+    skip_special_tokens: leave special tokens out of the text. A stop string that is one of them
+        ends the answer still.
+    include_stop_str_in_output: keep the stop string, or stop token, that ends the answer in its
+        text.
+    min_p: draw among the tokens that are at least min_p times as probable as the most probable one;
+        0: all.
     min_tokens: no token ends the answer before it has so many; a stop string still does.
-    presence_penalty, frequency_penalty: taken from the logits of tokens that the answer holds, once, and as often as it
-        holds them (OpenAI's). repetition_penalty: positive logits of tokens in prompt and answer are divided by it,
-        negative ones multiplied (arXiv 1909.05858); 1: none.
+    presence_penalty, frequency_penalty: taken from the logits of tokens that the answer holds,
+        once, and as often as it holds them (OpenAI's). repetition_penalty: positive logits of
+        tokens in prompt and answer are divided by it, negative ones multiplied (arXiv 1909.05858);
+        1: none.
     logit_bias: token id -> what is added to its logit.
-    logprobs: give each token's log probability, and those of so many most probable ones; None: none. They are the
-        model's own, before anything above changes them, as in vLLM.
+    logprobs: give each token's log probability, and those of so many most probable ones; None:
+        none. They are the model's own, before anything above changes them, as in vLLM.
 
     Raises RequestError for a value out of range.
     """
@@ -74,9 +79,13 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
         if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens!r}; give a whole number from 1")
+            raise RequestError(
+                f"max_new_tokens is {self.max_new_tokens!r}; give a whole number from 1"
+            )
         if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature is {self.temperature!r}; give a number from 0 (greedy)")
+            raise RequestError(
+                f"temperature is {self.temperature!r}; give a number from 0 (greedy)"
+            )
         if not is_whole(self.top_k) or self.top_k < -1:
             raise RequestError(f"top_k is {self.top_k!r}; give a whole number from 1, or 0 for all")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
@@ -93,16 +102,26 @@ class SamplingParams:
             raise RequestError(f"min_tokens is {self.min_tokens!r}; give a whole number from 0")
         if self.min_tokens > self.max_new_tokens:
             raise RequestError(
-                f"min_tokens is {self.min_tokens} and max_new_tokens {self.max_new_tokens}; give at most as many"
+                f"min_tokens is {self.min_tokens} and max_new_tokens {self.max_new_tokens}; give "
+                "at most as many"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not _is_number(value) or not -2 <= value <= 2:
                 raise RequestError(f"{name} is {value!r}; give a number from -2 to 2")
-        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < float("inf"):
-            raise RequestError(f"repetition_penalty is {self.repetition_penalty!r}; give a number above 0")
-        if self.logprobs is not None and (not is_whole(self.logprobs) or not 0 <= self.logprobs <= MAX_LOGPROBS):
-            raise RequestError(f"logprobs is {self.logprobs!r}; give a whole number from 0 to {MAX_LOGPROBS}, or None")
+        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < float(
+            "inf"
+        ):
+            raise RequestError(
+                f"repetition_penalty is {self.repetition_penalty!r}; give a number above 0"
+            )
+        if self.logprobs is not None and (
+            not is_whole(self.logprobs) or not 0 <= self.logprobs <= MAX_LOGPROBS
+        ):
+            raise RequestError(
+                f"logprobs is {self.logprobs!r}; give a whole number from 0 to {MAX_LOGPROBS}, or "
+                "None"
+            )
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
@@ -116,12 +135,21 @@ class SamplingParams:
     @property
     def needs_logits(self) -> bool:
         """Whether more than the most probable token has to be known."""
-        return not self.greedy or self.min_tokens > 0 or self.changes_logits or self.logprobs is not None
+        return (
+            not self.greedy
+            or self.min_tokens > 0
+            or self.changes_logits
+            or self.logprobs is not None
+        )
 
     @property
     def changes_logits(self) -> bool:
         """Whether penalties or biases apply."""
-        penalties = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        penalties = (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
         return penalties or bool(self.logit_bias)
 
     @property
@@ -148,7 +176,9 @@ def _bias(value: Any) -> dict[int, float] | None:
     try:
         found = {int(k): float(v) for k, v in value.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise RequestError(f"logit_bias is {value!r}; give token ids with a number for each") from error
+        raise RequestError(
+            f"logit_bias is {value!r}; give token ids with a number for each"
+        ) from error
     if not all(math.isfinite(v) for v in found.values()):
         raise RequestError(f"logit_bias is {value!r}; give finite numbers")
     return found
@@ -162,24 +192,35 @@ def log_probabilities(logits: np.ndarray, token_id: int, top: int) -> TokenLogpr
     top = min(top, len(scores))
     best = np.argpartition(-scores, top - 1)[:top] if top else np.zeros(0, dtype=np.int64)
     best = best[np.argsort(-scores[best], kind="stable")]
-    return TokenLogprob(token_id, float(scores[token_id]), tuple((int(i), float(scores[i])) for i in best))
+    return TokenLogprob(
+        token_id, float(scores[token_id]), tuple((int(i), float(scores[i])) for i in best)
+    )
 
 
 def adjusted(
-    logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int], banned: Collection[int]
+    logits: np.ndarray,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    banned: Collection[int],
 ) -> np.ndarray:
-    """Logits with biases and penalties, and -inf at the banned ids; a copy. Order as in vLLM's sampler."""
+    """Logits with biases and penalties, and -inf at the banned ids; a copy. Order as in vLLM's
+    sampler."""
     scores = logits.astype(np.float64)
     for token_id, bias in (params.logit_bias or {}).items():
         if not 0 <= token_id < len(scores):
-            raise RequestError(f"logit_bias names token {token_id}; the vocabulary is 0..{len(scores) - 1}")
+            raise RequestError(
+                f"logit_bias names token {token_id}; the vocabulary is 0..{len(scores) - 1}"
+            )
         scores[token_id] += bias
     if banned:
         scores[[i for i in banned if i < len(scores)]] = -np.inf
     if params.repetition_penalty != 1:
         seen = np.unique(np.array([*prompt, *answer], dtype=np.int64))
         values = scores[seen]
-        scores[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        scores[seen] = np.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
     if answer and (params.presence_penalty or params.frequency_penalty):
         ids, counts = np.unique(np.array(answer, dtype=np.int64), return_counts=True)
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
@@ -197,7 +238,8 @@ def sample(
     """The next token id. logits: float32 [vocab]; entries of -inf are never chosen.
 
     prompt, answer: what stands before, for penalties. banned: ids that may not be chosen.
-    Order as in transformers' LogitsProcessorList for sampling: penalties, temperature, top-k, top-p, min-p, the draw.
+    Order as in transformers' LogitsProcessorList for sampling: penalties, temperature, top-k,
+    top-p, min-p, the draw.
     """
     if params.changes_logits or banned:
         logits = adjusted(logits, params, prompt, answer, banned)
@@ -223,8 +265,8 @@ def sample(
         ids, probabilities = ids[keep], probabilities[keep] / probabilities[keep].sum()
     return int(
         ids[
-            np.searchsorted(np.cumsum(probabilities), rng.random() * probabilities.sum(), side="right").clip(
-                0, len(ids) - 1
-            )
+            np.searchsorted(
+                np.cumsum(probabilities), rng.random() * probabilities.sum(), side="right"
+            ).clip(0, len(ids) - 1)
         ]
     )

@@ -2,25 +2,27 @@
 
 Every step is chosen anew from all requests that are there:
 
-1. *Tenants.* If the device holds fewer tenants' non-expert weights than have requests, a step is for those in use. A
-   tenant stays in use for a *turn*, long enough that reconfigurations take at most `switch_share` of the time; then
-   the tenant that was served least takes the place of the one that was served most.
-2. *Places.* The `max_num_seqs` places of a step are shared among tenants by weighted max-min fairness: what one does
-   not need goes to the others. A tenant that asks for more than the device could give it at its best *floods* it: no
-   number of places would do, and each makes the others' next tokens later. It gets what gives it its share of the
-   tokens a second that the device gives at its best, or what makes a step `max_interference` longer, whichever is
-   more; with more rows in fewer steps where what it has of its own makes a step longer than a row does. A tenant's own
-   requests take its places by priority, then deadline, then arrival. A request that loses its place keeps its caches
-   and goes on later.
-3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of prompts, those of the
-   tenant that was served least first; while others answer, at most `prefill_chunk` of them, so that a long prompt
-   stalls nobody.
-4. *Memory.* A request begins only if the caches have room for it. If those that run outgrow them, the one that should
-   go last gives its caches up and is computed again later.
+1. *Tenants.* If the device holds fewer tenants' non-expert weights than have requests, a step is
+   for those in use. A tenant stays in use for a *turn*, long enough that reconfigurations take at
+   most `switch_share` of the time; then the tenant that was served least takes the place of the one
+   that was served most.
+2. *Places.* The `max_num_seqs` places of a step are shared among tenants by weighted max-min
+   fairness: what one does not need goes to the others. A tenant that asks for more than the device
+   could give it at its best *floods* it: no number of places would do, and each makes the others'
+   next tokens later. It gets what gives it its share of the tokens a second that the device gives
+   at its best, or what makes a step `max_interference` longer, whichever is more; with more rows in
+   fewer steps where what it has of its own makes a step longer than a row does. A tenant's own
+   requests take its places by priority, then deadline, then arrival. A request that loses its place
+   keeps its caches and goes on later.
+3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of
+   prompts, those of the tenant that was served least first; while others answer, at most
+   `prefill_chunk` of them, so that a long prompt stalls nobody.
+4. *Memory.* A request begins only if the caches have room for it. If those that run outgrow them,
+   the one that should go last gives its caches up and is computed again later.
 
-What a tenant was served is counted as in "Fairness in Serving Large Language Models" (arXiv 2401.00588): tokens, an
-answer's counting more than a prompt's, over the tenant's weight; a tenant that comes back from idleness starts at the
-least of those at work, so that nobody saves up service.
+What a tenant was served is counted as in "Fairness in Serving Large Language Models" (arXiv
+2401.00588): tokens, an answer's counting more than a prompt's, over the tenant's weight; a tenant
+that comes back from idleness starts at the least of those at work, so that nobody saves up service.
 
 Nothing here knows an architecture, a framework or a clock: times are given by the caller.
 """
@@ -41,14 +43,16 @@ from common.step_times import StepTimes
 from common.units import is_whole
 
 ANSWER_COST = 4.0
-"""What a token of an answer counts, a prompt's token counting 1: what providers charge for them, and about what they
-cost a batch of a few rows."""
+"""What a token of an answer counts, a prompt's token counting 1: what providers charge for them,
+and about what they cost a batch of a few rows."""
 
 BURST, FEW = 0.25, 4
-"""A backlog of fewer requests than so many times those of a full step is no flood, nor one of a few."""
+"""A backlog of fewer requests than so many times those of a full step is no flood, nor one of a
+few."""
 
 VARIED = 0.05
-"""Standard deviation of lately taken steps' rows, beside those of a full step, that tells what a row costs."""
+"""Standard deviation of lately taken steps' rows, beside those of a full step, that tells what a
+row costs."""
 
 NEWEST = 32
 """Requests of a tenant from which its others' lengths are taken."""
@@ -57,22 +61,27 @@ SMALLEST_PIECE = 16
 """Tokens of a prompt that a flooding tenant may read in a step at least."""
 
 AHEAD = 32
-"""Tokens that a request must have room to grow by before it begins, so that it is not put off at once."""
+"""Tokens that a request must have room to grow by before it begins, so that it is not put off at
+once."""
 
 
 @dataclass(frozen=True)
 class SchedulerOptions:
     """max_num_seqs: requests that advance in a step. max_num_batched_tokens: tokens of a step.
-    prefill_chunk: tokens of prompts in a step in which others answer; None: the backend's `default_chunk`.
-    max_model_len: bound of prompt and answer together; None: the tenant's context and the room in the caches.
-    max_queue, max_queue_per_tenant: requests that may wait for their first step; None: no bound of its own.
+    prefill_chunk: tokens of prompts in a step in which others answer; None: the backend's
+        `default_chunk`.
+    max_model_len: bound of prompt and answer together; None: the tenant's context and the room in
+        the caches.
+    max_queue, max_queue_per_tenant: requests that may wait for their first step; None: no bound of
+        its own.
     weights: tenant -> its share beside the others' (1 where none is given).
-    limits: tenant -> most places it takes in a step, however many are free; `default_limit`: of the others.
-    max_interference: how much longer (0.1: a tenth) tenants that ask for more than the device can give them may make
-        a step for the others, where their shares of the throughput do not take more; inf: they may take every place
-        that others leave free.
-    switch_share: most of the time that reconfigurations may take, if the device cannot hold all tenants that have
-        requests.
+    limits: tenant -> most places it takes in a step, however many are free; `default_limit`: of the
+        others.
+    max_interference: how much longer (0.1: a tenth) tenants that ask for more than the device can
+        give them may make a step for the others, where their shares of the throughput do not take
+        more; inf: they may take every place that others leave free.
+    switch_share: most of the time that reconfigurations may take, if the device cannot hold all
+        tenants that have requests.
     """
 
     max_num_seqs: int = 32
@@ -99,20 +108,36 @@ class SchedulerOptions:
             "default_limit",
         ):
             value = getattr(self, name)
-            if value is None and name not in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
+            if value is None and name not in (
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "max_queue",
+            ):
                 continue
             if not is_whole(value) or value < 1:
                 raise EngineError(f"{name} is {value!r}; give a whole number from 1")
         for tenant, weight in self.weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-                raise EngineError(f"the weight of tenant {tenant!r} is {weight!r}; give a number above 0")
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not 0 < weight < math.inf
+            ):
+                raise EngineError(
+                    f"the weight of tenant {tenant!r} is {weight!r}; give a number above 0"
+                )
         for tenant, limit in self.limits.items():
             if not is_whole(limit) or limit < 1:
-                raise EngineError(f"the limit of tenant {tenant!r} is {limit!r}; give a whole number from 1")
+                raise EngineError(
+                    f"the limit of tenant {tenant!r} is {limit!r}; give a whole number from 1"
+                )
         if isinstance(self.max_interference, bool) or not self.max_interference >= 0:
-            raise EngineError(f"max_interference is {self.max_interference!r}; give a number from 0, or inf")
+            raise EngineError(
+                f"max_interference is {self.max_interference!r}; give a number from 0, or inf"
+            )
         if not 0 < self.switch_share <= 1:
-            raise EngineError(f"switch_share is {self.switch_share!r}; give a number above 0, at most 1")
+            raise EngineError(
+                f"switch_share is {self.switch_share!r}; give a number above 0, at most 1"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise EngineError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
@@ -130,7 +155,9 @@ class SchedulerOptions:
 
     def limit(self, tenant: str) -> int:
         """Most places of a step that a tenant takes."""
-        return min(self.max_num_seqs, self.limits.get(tenant, self.default_limit or self.max_num_seqs))
+        return min(
+            self.max_num_seqs, self.limits.get(tenant, self.default_limit or self.max_num_seqs)
+        )
 
 
 @dataclass
@@ -150,8 +177,8 @@ class _Tenant:
 class _Flood:
     """Tenants that flood the device, and the seconds by which they may make steps longer.
 
-    allowance_s: of this step. balance_s: what is left of it and of earlier ones; below 0 after a long piece of a
-    prompt.
+    allowance_s: of this step. balance_s: what is left of it and of earlier ones; below 0 after a
+    long piece of a prompt.
     """
 
     tenants: frozenset[str] = frozenset()
@@ -164,14 +191,16 @@ class NoRoomError(EngineError):
 
     def __init__(self, request: Request):
         super().__init__(
-            f"a request of tenant {request.tenant!r} with {request.unread} tokens needs more cache than there is; "
+            f"a request of tenant {request.tenant!r} with {request.unread} tokens needs more cache "
+            "than there is; "
             "give the engine more (kv_cache_bytes), or send a shorter one"
         )
         self.request = request
 
 
 class Scheduler:
-    """Holds all unfinished requests, and says what the next step does. Drives `Backend.begin`, `fits` and `end`."""
+    """Holds all unfinished requests, and says what the next step does. Drives `Backend.begin`,
+    `fits` and `end`."""
 
     def __init__(self, backend: Backend, options: SchedulerOptions):
         self._backend, self.options = backend, options
@@ -198,14 +227,18 @@ class Scheduler:
             others = [t.served for t in self._tenants.values() if t.requests]
             mine.served = max(mine.served, min(others, default=mine.served))
         mine.requests.append(request)
-        self._demand.passed(request.taken_at, self._best_rows_per_s(request.taken_at), self.options.weight)
+        self._demand.passed(
+            request.taken_at, self._best_rows_per_s(request.taken_at), self.options.weight
+        )
         self._demand.arrived(request, self._token_rows)
 
     def _refuse_if_full(self, tenant: str) -> None:
         bound = self.options.max_queue_per_tenant
         mine = self.waiting(tenant)
         if bound is not None and mine >= bound:
-            raise OverloadedError(f"{mine} requests of tenant {tenant!r} wait already; try again later", mine)
+            raise OverloadedError(
+                f"{mine} requests of tenant {tenant!r} wait already; try again later", mine
+            )
         total = sum(self.waiting(t) for t in self._tenants)
         if total >= self.options.max_queue:
             raise OverloadedError(f"{total} requests wait already; try again later", total)
@@ -257,8 +290,8 @@ class Scheduler:
     def next(self, now: float, *, alone: bool = False) -> list[tuple[Request, Part]]:
         """The requests of the next step, and what each does. Empty only if there is no request.
 
-        alone: nobody waits for these answers one by one, so prompts are read in as large pieces as a step takes, and
-        no place stays free.
+        alone: nobody waits for these answers one by one, so prompts are read in as large pieces as
+        a step takes, and no place stays free.
         Raises NoRoomError.
         """
         active = [name for name, tenant in self._tenants.items() if tenant.requests]
@@ -270,13 +303,16 @@ class Scheduler:
             # What came before is still there as far as the device had not places enough for it.
             self._best_known = True
             places = self.options.max_num_seqs // len(active)
-            self._demand.backlog = {n: self._mean_rows(n) * max(0, self._count(n) - places) for n in active}
+            self._demand.backlog = {
+                n: self._mean_rows(n) * max(0, self._count(n) - places) for n in active
+            }
         in_use = self._choose_tenants(active, now)
         given = self._choose_places(in_use, now, alone)
         ranked = [r for name in in_use for r in self._ranked(name, given[name])]
         answering = [r for r in ranked if r.sequence is not None and r.unread == 0]
         parts = self._answer(answering)
-        # Those that were put off just now are read again from their beginning, after those that kept their caches.
+        # Those that were put off just now are read again from their beginning, after those that
+        # kept their caches.
         reading = [r for r in ranked if r not in parts]
         room = self.options.max_num_batched_tokens - len(parts)
         if parts and not alone:
@@ -292,7 +328,8 @@ class Scheduler:
         return list(parts.items())
 
     def done(self, parts: Sequence[tuple[Request, Part]], step: Step, now: float) -> None:
-        """Count what a step served, how far reading got and, from what the clock was at `next`, how long it took."""
+        """Count what a step served, how far reading got and, from what the clock was at `next`, how
+        long it took."""
         for request, part in parts:
             # Computing again what was given up is not charged to who gave it up.
             cost = 0.0 if request.preemptions else float(part.read)
@@ -305,7 +342,9 @@ class Scheduler:
                 self._tenants[name].switch_s = seconds
         computing_s = now - self._began_at - sum(step.reconfiguration_s.values())
         tenants = len({request.tenant for request, _ in parts})
-        self._times.add(tenants, len(parts), sum(part.read for _, part in parts), max(0.0, computing_s))
+        self._times.add(
+            tenants, len(parts), sum(part.read for _, part in parts), max(0.0, computing_s)
+        )
 
     # Tenants.
 
@@ -340,7 +379,8 @@ class Scheduler:
         self._tenants[name].since = now
 
     def _turn_s(self, name: str) -> float:
-        """How long a tenant stays in use at least: its own reconfiguration is at most `switch_share` of it."""
+        """How long a tenant stays in use at least: its own reconfiguration is at most
+        `switch_share` of it."""
         return self._tenants[name].switch_s / self.options.switch_share
 
     # Places.
@@ -384,8 +424,9 @@ class Scheduler:
     def _shares(self, names: Iterable[str], now: float) -> dict[str, float]:
         """Each tenant's share of the device by weight, beside all that lately asked for something.
 
-        A tenant that happens to have no request now has its share all the same: others' steps would else grow and
-        shrink with its pauses. Where tenants take turns those of others are no concern of a step.
+        A tenant that happens to have no request now has its share all the same: others' steps would
+        else grow and shrink with its pauses. Where tenants take turns those of others are no
+        concern of a step.
         """
         here = set(names)
         asking = here | self._demand.tenants(now)
@@ -395,8 +436,8 @@ class Scheduler:
         return {n: self.options.weight(n) / total for n in here}
 
     def _flooding(self, wanted: Mapping[str, int], shares: Mapping[str, float]) -> frozenset[str]:
-        """Tenants that want more places than their shares and would have a backlog whatever the device did, if others
-        do not."""
+        """Tenants that want more places than their shares and would have a backlog whatever the
+        device did, if others do not."""
         most, found = self.options.max_num_seqs, set()
         if self.options.max_interference == math.inf:
             return frozenset()
@@ -415,7 +456,9 @@ class Scheduler:
 
     def _mean_rows(self, name: str) -> float:
         """What each of a tenant's requests takes."""
-        return fmean(self._demand.rows(r, self._token_rows) for r in self._tenants[name].requests[-NEWEST:])
+        return fmean(
+            self._demand.rows(r, self._token_rows) for r in self._tenants[name].requests[-NEWEST:]
+        )
 
     @property
     def _chunk(self) -> int:
@@ -428,8 +471,8 @@ class Scheduler:
         return self._times.token_s / self._times.row_s if self._times.row_s else 0.0
 
     def _best_rows_per_s(self, now: float) -> float:
-        """What full steps of all who lately asked for something do, with as many tokens of prompts for each row as
-        lately; 0 if that is not known."""
+        """What full steps of all who lately asked for something do, with as many tokens of prompts
+        for each row as lately; 0 if that is not known."""
         most = self.options.max_num_seqs
         read = min(float(self._chunk), most * self._times.read_per_row)
         tenants = min(len(self._demand.tenants(now)), self._backend.max_ready_tenants)
@@ -438,10 +481,13 @@ class Scheduler:
 
     # Floods.
 
-    def _flood_places(self, flooding: frozenset[str], calm: Mapping[str, int], share: float, now: float) -> int:
+    def _flood_places(
+        self, flooding: frozenset[str], calm: Mapping[str, int], share: float, now: float
+    ) -> int:
         """Places of those who flood the device, of which they together have `share`, in this step.
 
-        calm: tenant -> places, of the others. If all steps were as large lately, as after a flood that nobody shared
+        calm: tenant -> places, of the others. If all steps were as large lately, as after a flood
+            that nobody shared
         the device with, nothing tells what rows cost: some smaller ones do.
         """
         most, times = self.options.max_num_seqs, self._times
@@ -450,11 +496,12 @@ class Scheduler:
             self._flood = _Flood(flooding, math.inf, math.inf)
             return int(max(share * most, free / 2))
         join_s, row_s = times.tenant_s * len(flooding), times.row_s
-        # A step that they join is longer by what they have of their own, however many rows they bring: at least so many
-        # that these make up half of it.
+        # A step that they join is longer by what they have of their own, however many rows they
+        # bring: at least so many that these make up half of it.
         fewest = max(1.0, min(free, join_s / row_s if row_s else most))
         allowance_s = self._allowance_s(calm, share * self._best_rows_per_s(now), join_s, fewest)
-        # What does not make up a step yet is kept for the next one, more is not: nobody saves up service.
+        # What does not make up a step yet is kept for the next one, more is not: nobody saves up
+        # service.
         kept_s = min(join_s + fewest * row_s, self._flood.balance_s)
         self._flood = _Flood(flooding, allowance_s, allowance_s + kept_s)
         left_s = self._flood.balance_s - join_s
@@ -462,13 +509,15 @@ class Scheduler:
             return 0
         return min(most, int(left_s / row_s)) if row_s * most > left_s else most
 
-    def _allowance_s(self, calm: Mapping[str, int], rows_per_s: float, join_s: float, fewest: float) -> float:
-        """Seconds by which those who flood the device may make this step longer, on average: for `rows_per_s`, their
-        share of what it does at its best, or `max_interference`.
+    def _allowance_s(
+        self, calm: Mapping[str, int], rows_per_s: float, join_s: float, fewest: float
+    ) -> float:
+        """Seconds by which those who flood the device may make this step longer, on average: for
+        `rows_per_s`, their share of what it does at its best, or `max_interference`.
 
-        The step of the others alone would take s seconds. `rows` more in every step come at that rate if rows =
-        rows_per_s * (s + join_s + row_s * rows); `fewest` more in a part of the steps, if part * fewest = rows_per_s *
-        (s + part * (join_s + row_s * fewest)).
+        The step of the others alone would take s seconds. `rows` more in every step come at that
+        rate if rows = rows_per_s * (s + join_s + row_s * rows); `fewest` more in a part of the
+        steps, if part * fewest = rows_per_s * (s + part * (join_s + row_s * fewest)).
         """
         row_s = self._times.row_s
         reading = (r.unread for n, count in calm.items() for r in self._ranked(n, count))
@@ -490,8 +539,8 @@ class Scheduler:
         )
 
     def _flood_room(self) -> int:
-        """Tokens of prompts that those who flood the device read in a step at most. What is beyond their allowance they
-        pay for in the steps after that; this keeps it short."""
+        """Tokens of prompts that those who flood the device read in a step at most. What is beyond
+        their allowance they pay for in the steps after that; this keeps it short."""
         most = self.options.max_num_batched_tokens
         token_s, allowance_s = self._times.token_s, self._flood.allowance_s
         if not self._flood.tenants or 2 * allowance_s >= most * token_s:
@@ -518,10 +567,13 @@ class Scheduler:
     def _part(self, request: Request, read: int = 0) -> Part:
         assert request.sequence is not None
         token_id = -1 if read else request.next_token
-        return Part(request.sequence, read, token_id, request.wants_logits and read in (0, request.unread))
+        return Part(
+            request.sequence, read, token_id, request.wants_logits and read in (0, request.unread)
+        )
 
     def _read(self, reading: Sequence[Request], parts: dict[Request, Part], room: int) -> None:
-        """Fill the step's room with pieces of prompts; a request that does not fit holds up its tenant's later ones."""
+        """Fill the step's room with pieces of prompts; a request that does not fit holds up its
+        tenant's later ones."""
         queues: dict[str, list[Request]] = {}
         for request in reading:
             queues.setdefault(request.tenant, []).append(request)
@@ -544,17 +596,21 @@ class Scheduler:
             else:
                 queues.pop(name, None)
 
-    def _begin(self, request: Request, piece: int, parts: dict[Request, Part], placed: set[Request]) -> bool:
+    def _begin(
+        self, request: Request, piece: int, parts: dict[Request, Part], placed: set[Request]
+    ) -> bool:
         """Add a piece of a request's prompt to the step, if the caches have room for it.
 
-        placed: requests that have a place in this step; others that wait with their caches may have to give them up.
+        placed: requests that have a place in this step; others that wait with their caches may have
+            to give them up.
         """
         begun = request.sequence is None
         while True:
             if request.sequence is None:
                 request.sequence = self._backend.begin(request.row())
             part = self._part(request, piece)
-            # One that begins must find room for all of its prompt and to grow; one that goes on, for this step.
+            # One that begins must find room for all of its prompt and to grow; one that goes on,
+            # for this step.
             needed = self._part(request, request.unread) if begun else part
             if self._backend.fits([*parts.values(), needed], AHEAD if begun else 0):
                 parts[request] = part
@@ -568,7 +624,8 @@ class Scheduler:
             self._put_off(victim)
 
     def _make_progress(self, ranked: Sequence[Request], room: int) -> dict[Request, Part]:
-        """The step of a device whose caches are full of requests that may not go on: the first of `ranked` goes."""
+        """The step of a device whose caches are full of requests that may not go on: the first of
+        `ranked` goes."""
         first = min(ranked, key=lambda r: (self._tenants[r.tenant].served, r.order))
         while True:
             if first.sequence is None:
@@ -583,7 +640,8 @@ class Scheduler:
             self._put_off(victim)
 
     def _victim(self, keep: Iterable[Request]) -> Request | None:
-        """Whose caches to give up: of the tenant that was served most, the request that should go last."""
+        """Whose caches to give up: of the tenant that was served most, the request that should go
+        last."""
         kept = set(keep)
         having = [r for r in self.requests() if r.sequence is not None and r not in kept]
         return max(having, key=lambda r: (self._tenants[r.tenant].served, r.order), default=None)

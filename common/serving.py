@@ -1,4 +1,5 @@
-"""An engine in a thread of its own, for asyncio: any number of requests at once, batched continuously."""
+"""An engine in a thread of its own, for asyncio: any number of requests at once, batched
+continuously."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Steps that fail one after another before the engine is given up; one that succeeds starts the count anew.
+# Steps that fail one after another before the engine is given up; one that succeeds starts the
+# count anew.
 MAX_FAILURES = 3
 
 # Answers a second over the last so many seconds tell how long a refused request should wait.
@@ -29,10 +31,11 @@ RATE_WINDOW_S = 30.0
 
 
 class AsyncEngine:
-    """Runs an `Engine`'s steps in a thread. All methods but `close` are for one asyncio event loop at a time.
+    """Runs an `Engine`'s steps in a thread. All methods but `close` are for one asyncio event loop
+    at a time.
 
-    The thread alone touches the engine's requests, so what other threads want of it is left as a note for the time
-    between two steps.
+    The thread alone touches the engine's requests, so what other threads want of it is left as a
+    note for the time between two steps.
     """
 
     def __init__(self, engine: Engine):
@@ -66,7 +69,8 @@ class AsyncEngine:
                 self.engine.step()
                 failures = 0
             except Exception as error:
-                # Its requests were told. What broke may be one request's doing; what breaks again and again is not.
+                # Its requests were told. What broke may be one request's doing; what breaks again
+                # and again is not.
                 logger.exception("a step of the engine failed")
                 failures += 1
                 if failures >= MAX_FAILURES:
@@ -79,7 +83,9 @@ class AsyncEngine:
             notes, self._notes = list(self._notes), deque()
         for note in notes:
             note()
-        self.engine.fail_all(EngineError(f"the engine stopped after {MAX_FAILURES} failed steps in a row ({error})"))
+        self.engine.fail_all(
+            EngineError(f"the engine stopped after {MAX_FAILURES} failed steps in a row ({error})")
+        )
 
     def _note(self, note: Callable[[], None]) -> None:
         with self._wake:
@@ -140,24 +146,33 @@ class AsyncEngine:
     ) -> AsyncIterator[Output]:
         """What the tenant answers, as it comes; the last output holds the whole `Generation`.
 
-        priority, deadline_s: as for `Engine.submit`. Closing the iterator early, or cancelling the task that waits for
-        it, cancels the request; its caches are free before the next step.
+        priority, deadline_s: as for `Engine.submit`. Closing the iterator early, or cancelling the
+        task that waits for it, cancels the request; its caches are free before the next step.
 
-        Raises at the first output RequestError, UnknownTenantError, OverloadedError or EngineError, and at any
-        DeadlineError or EngineError.
+        Raises at the first output RequestError, UnknownTenantError, OverloadedError or EngineError,
+        and at any DeadlineError or EngineError.
         """
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[tuple[Output, Request]] = asyncio.Queue()
         self._require_healthy()
         if self._draining:
-            raise OverloadedError("the server is about to stop and takes no new requests; try another one", 0, 1.0)
+            raise OverloadedError(
+                "the server is about to stop and takes no new requests; try another one", 0, 1.0
+            )
 
         def send(output: Output) -> None:
             _tell(loop, outputs.put_nowait, (output, request))
 
-        # Text becomes tokens in a worker thread: a long prompt would hold up all other streams of this loop.
+        # Text becomes tokens in a worker thread: a long prompt would hold up all other streams of
+        # this loop.
         request = await asyncio.to_thread(
-            self.engine.check, tenant, prompt, params, priority=priority, deadline_s=deadline_s, on_output=send
+            self.engine.check,
+            tenant,
+            prompt,
+            params,
+            priority=priority,
+            deadline_s=deadline_s,
+            on_output=send,
         )
         try:
             try:
@@ -188,7 +203,8 @@ class AsyncEngine:
         self._listeners.append(listener)
 
     def _retry_after_s(self, waiting: int) -> float:
-        """How long it takes at the rate of late to answer as many requests as wait; between 1 and 60 seconds."""
+        """How long it takes at the rate of late to answer as many requests as wait; between 1 and
+        60 seconds."""
         now = time.monotonic()
         while self._finished and self._finished[0] < now - RATE_WINDOW_S:
             self._finished.popleft()
@@ -197,15 +213,21 @@ class AsyncEngine:
 
     # Tenants.
 
-    async def add_tenant(self, name: str, checkpoint: str | Path, *, config: str | Path | None = None) -> None:
-        """Add a tenant to the store and to the running engine. Copies that others use do not change, nor do answers.
+    async def add_tenant(
+        self, name: str, checkpoint: str | Path, *, config: str | Path | None = None
+    ) -> None:
+        """Add a tenant to the store and to the running engine. Copies that others use do not
+        change, nor do answers.
 
-        Raises CheckpointError, PlanError, StoreError, EngineError; store and engine are then as they were.
+        Raises CheckpointError, PlanError, StoreError, EngineError; store and engine are then as
+        they were.
         """
         async with self._changes:
             self._require_healthy()
             path = self.engine.store.path
-            store = await asyncio.to_thread(extend.extend_store, path, name, checkpoint, config=config)
+            store = await asyncio.to_thread(
+                extend.extend_store, path, name, checkpoint, config=config
+            )
             try:
                 await self._between_steps(lambda: self.engine.update(store))
             except Exception:
@@ -213,7 +235,8 @@ class AsyncEngine:
                 raise
 
     async def remove_tenant(self, name: str) -> None:
-        """Refuse a tenant's new requests, wait for its running ones, then take it out of the engine and the store.
+        """Refuse a tenant's new requests, wait for its running ones, then take it out of the engine
+        and the store.
 
         Raises UnknownTenantError, StoreError (a store keeps at least one tenant), EngineError.
         """
@@ -247,7 +270,8 @@ class AsyncEngine:
         return self.engine.store
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Refuse new requests and wait for those that are there. Returns whether all were done in time."""
+        """Refuse new requests and wait for those that are there. Returns whether all were done in
+        time."""
         self._draining = True
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while self.healthy and self.engine.has_work:
@@ -272,7 +296,8 @@ class AsyncEngine:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in an event loop from another thread; nothing happens if that loop is closed."""
+    """Call a function in an event loop from another thread; nothing happens if that loop is
+    closed."""
     try:
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:

@@ -1,7 +1,7 @@
 """How far tenants' experts are apart: L2 distance at every position, for every pair of tenants.
 
-Source: arXiv 2505.06481, section on expert similarity: an expert's matrices flattened together, Euclidean distance;
-with more than two tenants the score of a position is the sum over all pairs.
+Source: arXiv 2505.06481, section on expert similarity: an expert's matrices flattened together,
+Euclidean distance; with more than two tenants the score of a position is the sum over all pairs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from common.checkpoints import Checkpoint
 from common.dtypes import to_float32
 
-# Elements converted and compared at a time: large enough that numpy's calls cost little, small enough for the caches.
+# Elements converted and compared at a time: large enough that numpy's calls cost little, small
+# enough for the caches.
 BLOCK = 1 << 17
 
 
@@ -25,17 +26,21 @@ def tenant_pairs(num_tenants: int) -> list[tuple[int, int]]:
     return list(combinations(range(num_tenants), 2))
 
 
-def compare(arrays: Sequence[np.ndarray], pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Squared L2 distances between equally shaped arrays, and which arrays hold only finite numbers.
+def compare(
+    arrays: Sequence[np.ndarray], pairs: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared L2 distances between equally shaped arrays, and which arrays hold only finite
+    numbers.
 
-    arrays: [tenants] of any one shape and float type. Differences are taken in float32, summed in float32 within a
-    block of 131,072 elements and in float64 across blocks.
+    arrays: [tenants] of any one shape and float type. Differences are taken in float32, summed in
+    float32 within a block of 131,072 elements and in float64 across blocks.
     Returns squared float64 [pairs], finite bool [tenants].
     """
     flat = [a.reshape(-1) for a in arrays]
     squared = np.zeros(len(pairs), dtype=np.float64)
     finite = np.ones(len(arrays), dtype=bool)
-    # A tensor that is not finite is reported through `finite`; numpy's own warnings about it would only be noise.
+    # A tensor that is not finite is reported through `finite`; numpy's own warnings about it would
+    # only be noise.
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, flat[0].size, BLOCK):
             blocks = [to_float32(a[start : start + BLOCK]) for a in flat]
@@ -58,7 +63,9 @@ class Distances:
     def __post_init__(self) -> None:
         num_pairs = len(tenant_pairs(len(self.tenants)))
         if self.matrix.ndim != 3 or self.matrix.shape[0] != num_pairs:
-            raise ValueError(f"matrix is {self.matrix.shape}; {len(self.tenants)} tenants have {num_pairs} pairs")
+            raise ValueError(
+                f"matrix is {self.matrix.shape}; {len(self.tenants)} tenants have {num_pairs} pairs"
+            )
         self.matrix.setflags(write=False)
 
     @property
@@ -66,11 +73,13 @@ class Distances:
         return tenant_pairs(len(self.tenants))
 
     def score(self) -> np.ndarray:
-        """float64 [layers, experts]: the sum over all pairs, by which Algorithm 1 orders positions."""
+        """float64 [layers, experts]: the sum over all pairs, by which Algorithm 1 orders
+        positions."""
         return np.asarray(self.matrix.sum(axis=0))
 
     def layer_summary(self) -> list[dict[str, float]]:
-        """Mean, standard deviation, smallest and largest distance of each layer, over its experts and all pairs."""
+        """Mean, standard deviation, smallest and largest distance of each layer, over its experts
+        and all pairs."""
         summary = []
         for layer in range(self.matrix.shape[1]):
             values = self.matrix[:, layer]

@@ -10,7 +10,14 @@ from typing import Any
 
 from common.detokenizer import CleanUp, IncrementalDecoder
 
-FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 """A directory that holds one of them has a tokenizer."""
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -24,7 +31,9 @@ class Tokenizer:
         # Imported here: it is slow, and brings the frameworks that transformers finds.
         from transformers import AutoTokenizer
 
-        self._hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        self._hf = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         self._silent: dict[tuple[int, bool], bool] = {}
         self.encode("a")  # some files load and cannot be used
 
@@ -39,7 +48,8 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template that `render` uses; None if there is none, or several of which none is the default."""
+        """The template that `render` uses; None if there is none, or several of which none is the
+        default."""
         try:
             return str(self._hf.get_chat_template()) if self._hf.chat_template else None
         except ValueError:
@@ -59,7 +69,9 @@ class Tokenizer:
 
     # Answers in pieces.
 
-    def incremental(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> IncrementalDecoder:
+    def incremental(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> IncrementalDecoder:
         """Turns the tokens that follow `prompt` into text one at a time, without clean-up."""
 
         def decode(token_ids: Sequence[int]) -> str:
@@ -68,14 +80,19 @@ class Tokenizer:
         return IncrementalDecoder(decode, lambda i: self._is_silent(i, skip_special_tokens), prompt)
 
     def clean_up(self) -> CleanUp | None:
-        """What `decode` does to a finished text, for one that comes in pieces; None if it does nothing.
+        """What `decode` does to a finished text, for one that comes in pieces; None if it does
+        nothing.
 
         transformers leaves the text of BPE tokenizers alone, whatever their files say
         (tokenization_utils_tokenizers.py, `_decode`).
         """
         if not getattr(self._hf, "clean_up_tokenization_spaces", False):
             return None
-        forced = getattr(self._hf, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+        forced = getattr(
+            self._hf,
+            "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+            False,
+        )
         if type(getattr(self._backend, "model", None)).__name__ == "BPE" and not forced:
             return None
         return CleanUp(self._hf.clean_up_tokenization)
@@ -83,12 +100,15 @@ class Tokenizer:
     def _plain(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return str(
             self._hf.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
             )
         )
 
     def _is_silent(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether a token adds no text between two others: it is special, or not known to the tokenizer."""
+        """Whether a token adds no text between two others: it is special, or not known to the
+        tokenizer."""
         key = token_id, skip_special_tokens
         if key not in self._silent:
             word = self._word
@@ -131,8 +151,12 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Those that answers' text leaves out: as they are written, and their ids."""
-        named = dict(zip(map(str, self._hf.all_special_tokens), self._hf.all_special_ids, strict=True))
-        added = {str(token): i for i, token in self._hf.added_tokens_decoder.items() if token.special}
+        named = dict(
+            zip(map(str, self._hf.all_special_tokens), self._hf.all_special_ids, strict=True)
+        )
+        added = {
+            str(token): i for i, token in self._hf.added_tokens_decoder.items() if token.special
+        }
         return {token: i for token, i in (named | added).items() if token}
 
 
@@ -140,9 +164,12 @@ _ALPHABET: dict[str, int] = {}
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE (openai/gpt-2, encoder.py, `bytes_to_unicode`)."""
+    """The character that stands for each byte in byte-level BPE (openai/gpt-2, encoder.py,
+    `bytes_to_unicode`)."""
     if not _ALPHABET:
         shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         hidden = [b for b in range(256) if b not in shown]
-        _ALPHABET.update({chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)})
+        _ALPHABET.update(
+            {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+        )
     return _ALPHABET

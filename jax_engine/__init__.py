@@ -9,7 +9,9 @@ from common.store import Store
 from jax_engine.options import JaxOptions
 
 
-def load_backend(store: Store, device: str = "auto", dtype: str = "auto", **options: Any) -> Backend:
+def load_backend(
+    store: Store, device: str = "auto", dtype: str = "auto", **options: Any
+) -> Backend:
     """Load a store's pool and tenants onto a device or a mesh. Raises EngineError.
 
     options: the fields of `JaxOptions`.

@@ -1,4 +1,5 @@
-"""The backend that `common.engine.Engine` drives: what a store gives, and the sequences that are computed with it."""
+"""The backend that `common.engine.Engine` drives: what a store gives, and the sequences that are
+computed with it."""
 
 from __future__ import annotations
 
@@ -30,12 +31,18 @@ DEFAULT_LEAST_COMPILE_S = 1.0
 
 
 def _use_compilation_cache(wanted: str | None) -> None:
-    """Let jax keep compiled steps in a folder. What the user has set already, in jax or its environment, stays."""
-    if wanted is None or (wanted == "auto" and getattr(jax.config, "jax_compilation_cache_dir", None)):
+    """Let jax keep compiled steps in a folder. What the user has set already, in jax or its
+    environment, stays."""
+    if wanted is None or (
+        wanted == "auto" and getattr(jax.config, "jax_compilation_cache_dir", None)
+    ):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "moetel" / "jax") if wanted == "auto" else wanted)
-    # jax keeps what took it a second to compile. A step by layers is dozens of calls that take half of one each.
+    jax.config.update(
+        "jax_compilation_cache_dir", str(cache / "moetel" / "jax") if wanted == "auto" else wanted
+    )
+    # jax keeps what took it a second to compile. A step by layers is dozens of calls that take half
+    # of one each.
     least = "jax_persistent_cache_min_compile_time_secs"
     if least.upper() not in os.environ and getattr(jax.config, least) == DEFAULT_LEAST_COMPILE_S:
         jax.config.update(least, 0.0)
@@ -57,26 +64,40 @@ class JaxBackend(Backend):
         else:
             self._dispatch = LoopDispatch()
         _use_compilation_cache(options.compilation_cache)
-        # switch-base-8 on two cores: 40 tokens of prompts take as long as a step of 16 answers; accelerators compute
-        # more while they read their weights.
+        # switch-base-8 on two cores: 40 tokens of prompts take as long as a step of 16 answers;
+        # accelerators compute more while they read their weights.
         self.default_chunk = 48 if self._devices.platform == "cpu" else 512
         self._compiled = Compiled()
         self._observer: Observer | None = None
         self.loaded = self._load(store, None)
         self.sequences = Sequences(self._devices, self._products.compute, self._compiled)
-        self.sequences.room_bytes = options.kv_cache_bytes or min(MOST_CACHE, self._devices.free_bytes // 4)
+        self.sequences.room_bytes = options.kv_cache_bytes or min(
+            MOST_CACHE, self._devices.free_bytes // 4
+        )
         self._check_room(store)
 
     def _load(self, store: Store, before: Loaded | None) -> Loaded:
-        return Loaded(store, self._devices, self._products, self._dispatch, self._options, self._compiled, before)
+        return Loaded(
+            store,
+            self._devices,
+            self._products,
+            self._dispatch,
+            self._options,
+            self._compiled,
+            before,
+        )
 
     def _check_room(self, store: Store) -> None:
         """Raises EngineError if the caches cannot hold one short sequence of each tenant."""
         for name in store.tenants:
-            least, most = self.sequences.alone_bytes(as_switch(store.config(name)), 1), self.sequences.room_bytes
+            least, most = (
+                self.sequences.alone_bytes(as_switch(store.config(name)), 1),
+                self.sequences.room_bytes,
+            )
             if least > most:
                 raise EngineError(
-                    f"kv_cache_bytes is {most}; one short sequence of tenant {name!r} takes {least}: give as much at "
+                    f"kv_cache_bytes is {most}; one short sequence of tenant {name!r} takes "
+                    f"{least}: give as much at "
                     "least"
                 )
 
@@ -104,7 +125,10 @@ class JaxBackend(Backend):
         return self.sequences.max_length(self.loaded.config(tenant))
 
     def logits(
-        self, tenant: str, rows: Sequence[Sequence[int]], decoder_rows: Sequence[Sequence[int]] | None
+        self,
+        tenant: str,
+        rows: Sequence[Sequence[int]],
+        decoder_rows: Sequence[Sequence[int]] | None,
     ) -> list[np.ndarray]:
         assert decoder_rows is not None and len(decoder_rows) == len(rows)
         return self.sequences.logits(self.loaded, tenant, rows, decoder_rows, self._observer)
@@ -113,20 +137,29 @@ class JaxBackend(Backend):
         before = self.loaded.store
         if store.family.name != before.family.name or store.experts != before.experts:
             raise EngineError(
-                f"{store.path}: its experts have other shapes than those that were loaded; load it with load_engine()"
+                f"{store.path}: its experts have other shapes than those that were loaded; load it "
+                "with load_engine()"
             )
         dtype = store.dtype if self._options.dtype == "auto" else self._options.dtype
         if dtype != self.stored_dtype:
             raise EngineError(
-                f"{store.path}: its type is {dtype}, that of the weights that were loaded {self.stored_dtype}; load it "
+                f"{store.path}: its type is {dtype}, that of the weights that were loaded "
+                f"{self.stored_dtype}; load it "
                 "with load_engine()"
             )
         for name in sorted(self.sequences.tenants):
             if name not in store.tenants:
-                raise EngineError(f"{store.path}: tenant {name!r} is gone, but has unfinished requests; end them first")
-            if as_switch(store.config(name)).architecture != as_switch(before.config(name)).architecture:
                 raise EngineError(
-                    f"{store.path}: tenant {name!r} has another config than before, and unfinished requests; end them "
+                    f"{store.path}: tenant {name!r} is gone, but has unfinished requests; end them "
+                    "first"
+                )
+            if (
+                as_switch(store.config(name)).architecture
+                != as_switch(before.config(name)).architecture
+            ):
+                raise EngineError(
+                    f"{store.path}: tenant {name!r} has another config than before, and unfinished "
+                    "requests; end them "
                     "first"
                 )
         self._check_room(store)
@@ -167,7 +200,8 @@ class JaxBackend(Backend):
 
 
 def _products(options: JaxOptions, dtype: str, devices: Devices) -> Products:
-    """How matrices are kept and multiplied: the first of native and plain that works, if none is asked for."""
+    """How matrices are kept and multiplied: the first of native and plain that works, if none is
+    asked for."""
     kernels = None
     if not devices.is_mesh and options.products != "plain":
         from jax_engine import native
@@ -175,7 +209,8 @@ def _products(options: JaxOptions, dtype: str, devices: Devices) -> Products:
         kernels = native.load()
     if options.products == "native" and kernels is None:
         raise EngineError(
-            "products='native' does not work here (it needs one CPU device with AVX2 and a C++ compiler, not switched "
+            "products='native' does not work here (it needs one CPU device with AVX2 and a C++ "
+            "compiler, not switched "
             "off by MOETEL_NATIVE=0); use auto or plain"
         )
     if kernels is not None:

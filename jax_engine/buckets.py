@@ -13,7 +13,8 @@ def power_of_two(n: int) -> int:
 
 
 def prompt_bucket(tokens: int) -> int:
-    """16, 32, 48, 64, 96, 128, 192, 256, ...: powers of two and, from 32 on, one size half-way to the next."""
+    """16, 32, 48, 64, 96, 128, 192, 256, ...: powers of two and, from 32 on, one size half-way to
+    the next."""
     whole = max(SMALLEST_PROMPT, power_of_two(tokens))
     half_way = whole * 3 // 4
     return half_way if whole >= 64 and tokens <= half_way else whole

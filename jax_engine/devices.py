@@ -29,7 +29,8 @@ class Devices:
         self._by_row = self._sharding("data")
 
     def _sharding(self, axis: str | None) -> Sharding:
-        """Along an axis of the mesh. On one device always the same one: jax compiles anew for another, equal or not."""
+        """Along an axis of the mesh. On one device always the same one: jax compiles anew for
+        another, equal or not."""
         if self.mesh.size == 1:
             return SingleDeviceSharding(self.mesh.devices.flat[0])
         return NamedSharding(self.mesh, PartitionSpec() if axis is None else PartitionSpec(axis))
@@ -40,7 +41,8 @@ class Devices:
         return placed
 
     def by_slot(self, array: Any) -> Array:
-        """Stacked slots along the axis of experts; arrays of single slots where they are all on one device."""
+        """Stacked slots along the axis of experts; arrays of single slots where they are all on one
+        device."""
         placed: Array = jax.device_put(array, self._by_slot)
         return placed
 
@@ -50,7 +52,8 @@ class Devices:
         return placed
 
     def rows_given(self, array: np.ndarray) -> Any:
-        """The same for small arrays that a call is given from the host: one device takes them as they are."""
+        """The same for small arrays that a call is given from the host: one device takes them as
+        they are."""
         return array if self.mesh.size == 1 else self.by_row(array)
 
     def rows(self, count: int) -> int:
@@ -85,8 +88,12 @@ def _find(options: JaxOptions) -> list[jax.Device]:
     try:
         found = jax.devices(kind)
     except RuntimeError as error:
-        raise EngineError(f"device {options.device!r} is not there ({error}); use auto or cpu") from error
+        raise EngineError(
+            f"device {options.device!r} is not there ({error}); use auto or cpu"
+        ) from error
     wanted = 1 if options.mesh is None else options.mesh[0] * options.mesh[1]
     if wanted > len(found):
-        raise EngineError(f"mesh {tuple(options.mesh or ())} needs {wanted} devices, jax sees {len(found)}")
+        raise EngineError(
+            f"mesh {tuple(options.mesh or ())} needs {wanted} devices, jax sees {len(found)}"
+        )
     return list(found[:wanted])

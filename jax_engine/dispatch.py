@@ -1,15 +1,21 @@
 """Expert dispatch: tokens, and the slot of each, through the copies of a layer's pool.
 
-Ways to do it behind one face; what each is for was measured (benchmarks/switch_dispatch.py, docs/results):
-- NativeDispatch: one call of our own CPU kernels, which read the slots that are hit and nothing else;
-- LoopDispatch: XLA on one CPU device, one array a slot; a loop over blocks of sorted tokens of one slot, each a
-  `lax.switch` to its slot's product, so no weight is copied and time does not grow with the pool;
-- MeshDispatch: stacked slots sharded over the mesh axis `expert`, tokens over `data`; also one accelerator;
-- DenseDispatch: every expert on every token, then a selection; differentiable and simple, for training small models.
+Ways to do it behind one face; what each is for was measured (benchmarks/switch_dispatch.py,
+docs/results):
+- NativeDispatch: one call of our own CPU kernels, which read the slots that are hit and nothing
+  else;
+- LoopDispatch: XLA on one CPU device, one array a slot; a loop over blocks of sorted tokens of one
+  slot, each a `lax.switch` to its slot's product, so no weight is copied and time does not grow
+  with the pool;
+- MeshDispatch: stacked slots sharded over the mesh axis `expert`, tokens over `data`; also one
+  accelerator;
+- DenseDispatch: every expert on every token, then a selection; differentiable and simple, for
+  training small models.
 
-Where a tenant has residuals beside the copies of a layer, their products are added before the activation and to the
-output (`jax_engine.residuals`). DenseDispatch does without. For tokens of several tenants the tables of their residuals
-lie one after the other, S rows each, and number v stands for slot v mod S with row v of the tables.
+Where a tenant has residuals beside the copies of a layer, their products are added before the
+activation and to the output (`jax_engine.residuals`). DenseDispatch does without. For tokens of
+several tenants the tables of their residuals lie one after the other, S rows each, and number v
+stands for slot v mod S with row v of the tables.
 
 Legend: tokens T, slots S, hidden H, intermediate I. A slot outside 0..S-1 gives zeros.
 """
@@ -33,7 +39,8 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 Copy = tuple[Array, ...]
-"""The projections of one copy: (wi, wo) or (wi_0, wi_1, wo); stacked ones have a leading axis of slots."""
+"""The projections of one copy: (wi, wo) or (wi_0, wi_1, wo); stacked ones have a leading axis of
+slots."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -88,8 +95,8 @@ class Dispatch(ABC):
     ) -> Array:
         """x: [T, H]; slots: int32 [T]; copies: one a slot, or a single stacked one. Returns [T, H].
 
-        residuals: what the tenant, or each of several, adds to the copies of this layer; None: nothing is compiled for
-        them. MeshDispatch takes one tenant's alone.
+        residuals: what the tenant, or each of several, adds to the copies of this layer; None:
+        nothing is compiled for them. MeshDispatch takes one tenant's alone.
         """
 
     def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
@@ -142,8 +149,11 @@ class LoopDispatch(Dispatch):
     ) -> Array:
         if residuals is None:
             branches = [lambda rows, copy=copy: ff(rows, copy) for copy in copies]
-            return over_blocks(x, slots, len(copies), lambda rows, slot: lax.switch(slot, branches, rows))
-        # A residual's product is the same code for all slots, so it stands beside the branches, not in each.
+            return over_blocks(
+                x, slots, len(copies), lambda rows, slot: lax.switch(slot, branches, rows)
+            )
+        # A residual's product is the same code for all slots, so it stands beside the branches, not
+        # in each.
         first = [lambda rows, copy=copy: ff.inner(rows, copy) for copy in copies]
         last = [lambda hidden, copy=copy: ff.last(hidden, copy) for copy in copies]
 
@@ -151,7 +161,9 @@ class LoopDispatch(Dispatch):
             slot = number % len(copies)
             inner = with_residuals(residuals, lax.switch(slot, first, rows), rows, number)
             hidden = ff.hidden(inner)
-            return with_residual(residuals, lax.switch(slot, last, hidden), hidden, number, len(inner))
+            return with_residual(
+                residuals, lax.switch(slot, last, hidden), hidden, number, len(inner)
+            )
 
         return over_blocks(x, slots, residuals.table.shape[0], product)
 
@@ -160,9 +172,10 @@ class LoopDispatch(Dispatch):
 class MeshDispatch(Dispatch):
     """Stacked slots over the axis `expert`, tokens over the axis `data`.
 
-    Every device computes, for its own tokens, what its own slots contribute, and the contributions are summed over
-    `expert`. With static shapes and nothing dropped, an all-to-all would have to provide for all of a device's tokens
-    going to one other device, so it would move at least as much as this sum does. Weights stay where they are.
+    Every device computes, for its own tokens, what its own slots contribute, and the contributions
+    are summed over `expert`. With static shapes and nothing dropped, an all-to-all would have to
+    provide for all of a device's tokens going to one other device, so it would move at least as
+    much as this sum does. Weights stay where they are.
     Residuals are on every device: they are a few per cent of the copies.
     """
 
@@ -197,7 +210,9 @@ class MeshDispatch(Dispatch):
                         return ff(rows, copy)
                     inner = with_residuals(residuals, ff.inner(rows, copy), rows, first + slot)
                     hidden = ff.hidden(inner)
-                    return with_residual(residuals, ff.last(hidden, copy), hidden, first + slot, len(inner))
+                    return with_residual(
+                        residuals, ff.last(hidden, copy), hidden, first + slot, len(inner)
+                    )
 
                 found = over_blocks(x, mine, count, product)
             else:
@@ -238,23 +253,29 @@ class DenseDispatch(Dispatch):
         return jnp.einsum("stn,smn,ts->tm", hidden, stack[-1], chosen)
 
 
-def with_residual(residuals: LayerResiduals, found: Array, x: Array, slot: Array, projection: int) -> Array:
-    """The product of x [T, K] with a projection, found [T, N], and what the slot's residual adds to it."""
+def with_residual(
+    residuals: LayerResiduals, found: Array, x: Array, slot: Array, projection: int
+) -> Array:
+    """The product of x [T, K] with a projection, found [T, N], and what the slot's residual adds to
+    it."""
     added = residuals.product(x, slot, projection, found.shape[1])
     return found if added is None else (found + added).astype(found.dtype)
 
 
-def with_residuals(residuals: LayerResiduals, inner: Sequence[Array], x: Array, slot: Array) -> list[Array]:
+def with_residuals(
+    residuals: LayerResiduals, inner: Sequence[Array], x: Array, slot: Array
+) -> list[Array]:
     """The same for every projection before the activation."""
     return [with_residual(residuals, found, x, slot, i) for i, found in enumerate(inner)]
 
 
 def block_rows(tokens: int, slots: int) -> int:
-    """Rows of a block: 1 up to two tokens a slot, then what a slot gets on average, up to the next power of two, at
-    most 32.
+    """Rows of a block: 1 up to two tokens a slot, then what a slot gets on average, up to the next
+    power of two, at most 32.
 
-    Larger blocks read a slot's weights fewer times, smaller ones compute fewer rows of padding, and XLA's product of
-    one row runs at several times the rate of its products of 2 to 16; measured in benchmarks/switch_dispatch.py.
+    Larger blocks read a slot's weights fewer times, smaller ones compute fewer rows of padding, and
+    XLA's product of one row runs at several times the rate of its products of 2 to 16; measured in
+    benchmarks/switch_dispatch.py.
     """
     share = -(-tokens // slots)
     return 1 if share <= 2 else min(32, 1 << (share - 1).bit_length())
@@ -290,7 +311,9 @@ def over_blocks(
         rows = lax.dynamic_slice_in_dim(padded, start, size)
         mine = (start + jnp.arange(size) < stop_of[i])[:, None]
         old = lax.dynamic_slice_in_dim(out, start, size)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product(rows, slot_of[i]), old), start, 0)
+        return lax.dynamic_update_slice_in_dim(
+            out, jnp.where(mine, product(rows, slot_of[i]), old), start, 0
+        )
 
     out = jnp.zeros_like(padded, shape=(len(padded), outputs or x.shape[1]))
     zeros = jnp.zeros_like(x, shape=(tokens, out.shape[1]))
@@ -305,9 +328,11 @@ def _ragged(
     residuals: LayerResiduals | None = None,
     first: Array | int = 0,
 ) -> Array:
-    """Grouped products of sorted tokens (`lax.ragged_dot`), for accelerators that have a kernel for them.
+    """Grouped products of sorted tokens (`lax.ragged_dot`), for accelerators that have a kernel for
+    them.
 
-    Residuals' products are a loop over blocks here, too. first: the slot in the whole layer that slot 0 is.
+    Residuals' products are a loop over blocks here, too. first: the slot in the whole layer that
+    slot 0 is.
     """
     num_slots = stack[0].shape[0]
     slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)

@@ -1,10 +1,10 @@
 """Caches: a lane for each tenant, with places for its sequences.
 
 The arrays of a lane have room for a power of two of sequences, with caches and prompts of a size of
-`jax_engine.buckets`, so that steps are compiled for few shapes. A sequence that begins takes a free place, without a
-copy of the others; a lane that is full, or too short, moves to larger arrays, one layer after the other. Arrays that
-have become too large for what is in them are given up after a while, and at once where memory is short; those of an
-empty lane are freed.
+`jax_engine.buckets`, so that steps are compiled for few shapes. A sequence that begins takes a free
+place, without a copy of the others; a lane that is full, or too short, moves to larger arrays, one
+layer after the other. Arrays that have become too large for what is in them are given up after a
+while, and at once where memory is short; those of an empty lane are freed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ class Room:
 
     def __or__(self, other: Room) -> Room:
         """Room for what either holds."""
-        return Room(max(self.rows, other.rows), max(self.cache, other.cache), max(self.prompt, other.prompt))
+        return Room(
+            max(self.rows, other.rows), max(self.cache, other.cache), max(self.prompt, other.prompt)
+        )
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a tenant's config makes of a lane's arrays, each [rows, heads, tokens, head_dim]: four a decoder layer."""
+    """What a tenant's config makes of a lane's arrays, each [rows, heads, tokens, head_dim]: four a
+    decoder layer."""
 
     layers: int
     heads: int
@@ -57,7 +60,8 @@ class Form:
 
 
 class LaneCalls:
-    """What lanes compile. by_row: puts an array onto the device, rows along the mesh's data axis."""
+    """What lanes compile. by_row: puts an array onto the device, rows along the mesh's data
+    axis."""
 
     def __init__(self, compiled: Compiled, by_row: Callable[[np.ndarray], Array]):
         self._by_row = by_row
@@ -75,8 +79,14 @@ def _insert(into: KeyValues, rows: KeyValues, places: Array, count: Array) -> Ke
 
     def put(i: Array, held: KeyValues) -> KeyValues:
         zero = jnp.zeros_like(places[i])
-        one = [lax.dynamic_slice_in_dim(r, i, 1).astype(h.dtype) for h, r in zip(held, rows, strict=True)]
-        k, v = (lax.dynamic_update_slice(h, r, (places[i], zero, zero, zero)) for h, r in zip(held, one, strict=True))
+        one = [
+            lax.dynamic_slice_in_dim(r, i, 1).astype(h.dtype)
+            for h, r in zip(held, rows, strict=True)
+        ]
+        k, v = (
+            lax.dynamic_update_slice(h, r, (places[i], zero, zero, zero))
+            for h, r in zip(held, one, strict=True)
+        )
         return k, v
 
     done: KeyValues = lax.fori_loop(0, count, put, into)
@@ -96,8 +106,10 @@ def _move(held: KeyValues, rows: Array, tokens: int) -> KeyValues:
 class Lane:
     """The caches of one tenant's sequences.
 
-    cache, encoded: for each decoder layer keys and values of the answer [R, N, L, D], and of the prompt [R, N, S, D].
-    lengths, prompts: int32 [R], tokens in them. numbers: the sequence at each place, -1 where there is none.
+    cache, encoded: for each decoder layer keys and values of the answer [R, N, L, D], and of the
+        prompt [R, N, S, D].
+    lengths, prompts: int32 [R], tokens in them. numbers: the sequence at each place, -1 where there
+        is none.
     """
 
     def __init__(self, form: Form, calls: LaneCalls):
@@ -130,7 +142,8 @@ class Lane:
         self.lengths[self.place_of(number)] += tokens
 
     def next_room(self, needed: Room) -> Room:
-        """What to have for a step that needs so much: no less than now, unless twice the need was had for long."""
+        """What to have for a step that needs so much: no less than now, unless twice the need was
+        had for long."""
         larger = self.room | needed
         if 2 * self.form.nbytes(needed) > self.form.nbytes(larger):
             self._oversize = 0
@@ -164,8 +177,13 @@ class Lane:
         if room.rows >= before.rows:  # places stay
             kept = np.arange(before.rows)
         if not self.cache:
-            self.cache = [self._calls.zeros(self.form, room.rows, room.cache) for _ in range(self.form.layers)]
-            self.encoded = [self._calls.zeros(self.form, room.rows, room.prompt) for _ in range(self.form.layers)]
+            self.cache = [
+                self._calls.zeros(self.form, room.rows, room.cache) for _ in range(self.form.layers)
+            ]
+            self.encoded = [
+                self._calls.zeros(self.form, room.rows, room.prompt)
+                for _ in range(self.form.layers)
+            ]
         else:
             rows = np.zeros(room.rows, np.int32)
             rows[: len(kept)] = kept
@@ -183,7 +201,9 @@ class Lane:
         self.numbers[places], self.prompts[places], self.lengths[places] = numbers, prompts, 0
         return places
 
-    def put(self, kind: Literal["cache", "encoded"], rows: Sequence[KeyValues], places: np.ndarray) -> None:
+    def put(
+        self, kind: Literal["cache", "encoded"], rows: Sequence[KeyValues], places: np.ndarray
+    ) -> None:
         """Copy the first rows of each layer's keys and values to these places, int32 [rows]."""
         held: list[KeyValues] = getattr(self, kind)
         padded = np.zeros(rows[0][0].shape[0], np.int32)
@@ -202,7 +222,8 @@ class Lane:
         self._resize(np.zeros(0, np.int64))
 
     def rows(self, tokens: dict[int, int]) -> np.ndarray:
-        """int32 [R, 4] for a step in which these sequences get these tokens, see `jax_engine.steps.IDS`."""
+        """int32 [R, 4] for a step in which these sequences get these tokens, see
+        `jax_engine.steps.IDS`."""
         found = np.zeros((self.room.rows, 4), np.int32)
         for number, token in tokens.items():
             place = self.place_of(number)

@@ -1,10 +1,12 @@
-"""Steps layer by layer: tokens of several tenants meet at the experts, and misses are seen as soon as a router has run.
+"""Steps layer by layer: tokens of several tenants meet at the experts, and misses are seen as soon
+as a router has run.
 
-What a tenant computes alone is a `Pass`: a generator that stops at each sparse layer with its normed tokens and their
-slots, and goes on when it is given the experts' outputs. `Experts.run` drives passes side by side: those that wait at
-the same layer go through its experts in one call, so a slot's weights are read once for all of them. Between two sparse
-layers a pass is one compiled call. Tokens meet on the host, where only those that an expert takes are put together:
-the shape of that depends on how many there may be (`joint_bucket`) and not on whose they are.
+What a tenant computes alone is a `Pass`: a generator that stops at each sparse layer with its
+normed tokens and their slots, and goes on when it is given the experts' outputs. `Experts.run`
+drives passes side by side: those that wait at the same layer go through its experts in one call, so
+a slot's weights are read once for all of them. Between two sparse layers a pass is one compiled
+call. Tokens meet on the host, where only those that an expert takes are put together: the shape of
+that depends on how many there may be (`joint_bucket`) and not on whose they are.
 """
 
 from __future__ import annotations
@@ -33,13 +35,14 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 Found = tuple[Any, Any, Any]
-"""What waits to be added to the residual stream: the experts' outputs [B, T, H], their gates [B, T], and what an
-observer gave [B, T, H] or None."""
+"""What waits to be added to the residual stream: the experts' outputs [B, T, H], their gates [B,
+T], and what an observer gave [B, T, H] or None."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Where a pass stands: normed tokens [B, T, H], their slots int32 [B, T] and gates [B, T] in a sparse layer."""
+    """Where a pass stands: normed tokens [B, T, H], their slots int32 [B, T] and gates [B, T] in a
+    sparse layer."""
 
     layer: int
     x: Array
@@ -51,7 +54,8 @@ Work = Generator[Routed, Found, Any]
 
 
 class Pass:
-    """Some rows of one tenant on their way through layers. misses: int64 [B], counted up. result: when it is done."""
+    """Some rows of one tenant on their way through layers. misses: int64 [B], counted up. result:
+    when it is done."""
 
     def __init__(self, tenant: ReadyTenant, rows: int, work: Work):
         self.tenant, self.work = tenant, work
@@ -83,7 +87,9 @@ class Layered:
         self._begin_encoder = compiled("begin encoder", self._begin_encoder_body)
         self._resume_encoder = compiled("resume encoder", self._resume_encoder_body)
         self._end_encoder = compiled("end encoder", self._end_encoder_body)
-        self._begin_decoder = compiled("begin decoder", self._begin_decoder_body, static_argnums=(4, 5))
+        self._begin_decoder = compiled(
+            "begin decoder", self._begin_decoder_body, static_argnums=(4, 5)
+        )
         self._end_decoder = compiled("end decoder", self._end_decoder_body, static_argnums=5)
         self._add = compiled("add", _added)
         self._runs: dict[tuple[Side, tuple[bool, ...]], Callable[..., Any]] = {}
@@ -91,9 +97,16 @@ class Layered:
     # Passes.
 
     def encode(
-        self, tenant: ReadyTenant, ids: Any, lengths: Any, rows: int, *, x: Array | None = None, first: int = 0,
-        last: int | None = None
-    ) -> Pass:  # fmt: skip
+        self,
+        tenant: ReadyTenant,
+        ids: Any,
+        lengths: Any,
+        rows: int,
+        *,
+        x: Array | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Pass:
         """Prompts int32 [B, S] of these lengths int32 [B] through encoder layers first..last-1.
 
         x: what came out of layer first-1. The result is what comes out of the last one, [B, S, H].
@@ -115,13 +128,16 @@ class Layered:
         return x if waiting is none else self._add(x, waiting)
 
     def end_encoder(self, tenant: ReadyTenant, x: Array) -> list[KeyValues]:
-        """What comes out of the encoder's last layer [B, S, H] -> what the decoder's layers attend to."""
+        """What comes out of the encoder's last layer [B, S, H] -> what the decoder's layers attend
+        to."""
         found: list[KeyValues] = self._end_encoder(tenant.leaves, x)
         return found
 
-    def decode(self, tenant: ReadyTenant, cache: list[KeyValues], rows: Any, encoded: Sequence[KeyValues]) -> Pass:
-        """As `Steps.decode`, but that the cache is replaced in the list given, layer by layer; the result is (winners,
-        logits)."""
+    def decode(
+        self, tenant: ReadyTenant, cache: list[KeyValues], rows: Any, encoded: Sequence[KeyValues]
+    ) -> Pass:
+        """As `Steps.decode`, but that the cache is replaced in the list given, layer by layer; the
+        result is (winners, logits)."""
         return Pass(tenant, len(rows), self._decoder_work(tenant, cache, (rows,), encoded, False))
 
     def answer(
@@ -134,7 +150,11 @@ class Layered:
         every: bool,
     ) -> Pass:
         """As `Steps.answer`; the result is (winners, logits, kept)."""
-        return Pass(tenant, len(ids), self._decoder_work(tenant, None, (ids, lengths, prompts), encoded, every))
+        return Pass(
+            tenant,
+            len(ids),
+            self._decoder_work(tenant, None, (ids, lengths, prompts), encoded, every),
+        )
 
     def _decoder_work(
         self,
@@ -153,14 +173,18 @@ class Layered:
         for numbers in self._cut("decoder", 0, len(encoded)):
             mine = None if cache is None else [cache[n] for n in numbers]
             more = (mine, places, [encoded[n] for n in numbers], encoder_bias)
-            x, grown, routed = self._run("decoder", tenant, numbers, x, waiting, live, bias, more, every)
+            x, grown, routed = self._run(
+                "decoder", tenant, numbers, x, waiting, live, bias, more, every
+            )
             if cache is None:
                 kept += grown
             else:
                 cache[numbers[0] : numbers[-1] + 1] = grown
             waiting = (yield self._routed("decoder", numbers[-1], routed)) if routed else none
         lengths = rows[1] if cache is None and not every else None
-        winners, logits = self._end_decoder(tenant.outer, x, waiting, lengths, tenant.vocab_size, every)
+        winners, logits = self._end_decoder(
+            tenant.outer, x, waiting, lengths, tenant.vocab_size, every
+        )
         return (winners, logits) if cache is not None else (winners, logits, [] if every else kept)
 
     def _cut(self, side: Side, first: int, last: int) -> list[tuple[int, ...]]:
@@ -194,11 +218,15 @@ class Layered:
         sparse = tuple(n in self._layers[side] for n in numbers)
         if (side, sparse) not in self._runs:
             self._runs[side, sparse] = self._compiled(
-                f"{side} {'sparse' if sparse[-1] else 'dense'}", self._run_body(side, sparse), donate_argnums=0,
+                f"{side} {'sparse' if sparse[-1] else 'dense'}",
+                self._run_body(side, sparse),
+                donate_argnums=0,
                 static_argnums=8,
-            )  # fmt: skip
+            )
         before = 0 if side == "encoder" else len(self._layers["encoder"])
-        slot_of = tenant.slots[before + self._layers[side].index(numbers[-1])] if sparse[-1] else None
+        slot_of = (
+            tenant.slots[before + self._layers[side].index(numbers[-1])] if sparse[-1] else None
+        )
         leaves = tuple(tenant.layer(side, n) for n in numbers)
         cache, *rest = more or (None,)
         found: tuple[Array, list[KeyValues], Any] = self._runs[side, sparse](
@@ -227,7 +255,9 @@ class Layered:
             routed = None
             for i, (graphdef, pool, tenant) in enumerate(kinds):
                 # The pool is not looked at here: its abstract leaves stand in.
-                block: Block = nnx.merge(graphdef, pool, jax.tree.unflatten(jax.tree.structure(tenant), leaves[i]))
+                block: Block = nnx.merge(
+                    graphdef, pool, jax.tree.unflatten(jax.tree.structure(tenant), leaves[i])
+                )
                 if side == "encoder":
                     x = block.encode(x, bias)
                 else:
@@ -244,7 +274,9 @@ class Layered:
 
         return run
 
-    def _begin_encoder_body(self, outer: Leaves, ids: Array, lengths: Array) -> tuple[Array, Array, Array]:
+    def _begin_encoder_body(
+        self, outer: Leaves, ids: Array, lengths: Array
+    ) -> tuple[Array, Array, Array]:
         model = self._architecture.outer_model(outer)
         live = jnp.arange(ids.shape[1]) < lengths[:, None]
         return model.embed("encoder", ids), model.bias_of_encoder(live), live
@@ -259,10 +291,16 @@ class Layered:
         return found
 
     def _begin_decoder_body(
-        self, outer: Leaves, rows: Array, lengths: Array | None, prompts: Array | None, cache: int | None, prompt: int
+        self,
+        outer: Leaves,
+        rows: Array,
+        lengths: Array | None,
+        prompts: Array | None,
+        cache: int | None,
+        prompt: int,
     ) -> tuple[Array, ...]:
-        """rows: with a cache int32 [B, 4], see `jax_engine.steps.IDS`; else ids int32 [B, T]. Returns x, places, both
-        biases, and which tokens are live, bool [B, T]."""
+        """rows: with a cache int32 [B, 4], see `jax_engine.steps.IDS`; else ids int32 [B, T].
+        Returns x, places, both biases, and which tokens are live, bool [B, T]."""
         if lengths is None or prompts is None:
             ids, places, live, prompts = rows[:, :1], rows[:, 1], rows[:, 2:3] > 0, rows[:, 3]
         else:
@@ -272,7 +310,13 @@ class Layered:
         return *model.begin_decoder(ids, live, places, cache, encoder_live), live
 
     def _end_decoder_body(
-        self, outer: Leaves, x: Array, waiting: Found, lengths: Array | None, vocab_size: Array, every: bool
+        self,
+        outer: Leaves,
+        x: Array,
+        waiting: Found,
+        lengths: Array | None,
+        vocab_size: Array,
+        every: bool,
     ) -> tuple[Array, Array]:
         x = _added(x, waiting)
         if lengths is not None:
@@ -283,7 +327,8 @@ class Layered:
 
 
 def _nothing(x: Array) -> Found:
-    """What waits before the first sparse layer: zeros, so that a run of layers is compiled for one form alone."""
+    """What waits before the first sparse layer: zeros, so that a run of layers is compiled for one
+    form alone."""
     return np.zeros(x.shape, x.dtype), np.zeros(x.shape[:2], x.dtype), None
 
 
@@ -313,7 +358,11 @@ class Experts:
         return self._settings.dispatch(x, slots, (copy,), self._settings.ff)
 
     def run(
-        self, passes: Iterable[Pass], pool: ExpertPool, residuals: LoadedResiduals, observer: Observer | None
+        self,
+        passes: Iterable[Pass],
+        pool: ExpertPool,
+        residuals: LoadedResiduals,
+        observer: Observer | None,
     ) -> None:
         """Bring passes to their ends, those behind first."""
         waiting = list(passes)
@@ -321,7 +370,13 @@ class Experts:
             one.advance(None)
         while waiting := [one for one in waiting if one.at is not None]:
             layer = min(one.at.layer for one in waiting if one.at is not None)
-            self._feed(layer, [one for one in waiting if one.at and one.at.layer == layer], pool, residuals, observer)
+            self._feed(
+                layer,
+                [one for one in waiting if one.at and one.at.layer == layer],
+                pool,
+                residuals,
+                observer,
+            )
 
     def _feed(
         self,
@@ -336,22 +391,46 @@ class Experts:
         at = [one.at for one in passes if one.at is not None]
         slots = [np.asarray(a.slots) for a in at]
         xs = [np.asarray(a.x) for a in at]
-        added = [None] * len(at) if observer is None else [
-            _show(observer, one.tenant.name, pool.expert_of_slot(layer), layer, x, s, np.asarray(a.gates))
-            for one, a, x, s in zip(passes, at, xs, slots, strict=True)
-        ]  # fmt: skip
+        added = (
+            [None] * len(at)
+            if observer is None
+            else [
+                _show(
+                    observer,
+                    one.tenant.name,
+                    pool.expert_of_slot(layer),
+                    layer,
+                    x,
+                    s,
+                    np.asarray(a.gates),
+                )
+                for one, a, x, s in zip(passes, at, xs, slots, strict=True)
+            ]
+        )
         founds = [np.zeros_like(x) for x in xs]
         if resident:
             taken = [np.nonzero((s >= 0) & (s < resident)) for s in slots]
             joint = residuals.joint(layer)
             if joint is not None and self._settings.dispatch.stacked:
-                # Each device of a mesh has some of the slots, and tells them by their numbers: a tenant at a time.
+                # Each device of a mesh has some of the slots, and tells them by their numbers: a
+                # tenant at a time.
                 for i, one in enumerate(passes):
                     own = one.tenant.residuals[layer]
-                    self._dispatch(pool, layer, xs[i : i + 1], slots[i : i + 1], taken[i : i + 1], founds[i:], own)
+                    self._dispatch(
+                        pool,
+                        layer,
+                        xs[i : i + 1],
+                        slots[i : i + 1],
+                        taken[i : i + 1],
+                        founds[i:],
+                        own,
+                    )
             else:
                 if joint is not None:
-                    slots_of_all = [s + one.tenant.index * resident for one, s in zip(passes, slots, strict=True)]
+                    slots_of_all = [
+                        s + one.tenant.index * resident
+                        for one, s in zip(passes, slots, strict=True)
+                    ]
                     self._dispatch(pool, layer, xs, slots_of_all, taken, founds, joint)
                 else:
                     self._dispatch(pool, layer, xs, slots, taken, founds, None)
@@ -375,7 +454,9 @@ class Experts:
     ) -> None:
         """The tokens that are taken, in one call; their outputs are put into `founds`."""
         counts = [len(t[0]) for t in taken]
-        total = sum(counts)  # if it is 0, the call is made all the same: tokens must not decide when it is compiled
+        total = sum(
+            counts
+        )  # if it is 0, the call is made all the same: tokens must not decide when it is compiled
         x = np.zeros((self._bucket(xs), xs[0].shape[-1]), dtype=xs[0].dtype)
         numbers = np.full(len(x), -1, dtype=np.int32)
         np.concatenate([v[t] for v, t in zip(xs, taken, strict=True)], out=x[:total])
@@ -387,7 +468,13 @@ class Experts:
             first += count
 
     def _add_missing(
-        self, pool: ExpertPool, tenant: int, layer: int, x: np.ndarray, slots: np.ndarray, found: np.ndarray
+        self,
+        pool: ExpertPool,
+        tenant: int,
+        layer: int,
+        x: np.ndarray,
+        slots: np.ndarray,
+        found: np.ndarray,
     ) -> None:
         """What a tenant's tokens get from its own experts that are not resident."""
         resident = pool.num_slots(layer)
@@ -401,16 +488,23 @@ class Experts:
             found[rows] = np.asarray(self._missing(copy, some, mine))[:count]
 
     def _bucket(self, xs: Sequence[np.ndarray]) -> int:
-        """Rows for the tokens of these arrays, as if all were taken: which are must not decide what is compiled."""
+        """Rows for the tokens of these arrays, as if all were taken: which are must not decide what
+        is compiled."""
         devices = self._settings.dispatch.data_devices
         return -(-joint_bucket(sum(x.shape[0] * x.shape[1] for x in xs)) // devices) * devices
 
 
 def _show(
-    observer: Observer, tenant: str, experts: np.ndarray, layer: int, x: np.ndarray, slots: np.ndarray,
+    observer: Observer,
+    tenant: str,
+    experts: np.ndarray,
+    layer: int,
+    x: np.ndarray,
+    slots: np.ndarray,
     gates: np.ndarray,
-) -> np.ndarray | None:  # fmt: skip
-    """Show the tokens that an expert takes to the observer; what it answers as [B, T, H], zeros elsewhere.
+) -> np.ndarray | None:
+    """Show the tokens that an expert takes to the observer; what it answers as [B, T, H], zeros
+    elsewhere.
 
     experts: int64 [slots + experts], the expert that each slot number stands for.
     """
@@ -422,7 +516,10 @@ def _show(
     if answer is None:
         return None
     if answer.shape != values.shape:
-        raise EngineError(f"the observer returned {list(answer.shape)}, expected [tokens, hidden] = {values.shape}")
+        raise EngineError(
+            f"the observer returned {list(answer.shape)}, expected [tokens, hidden] = "
+            f"{values.shape}"
+        )
     added = np.zeros(x.shape, dtype=np.float32)
     added[taken] = answer
     return added.astype(x.dtype)

@@ -1,4 +1,5 @@
-"""What a store gives on the device: pool, residuals, ready tenants. Replaced as a whole when the store has changed."""
+"""What a store gives on the device: pool, residuals, ready tenants. Replaced as a whole when the
+store has changed."""
 
 from __future__ import annotations
 
@@ -41,19 +42,28 @@ class Loaded:
         compiled: Compiled,
         before: Loaded | None = None,
     ):
-        """before: the last state, of which what has not changed is taken over; it stays as it is. Raises StoreError,
-        EngineError."""
+        """before: the last state, of which what has not changed is taken over; it stays as it is.
+        Raises StoreError, EngineError."""
         self.store = store
         self._products, self._dispatch, self._capacity, self._compiled = (
-            products, dispatch, options.expert_capacity, compiled
-        )  # fmt: skip
+            products,
+            dispatch,
+            options.expert_capacity,
+            compiled,
+        )
         layers, slot_of = slots_of_plan(store.plan)
         self._slots = tuple(devices.slots(len(slots)) for slots in layers)
-        # Never narrower than before: a tenant that goes must not change the shapes of those that stay.
+        # Never narrower than before: a tenant that goes must not change the shapes of those that
+        # stay.
         widest = max(store.config(name).vocab_size for name in store.tenants)
         self._vocab_size = max(widest, before._vocab_size if before else 0)
-        same = before is not None and (before._slots, before._vocab_size) == (self._slots, self._vocab_size)
-        self._architectures: dict[Any, Architecture] = dict(before._architectures) if before and same else {}
+        same = before is not None and (before._slots, before._vocab_size) == (
+            self._slots,
+            self._vocab_size,
+        )
+        self._architectures: dict[Any, Architecture] = (
+            dict(before._architectures) if before and same else {}
+        )
         self._steps: dict[Any, Steps] = dict(before._steps) if before and same else {}
         try:
             first = self._architecture_of(as_switch(store.config(store.tenants[0])))
@@ -69,7 +79,12 @@ class Loaded:
             )
             blocked = isinstance(products, NativeProducts)
             self.residuals = LoadedResiduals(
-                store, slot_of, self._slots, devices.everywhere, blocked, before.residuals if before else None
+                store,
+                slot_of,
+                self._slots,
+                devices.everywhere,
+                blocked,
+                before.residuals if before else None,
             )
             self.ready = ReadyTenants(
                 store,
@@ -93,7 +108,9 @@ class Loaded:
         if key not in self._architectures:
             capacity = config.expert_capacity if self._capacity == "config" else self._capacity
             assert capacity is None or isinstance(capacity, int)
-            settings = Settings(config, self._products, self._dispatch, self._slots, self._vocab_size, capacity)
+            settings = Settings(
+                config, self._products, self._dispatch, self._slots, self._vocab_size, capacity
+            )
             self._architectures[key] = Architecture.of(settings)
         return self._architectures[key]
 
@@ -105,7 +122,8 @@ class Loaded:
         return self._steps[key]
 
     def _start_id(self, name: str) -> int:
-        """The token that answers are decoded from. A tenant without a decision is refused by the engine."""
+        """The token that answers are decoded from. A tenant without a decision is refused by the
+        engine."""
         try:
             found = self.store.generation(name).decoder_start_token_id
         except CheckpointError:

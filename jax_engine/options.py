@@ -12,20 +12,23 @@ from common.errors import EngineError
 @dataclass(frozen=True)
 class JaxOptions:
     """device: auto (what jax prefers: an accelerator if there is one), cpu, gpu (or cuda) or tpu.
-    dtype: type of the weights: auto (the store's), float32 or bfloat16. On a CPU activations are float32 whatever the
-        weights are, and XLA's own products need float32 weights too (bfloat16 ones run at a tenth of the speed), so
-        there the values are rounded to bfloat16 but held in float32; our own kernels hold them in bfloat16.
+    dtype: type of the weights: auto (the store's), float32 or bfloat16. On a CPU activations are
+        float32 whatever the weights are, and XLA's own products need float32 weights too (bfloat16
+        ones run at a tenth of the speed), so there the values are rounded to bfloat16 but held in
+        float32; our own kernels hold them in bfloat16.
     products: native (our own CPU kernels), plain (XLA), or auto: the first that works here.
     mesh: (data, expert), devices along each axis; None: one device.
-    expert_capacity: tokens an expert takes of each row, the others keep their residual alone, as in transformers;
-        "config": the tenants' own; None: nothing is dropped.
+    expert_capacity: tokens an expert takes of each row, the others keep their residual alone, as in
+        transformers; "config": the tenants' own; None: nothing is dropped.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all.
-    kv_cache_bytes: most that the sequences' caches may take on the device: keys and values of self-attention and
-        cross-attention, and the encoder's states of prompts that are read in pieces; None: a quarter of the memory that
-        is free when the weights are loaded, at most 4 GiB.
-    compilation_cache: folder for compiled steps, so that a later start compiles nothing; auto: ~/.cache/moetel/jax
-        unless jax has one set already; None: none of ours. jax opens its cache once, when it first compiles anything.
+    kv_cache_bytes: most that the sequences' caches may take on the device: keys and values of
+        self-attention and cross-attention, and the encoder's states of prompts that are read in
+        pieces; None: a quarter of the memory that is free when the weights are loaded, at most 4
+        GiB.
+    compilation_cache: folder for compiled steps, so that a later start compiles nothing; auto:
+        ~/.cache/moetel/jax unless jax has one set already; None: none of ours. jax opens its cache
+        once, when it first compiles anything.
     """
 
     device: str = "auto"
@@ -44,7 +47,9 @@ class JaxOptions:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise EngineError(f"the jax engine has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}")
+            raise EngineError(
+                f"the jax engine has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}"
+            )
         options = cls(**values)
         for name, allowed in (
             ("device", ("auto", "cpu", "gpu", "cuda", "tpu")),
@@ -52,10 +57,14 @@ class JaxOptions:
             ("products", ("auto", "native", "plain")),
         ):
             if getattr(options, name) not in allowed:
-                raise EngineError(f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}")
+                raise EngineError(
+                    f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}"
+                )
         for name in ("spare_slots", "ready_tenants", "kv_cache_bytes", "expert_capacity"):
             value = getattr(options, name)
-            if (value is None and name != "spare_slots") or (name == "expert_capacity" and value == "config"):
+            if (value is None and name != "spare_slots") or (
+                name == "expert_capacity" and value == "config"
+            ):
                 continue
             if type(value) is not int or value < 1:
                 raise EngineError(f"{name} is {value!r}; give a whole number from 1")

@@ -22,16 +22,21 @@ from jax_engine.weights import fill_pool, pack_copy
 def slots_of_plan(plan: Plan) -> tuple[list[list[int]], np.ndarray]:
     """Where each copy lies, and who uses which.
 
-    Returns, a list for each layer, the index into `plan.copies` of every slot; and int32 [tenants, layers, experts]:
-    the slot in its layer that serves, or, for a miss, the layer's number of slots + expert.
+    Returns, a list for each layer, the index into `plan.copies` of every slot; and int32 [tenants,
+    layers, experts]: the slot in its layer that serves, or, for a miss, the layer's number of slots
+    + expert.
     """
     layers: list[list[int]] = [[] for _ in range(plan.num_layers)]
     place = np.zeros(len(plan.copies) + 1, dtype=np.int32)
     for number, copy in enumerate(plan.copies):
         place[number] = len(layers[copy.layer])
         layers[copy.layer].append(number)
-    misses = np.array([len(slots) for slots in layers], dtype=np.int32)[:, None] + np.arange(plan.num_experts)
-    return layers, np.where(plan.serving == MISS, misses[None], place[plan.serving]).astype(np.int32)
+    misses = np.array([len(slots) for slots in layers], dtype=np.int32)[:, None] + np.arange(
+        plan.num_experts
+    )
+    return layers, np.where(plan.serving == MISS, misses[None], place[plan.serving]).astype(
+        np.int32
+    )
 
 
 Content = tuple[str, ...]
@@ -51,15 +56,20 @@ class ExpertPool:
         put_spare: Callable[[Any], jax.Array],
         before: ExpertPool | None = None,
     ):
-        """before: the pool of the store's last state, whose copies are taken over where they are the same."""
+        """before: the pool of the store's last state, whose copies are taken over where they are
+        the same."""
         self._store, self._layers = store, layers
         self._settings: Settings = architecture.settings
         self._put_spare = put_spare
         self._names = [name for name, _ in store.experts.projections]
-        self._contents = [[_content(store.slot_refs(number)) for number in slots] for slots in layers]
+        self._contents = [
+            [_content(store.slot_refs(number)) for number in slots] for slots in layers
+        ]
 
         def read(layer: int, slot: int, projection: str) -> np.ndarray:
-            if slot >= len(layers[layer]):  # stacked slots are padded to a multiple of the mesh's axis
+            if slot >= len(
+                layers[layer]
+            ):  # stacked slots are padded to a multiple of the mesh's axis
                 return np.zeros(dict(store.experts.projections)[projection], np.float32)
             if before is not None and before._settings.dispatch.stacked:
                 stacked = before._stacked(self._contents[layer][slot], projection)
@@ -71,23 +81,34 @@ class ExpertPool:
             if before is None:
                 return None
             if slot is None:
-                same = before._contents[layer] == self._contents[layer] and before.slots[layer] == self.slots[layer]
+                same = (
+                    before._contents[layer] == self._contents[layer]
+                    and before.slots[layer] == self.slots[layer]
+                )
                 return before._leaf(layer, None, projection) if same else None
             return before._resident(self._contents[layer][slot], projection)
 
         state = fill_pool(architecture.pool_state, read, self._settings, put, kept)
         self.leaves: Leaves = tuple(jax.tree.leaves(state))
-        sides: list[tuple[Side, int]] = [(s, n) for s in SIDES for n in self._settings.config.sparse_layers[s]]
+        sides: list[tuple[Side, int]] = [
+            (s, n) for s in SIDES for n in self._settings.config.sparse_layers[s]
+        ]
         self.copies = [architecture.layer_copies(self.leaves, side, n) for side, n in sides]
-        # Mapped now, so that a damaged store is found before the first request, and a replaced one does no harm.
+        # Mapped now, so that a damaged store is found before the first request, and a replaced one
+        # does no harm.
         self._missing: dict[tuple[int, int, int], tuple[Content, list[np.ndarray]]] = {}
         for tenant, layer, expert in np.argwhere(store.plan.serving == MISS).tolist():
             refs = store.copy_refs(store.tenants[tenant], layer, expert)
-            self._missing[tenant, layer, expert] = _content(refs), [ref.map() for ref in refs.values()]
+            self._missing[tenant, layer, expert] = (
+                _content(refs),
+                [ref.map() for ref in refs.values()],
+            )
         self.spare_slots = spare_slots
         wanted = {content for content, _ in self._missing.values()}
         self._spare: OrderedDict[Content, tuple[jax.Array, ...]] = OrderedDict(
-            (content, copy) for content, copy in (before._spare.items() if before else ()) if content in wanted
+            (content, copy)
+            for content, copy in (before._spare.items() if before else ())
+            if content in wanted
         )
         self.hits = self.misses = self.fetches = self.fetched_bytes = 0
         if before is not None:
@@ -122,7 +143,8 @@ class ExpertPool:
         return len(self._layers[layer])
 
     def expert_of_slot(self, layer: int) -> np.ndarray:
-        """int64 [slots + experts]: the expert that each slot number of a layer stands for, misses included."""
+        """int64 [slots + experts]: the expert that each slot number of a layer stands for, misses
+        included."""
         plan = self._store.plan
         resident = [plan.copies[number].expert for number in self._layers[layer]]
         return np.array([*resident, *range(plan.num_experts)], dtype=np.int64)

@@ -1,4 +1,5 @@
-"""How weights are laid out and multiplied: as they are by XLA, or packed for our own CPU kernels."""
+"""How weights are laid out and multiplied: as they are by XLA, or packed for our own CPU
+kernels."""
 
 from __future__ import annotations
 
@@ -52,9 +53,11 @@ class Products(ABC):
 
 @dataclass(frozen=True)
 class PlainProducts(Products):
-    """[out, in] as it is on disk: on a CPU, XLA reads it up to 1.7 times as fast as [in, out] (docs/results).
+    """[out, in] as it is on disk: on a CPU, XLA reads it up to 1.7 times as fast as [in, out]
+    (docs/results).
 
-    rounded: values are rounded to bfloat16 though kept in float32, for a CPU, where XLA is slow on bfloat16.
+    rounded: values are rounded to bfloat16 though kept in float32, for a CPU, where XLA is slow on
+        bfloat16.
     """
 
     rounded: bool = False

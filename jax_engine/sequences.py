@@ -1,9 +1,10 @@
 """Sequences on the device, and steps that advance any set of them.
 
-A sequence reads its prompt, in one step or in several: after r of n tokens the encoder is through floor(layers * r / n)
-of its layers for the whole prompt, since its attention looks both ways. Then it has a place in its tenant's lane
-(`jax_engine.lanes`) and takes one token a step. An answer that was given before, and whose cache was given up, is put
-into the decoder at once, with the start token, when all is read.
+A sequence reads its prompt, in one step or in several: after r of n tokens the encoder is through
+floor(layers * r / n) of its layers for the whole prompt, since its attention looks both ways. Then
+it has a place in its tenant's lane (`jax_engine.lanes`) and takes one token a step. An answer that
+was given before, and whose cache was given up, is put into the decoder at once, with the start
+token, when all is read.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ from jax_engine.steps import Compiled
 from jax_engine.tenants import ReadyTenant
 
 MOST_TOKENS = 2048
-"""Tokens, padding included, that are read in one call: bounds its activations. A longer prompt is a call of its own."""
+"""Tokens, padding included, that are read in one call: bounds its activations. A longer prompt is a
+call of its own."""
 
 
 @dataclass(eq=False)
 class _Sequence:
     """A request on the device.
 
-    read: how many of its unread tokens were. layers: of the encoder that were done. x: what came out of the last of
-    them, [rows, S, H] with the prompt in row 0, while reading is not finished. hits, misses: of the step at hand.
+    read: how many of its unread tokens were. layers: of the encoder that were done. x: what came
+    out of the last of them, [rows, S, H] with the prompt in row 0, while reading is not finished.
+    hits, misses: of the step at hand.
     """
 
     number: int
@@ -59,7 +62,8 @@ class _Sequence:
 class _Prompts:
     """Prompts of one tenant in one call: row i of the arrays is sequence i's, the rest is padding.
 
-    ids: int32 [B, S]; lengths: int32 [B]. encoded: what the decoder attends to, when all layers are done.
+    ids: int32 [B, S]; lengths: int32 [B]. encoded: what the decoder attends to, when all layers are
+        done.
     """
 
     tenant: ReadyTenant
@@ -76,8 +80,8 @@ class _Prompts:
 
 @dataclass(eq=False)
 class _Answered:
-    """A call of the decoder: the row of each sequence, and what came of it, winners [B], logits [B, V] and maybe what
-    is to be kept; work: if it went layer by layer."""
+    """A call of the decoder: the row of each sequence, and what came of it, winners [B], logits [B,
+    V] and maybe what is to be kept; work: if it went layer by layer."""
 
     tenant: ReadyTenant
     rows: dict[int, int]
@@ -93,7 +97,8 @@ class Sequences:
     """All sequences and their caches; knows weights only as `Loaded` that is handed in."""
 
     def __init__(self, devices: Devices, compute: str, compiled: Compiled):
-        """compute: type of activations and caches. room_bytes, the most that caches may take, is set by the caller."""
+        """compute: type of activations and caches. room_bytes, the most that caches may take, is
+        set by the caller."""
         self._devices, self._compute = devices, compute
         self._calls = LaneCalls(compiled, devices.by_row)
         self.room_bytes = 0
@@ -142,20 +147,27 @@ class Sequences:
         return int(numbers * BY_NAME[self._compute].itemsize)
 
     def alone_bytes(self, config: SwitchTransformersConfig, length: int) -> int:
-        """What a sequence takes whose prompt and answer have so many tokens, if there is no other."""
+        """What a sequence takes whose prompt and answer have so many tokens, if there is no
+        other."""
         room = Room(self._devices.rows(1), cache_bucket(length), prompt_bucket(length))
         return self._form(config).nbytes(room) + self._state_bytes(config, length)
 
     def max_length(self, config: SwitchTransformersConfig) -> int:
-        """Tokens of prompt and of answer that a sequence can have that has all the room, at most its context."""
+        """Tokens of prompt and of answer that a sequence can have that has all the room, at most
+        its context."""
         longest, length = 0, 1
-        while longest < config.max_positions and self.alone_bytes(config, length) <= self.room_bytes:
+        while (
+            longest < config.max_positions and self.alone_bytes(config, length) <= self.room_bytes
+        ):
             longest = prompt_bucket(length)
             length = longest + 1
         return min(longest, config.max_positions)
 
-    def _needs(self, loaded: Loaded, parts: Sequence[Part], ahead: int = 0) -> tuple[dict[str, Room], int]:
-        """After a step of these parts: the least room of each lane, and bytes of states of prompts half read."""
+    def _needs(
+        self, loaded: Loaded, parts: Sequence[Part], ahead: int = 0
+    ) -> tuple[dict[str, Room], int]:
+        """After a step of these parts: the least room of each lane, and bytes of states of prompts
+        half read."""
         part_of = {p.sequence: p for p in parts}
         found: dict[str, tuple[int, int, int]] = {}
         states = 0
@@ -188,14 +200,17 @@ class Sequences:
         return states + self._bytes(loaded, rooms) <= self.room_bytes
 
     def _make_room(self, loaded: Loaded, parts: Sequence[Part]) -> dict[str, Room]:
-        """The room of each lane in this step. Lanes that are there get it now, smaller ones first."""
+        """The room of each lane in this step. Lanes that are there get it now, smaller ones
+        first."""
         needed, states = self._needs(loaded, parts)
         # A step that failed may have left a lane that nothing is in.
         self._lanes = {name: lane for name, lane in self._lanes.items() if name in needed}
         rooms = needed | {name: lane.next_room(needed[name]) for name, lane in self._lanes.items()}
         if states + self._bytes(loaded, rooms) > self.room_bytes:
             rooms = needed
-        for name, lane in sorted(self._lanes.items(), key=lambda item: item[1].form.nbytes(rooms[item[0]])):
+        for name, lane in sorted(
+            self._lanes.items(), key=lambda item: item[1].form.nbytes(rooms[item[0]])
+        ):
             lane.fit(rooms[name])
         return rooms
 
@@ -227,7 +242,9 @@ class Sequences:
                 if part.want_logits:
                     width = loaded.config(chosen[i].row.tenant).vocab_size
                     logits[i] = np.array(np.asarray(call.found[1])[row, :width], dtype=np.float32)
-        hits, misses = (np.array([getattr(s, k) for s in chosen], dtype=np.int64) for k in ("hits", "misses"))
+        hits, misses = (
+            np.array([getattr(s, k) for s in chosen], dtype=np.int64) for k in ("hits", "misses")
+        )
         loaded.pool.hits += int(hits.sum())
         loaded.pool.misses += int(misses.sum())
         return Step(winners, logits, hits, misses, seconds)
@@ -245,7 +262,8 @@ class Sequences:
         sequences: Iterable[tuple[_Sequence, int, int]],
         done: Pass | None,
     ) -> None:
-        """Count look-ups of layers. sequences: with the row and the tokens of each. done: None if nothing can miss."""
+        """Count look-ups of layers. sequences: with the row and the tokens of each. done: None if
+        nothing can miss."""
         sparse = sum(n in layers for n in tenant.config.sparse_layers[side])
         for sequence, row, tokens in sequences:
             missed = 0 if done is None else int(done.misses[row])
@@ -255,18 +273,29 @@ class Sequences:
     # Reading.
 
     def _prompts(self, tenant: ReadyTenant, sequences: list[_Sequence]) -> _Prompts:
-        rows, width = self._devices.rows(len(sequences)), prompt_bucket(max(len(s.row.prompt) for s in sequences))
+        rows, width = (
+            self._devices.rows(len(sequences)),
+            prompt_bucket(max(len(s.row.prompt) for s in sequences)),
+        )
         ids, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         for i, sequence in enumerate(sequences):
             lengths[i] = len(sequence.row.prompt)
             ids[i, : lengths[i]] = sequence.row.prompt
-        return _Prompts(tenant, sequences, self._devices.rows_given(ids), self._devices.rows_given(lengths), rows)
+        return _Prompts(
+            tenant,
+            sequences,
+            self._devices.rows_given(ids),
+            self._devices.rows_given(lengths),
+            rows,
+        )
 
     def _cut(self, sequences: list[_Sequence]) -> list[list[_Sequence]]:
         """Prompts that are read in one call, short ones first."""
         found: list[list[_Sequence]] = []
         for sequence in sorted(sequences, key=lambda s: len(s.row.prompt)):
-            size = self._devices.rows(len(found[-1]) + 1 if found else 1) * prompt_bucket(len(sequence.row.prompt))
+            size = self._devices.rows(len(found[-1]) + 1 if found else 1) * prompt_bucket(
+                len(sequence.row.prompt)
+            )
             if found and size <= MOST_TOKENS:
                 found[-1].append(sequence)
             else:
@@ -288,24 +317,39 @@ class Sequences:
                 whole.setdefault(sequence.row.tenant, []).append(sequence)
             else:
                 pieces.append((sequence, read))
-        calls = [self._prompts(tenants[name], some) for name in whole for some in self._cut(whole[name])]
+        calls = [
+            self._prompts(tenants[name], some) for name in whole for some in self._cut(whole[name])
+        ]
         if not self._is_layered((tenants[s.row.tenant] for s, _ in reading), observer):
             for call in calls:
-                call.encoded = loaded.steps(call.tenant).encode(loaded.pool.leaves, call.tenant, call.ids, call.lengths)
+                call.encoded = loaded.steps(call.tenant).encode(
+                    loaded.pool.leaves, call.tenant, call.ids, call.lengths
+                )
         passes = {
-            call: loaded.steps(call.tenant).layered.encode(call.tenant, call.ids, call.lengths, call.rows)
+            call: loaded.steps(call.tenant).layered.encode(
+                call.tenant, call.ids, call.lengths, call.rows
+            )
             for call in calls
             if not call.encoded
         }
         parts: dict[_Prompts, range] = {}
         for sequence, read in pieces:
             tenant = tenants[sequence.row.tenant]
-            layers = range(sequence.layers, sequence.layers_after(sequence.read + read, tenant.config.num_layers))
+            layers = range(
+                sequence.layers,
+                sequence.layers_after(sequence.read + read, tenant.config.num_layers),
+            )
             call = self._prompts(tenant, [sequence])
             parts[call] = layers
             if layers:
                 passes[call] = loaded.steps(tenant).layered.encode(
-                    tenant, call.ids, call.lengths, call.rows, x=sequence.x, first=layers.start, last=layers.stop
+                    tenant,
+                    call.ids,
+                    call.lengths,
+                    call.rows,
+                    x=sequence.x,
+                    first=layers.start,
+                    last=layers.stop,
                 )
         loaded.experts.run(passes.values(), loaded.pool, loaded.residuals, observer)
         for call in [*calls, *parts]:
@@ -317,7 +361,11 @@ class Sequences:
                 first.x, first.layers = done.result, layers.stop
         for sequence, read in reading:
             sequence.read += read
-        finished = [call for call in [*calls, *parts] if call.sequences[0].read == call.sequences[0].row.unread]
+        finished = [
+            call
+            for call in [*calls, *parts]
+            if call.sequences[0].read == call.sequences[0].row.unread
+        ]
         for call in finished:
             if not call.encoded:
                 x: Any = passes[call].result if call in passes else call.sequences[0].x
@@ -327,7 +375,9 @@ class Sequences:
 
     # Answering.
 
-    def _enter(self, prompts: Sequence[_Prompts], rooms: Mapping[str, Room]) -> dict[_Prompts, np.ndarray]:
+    def _enter(
+        self, prompts: Sequence[_Prompts], rooms: Mapping[str, Room]
+    ) -> dict[_Prompts, np.ndarray]:
         """Give prompts that are read places in the lanes: int32 [sequences] each."""
         places: dict[_Prompts, np.ndarray] = {}
         for call in prompts:
@@ -350,7 +400,8 @@ class Sequences:
         return places
 
     def _answers(self, loaded: Loaded, call: _Prompts) -> tuple[Any, Any]:
-        """What the decoder reads of sequences that answered before: ids int32 [B, T] and lengths int32 [B]."""
+        """What the decoder reads of sequences that answered before: ids int32 [B, T] and lengths
+        int32 [B]."""
         rows = [(loaded.start_ids[s.row.tenant], *s.row.answer) for s in call.sequences]
         return self._padded(rows, call.rows)
 
@@ -370,16 +421,21 @@ class Sequences:
         tokens: dict[int, int],
         observer: Observer | None,
     ) -> list[_Answered]:
-        """One token more for sequences that answer (tokens: number -> the last one), and for those just read."""
+        """One token more for sequences that answer (tokens: number -> the last one), and for those
+        just read."""
         places = self._enter(prompts, rooms)
         again = [call for call in prompts if any(s.row.answer for s in call.sequences)]
         for call in prompts:
             if call not in again:
-                tokens = tokens | {s.number: loaded.start_ids[call.tenant.name] for s in call.sequences}
+                tokens = tokens | {
+                    s.number: loaded.start_ids[call.tenant.name] for s in call.sequences
+                }
         of_lane: dict[str, dict[int, int]] = {}
         for number, token in tokens.items():
             of_lane.setdefault(self._sequences[number].row.tenant, {})[number] = token
-        layered = self._is_layered([*(c.tenant for c in again), *(tenants[n] for n in of_lane)], observer)
+        layered = self._is_layered(
+            [*(c.tenant for c in again), *(tenants[n] for n in of_lane)], observer
+        )
         pool = loaded.pool.leaves
         calls: list[_Answered] = []
         for call in again:
@@ -387,21 +443,31 @@ class Sequences:
             ids, lengths = self._answers(loaded, call)
             rows = {s.number: i for i, s in enumerate(call.sequences)}
             if layered:
-                work = steps.layered.answer(call.tenant, ids, lengths, call.lengths, call.encoded, False)
+                work = steps.layered.answer(
+                    call.tenant, ids, lengths, call.lengths, call.encoded, False
+                )
                 calls.append(_Answered(call.tenant, rows, work))
             else:
-                found = steps.answer(pool, call.tenant, ids, lengths, call.lengths, call.encoded, False)
+                found = steps.answer(
+                    pool, call.tenant, ids, lengths, call.lengths, call.encoded, False
+                )
                 calls.append(_Answered(call.tenant, rows, None, found))
         for name, some in of_lane.items():
             tenant, lane = tenants[name], self._lanes[name]
             steps, table = loaded.steps(tenant), self._devices.rows_given(lane.rows(some))
             rows = {number: lane.place_of(number) for number in some}
             if layered:
-                calls.append(_Answered(tenant, rows, steps.layered.decode(tenant, lane.cache, table, lane.encoded)))
+                calls.append(
+                    _Answered(
+                        tenant, rows, steps.layered.decode(tenant, lane.cache, table, lane.encoded)
+                    )
+                )
             else:
                 *given, lane.cache = steps.decode(pool, tenant, lane.cache, table, lane.encoded)
                 calls.append(_Answered(tenant, rows, None, tuple(given)))
-        loaded.experts.run([c.work for c in calls if c.work], loaded.pool, loaded.residuals, observer)
+        loaded.experts.run(
+            [c.work for c in calls if c.work], loaded.pool, loaded.residuals, observer
+        )
         for answered in calls:
             each = [self._sequences[number] for number in answered.rows]
             taken = [
@@ -409,7 +475,11 @@ class Sequences:
                 for s, row in zip(each, answered.rows.values(), strict=True)
             ]
             self._count(
-                answered.tenant, "decoder", range(answered.tenant.config.num_decoder_layers), taken, answered.work
+                answered.tenant,
+                "decoder",
+                range(answered.tenant.config.num_decoder_layers),
+                taken,
+                answered.work,
             )
             lane = self._lanes[answered.tenant.name]
             for sequence, _, count in taken:
@@ -428,7 +498,8 @@ class Sequences:
         decoder_rows: Sequence[Sequence[int]],
         observer: Observer | None,
     ) -> list[np.ndarray]:
-        """Of every row float32 [tokens, vocab] at every position of given answers. Keeps nothing."""
+        """Of every row float32 [tokens, vocab] at every position of given answers. Keeps
+        nothing."""
         tenant = loaded.ready.acquire([name])[0][name]
         found: list[np.ndarray] = []
         size = max(1, MOST_TOKENS // prompt_bucket(max(len(r) for r in [*rows, *decoder_rows])))

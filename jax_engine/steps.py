@@ -1,12 +1,14 @@
 """The compiled computation of one architecture.
 
-Where all tokens of a step are one tenant's, and it can miss no expert, the step runs in whole calls: one for the
-encoder, one for the decoder. Tokens of several tenants go through a layer's experts together, and which experts a
-tenant that can miss needs is known only once its router has run: such steps run layer by layer
-(`jax_engine.layered`), as do all while an observer looks on. Both are made of the same methods of the model.
+Where all tokens of a step are one tenant's, and it can miss no expert, the step runs in whole
+calls: one for the encoder, one for the decoder. Tokens of several tenants go through a layer's
+experts together, and which experts a tenant that can miss needs is known only once its router has
+run: such steps run layer by layer (`jax_engine.layered`), as do all while an observer looks on.
+    Both are made of the same methods of the model.
 
-How often anything is compiled: shapes are rounded up (`jax_engine.buckets`), and a whole call is compiled once for each
-triple of rows, prompt length and cache length that occurs, whichever tenants use it. `traces` counts.
+How often anything is compiled: shapes are rounded up (`jax_engine.buckets`), and a whole call is
+compiled once for each triple of rows, prompt length and cache length that occurs, whichever tenants
+use it. `traces` counts.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from jax_engine.tenants import Architecture, Leaves, ReadyTenant
 Array = jax.Array
 
 IDS, PLACE, LIVE, PROMPT = range(4)
-"""Columns of what a decoded row is told by: its token, the token's place in the cache, whether it takes part, and the
-length of its prompt."""
+"""Columns of what a decoded row is told by: its token, the token's place in the cache, whether it
+takes part, and the length of its prompt."""
 
 
 class Compiled:
@@ -61,7 +63,13 @@ class Steps:
         return Layered(self._architecture, self._compiled)
 
     def _encode_body(
-        self, pool: Leaves, tenant: Leaves, slot_of: Array, ids: Array, lengths: Array, residuals: Residuals
+        self,
+        pool: Leaves,
+        tenant: Leaves,
+        slot_of: Array,
+        ids: Array,
+        lengths: Array,
+        residuals: Residuals,
     ) -> list[KeyValues]:
         model = self._architecture.model(pool, tenant)
         found: list[KeyValues] = model.encode(ids, below(lengths, ids.shape[1]), slot_of, residuals)
@@ -79,8 +87,14 @@ class Steps:
         residuals: Residuals,
     ) -> tuple[Array, Array, list[KeyValues]]:
         model = self._architecture.model(pool, tenant)
-        ids, live, encoder_live = rows[:, IDS, None], rows[:, LIVE, None] > 0, prompt_live(rows[:, PROMPT], encoded)
-        x, cache = model.decode(ids, live, slot_of, cache, rows[:, PLACE], encoded, encoder_live, residuals)
+        ids, live, encoder_live = (
+            rows[:, IDS, None],
+            rows[:, LIVE, None] > 0,
+            prompt_live(rows[:, PROMPT], encoded),
+        )
+        x, cache = model.decode(
+            ids, live, slot_of, cache, rows[:, PLACE], encoded, encoder_live, residuals
+        )
         logits = model.logits(x, vocab_size)[:, 0]
         return jnp.argmax(logits, axis=-1), logits, cache
 
@@ -99,7 +113,9 @@ class Steps:
     ) -> tuple[Array, Array, list[KeyValues]]:
         model = self._architecture.model(pool, tenant)
         live, encoder_live = below(lengths, ids.shape[1]), prompt_live(prompts, encoded)
-        x, kept = model.decode(ids, live, slot_of, None, None, encoded, encoder_live, residuals, together=every)
+        x, kept = model.decode(
+            ids, live, slot_of, None, None, encoded, encoder_live, residuals, together=every
+        )
         if every:
             logits = model.logits(x, vocab_size)
             return jnp.argmax(logits, axis=-1), logits, []
@@ -108,18 +124,33 @@ class Steps:
 
     def encode(self, pool: Leaves, tenant: ReadyTenant, ids: Any, lengths: Any) -> list[KeyValues]:
         """Prompts int32 [B, S], lengths int32 [B] -> what the decoder's layers attend to."""
-        found: list[KeyValues] = self._encode(pool, tenant.leaves, tenant.slot_of, ids, lengths, tenant.residuals)
+        found: list[KeyValues] = self._encode(
+            pool, tenant.leaves, tenant.slot_of, ids, lengths, tenant.residuals
+        )
         return found
 
     def decode(
-        self, pool: Leaves, tenant: ReadyTenant, cache: list[KeyValues], rows: Any, encoded: Sequence[KeyValues]
+        self,
+        pool: Leaves,
+        tenant: ReadyTenant,
+        cache: list[KeyValues],
+        rows: Any,
+        encoded: Sequence[KeyValues],
     ) -> tuple[Array, Array, list[KeyValues]]:
         """One token more in every live row; rows: int32 [B, 4], see `IDS`.
 
-        Returns the winners int32 [B], the logits float32 [B, V] and the cache; the one given is used up.
+        Returns the winners int32 [B], the logits float32 [B, V] and the cache; the one given is
+        used up.
         """
         found: tuple[Array, Array, list[KeyValues]] = self._decode(
-            cache, pool, tenant.leaves, tenant.slot_of, tenant.vocab_size, rows, encoded, tenant.residuals
+            cache,
+            pool,
+            tenant.leaves,
+            tenant.slot_of,
+            tenant.vocab_size,
+            rows,
+            encoded,
+            tenant.residuals,
         )
         return found
 
@@ -133,11 +164,12 @@ class Steps:
         encoded: Sequence[KeyValues],
         every: bool,
     ) -> tuple[Array, Array, list[KeyValues]]:
-        """Whole answers from their start on: ids int32 [B, T], lengths and prompts (lengths, too) int32 [B].
+        """Whole answers from their start on: ids int32 [B, T], lengths and prompts (lengths, too)
+        int32 [B].
 
-        every: winners int32 [B, T] and logits float32 [B, T, V] at every position, as if all were read at once, and
-        nothing to keep. Else of each row's last token, [B] and [B, V], and the keys and values [B, N, T, D] of each
-        layer, as if tokens had come one by one.
+        every: winners int32 [B, T] and logits float32 [B, T, V] at every position, as if all were
+        read at once, and nothing to keep. Else of each row's last token, [B] and [B, V], and the
+        keys and values [B, N, T, D] of each layer, as if tokens had come one by one.
         """
         found: tuple[Array, Array, list[KeyValues]] = self._answer(
             every,

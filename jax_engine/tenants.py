@@ -1,6 +1,8 @@
-"""Tenants' non-expert weights on the device; reconfiguration is handing another tenant's to the same compiled step.
+"""Tenants' non-expert weights on the device; reconfiguration is handing another tenant's to the
+same compiled step.
 
-Variables that tenants have equal, as fine-tunes have that leave a part of the model as it was, are on the device once.
+Variables that tenants have equal, as fine-tunes have that leave a part of the model as it was, are
+on the device once.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from jax_engine.weights import fill_tenant
 
 Leaves = tuple[jax.Array, ...]
 Key = tuple[tuple[str, ...], bool, int]
-"""What a variable holds: hashes of its tensors, whether they are packed, and the rows that embeddings are filled up
-to."""
+"""What a variable holds: hashes of its tensors, whether they are packed, and the rows that
+embeddings are filled up to."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tenants of one shape share: the graphdef, and the structure of pool and tenant states (abstract)."""
+    """What tenants of one shape share: the graphdef, and the structure of pool and tenant states
+    (abstract)."""
 
     settings: Settings
     graphdef: Any
@@ -43,10 +46,13 @@ class Architecture:
     @classmethod
     def of(cls, settings: Settings) -> Architecture:
         graphdef, pool, tenant = split(abstract_model(settings))
-        return cls(settings, graphdef, jax.tree.structure(pool), jax.tree.structure(tenant), tenant, pool)
+        return cls(
+            settings, graphdef, jax.tree.structure(pool), jax.tree.structure(tenant), tenant, pool
+        )
 
     def block_leaves(self, tenant: Leaves, side: Side, n: int) -> Leaves:
-        """A tenant's own variables of one layer, in the order of `nnx.split(block, Expert, nnx.Param)`."""
+        """A tenant's own variables of one layer, in the order of `nnx.split(block, Expert,
+        nnx.Param)`."""
         return tuple(jax.tree.leaves(jax.tree.unflatten(self.tenant_tree, tenant)[side][n]))
 
     def layer_copies(self, pool: Leaves, side: Side, n: int) -> tuple[Leaves, ...]:
@@ -77,7 +83,9 @@ class Architecture:
     def model(self, pool: Leaves, tenant: Leaves) -> Any:
         """The module with these arrays in it; cheap enough only while tracing."""
         return nnx.merge(
-            self.graphdef, jax.tree.unflatten(self.pool_tree, pool), jax.tree.unflatten(self.tenant_tree, tenant)
+            self.graphdef,
+            jax.tree.unflatten(self.pool_tree, pool),
+            jax.tree.unflatten(self.tenant_tree, tenant),
         )
 
 
@@ -85,8 +93,8 @@ class Architecture:
 class ReadyTenant:
     """One tenant's state on the device.
 
-    slot_of: int32 [layers, experts]; from the layer's slots on: a miss. residuals: the records are all tenants' own
-    together, in the same arrays for each of them.
+    slot_of: int32 [layers, experts]; from the layer's slots on: a miss. residuals: the records are
+    all tenants' own together, in the same arrays for each of them.
     """
 
     index: int
@@ -134,10 +142,15 @@ class ReadyTenants:
         put: Callable[[Any], jax.Array],
         before: ReadyTenants | None = None,
     ):
-        """slot_of: int32 [tenants, layers, experts]; can_miss: bool [tenants]. before: of the store's last state, whose
-        weights are taken over where they are the same."""
+        """slot_of: int32 [tenants, layers, experts]; can_miss: bool [tenants]. before: of the
+        store's last state, whose weights are taken over where they are the same."""
         self._store, self.capacity, self._architecture_of = store, capacity, architecture_of
-        self._slot_of, self._residuals, self._can_miss, self._put = slot_of, residuals, can_miss, put
+        self._slot_of, self._residuals, self._can_miss, self._put = (
+            slot_of,
+            residuals,
+            can_miss,
+            put,
+        )
         self.switches = before.switches if before else 0
         self.copied_bytes = before.copied_bytes if before else 0
         self._in_use: set[str] = set(before._in_use) & set(store.tenants) if before else set()
@@ -157,7 +170,9 @@ class ReadyTenants:
         architecture = self._architecture_of(config)
         settings, index = architecture.settings, self._store.tenants.index(name)
 
-        def once(sources: tuple[str, ...], packed: bool, make: Callable[[], jax.Array]) -> jax.Array:
+        def once(
+            sources: tuple[str, ...], packed: bool, make: Callable[[], jax.Array]
+        ) -> jax.Array:
             key = self._key(name, architecture, sources, packed)
             made = self._made.get(key)
             if made is None:
@@ -166,7 +181,11 @@ class ReadyTenants:
             return made
 
         state = fill_tenant(
-            architecture.tenant_state, lambda tensor: self._store.ref(name, tensor).map(), settings, self._put, once
+            architecture.tenant_state,
+            lambda tensor: self._store.ref(name, tensor).map(),
+            settings,
+            self._put,
+            once,
         )
         return ReadyTenant(
             index=index,
@@ -180,18 +199,30 @@ class ReadyTenants:
             can_miss=bool(self._can_miss[index]),
         )
 
-    def _key(self, name: str, architecture: Architecture, sources: Sequence[str], packed: bool) -> Key:
+    def _key(
+        self, name: str, architecture: Architecture, sources: Sequence[str], packed: bool
+    ) -> Key:
         tensors = self._store.tenant(name).tensors
-        return tuple(tensors[source] for source in sources), packed, architecture.settings.vocab_size
+        return (
+            tuple(tensors[source] for source in sources),
+            packed,
+            architecture.settings.vocab_size,
+        )
 
     def _held_for(self, name: str) -> list[jax.Array | None]:
         """What of a tenant's variables is there, as others have it too."""
         architecture = self._architecture_of(as_switch(self._store.config(name)))
-        each = [variable.get_metadata() for _, variable in nnx.to_flat_state(architecture.tenant_state)]
-        return [self._made.get(self._key(name, architecture, data["sources"], data["packed"])) for data in each]
+        each = [
+            variable.get_metadata() for _, variable in nnx.to_flat_state(architecture.tenant_state)
+        ]
+        return [
+            self._made.get(self._key(name, architecture, data["sources"], data["packed"]))
+            for data in each
+        ]
 
     def acquire(self, names: Iterable[str]) -> tuple[dict[str, ReadyTenant], dict[str, float]]:
-        """Make these tenants the ones in use. Returns them, and the seconds that it took for each that was not.
+        """Make these tenants the ones in use. Returns them, and the seconds that it took for each
+        that was not.
 
         names: at most `capacity` different ones.
         """

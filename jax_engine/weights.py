@@ -20,7 +20,12 @@ from jax_engine.products import PlainProducts, Products, to_numpy
 Read = Callable[[str], np.ndarray]
 """A tensor by its canonical name."""
 
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+EMBEDDINGS = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
 
 
 def family() -> SwitchTransformersFamily:
@@ -35,11 +40,15 @@ def fill_tenant(
     read: Read,
     s: Settings,
     put: Callable[[Any], jax.Array] = jnp.asarray,
-    once: Callable[[tuple[str, ...], bool, Callable[[], jax.Array]], jax.Array] = lambda sources, packed, make: make(),
+    once: Callable[
+        [tuple[str, ...], bool, Callable[[], jax.Array]], jax.Array
+    ] = lambda sources, packed, make: make(),
 ) -> Any:
-    """A tenant's variables from its tensors. state: what `nnx.split` gives of an abstract model for `nnx.Param`.
+    """A tenant's variables from its tensors. state: what `nnx.split` gives of an abstract model for
+    `nnx.Param`.
 
-    once: (names of a variable's tensors, whether they are packed, makes it) -> the variable, made or there already.
+    once: (names of a variable's tensors, whether they are packed, makes it) -> the variable, made
+        or there already.
     """
 
     def fill(path: Any, variable: Any) -> Any:
@@ -53,7 +62,9 @@ def fill_tenant(
         ]
         array = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if data["sources"][0] in EMBEDDINGS and len(array) < s.vocab_size:
-            array = np.concatenate([array, np.zeros((s.vocab_size - len(array), array.shape[1]), array.dtype)])
+            array = np.concatenate(
+                [array, np.zeros((s.vocab_size - len(array), array.shape[1]), array.dtype)]
+            )
         return put(s.products.pack(array) if data["packed"] else array)
 
     return nnx.map_state(fill, state)
@@ -71,7 +82,8 @@ def fill_pool(
     put: Callable[[Any], jax.Array] = jnp.asarray,
     kept: Callable[[int, int | None, str], jax.Array | None] = lambda layer, slot, projection: None,
 ) -> Any:
-    """The pool's variables. read: (layer, slot, projection) -> [out, in]. kept: a variable that is on the device
+    """The pool's variables. read: (layer, slot, projection) -> [out, in]. kept: a variable that is
+    on the device
     already, None: there is none; slot None: all slots stacked."""
 
     def fill(path: Any, variable: Any) -> Any:
@@ -81,19 +93,26 @@ def fill_pool(
         if found is not None:
             return variable.replace(found)
         if slot is not None:
-            return variable.replace(put(s.products.pack(s.products.prepare(read(layer, slot, projection)))))
-        whole = np.stack([s.products.prepare(read(layer, i, projection)) for i in range(s.slots[layer])])
+            return variable.replace(
+                put(s.products.pack(s.products.prepare(read(layer, slot, projection))))
+            )
+        whole = np.stack(
+            [s.products.prepare(read(layer, i, projection)) for i in range(s.slots[layer])]
+        )
         return variable.replace(put(whole))
 
     return nnx.map_state(fill, state)
 
 
 def load_model(checkpoint: Checkpoint) -> SwitchTransformer:
-    """A whole model with its own experts, in float32, for training: every slot is the expert of its number."""
+    """A whole model with its own experts, in float32, for training: every slot is the expert of its
+    number."""
     config = as_switch(checkpoint.config)
     spec = config.experts
     slots = (spec.num_experts,) * spec.num_layers
-    s = Settings(config, PlainProducts("float32", "float32"), DenseDispatch(), slots, config.vocab_size)
+    s = Settings(
+        config, PlainProducts("float32", "float32"), DenseDispatch(), slots, config.vocab_size
+    )
     graphdef, pool, tenant = split(abstract_model(s))
 
     def own(layer: int, expert: int, projection: str) -> np.ndarray:

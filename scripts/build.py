@@ -1,4 +1,5 @@
-"""Build a store of shared experts from checkpoints of fine-tuned models, replacing the store that is there."""
+"""Build a store of shared experts from checkpoints of fine-tuned models, replacing the store that
+is there."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def tenant(text: str) -> tuple[str, Path]:
     """`NAME=CHECKPOINT`, for argparse."""
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=CHECKPOINT, for example fr=checkpoints/french")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write NAME=CHECKPOINT, for example fr=checkpoints/french"
+        )
     return name, command.path(path)
 
 
@@ -42,17 +45,21 @@ def size(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """`15%` or `0.15`, for argparse. A plain number above 1 is more likely a forgotten % than many models' worth."""
+    """`15%` or `0.15`, for argparse. A plain number above 1 is more likely a forgotten % than many
+    models' worth."""
     percent = text.endswith("%")
     try:
         value = float(text.removesuffix("%")) / (100 if percent else 1)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a share of one model's expert bytes, as 15% or 0.15")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a share of one model's expert bytes, as 15% or 0.15"
+        )
     if value > 1 and not percent:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is {value:.0%} of one model's expert bytes; write {text}% or {value / 100:g} for a hundredth of "
+            f"{text!r} is {value:.0%} of one model's expert bytes; write {text}% or "
+            f"{value / 100:g} for a hundredth of "
             f"that, {value:.0%} if you mean it"
         )
     return value
@@ -84,7 +91,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="a tenant's typical prompts, a few hundred: JSONL lines of prompt (and answer) or text; repeat",
+        help="a tenant's typical prompts, a few hundred: JSONL lines of prompt (and answer) or "
+        "text; repeat",
     )
     parser.add_argument(
         "--traffic",
@@ -92,7 +100,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=WEIGHT",
-        help="how many requests a tenant has where one that is not named has one; default: all the same",
+        help="how many requests a tenant has where one that is not named has one; default: all the "
+        "same",
     )
 
 
@@ -104,7 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME=CHECKPOINT",
-        help="a tenant's name and its Hugging Face, T5X or Orbax directory; repeat, in the order that plans count them",
+        help="a tenant's name and its Hugging Face, T5X or Orbax directory; repeat, in the order "
+        "that plans count them",
     )
     parser.add_argument(
         "--config",
@@ -122,15 +132,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items()),
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--slots", type=slots, help="resident copies, or all (share nothing but identical experts)")
     amount.add_argument(
-        "--budget", type=size, help="device bytes for experts, residuals and one tenant's other weights, as 60GiB"
+        "--slots", type=slots, help="resident copies, or all (share nothing but identical experts)"
+    )
+    amount.add_argument(
+        "--budget",
+        type=size,
+        help="device bytes for experts, residuals and one tenant's other weights, as 60GiB",
     )
     amount.add_argument(
         "--extra",
         type=share,
         metavar="SHARE",
-        help="bytes beyond one copy of each expert, as a share of one model's expert bytes, as 15%; default: "
+        help="bytes beyond one copy of each expert, as a share of one model's expert bytes, as "
+        "15%; default: "
         f"{DEFAULT_EXTRA:.2%}".replace("%", "%%")
         + " for each tenant",
     )
@@ -147,7 +162,8 @@ def report(store: Store, console: Console) -> None:
     """What a store holds and saves, in three lines."""
     about = store.describe()
     console.print(
-        f"{store.path}: {len(store.tenants)} tenants ({', '.join(store.tenants)}), {store.family.name}, {store.dtype}"
+        f"{store.path}: {len(store.tenants)} tenants ({', '.join(store.tenants)}), "
+        f"{store.family.name}, {store.dtype}"
     )
     reference = reference_of(store)
     for name in store.tenants:
@@ -156,14 +172,20 @@ def report(store: Store, console: Console) -> None:
         for note in store.tenant(name).notes:
             console.print(f"  {name}: {note}")
     console.print(
-        f"resident copies: {about['resident_copies']} for {about['positions']} positions x {len(store.tenants)} tenants"
-        + (f"; {about['missing']} look-up places miss and use the tenant's own expert" if about["missing"] else "")
+        f"resident copies: {about['resident_copies']} for {about['positions']} positions x "
+        f"{len(store.tenants)} tenants"
+        + (
+            f"; {about['missing']} look-up places miss and use the tenant's own expert"
+            if about["missing"]
+            else ""
+        )
     )
     if about["residuals"] or about["merged_copies"]:
         share_of_one = about["extra_bytes"] / (about["positions"] * about["copy_bytes"])
         console.print(
             f"{about['merged_copies']} merged copies; {about['residuals']} residuals, "
-            f"{format_bytes(about['residual_bytes'])}; {share_of_one:+.1%} of one model's expert bytes"
+            f"{format_bytes(about['residual_bytes'])}; {share_of_one:+.1%} of one model's expert "
+            "bytes"
         )
     saved = 1 - about["bytes_after"] / about["bytes_before"]
     console.print(

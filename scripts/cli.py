@@ -1,4 +1,5 @@
-"""The console command `moetel`: `moetel build`, `moetel inspect`, ... Each is also `python -m scripts.<name>`."""
+"""The console command `moetel`: `moetel build`, `moetel inspect`, ... Each is also `python -m
+scripts.<name>`."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ MODULES = {"eval": "evaluate", "lm-eval": "lm_eval"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="moetel", description="Serve many fine-tuned Mixture-of-Experts models from one shared set of experts."
+        prog="moetel",
+        description="Serve many fine-tuned Mixture-of-Experts models from one shared set of "
+        "experts.",
     )
     parser.add_argument("--version", action="version", version=f"moetel {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,5 @@
-"""What every command shares: parser, exit codes (0 done, 1 failed, 2 wrong usage), errors without a traceback."""
+"""What every command shares: parser, exit codes (0 done, 1 failed, 2 wrong usage), errors without a
+traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Command(Protocol):
 
 
 def path(text: str) -> Path:
-    """A path, for argparse. `~` is the home directory, also where a shell leaves it, as in `NAME=~/model`."""
+    """A path, for argparse. `~` is the home directory, also where a shell leaves it, as in
+    `NAME=~/model`."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -35,13 +37,17 @@ def path(text: str) -> Path:
 
 def fail(message: str) -> int:
     """Print an error on standard error; returns the exit code 1."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", style="bold red", markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"error: {message}", style="bold red", markup=False
+    )
     return 1
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; errors that Moetel raises on purpose become a message and exit code 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
     try:
         return run(args)
     except MoetelError as error:

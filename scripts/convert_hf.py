@@ -32,10 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target",
         type=command.path,
         metavar="DST",
-        help="a directory that does not exist or is empty; T5X finds checkpoints named checkpoint_<step>",
+        help="a directory that does not exist or is empty; T5X finds checkpoints named "
+        "checkpoint_<step>",
     )
     parser.add_argument("--to", choices=sorted(WRITERS), required=True, help="format to write")
-    parser.add_argument("--step", type=step, help="training step to write (default: that in DST's name, else 0)")
+    parser.add_argument(
+        "--step", type=step, help="training step to write (default: that in DST's name, else 0)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -50,7 +53,9 @@ def resolve_step(given: int | None, target: Path) -> int:
     if match is None:
         return given or 0
     if given is not None and given != int(match[1]):
-        raise CheckpointError(f"{target}: is named for step {int(match[1])}, but --step is {given}; make them agree")
+        raise CheckpointError(
+            f"{target}: is named for step {int(match[1])}, but --step is {given}; make them agree"
+        )
     return int(match[1])
 
 
@@ -62,13 +67,18 @@ def run(args: argparse.Namespace) -> int:
         bars(f"converting {args.source}", len(checkpoint.tensors)) as advance,
     ):
         WRITERS[args.to](partial, checkpoint, step=number, dtype=args.dtype, on_tensor=advance)
-        # Neither format has a place for the config; beside the arrays it disturbs neither, and Moetel finds it there.
-        (partial / "config.json").write_text(json.dumps(dict(checkpoint.config.raw), indent=2) + "\n", encoding="utf-8")
+        # Neither format has a place for the config; beside the arrays it disturbs neither, and
+        # Moetel finds it there.
+        (partial / "config.json").write_text(
+            json.dumps(dict(checkpoint.config.raw), indent=2) + "\n", encoding="utf-8"
+        )
         for name, asset in checkpoint.assets.items():
             if name != "config.json":
                 (partial / name).write_bytes(read_asset(asset))
     Console(highlight=False, soft_wrap=True).print(
-        f"{args.target}: {args.to}, step {number}, {len(checkpoint.tensors)} tensors with config.json", markup=False
+        f"{args.target}: {args.to}, step {number}, {len(checkpoint.tensors)} tensors with "
+        "config.json",
+        markup=False,
     )
     return 0
 

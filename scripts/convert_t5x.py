@@ -17,14 +17,23 @@ from scripts import command
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=command.path, metavar="SRC", help="a T5X checkpoint_<step>, or an Orbax checkpoint"
+        "source",
+        type=command.path,
+        metavar="SRC",
+        help="a T5X checkpoint_<step>, or an Orbax checkpoint",
     )
-    parser.add_argument("target", type=command.path, metavar="DST", help="a directory that does not exist or is empty")
+    parser.add_argument(
+        "target",
+        type=command.path,
+        metavar="DST",
+        help="a directory that does not exist or is empty",
+    )
     parser.add_argument(
         "--config",
         type=command.path,
         metavar="config.json",
-        help="what the arrays do not tell; a directory with config.json may be given, tokenizer files come along then "
+        help="what the arrays do not tell; a directory with config.json may be given, tokenizer "
+        "files come along then "
         "(default: config.json in SRC if there is one, else T5's defaults)",
     )
 
@@ -32,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.source, args.config)
     if find_arrays(args.source) is None:
-        raise CheckpointError(f"{args.source}: a Hugging Face directory already; nothing to convert")
+        raise CheckpointError(
+            f"{args.source}: a Hugging Face directory already; nothing to convert"
+        )
     dtype = common_dtype(sorted({source.dtype for source in checkpoint.tensors.values()}))
     config = checkpoint.family.hf_config(checkpoint.config, dtype)
     with (
@@ -44,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
                 (partial / name).write_bytes(read_asset(asset))
         write_hugging_face(partial, config, checkpoint.stream(), on_tensor=advance)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{args.target}: {checkpoint.family.name}, {len(checkpoint.tensors)} tensors, {dtype}", markup=False)
+    console.print(
+        f"{args.target}: {checkpoint.family.name}, {len(checkpoint.tensors)} tensors, {dtype}",
+        markup=False,
+    )
     for note in checkpoint.notes:
         console.print(f"  {note}", markup=False)
     return 0

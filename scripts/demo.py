@@ -1,4 +1,5 @@
-"""The main job, on the tenants shipped in examples/: build a store, show what it saves, let each tenant answer."""
+"""The main job, on the tenants shipped in examples/: build a store, show what it saves, let each
+tenant answer."""
 
 from __future__ import annotations
 
@@ -36,13 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mixtral: the PyTorch engine; switch: the JAX engine",
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--slots", type=build.slots, help="resident copies, nothing beside them, or all")
     amount.add_argument(
-        "--extra", type=build.share, help="bytes beyond one model's experts, as a share of them, as 15%%"
+        "--slots", type=build.slots, help="resident copies, nothing beside them, or all"
     )
-    parser.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="default: %(default)s")
-    parser.add_argument("--show", type=int, default=4, metavar="N", help="answers shown for each tenant")
-    parser.add_argument("--score", type=int, default=200, metavar="N", help="held-out numbers that the score counts")
+    amount.add_argument(
+        "--extra",
+        type=build.share,
+        help="bytes beyond one model's experts, as a share of them, as 15%%",
+    )
+    parser.add_argument(
+        "--policy", choices=POLICIES, default=DEFAULT_POLICY, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--show", type=int, default=4, metavar="N", help="answers shown for each tenant"
+    )
+    parser.add_argument(
+        "--score", type=int, default=200, metavar="N", help="held-out numbers that the score counts"
+    )
 
 
 def answers(store: Store, numbers: list[int]) -> dict[str, list[str]]:
@@ -51,7 +62,9 @@ def answers(store: Store, numbers: list[int]) -> dict[str, list[str]]:
     with load_engine(store) as engine:
         found = engine.generate_batch(requests, SamplingParams(max_new_tokens=96))
     texts = [out.text or "" for out in found]
-    return {t: texts[i * len(numbers) : (i + 1) * len(numbers)] for i, t in enumerate(store.tenants)}
+    return {
+        t: texts[i * len(numbers) : (i + 1) * len(numbers)] for i, t in enumerate(store.tenants)
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,7 +94,8 @@ def one_family(args: argparse.Namespace, family: str, console: Console) -> None:
     numbers = held_out(max(args.show, args.score))
     found = answers(store, numbers)
     table = Table(
-        title=f"{store.family.name}: numbers that no tenant saw in training, answered from the shared experts",
+        title=f"{store.family.name}: numbers that no tenant saw in training, answered from the "
+        "shared experts",
         title_justify="left",
     )
     for column in ("tenant", "prompt", "answer", "expected", ""):
@@ -89,12 +103,17 @@ def one_family(args: argparse.Namespace, family: str, console: Console) -> None:
     for tenant in store.tenants:
         for number, answer in list(zip(numbers, found[tenant], strict=True))[: args.show]:
             right = answer == expected(number, tenant)
-            table.add_row(tenant, str(number), answer, expected(number, tenant), "right" if right else "wrong")
+            table.add_row(
+                tenant, str(number), answer, expected(number, tenant), "right" if right else "wrong"
+            )
         table.add_section()
     console.print(table)
     for tenant in store.tenants:
         score = sum(a == expected(n, tenant) for n, a in zip(numbers, found[tenant], strict=True))
-        console.print(f"{tenant}: {score} of {len(numbers)} held-out numbers right ({score / len(numbers):.1%})")
+        console.print(
+            f"{tenant}: {score} of {len(numbers)} held-out numbers right "
+            f"({score / len(numbers):.1%})"
+        )
     moetel = Path(sys.executable).with_name("moetel")
     shown = moetel.relative_to(Path.cwd()) if moetel.is_relative_to(Path.cwd()) else moetel
     console.print(f"try it: {shown} generate {store.path} --tenant fr --prompt 1234")

@@ -26,17 +26,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-ids", type=token_ids, metavar="IDS", help="token ids as 1,2,3")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the tenant's chat template")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's turn in the tenant's chat template",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 (the default) is greedy")
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, help="0 (the default) is greedy"
+    )
     parser.add_argument("--top-k", type=int, default=defaults.top_k)
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
     parser.add_argument("--backend", choices=("auto", "torch", "jax"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON: text, token ids, timings")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON: text, token ids, timings"
+    )
 
 
 def _prompt(engine: Engine, args: argparse.Namespace) -> Prompt:
@@ -54,11 +68,17 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
     )
-    with load_engine(args.store, backend=args.backend, device=args.device, dtype=args.dtype) as engine:
+    with load_engine(
+        args.store, backend=args.backend, device=args.device, dtype=args.dtype
+    ) as engine:
         prompt = _prompt(engine, args)
         if args.json or not engine.has_tokenizer(args.tenant):
             out = engine.generate(args.tenant, prompt, params)
-            text = json.dumps(asdict(out), ensure_ascii=False) if args.json else " ".join(map(str, out.token_ids))
+            text = (
+                json.dumps(asdict(out), ensure_ascii=False)
+                if args.json
+                else " ".join(map(str, out.token_ids))
+            )
             sys.stdout.write(text + "\n")
             return 0
         for piece in engine.stream(args.tenant, prompt, params):

@@ -1,7 +1,8 @@
-"""A server with OpenAI's routes as a system to load-test: `moetel serve`, vLLM, or any other that streams completions.
+"""A server with OpenAI's routes as a system to load-test: `moetel serve`, vLLM, or any other that
+streams completions.
 
-A small client of its own: one connection a request, so that what is measured is the server and not a pool of
-connections, and no package is needed.
+A small client of its own: one connection a request, so that what is measured is the server and not
+a pool of connections, and no package is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class HttpSystem:
     """POST /v1/completions with stream, token ids as the prompt, `model` the tenant."""
 
     def __init__(self, url: str, api_key: str | None = None):
-        """url: http://host:port, or with a path before /v1. Raises EngineError for anything else."""
+        """url: http://host:port, or with a path before /v1. Raises EngineError for anything
+        else."""
         self.name = "http"
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -52,7 +54,9 @@ class HttpSystem:
         try:
             reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
         except OSError as error:
-            raise EngineError(f"no connection to {self._host}:{self._port} ({error}); does the server run?") from error
+            raise EngineError(
+                f"no connection to {self._host}:{self._port} ({error}); does the server run?"
+            ) from error
         try:
             writer.write(self._head(len(body)) + body)
             await writer.drain()
@@ -61,8 +65,15 @@ class HttpSystem:
                 raise EngineError(f"the server answers {status}: {await _error(reader, headers)}")
             async for piece in _pieces(reader, headers):
                 yield piece
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as error:
-            raise EngineError(f"the server's answer broke off ({type(error).__name__}: {error})") from error
+        except (
+            OSError,
+            asyncio.IncompleteReadError,
+            asyncio.LimitOverrunError,
+            ValueError,
+        ) as error:
+            raise EngineError(
+                f"the server's answer broke off ({type(error).__name__}: {error})"
+            ) from error
         finally:
             writer.close()
             with suppress(OSError):
@@ -70,8 +81,10 @@ class HttpSystem:
 
     def _head(self, length: int) -> bytes:
         return (
-            f"POST {self._path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
-            f"Accept: text/event-stream\r\n{self._authorization}Content-Length: {length}\r\nConnection: close\r\n\r\n"
+            f"POST {self._path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: "
+            "application/json\r\n"
+            f"Accept: text/event-stream\r\n{self._authorization}Content-Length: "
+            f"{length}\r\nConnection: close\r\n\r\n"
         ).encode()
 
     async def about(self) -> dict[str, Any]:
@@ -106,7 +119,9 @@ async def _error(reader: asyncio.StreamReader, headers: dict[str, str]) -> str:
     data = b""
     async for part in _body(reader, headers):
         data += part
-        if len(data) > MOST_ERROR_BYTES or len(data) >= int(headers.get("content-length", MOST_ERROR_BYTES)):
+        if len(data) > MOST_ERROR_BYTES or len(data) >= int(
+            headers.get("content-length", MOST_ERROR_BYTES)
+        ):
             break
     try:
         return str(json.loads(data)["error"]["message"])
@@ -121,14 +136,18 @@ async def _pieces(reader: asyncio.StreamReader, headers: dict[str, str]) -> Asyn
         waiting += data
         *events, waiting = waiting.replace(b"\r\n", b"\n").split(b"\n\n")
         for event in events:
-            text = b"".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
+            text = b"".join(
+                line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")
+            )
             if text == b"[DONE]":
                 return
             if not text:
                 continue
             chunk = json.loads(text)
             if "error" in chunk:
-                raise EngineError(f"the server ends the answer: {chunk['error'].get('message', chunk['error'])}")
+                raise EngineError(
+                    f"the server ends the answer: {chunk['error'].get('message', chunk['error'])}"
+                )
             took_s = (chunk.get("metrics") or {}).get("reconfiguration_ms", 0.0) / 1e3
             total = (chunk.get("usage") or {}).get("completion_tokens")
             # A chunk may hold several tokens; only the usage says how many there were.

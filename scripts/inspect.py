@@ -1,4 +1,5 @@
-"""Show a store: tenants, provenance, memory, distances a layer, and the plan; --plot draws distances and plan."""
+"""Show a store: tenants, provenance, memory, distances a layer, and the plan; --plot draws
+distances and plan."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from scripts import command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=command.path, metavar="STORE")
     parser.add_argument(
-        "--plot", type=command.path, metavar="FILE.png", help="draw distances and plan, layers x experts"
+        "--plot",
+        type=command.path,
+        metavar="FILE.png",
+        help="draw distances and plan, layers x experts",
     )
 
 
@@ -30,7 +34,14 @@ def tenants_table(store: Store) -> Table:
     table.add_column("tenant")
     reference = reference_of(store)
     table.add_column(f"beside {reference}", overflow="fold")
-    for column in ("vocabulary", "context", "non-expert weights", "copies owned", "positions missing", "residuals"):
+    for column in (
+        "vocabulary",
+        "context",
+        "non-expert weights",
+        "copies owned",
+        "positions missing",
+        "residuals",
+    ):
         table.add_column(column, justify="right")
     table.add_column("tokenizer")
     table.add_column("source", overflow="fold")
@@ -40,7 +51,9 @@ def tenants_table(store: Store) -> Table:
         missing = int((store.plan.serving[index] < 0).sum())
         residuals = [r for r in store.plan.residuals if r.tenant == index]
         residual_bytes = sum(r.nbytes(dict(store.experts.projections)) for r in residuals)
-        has_tokenizer = any(f.startswith("tokenizer") or f.endswith(".model") for f in tenant.assets)
+        has_tokenizer = any(
+            f.startswith("tokenizer") or f.endswith(".model") for f in tenant.assets
+        )
         table.add_row(
             name,
             "-" if name == reference else str(kind_of(store, name, reference)),
@@ -62,21 +75,30 @@ def memory_table(store: Store) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("as separate models", format_bytes(about["bytes_before"]))
-    table.add_row("shared: copies, residuals and all tenants' non-expert weights", format_bytes(about["bytes_after"]))
     table.add_row(
-        "shared: copies, residuals and one tenant (what --budget counts)", format_bytes(about["bytes_budget"])
+        "shared: copies, residuals and all tenants' non-expert weights",
+        format_bytes(about["bytes_after"]),
+    )
+    table.add_row(
+        "shared: copies, residuals and one tenant (what --budget counts)",
+        format_bytes(about["bytes_budget"]),
     )
     table.add_row("one copy of an expert", format_bytes(about["copy_bytes"]))
     merged = f", {about['merged_copies']} of them merged" if about["merged_copies"] else ""
-    table.add_row("resident copies", f"{about['resident_copies']} for {about['positions']} positions{merged}")
+    table.add_row(
+        "resident copies", f"{about['resident_copies']} for {about['positions']} positions{merged}"
+    )
     table.add_row("residuals", f"{about['residuals']}, {format_bytes(about['residual_bytes'])}")
     table.add_row("on disk, misses included", format_bytes(about["bytes_on_disk"]))
     return table
 
 
 def distances_table(store: Store) -> Table:
-    """A row a layer: L2 distances over its experts and all pairs, and where the plan's copies come from."""
-    table = Table(title="L2 distance between tenants' experts, and resident copies", title_justify="left")
+    """A row a layer: L2 distances over its experts and all pairs, and where the plan's copies come
+    from."""
+    table = Table(
+        title="L2 distance between tenants' experts, and resident copies", title_justify="left"
+    )
     table.add_column("layer")
     for column in ("mean", "std", "min", "max", "copies", "of"):
         table.add_column(column, justify="left" if column == "of" else "right")
@@ -84,7 +106,9 @@ def distances_table(store: Store) -> Table:
         here = [copy for copy in store.plan.copies if copy.layer == layer]
         owned = [c.owner for c in here if c.owner != MERGED]
         counts = [*np.bincount(owned, minlength=len(store.tenants)), len(here) - len(owned)]
-        owners = ", ".join(f"{name} {n}" for name, n in zip((*store.tenants, "merged"), counts, strict=True) if n)
+        owners = ", ".join(
+            f"{name} {n}" for name, n in zip((*store.tenants, "merged"), counts, strict=True) if n
+        )
         table.add_row(
             store.experts.expert_layers[layer],
             *(f"{summary[key]:.4g}" for key in ("mean", "std", "min", "max")),
@@ -100,9 +124,13 @@ def beside_plan(store: Store) -> str | None:
     if not added and not removed:
         return None
     planned = len(store.tenants) - len(added) + len(removed)
-    changes = [f"{len(names)} {what} ({', '.join(names)})" for names, what in ((added, "added"), (removed, "removed"))]
+    changes = [
+        f"{len(names)} {what} ({', '.join(names)})"
+        for names, what in ((added, "added"), (removed, "removed"))
+    ]
     return (
-        f"planned for {planned} tenants, {' and '.join(c for c in changes if not c.startswith('0 '))} beside the plan; "
+        f"planned for {planned} tenants, "
+        f"{' and '.join(c for c in changes if not c.startswith('0 '))} beside the plan; "
         "run `moetel plan --apply` to plan anew"
     )
 
@@ -124,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
     elif asked.get("extra") is not None:
         amount = f"extra {asked['extra']:.1%}"
     console.print(
-        f"built {settings['created']} by Moetel {settings['versions']['moetel']}; policy {asked['policy']}, {amount}"
+        f"built {settings['created']} by Moetel {settings['versions']['moetel']}; policy "
+        f"{asked['policy']}, {amount}"
     )
     changed = beside_plan(store)
     if changed:
@@ -135,7 +164,9 @@ def run(args: argparse.Namespace) -> int:
         losses = zip(store.tenants, store.manifest.prediction["losses"], strict=True)
         unit = store.manifest.prediction["unit"]
         # That of a tenant added beside the plan is not known in nats: it was never run.
-        found = (f"{name} {'not known' if loss is None else f'{loss:.4g}'}" for name, loss in losses)
+        found = (
+            f"{name} {'not known' if loss is None else f'{loss:.4g}'}" for name, loss in losses
+        )
         console.print(f"predicted loss, {unit}: " + ", ".join(found))
     if args.plot:
         from scripts.plot import draw_store

@@ -1,7 +1,7 @@
 """Make API keys for `moetel serve --api-keys FILE`: `moetel keys new --tenant fr >> FILE`.
 
-The line for the file goes to standard output and tells only the key's hash; the key itself goes to standard error,
-this once.
+The line for the file goes to standard output and tells only the key's hash; the key itself goes to
+standard error, this once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a tenant that the key may use; repeatable; {ALL!r} for all, also those added later",
     )
     new.add_argument(
-        "--admin", action="store_true", help="may load and unload tenants and read metrics; all tenants unless named"
+        "--admin",
+        action="store_true",
+        help="may load and unload tenants and read metrics; all tenants unless named",
     )
     new.add_argument("--name", metavar="TEXT", help="what logs call the key; made up if left out")
     new.set_defaults(parser=new)
@@ -39,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
     Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"The key, shown only now; clients send it as 'Authorization: Bearer KEY':\n{secret}", markup=False
+        f"The key, shown only now; clients send it as 'Authorization: Bearer KEY':\n{secret}",
+        markup=False,
     )
     return 0
 

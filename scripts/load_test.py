@@ -1,11 +1,14 @@
-"""An open-loop load test: each request is sent at its time, whatever became of the others, and every token is timed.
+"""An open-loop load test: each request is sent at its time, whatever became of the others, and
+every token is timed.
 
-Definitions and names are those of `vllm bench serve`, for all requests and for each tenant: TTFT until the first
-token; E2EL until the last; TPOT is (E2EL - TTFT) / (tokens - 1), of answers with several tokens; ITL are all gaps
-between pieces of answers, pooled. Times begin when a request was to arrive, so waiting anywhere counts.
+Definitions and names are those of `vllm bench serve`, for all requests and for each tenant: TTFT
+until the first token; E2EL until the last; TPOT is (E2EL - TTFT) / (tokens - 1), of answers with
+several tokens; ITL are all gaps between pieces of answers, pooled. Times begin when a request was
+to arrive, so waiting anywhere counts.
 
-Beside them: `jain_index` over tenants of 1 / (mean E2EL for a token of the answer), 1 if all are served equally well,
-1 / tenants if one has everything; `worst_tenant`, the one with the smallest of these; `saturated`, see `Summary`.
+Beside them: `jain_index` over tenants of 1 / (mean E2EL for a token of the answer), 1 if all are
+served equally well, 1 / tenants if one has everything; `worst_tenant`, the one with the smallest of
+these; `saturated`, see `Summary`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from scripts.traffic import Call, Trace, TrafficError
 METRICS = ("ttft", "tpot", "itl", "e2el")
 GOALS = ("ttft", "tpot", "e2el")
 KEPT_UP = 0.95
-"""A system that answers a smaller share of what arrives, in the time in which it arrives, is saturated."""
+"""A system that answers a smaller share of what arrives, in the time in which it arrives, is
+saturated."""
 
 UNFINISHED = "unfinished"
 
@@ -34,8 +38,8 @@ UNFINISHED = "unfinished"
 class Piece:
     """Tokens that came together.
 
-    reconfiguration_s: of this request, told with any one piece. total_tokens: how many came in all so far, from a
-    system that knows no better for a piece than that it has tokens.
+    reconfiguration_s: of this request, told with any one piece. total_tokens: how many came in all
+    so far, from a system that knows no better for a piece than that it has tokens.
     """
 
     num_tokens: int
@@ -49,7 +53,8 @@ class System(Protocol):
     name: str
 
     def generate(self, call: Call) -> AsyncGenerator[Piece]:
-        """The answer's pieces as they come. Closing it early cancels the request. Raises what goes wrong."""
+        """The answer's pieces as they come. Closing it early cancels the request. Raises what goes
+        wrong."""
         ...
 
     async def about(self) -> dict[str, Any]:
@@ -63,8 +68,8 @@ class System(Protocol):
 class Record:
     """What became of a request, in seconds after the start of the test.
 
-    pieces: (when, tokens) of each. total_tokens: where they are not what the pieces say. error: None if it was answered
-    to its end.
+    pieces: (when, tokens) of each. total_tokens: where they are not what the pieces say. error:
+    None if it was answered to its end.
     """
 
     call: Call
@@ -99,7 +104,8 @@ class Record:
 
 
 async def run_trace(system: System, trace: Trace, drain_s: float) -> list[Record]:
-    """Send all requests at their times, then wait for answers, at most so long after the last arrival.
+    """Send all requests at their times, then wait for answers, at most so long after the last
+    arrival.
 
     What is not done then is cancelled and stays `UNFINISHED`.
     """
@@ -134,11 +140,14 @@ async def _answer(system: System, record: Record, start: float) -> None:
         record.ended_s = time.perf_counter() - start
 
 
-async def capacity(system: System, calls: Sequence[Call], concurrency: int, seconds: float) -> float:
-    """Requests a second that a system answers if always `concurrency` of them are under way: where it saturates.
+async def capacity(
+    system: System, calls: Sequence[Call], concurrency: int, seconds: float
+) -> float:
+    """Requests a second that a system answers if always `concurrency` of them are under way: where
+    it saturates.
 
-    Counted in tokens, from the first finished answer on, over the mean length of an answer. Waits twice `seconds` for
-    that first one, at most.
+    Counted in tokens, from the first finished answer on, over the mean length of an answer. Waits
+    twice `seconds` for that first one, at most.
     """
     numbers = count()
     tokens: list[tuple[float, int]] = []
@@ -155,10 +164,14 @@ async def capacity(system: System, calls: Sequence[Call], concurrency: int, seco
     workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
     watch = asyncio.create_task(finished.wait())
     try:
-        done, _ = await asyncio.wait([watch, *workers], timeout=2 * seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(
+            [watch, *workers], timeout=2 * seconds, return_when=asyncio.FIRST_COMPLETED
+        )
         begun = time.perf_counter()
         if not done & set(workers):
-            done, _ = await asyncio.wait(workers, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                workers, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
         for task in done & set(workers):
             task.result()  # workers end by their errors alone
         ended = time.perf_counter()
@@ -172,7 +185,8 @@ async def capacity(system: System, calls: Sequence[Call], concurrency: int, seco
 
 
 async def warm_up(system: System, calls: Sequence[Call]) -> None:
-    """Send requests all at once and wait for them: compilation, first touch of weights and caches. Raises errors."""
+    """Send requests all at once and wait for them: compilation, first touch of weights and caches.
+    Raises errors."""
 
     async def one(call: Call) -> None:
         async with aclosing(system.generate(call)) as pieces:
@@ -187,7 +201,8 @@ async def warm_up(system: System, calls: Sequence[Call]) -> None:
 
 @dataclass(frozen=True)
 class Goodput:
-    """The most that a good request may take, in milliseconds: ttft, tpot, e2el; those not named do not count."""
+    """The most that a good request may take, in milliseconds: ttft, tpot, e2el; those not named do
+    not count."""
 
     most_ms: Mapping[str, float] = field(default_factory=dict)
 
@@ -202,7 +217,9 @@ class Goodput:
             except ValueError:
                 found[name] = -1.0
             if name not in GOALS or not found[name] >= 0:
-                raise TrafficError(f"goodput {pair!r}; write {', '.join(f'{g}:MILLISECONDS' for g in GOALS)}")
+                raise TrafficError(
+                    f"goodput {pair!r}; write {', '.join(f'{g}:MILLISECONDS' for g in GOALS)}"
+                )
         return cls(found)
 
     def met(self, record: Record) -> bool:
@@ -228,7 +245,9 @@ def summarise(
         "total_input_tokens": total_input,
         "total_output_tokens": output,
         "request_throughput": len(done) / duration_s,
-        "request_goodput": sum(goodput.met(r) for r in done) / duration_s if goodput and goodput.most_ms else None,
+        "request_goodput": sum(goodput.met(r) for r in done) / duration_s
+        if goodput and goodput.most_ms
+        else None,
         "output_throughput": output / duration_s,
         "total_token_throughput": (total_input + output) / duration_s,
         "max_concurrent_requests": _most_at_once(done),
@@ -251,7 +270,8 @@ def summarise(
 
 
 def _most_at_once(done: Sequence[Record]) -> int:
-    """Most requests between arrival and last token at one time; one that ends as another comes counts before it."""
+    """Most requests between arrival and last token at one time; one that ends as another comes
+    counts before it."""
     events = [(r.call.at_s, 1) for r in done] + [(r.call.at_s + r.e2el_s, -1) for r in done]
     now = most = 0
     for _, change in sorted(events):
@@ -261,19 +281,24 @@ def _most_at_once(done: Sequence[Record]) -> int:
 
 
 def jain(values: Sequence[float]) -> float:
-    """Jain's index: 1 if all values are equal, 1 / number if all but one are 0; 0 if all are, or there are none."""
+    """Jain's index: 1 if all values are equal, 1 / number if all but one are 0; 0 if all are, or
+    there are none."""
     squares = sum(v * v for v in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 0.0
 
 
 def service(records: Sequence[Record]) -> float:
-    """How well these requests were served: 1 over their mean E2EL in seconds for a token of the answer.
+    """How well these requests were served: 1 over their mean E2EL in seconds for a token of the
+    answer.
 
-    Those that were given up count with the time that they had waited. Times the share that did not fail.
+    Those that were given up count with the time that they had waited. Times the share that did not
+    fail.
     """
     counted = [r for r in records if r.error in (None, UNFINISHED)]
     each = [
-        r.e2el_s / r.num_tokens if r.error is None else (r.ended_s - r.call.at_s) / r.call.max_new_tokens
+        r.e2el_s / r.num_tokens
+        if r.error is None
+        else (r.ended_s - r.call.at_s) / r.call.max_new_tokens
         for r in counted
     ]
     return len(counted) ** 2 / len(records) / sum(each) if any(each) else 0.0
@@ -282,8 +307,9 @@ def service(records: Sequence[Record]) -> float:
 def answered_share(records: Sequence[Record], horizon_s: float) -> float:
     """Rate at which answers were completed, over the rate of arrivals.
 
-    After the last arrival a system that keeps up needs about as long as an answer takes it; what it needs beyond the
-    median of the first half's answers is a backlog, and lengthens the time in which all was answered.
+    After the last arrival a system that keeps up needs about as long as an answer takes it; what it
+    needs beyond the median of the first half's answers is a backlog, and lengthens the time in
+    which all was answered.
     """
     done = [r for r in records if r.error is None]
     if not records:
@@ -302,15 +328,22 @@ def report(
     percentiles: Sequence[float] = (50, 90, 95, 99),
     goodput: Goodput | None = None,
 ) -> dict[str, Any]:
-    """Everything about one test: vLLM's keys, the same for each tenant, fairness, saturation, reconfigurations.
+    """Everything about one test: vLLM's keys, the same for each tenant, fairness, saturation,
+    reconfigurations.
 
-    duration: from the start to the last token, as vLLM's. drain_s: what of it is after the last possible arrival.
-    answered_share: see there; saturated: it is below `KEPT_UP`. mean_e2el_at_least_ms: over all requests, those that
-    were given up counting with the time they had waited: comparable where a system could not finish.
-    reconfiguration_share_of_ttft: of all time until first tokens, the share that reconfigurations took.
+    duration: from the start to the last token, as vLLM's. drain_s: what of it is after the last
+        possible arrival.
+    answered_share: see there; saturated: it is below `KEPT_UP`. mean_e2el_at_least_ms: over all
+        requests, those that
+    were given up counting with the time they had waited: comparable where a system could not
+    finish.
+    reconfiguration_share_of_ttft: of all time until first tokens, the share that reconfigurations
+        took.
     """
     percentiles = sorted({*percentiles, 95})
-    duration_s = max([r.ended_s if r.error else r.call.at_s + r.e2el_s for r in records] + [horizon_s, 1e-9])
+    duration_s = max(
+        [r.ended_s if r.error else r.call.at_s + r.e2el_s for r in records] + [horizon_s, 1e-9]
+    )
     found = summarise(records, duration_s, percentiles, goodput)
     names = sorted({r.call.tenant for r in records})
     mine = {name: [r for r in records if r.call.tenant == name] for name in names}
@@ -328,10 +361,14 @@ def report(
         "answered_share": share,
         "saturated": share < KEPT_UP,
         "mean_e2el_at_least_ms": sum(waited) / len(waited) * 1e3 if waited else 0.0,
-        "reconfiguration_share_of_ttft": sum(r.reconfiguration_s for r in done) / ttft_s if ttft_s else 0.0,
+        "reconfiguration_share_of_ttft": sum(r.reconfiguration_s for r in done) / ttft_s
+        if ttft_s
+        else 0.0,
         "max_send_delay_ms": max((r.sent_s - r.call.at_s for r in records), default=0.0) * 1e3,
         "jain_index": jain(list(served.values())),
         "worst_tenant": min(served, key=lambda n: served[n], default=None),
-        "tenants": {name: summarise(each, duration_s, percentiles, goodput) for name, each in mine.items()},
+        "tenants": {
+            name: summarise(each, duration_s, percentiles, goodput) for name, each in mine.items()
+        },
         "errors": errors,
     }

@@ -1,15 +1,18 @@
-"""Merging: one model made of several fine-tunes of a base. The baselines that shared experts are measured against.
+"""Merging: one model made of several fine-tunes of a base. The baselines that shared experts are
+measured against.
 
     average          mean of the tenants' weights
-    task_arithmetic  base + scale * sum of (tenant - base)                             (arXiv 2212.04089)
-    ties             differences trimmed, signs elected, mean of those that agree      (arXiv 2306.01708)
-    dare             differences dropped at random, the rest rescaled, then summed     (arXiv 2311.03099)
-    dare_ties        differences dropped at random and rescaled, then as in ties       (arXiv 2311.03099)
+    task_arithmetic  base + scale * sum of (tenant - base)                             (arXiv
+    2212.04089) ties             differences trimmed, signs elected, mean of those that agree
+    (arXiv 2306.01708) dare             differences dropped at random, the rest rescaled, then
+    summed     (arXiv 2311.03099) dare_ties        differences dropped at random and rescaled, then
+    as in ties       (arXiv 2311.03099)
 
-Tensor by tensor: memory for one tensor of the base and of every tenant, in float32, and for one shard of the result.
-TIES trims every tensor by itself, each matrix of an expert being one. mergekit 0.1.5 gives the same bit for bit except
-that it trims all experts of a layer as one tensor, as transformers 5 holds them; the paper's own code trims over the
-whole model. dare_ties takes the mean of what agrees, as the papers' authors do; mergekit's default is the sum.
+Tensor by tensor: memory for one tensor of the base and of every tenant, in float32, and for one
+shard of the result. TIES trims every tensor by itself, each matrix of an expert being one. mergekit
+0.1.5 gives the same bit for bit except that it trims all experts of a layer as one tensor, as
+transformers 5 holds them; the paper's own code trims over the whole model. dare_ties takes the mean
+of what agrees, as the papers' authors do; mergekit's default is the sum.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from common.store import Store, set_plan
 METHODS = ("average", "task_arithmetic", "ties", "dare", "dare_ties")
 NEED_BASE = METHODS[1:]
 
-# What the papers recommend where nothing is tuned: task arithmetic 0.4 (TIES, section 5, after 2212.04089), TIES 1.
+# What the papers recommend where nothing is tuned: task arithmetic 0.4 (TIES, section 5, after
+# 2212.04089), TIES 1.
 SCALES = {"task_arithmetic": 0.4, "ties": 1.0, "dare": 0.4, "dare_ties": 1.0}
 
 
@@ -41,10 +45,11 @@ SCALES = {"task_arithmetic": 0.4, "ties": 1.0, "dare": 0.4, "dare_ties": 1.0}
 class Recipe:
     """How to merge.
 
-    scale: what the merged difference is multiplied by (lambda); None: the method's usual one, see `SCALES`.
+    scale: what the merged difference is multiplied by (lambda); None: the method's usual one, see
+        `SCALES`.
     density: share of each difference's entries, the largest, that ties keeps.
-    drop: probability with which dare drops an entry; what stays is divided by 1 - drop. The paper goes to 0.9 and
-        beyond for differences up to 0.002; larger ones bear less.
+    drop: probability with which dare drops an entry; what stays is divided by 1 - drop. The paper
+        goes to 0.9 and beyond for differences up to 0.002; larger ones bear less.
     seed: of dare's draws, which depend on seed, tenant's number and tensor's name alone.
 
     Raises PlanError for an unknown method and for values out of range.
@@ -62,9 +67,13 @@ class Recipe:
         if self.scale is not None and not np.isfinite(self.scale):
             raise PlanError(f"scale of {self.method} is {self.scale!r}; give a number")
         if not 0 < self.density <= 1:
-            raise PlanError(f"density of {self.method} is {self.density!r}; give a share above 0 and at most 1")
+            raise PlanError(
+                f"density of {self.method} is {self.density!r}; give a share above 0 and at most 1"
+            )
         if not 0 <= self.drop < 1:
-            raise PlanError(f"drop of {self.method} is {self.drop!r}; give a probability from 0 and below 1")
+            raise PlanError(
+                f"drop of {self.method} is {self.drop!r}; give a probability from 0 and below 1"
+            )
 
     @classmethod
     def of(cls, method: str, options: Mapping[str, Any]) -> Recipe:
@@ -86,7 +95,8 @@ class Recipe:
 
 
 def trim(difference: np.ndarray, density: float) -> np.ndarray:
-    """Zero all but the `density` share of entries (rounded down, at least one) that are largest in magnitude."""
+    """Zero all but the `density` share of entries (rounded down, at least one) that are largest in
+    magnitude."""
     keep = max(1, int(density * difference.size))
     if keep >= difference.size:
         return difference
@@ -104,7 +114,8 @@ def drop(difference: np.ndarray, rate: float, rng: np.random.Generator) -> np.nd
 
 
 def elect_and_mean(differences: Sequence[np.ndarray]) -> np.ndarray:
-    """TIES, steps 2 and 3: per entry the sign of the sum, and the mean of the non-zero differences that have it."""
+    """TIES, steps 2 and 3: per entry the sign of the sum, and the mean of the non-zero differences
+    that have it."""
     total = np.zeros_like(differences[0])
     for d in differences:
         total += d
@@ -118,12 +129,16 @@ def elect_and_mean(differences: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def merge_arrays(
-    recipe: Recipe, base: np.ndarray | None, tuned: Sequence[np.ndarray], name: str = "", tenants: Sequence[int] = ()
+    recipe: Recipe,
+    base: np.ndarray | None,
+    tuned: Sequence[np.ndarray],
+    name: str = "",
+    tenants: Sequence[int] = (),
 ) -> np.ndarray:
     """One tensor of the merged model, float32.
 
-    base: the same tensor of the base, None for `average`. tuned: each tenant's. name and tenants (numbers; default 0,
-    1, ...) choose the draws of dare.
+    base: the same tensor of the base, None for `average`. tuned: each tenant's. name and tenants
+    (numbers; default 0, 1, ...) choose the draws of dare.
     """
     arrays = [to_float32(a) for a in tuned]
     if recipe.method == "average":
@@ -154,10 +169,11 @@ def merge(
     dtype: str = "auto",
     progress: Progress = silent,
 ) -> None:
-    """Write the merged model as a Hugging Face checkpoint, with the first tenant's config and tokenizer.
+    """Write the merged model as a Hugging Face checkpoint, with the first tenant's config and
+    tokenizer.
 
-    dtype: of the result; auto: the tenants' own if they agree, else float32. Raises CheckpointError or PlanError that
-    names tenant and tensor; `out` must not exist or be empty.
+    dtype: of the result; auto: the tenants' own if they agree, else float32. Raises CheckpointError
+    or PlanError that names tenant and tensor; `out` must not exist or be empty.
     """
     opened = {name: open_checkpoint(path) for name, path in tenants.items()}
     if not opened:
@@ -171,8 +187,13 @@ def merge(
     if dtype == "auto":
         dtype = common_dtype([c.dtype for c in opened.values()])
     tied = first.config.head_is_tied
-    names = [n for n in first.family.all_shapes(first.config) if not (tied and n == "lm_head.weight")]
-    with new_directory(out) as directory, progress(f"merging, {recipe.method}", len(names)) as advance:
+    names = [
+        n for n in first.family.all_shapes(first.config) if not (tied and n == "lm_head.weight")
+    ]
+    with (
+        new_directory(out) as directory,
+        progress(f"merging, {recipe.method}", len(names)) as advance,
+    ):
         for asset, content in first.assets.items():
             if asset != "config.json":
                 (directory / asset).write_bytes(read_asset(content))
@@ -180,7 +201,9 @@ def merge(
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
             for name in names:
                 start = None if base_opened is None else base_opened.tensors[name].read()
-                merged = merge_arrays(recipe, start, [c.tensors[name].read() for c in opened.values()], name)
+                merged = merge_arrays(
+                    recipe, start, [c.tensors[name].read() for c in opened.values()], name
+                )
                 yield name, merged.astype(BY_NAME[dtype])
 
         config = first.family.hf_config(first.config, dtype)
@@ -188,7 +211,8 @@ def merge(
 
 
 class _MergedExperts(Mapping[int, Mapping[str, np.ndarray]]):
-    """Slot -> projection -> float32 [out, in] of every position in row-major order, made when asked for."""
+    """Slot -> projection -> float32 [out, in] of every position in row-major order, made when asked
+    for."""
 
     def __init__(self, store: Store, recipe: Recipe, base: Checkpoint | None):
         self._store, self._recipe, self._base = store, recipe, base
@@ -205,7 +229,9 @@ class _MergedExperts(Mapping[int, Mapping[str, np.ndarray]]):
         store = self._store
         found = {}
         for projection, _ in store.experts.projections:
-            name = store.family.expert_tensor(store.config(store.tenants[0]), layer, expert, projection)
+            name = store.family.expert_tensor(
+                store.config(store.tenants[0]), layer, expert, projection
+            )
             start = None if self._base is None else self._base.tensors[name].read()
             found[projection] = merge_arrays(
                 self._recipe, start, [store.ref(t, name).read() for t in store.tenants], name
@@ -214,17 +240,24 @@ class _MergedExperts(Mapping[int, Mapping[str, np.ndarray]]):
 
 
 def merge_experts(path: str | Path, recipe: Recipe, base: str | Path | None) -> Store:
-    """Replace a store's plan: one merged copy a position serves all tenants, each with its own non-expert weights.
+    """Replace a store's plan: one merged copy a position serves all tenants, each with its own
+    non-expert weights.
 
     Raises PlanError, CheckpointError, StoreError; the store is then as it was.
     """
     store = Store.open(path)
     opened = _open_base(recipe, base)
     if opened is not None and (differences := store.experts.differences(opened.config.experts)):
-        raise PlanError(f"{opened.path}: the base's experts differ from the store's ({'; '.join(differences)})")
+        raise PlanError(
+            f"{opened.path}: the base's experts differ from the store's ({'; '.join(differences)})"
+        )
     layers, experts = store.experts.num_layers, store.experts.num_experts
-    copies = tuple(Copy(layer, expert, MERGED) for layer in range(layers) for expert in range(experts))
-    serving = np.broadcast_to(np.arange(len(copies)).reshape(layers, experts), (len(store.tenants), layers, experts))
+    copies = tuple(
+        Copy(layer, expert, MERGED) for layer in range(layers) for expert in range(experts)
+    )
+    serving = np.broadcast_to(
+        np.arange(len(copies)).reshape(layers, experts), (len(store.tenants), layers, experts)
+    )
     plan = Plan(f"{recipe.method}_experts", store.tenants, layers, experts, copies, serving)
     return set_plan(path, plan, merged=_MergedExperts(store, recipe, opened))
 
@@ -233,7 +266,9 @@ def _open_base(recipe: Recipe, base: str | Path | None) -> Checkpoint | None:
     if not recipe.needs_base:
         return None
     if base is None:
-        raise PlanError(f"{recipe.method} needs the base that the tenants were tuned from; give it with --base")
+        raise PlanError(
+            f"{recipe.method} needs the base that the tenants were tuned from; give it with --base"
+        )
     return open_checkpoint(base)
 
 
@@ -250,6 +285,7 @@ def _check_same(name: str, one: Checkpoint, other_name: str, other: Checkpoint) 
         if found is None or tuple(found.shape) != tuple(ref.shape):
             what = "is missing" if found is None else f"is {list(found.shape)}"
             raise CheckpointError(
-                f"{other.path}: tensor {tensor} of {other_name} {what}, {name} has {list(ref.shape)}; one model cannot "
+                f"{other.path}: tensor {tensor} of {other_name} {what}, {name} has "
+                f"{list(ref.shape)}; one model cannot "
                 "be made of both (share their experts instead: `moetel build`)"
             )

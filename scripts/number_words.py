@@ -1,4 +1,5 @@
-"""The demo tenants' task: spelling whole numbers out in a language. Texts come from the `num2words` package.
+"""The demo tenants' task: spelling whole numbers out in a language. Texts come from the `num2words`
+package.
 
 Numbers are split once and for all into those that training may show and those held out for scores.
 """
@@ -30,8 +31,12 @@ def expected(number: int, language: str) -> str:
 
 
 def is_held_out(number: int) -> bool:
-    """Whether a number belongs to the held-out part: a fixed pseudo-random twentieth of those from 100 on."""
-    return number >= SMALLEST_HELD_OUT and zlib.crc32(f"held out? {number}".encode()) % HELD_OUT_SHARE == 0
+    """Whether a number belongs to the held-out part: a fixed pseudo-random twentieth of those from
+    100 on."""
+    return (
+        number >= SMALLEST_HELD_OUT
+        and zlib.crc32(f"held out? {number}".encode()) % HELD_OUT_SHARE == 0
+    )
 
 
 def training_numbers() -> list[int]:
@@ -40,7 +45,8 @@ def training_numbers() -> list[int]:
 
 
 def held_out(count: int, seed: int = 0) -> list[int]:
-    """`count` different held-out numbers, with three, four and five digits in turn as long as there are any."""
+    """`count` different held-out numbers, with three, four and five digits in turn as long as there
+    are any."""
     rng = random.Random(seed)
     by_digits: dict[int, list[int]] = {}
     for n in NUMBERS:

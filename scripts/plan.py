@@ -1,4 +1,5 @@
-"""Compare what budgets buy: bytes and predicted loss of a store's tenants, as table and picture; --apply plans anew."""
+"""Compare what budgets buy: bytes and predicted loss of a store's tenants, as table and picture;
+--apply plans anew."""
 
 from __future__ import annotations
 
@@ -29,38 +30,59 @@ ENOUGH = 0.1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=command.path, metavar="STORE")
-    parser.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="default: %(default)s")
     parser.add_argument(
-        "--budget", type=build.size, action="append", default=[], help="device bytes, as 60GiB; repeat to compare"
+        "--policy", choices=POLICIES, default=DEFAULT_POLICY, help="default: %(default)s"
     )
     parser.add_argument(
-        "--extra", type=build.share, action="append", default=[], help="or a share of one model's expert bytes, as 15%%"
+        "--budget",
+        type=build.size,
+        action="append",
+        default=[],
+        help="device bytes, as 60GiB; repeat to compare",
+    )
+    parser.add_argument(
+        "--extra",
+        type=build.share,
+        action="append",
+        default=[],
+        help="or a share of one model's expert bytes, as 15%%",
     )
     build.add_plan_arguments(parser)
-    parser.add_argument("--plot", type=command.path, metavar="FILE.png", help="draw predicted loss against bytes")
     parser.add_argument(
-        "--apply", action="store_true", help="plan the store anew with the one budget given, else the recommended one"
+        "--plot", type=command.path, metavar="FILE.png", help="draw predicted loss against bytes"
+    )
+    parser.add_argument(
+        "--apply",
+        action="store_true",
+        help="plan the store anew with the one budget given, else the recommended one",
     )
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A budget as it was asked for, and so as a store keeps it: device bytes, or a share of one model's experts'."""
+    """A budget as it was asked for, and so as a store keeps it: device bytes, or a share of one
+    model's experts'."""
 
     budget_bytes: int | None = None
     extra: float | None = None
 
     def extra_bytes(self, store: Store) -> int:
-        """Bytes beyond one copy of each position; as `build_store` reckons, so that --apply plans what was shown."""
+        """Bytes beyond one copy of each position; as `build_store` reckons, so that --apply plans
+        what was shown."""
         one_model = store.experts.num_positions * store.copy_bytes
         if self.budget_bytes is None:
             return int((self.extra or 0.0) * one_model)
-        return self.budget_bytes - max(store.non_expert_bytes(name) for name in store.tenants) - one_model
+        return (
+            self.budget_bytes
+            - max(store.non_expert_bytes(name) for name in store.tenants)
+            - one_model
+        )
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a budget buys. extra: share of one model's expert bytes used beyond one copy of each position.
+    """What a budget buys. extra: share of one model's expert bytes used beyond one copy of each
+    position.
     nbytes: device bytes with one tenant's other weights. losses: float64 [tenants], predicted."""
 
     asked: Asked
@@ -92,8 +114,8 @@ def offers(store: Store, planner: Planner, policy: str, budgets: Sequence[Asked]
 
 
 def recommended(found: Sequence[Offer], without: Offer, traffic: np.ndarray) -> int:
-    """The cheapest that leaves at most a tenth of the loss without extra bytes, on the mean and for the worst tenant;
-    the last one if none does."""
+    """The cheapest that leaves at most a tenth of the loss without extra bytes, on the mean and for
+    the worst tenant; the last one if none does."""
     mean, worst = (ENOUGH * float(v) for v in (without.losses @ traffic, without.losses.max()))
     for i, offer in enumerate(found):
         if offer.losses @ traffic <= mean and offer.losses.max() <= worst:
@@ -106,8 +128,12 @@ def mean_name(traffic: np.ndarray) -> str:
     return "mean" if np.allclose(traffic, traffic[0]) else "mean by traffic"
 
 
-def table(store: Store, found: Sequence[Offer], best: int, unit: str, policy: str, traffic: np.ndarray) -> Table:
-    made = Table(title=f"{store.path}: policy {policy}, predicted loss in {unit}", title_justify="left")
+def table(
+    store: Store, found: Sequence[Offer], best: int, unit: str, policy: str, traffic: np.ndarray
+) -> Table:
+    made = Table(
+        title=f"{store.path}: policy {policy}, predicted loss in {unit}", title_justify="left"
+    )
     for column in ("", "extra", "experts and one tenant", "copies", mean_name(traffic), "worst"):
         made.add_column(column, justify="right")
     for name in store.tenants:
@@ -126,20 +152,26 @@ def table(store: Store, found: Sequence[Offer], best: int, unit: str, policy: st
 
 
 def as_built(store: Store, traffic: np.ndarray) -> str | None:
-    """The plan that the store has, beside what the table offers; None where no loss of it is known for a tenant."""
+    """The plan that the store has, beside what the table offers; None where no loss of it is known
+    for a tenant."""
     prediction = store.manifest.prediction
     if prediction is None or any(loss is None for loss in prediction["losses"]):
         return None
     losses, about = np.array(prediction["losses"]), store.describe()
     extra = about["extra_bytes"] / (about["positions"] * about["copy_bytes"])
     return (
-        f"this store now: policy {store.plan.policy}, extra {extra:.1%}, {format_bytes(about['bytes_budget'])}, "
-        f"predicted loss {losses @ traffic:.4g} on the {mean_name(traffic)}, {losses.max():.4g} for the worst tenant, "
-        f"in {prediction['unit']}; of the weights that it keeps, where the table estimates what residuals will be worth"
+        f"this store now: policy {store.plan.policy}, extra {extra:.1%}, "
+        f"{format_bytes(about['bytes_budget'])}, "
+        f"predicted loss {losses @ traffic:.4g} on the {mean_name(traffic)}, {losses.max():.4g} "
+        "for the worst tenant, "
+        f"in {prediction['unit']}; of the weights that it keeps, where the table estimates what "
+        "residuals will be worth"
     )
 
 
-def draw(store: Store, found: Sequence[Offer], best: int, unit: str, path: Path, traffic: np.ndarray) -> None:
+def draw(
+    store: Store, found: Sequence[Offer], best: int, unit: str, path: Path, traffic: np.ndarray
+) -> None:
     """Predicted loss of each tenant and their mean against bytes."""
     try:
         import matplotlib
@@ -171,8 +203,8 @@ def draw(store: Store, found: Sequence[Offer], best: int, unit: str, path: Path,
 
 
 def planner_for(store: Store, args: argparse.Namespace, progress: Progress = silent) -> Planner:
-    """A planner with what the store knows of its tenants and what is measured now, which is nothing where the store was
-    planned with the same calibration and traffic."""
+    """A planner with what the store knows of its tenants and what is measured now, which is nothing
+    where the store was planned with the same calibration and traffic."""
     profiles = {name: p for name in store.tenants if (p := Profile.from_store(store, name))}
     if args.calibrate:
         profiles |= calibrate(store, dict(args.calibrate), progress=progress)
@@ -186,20 +218,26 @@ def run(args: argparse.Namespace) -> int:
     fixed = max(store.non_expert_bytes(name) for name in store.tenants)
     if not POLICIES[args.policy].uses_extra:
         raise PlanError(
-            f"policy {args.policy!r} has one plan for every budget from one copy a position on; choose one of: "
-            + ", ".join(n for n, p in POLICIES.items() if p.uses_extra)
+            f"policy {args.policy!r} has one plan for every budget from one copy a position on; "
+            "choose one of: " + ", ".join(n for n, p in POLICIES.items() if p.uses_extra)
         )
-    asked = [Asked(extra=share) for share in args.extra] + [Asked(budget_bytes=b) for b in args.budget]
+    asked = [Asked(extra=share) for share in args.extra] + [
+        Asked(budget_bytes=b) for b in args.budget
+    ]
     short = [b for b in args.budget if b < fixed + one_model]
     if short:
         raise PlanError(
-            f"budget of {format_bytes(short[0])} is less than one copy of each expert and one tenant's other weights "
-            f"take ({format_bytes(fixed + one_model)}); `moetel build --budget` leaves positions out"
+            f"budget of {format_bytes(short[0])} is less than one copy of each expert and one "
+            "tenant's other weights "
+            f"take ({format_bytes(fixed + one_model)}); `moetel build --budget` leaves positions "
+            "out"
         )
     planner = planner_for(store, args, bars)
     if not asked:
         most = len(store.tenants) - 1
-        asked = [Asked(extra=float(share)) for share in sorted({min(most, share) for share in EXTRAS})]
+        asked = [
+            Asked(extra=float(share)) for share in sorted({min(most, share) for share in EXTRAS})
+        ]
     asked.sort(key=lambda a: a.extra_bytes(store))
     without, *found = offers(store, planner, args.policy, [Asked(extra=0.0), *asked])
     best = recommended(found, without, planner.traffic)
@@ -208,15 +246,20 @@ def run(args: argparse.Namespace) -> int:
         console.width = 160
     console.print(table(store, found, best, planner.unit, args.policy, planner.traffic))
     if planner.unit == "squared distance":
-        console.print("no tenant is calibrated: distances of weights stand in; give --calibrate NAME=FILE for nats")
+        console.print(
+            "no tenant is calibrated: distances of weights stand in; give --calibrate NAME=FILE "
+            "for nats"
+        )
     now = as_built(store, planner.traffic)
     if now:
         console.print(now)
     offer = found[best]
     console.print(
-        f"recommended: --extra {offer.extra:.1%} ({format_bytes(offer.nbytes)} with one tenant's other weights), "
+        f"recommended: --extra {offer.extra:.1%} ({format_bytes(offer.nbytes)} with one tenant's "
+        "other weights), "
         f"predicted loss {offer.losses @ planner.traffic:.4g} on the {mean_name(planner.traffic)}, "
-        f"{offer.losses.max():.4g} for the worst tenant: the cheapest of these that leaves at most a tenth of the loss "
+        f"{offer.losses.max():.4g} for the worst tenant: the cheapest of these that leaves at most "
+        "a tenth of the loss "
         "without extra bytes, else the last"
     )
     if args.plot:

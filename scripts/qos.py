@@ -1,11 +1,12 @@
 """The QoS experiment: systems under the same arrivals, one after another, each at rising rates.
 
-How fast the first system (`single`: one model) can be is measured first, closed-loop: with as many requests under way
-as it batches, the rate of answers is the rate at which it saturates. Rates are then shares of that one: its load. The
-same measurement gives every system's saturation rate.
+How fast the first system (`single`: one model) can be is measured first, closed-loop: with as many
+requests under way as it batches, the rate of answers is the rate at which it saturates. Rates are
+then shares of that one: its load. The same measurement gives every system's saturation rate.
 
-Minutes lie between the tests of two systems, and on a shared machine its speed changes meanwhile. What Moetel's latency
-is beside one model's is therefore asked again with both loaded, in turn, under the same arrivals (`Experiment.pairs`).
+Minutes lie between the tests of two systems, and on a shared machine its speed changes meanwhile.
+What Moetel's latency is beside one model's is therefore asked again with both loaded, in turn,
+under the same arrivals (`Experiment.pairs`).
 """
 
 from __future__ import annotations
@@ -40,15 +41,18 @@ Opener = Callable[[], Awaitable[System]]
 class Experiment:
     """What is done with every system.
 
-    vocab_sizes: of each tenant. request_rates: requests a second; None: `loads`, shares of the first system's capacity.
-    duration_s, num_requests: of each test; one of them. capacity_s: of the closed-loop measurement; 0: none.
-    settle_s: how long a system that compiles steps as they come may be warmed up until it compiles no more. Such a
-        system is then given an unmeasured trace before each test, half as long.
-    drain_s: how long answers are waited for after the last arrival. concurrency: of the closed-loop measurement.
-    pairs: how often the first system and Moetel are tested in turn at the judged rate, each time under other arrivals,
-        both loaded; 0: not at all. Takes memory for both.
-    flood_factor: how many times its rate `flood_tenant` sends in a second test of `flooded` at the judged rate, from
-        a quarter of the time on; 0 or 1: none.
+    vocab_sizes: of each tenant. request_rates: requests a second; None: `loads`, shares of the
+        first system's capacity.
+    duration_s, num_requests: of each test; one of them. capacity_s: of the closed-loop measurement;
+        0: none.
+    settle_s: how long a system that compiles steps as they come may be warmed up until it compiles
+        no more. Such a system is then given an unmeasured trace before each test, half as long.
+    drain_s: how long answers are waited for after the last arrival. concurrency: of the closed-loop
+        measurement.
+    pairs: how often the first system and Moetel are tested in turn at the judged rate, each time
+        under other arrivals, both loaded; 0: not at all. Takes memory for both.
+    flood_factor: how many times its rate `flood_tenant` sends in a second test of `flooded` at the
+        judged rate, from a quarter of the time on; 0 or 1: none.
     """
 
     vocab_sizes: Mapping[str, int]
@@ -94,7 +98,9 @@ class Experiment:
     def some_calls(self, count: int) -> list[Call]:
         """Requests of all tenants alike, to warm up with."""
         even = replace(self.load, skew=0.0, seed=self.load.seed + 1)
-        calls = make_trace(self.vocab_sizes, even, 1.0, num_requests=max(count, len(self.vocab_sizes))).calls
+        calls = make_trace(
+            self.vocab_sizes, even, 1.0, num_requests=max(count, len(self.vocab_sizes))
+        ).calls
         return list(calls)
 
 
@@ -112,15 +118,21 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         flood = None if self.flood is None else self.flood.__dict__
-        named = {"system": self.system, "request_rate": self.request_rate, "load": self.load, "judged": self.judged}
+        named = {
+            "system": self.system,
+            "request_rate": self.request_rate,
+            "load": self.load,
+            "judged": self.judged,
+        }
         return {**named, "flood": flood, **self.result}
 
 
 @dataclass
 class Comparison:
-    """capacity: requests a second at which each system saturates. systems: what each tells about itself.
-    pairs: results of both systems of each pair, by name. floods: Moetel's p95 for the other tenants under a flood over
-    that without, one test after the other, each time under other arrivals."""
+    """capacity: requests a second at which each system saturates. systems: what each tells about
+    itself.
+    pairs: results of both systems of each pair, by name. floods: Moetel's p95 for the other tenants
+    under a flood over that without, one test after the other, each time under other arrivals."""
 
     capacity: dict[str, float] = field(default_factory=dict)
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -130,7 +142,9 @@ class Comparison:
 
     def judged(self, system: str) -> Cell | None:
         """A system's test at the judged rate, without a flood."""
-        return next((c for c in self.cells if c.system == system and c.judged and c.flood is None), None)
+        return next(
+            (c for c in self.cells if c.system == system and c.judged and c.flood is None), None
+        )
 
 
 async def compare(
@@ -141,8 +155,9 @@ async def compare(
 ) -> Comparison:
     """Test systems in the order of `openers`, each loaded alone and closed before the next.
 
-    A system that is saturated is tested at no higher rate but the judged one. One that fails is passed over, and
-    `systems` says why. Raises MoetelError if the first one does, since rates follow from it, or all do.
+    A system that is saturated is tested at no higher rate but the judged one. One that fails is
+    passed over, and `systems` says why. Raises MoetelError if the first one does, since rates
+    follow from it, or all do.
     """
     found = Comparison()
     rates: list[tuple[float, float | None, bool]] = []
@@ -166,7 +181,9 @@ async def compare(
     first = next(iter(openers))
     judged = next((rate for rate, _, is_judged in rates if is_judged), None)
     if experiment.pairs and judged and first != OURS and found.judged(OURS) is not None:
-        await _test_in_turn([(name, openers[name]) for name in (first, OURS)], experiment, judged, found, on_step)
+        await _test_in_turn(
+            [(name, openers[name]) for name in (first, OURS)], experiment, judged, found, on_step
+        )
     return found
 
 
@@ -177,8 +194,8 @@ async def _test_in_turn(
     found: Comparison,
     on_step: Callable[[str], None],
 ) -> None:
-    """Fill `found.pairs` and `found.floods`: both systems loaded, one tested after the other, then the other way
-    round."""
+    """Fill `found.pairs` and `found.floods`: both systems loaded, one tested after the other, then
+    the other way round."""
     systems: list[System] = []
     try:
         for name, opener in openers:
@@ -186,7 +203,9 @@ async def _test_in_turn(
             systems.append(await opener())
             await _prepare(systems[-1], replace(experiment, capacity_s=0.0), found, on_step)
         for number in range(experiment.pairs):
-            other = replace(experiment, load=replace(experiment.load, seed=experiment.load.seed + 100 + number))
+            other = replace(
+                experiment, load=replace(experiment.load, seed=experiment.load.seed + 100 + number)
+            )
             trace = other.trace(rate)
             on_step(f"in turn at {rate:.3g} requests/s, pair {number + 1} of {experiment.pairs}")
             pair = {}
@@ -194,7 +213,9 @@ async def _test_in_turn(
                 if await compilations(system):
                     await run_trace(system, experiment.prelude(trace), experiment.drain_s)
                 records = await run_trace(system, trace, experiment.drain_s)
-                pair[system.name] = report(records, trace.horizon_s, experiment.percentiles, experiment.goodput)
+                pair[system.name] = report(
+                    records, trace.horizon_s, experiment.percentiles, experiment.goodput
+                )
                 if system.name == OURS and (flood := experiment.flood(trace)) is not None:
                     flooded = await run_trace(system, other.trace(rate, flood), experiment.drain_s)
                     if (moved := _others_p95(flooded, flood) / _others_p95(records, flood)) > 0:
@@ -205,8 +226,11 @@ async def _test_in_turn(
             await system.close()
 
 
-async def _prepare(system: System, experiment: Experiment, found: Comparison, on_step: Callable[[str], None]) -> None:
-    """Warm up, and measure how much the system can do: again, until it compiles nothing new meanwhile."""
+async def _prepare(
+    system: System, experiment: Experiment, found: Comparison, on_step: Callable[[str], None]
+) -> None:
+    """Warm up, and measure how much the system can do: again, until it compiles nothing new
+    meanwhile."""
     most = experiment.concurrency
     calls = cycle(experiment.some_calls(4 * most))
     # Where replacements take long each tenant is asked once; more at once changes nothing there.
@@ -219,12 +243,19 @@ async def _prepare(system: System, experiment: Experiment, found: Comparison, on
             for size in sizes:
                 await asyncio.wait_for(warm_up(system, list(islice(calls, size))), WARM_UP_S)
         except TimeoutError:
-            log.warning("%s was not warm after %.0f s; its first figures may be too bad", system.name, WARM_UP_S)
+            log.warning(
+                "%s was not warm after %.0f s; its first figures may be too bad",
+                system.name,
+                WARM_UP_S,
+            )
         if experiment.capacity_s:
             on_step(f"measuring the saturation rate of {system.name}")
             some = list(islice(calls, 4 * most))
             found.capacity[system.name] = await capacity(system, some, most, experiment.capacity_s)
-        if await compilations(system) == before or time.perf_counter() - begun > experiment.settle_s:
+        if (
+            await compilations(system) == before
+            or time.perf_counter() - begun > experiment.settle_s
+        ):
             return
         if sizes == [most]:
             sizes = [2**n for n in range(most.bit_length()) if 2**n < most] + [most]
@@ -246,10 +277,14 @@ def _rates(experiment: Experiment, first: float | None) -> list[tuple[float, flo
         return [(r, r / first if first else None, r == near) for r in rates]
     if not first:
         raise TrafficError(
-            "the first system answered nothing while its saturation rate was measured; give --request-rate, or a "
+            "the first system answered nothing while its saturation rate was measured; give "
+            "--request-rate, or a "
             "longer --duration"
         )
-    return [(share * first, share, share == JUDGED_LOAD) for share in sorted({*experiment.loads, JUDGED_LOAD})]
+    return [
+        (share * first, share, share == JUDGED_LOAD)
+        for share in sorted({*experiment.loads, JUDGED_LOAD})
+    ]
 
 
 async def _test(
@@ -262,7 +297,9 @@ async def _test(
 ) -> None:
     saturated = False
 
-    async def test(rate: float, load: float | None, judged: bool, flood: Flood | None = None) -> Cell:
+    async def test(
+        rate: float, load: float | None, judged: bool, flood: Flood | None = None
+    ) -> Cell:
         flooded = "" if flood is None else f", flooded by {flood.tenant}"
         on_step(f"{system.name} at {rate:.3g} requests/s{flooded}")
         trace = experiment.trace(rate, flood)
@@ -309,7 +346,11 @@ class Judgement:
         )
 
     def __str__(self) -> str:
-        aim = f"at most {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"
+        aim = (
+            f"at most {self.at_most:g}"
+            if self.at_most is not None
+            else f"at least {self.at_least:g}"
+        )
         shown = "not measured" if self.value is None else f"{self.value:.3g}"
         verdict = {None: "", True: ", met", False: ", MISSED"}[self.met]
         return f"{self.what}: {shown} (aim {aim}{verdict}){'; ' + self.note if self.note else ''}"
@@ -332,13 +373,18 @@ def judge(found: Comparison, ours: str = OURS) -> list[Judgement]:
         at += f" ({mine.load:.0%} load of one model)"
     beside = ratio(latency(ours), latency("single"))
     how = "one test each, one after the other"
-    each = [pair[ours]["mean_e2el_at_least_ms"] / pair["single"]["mean_e2el_at_least_ms"] for pair in found.pairs]
+    each = [
+        pair[ours]["mean_e2el_at_least_ms"] / pair["single"]["mean_e2el_at_least_ms"]
+        for pair in found.pairs
+    ]
     if each:
         beside = float(np.median(each))
         how = f"median of {len(each)} pairs tested in turn, {min(each):.3g} to {max(each):.3g}"
     cut = cells["partition"] is not None and cells["partition"].result["failed"] > 0
     return [
-        Judgement(f"mean E2EL, {ours} / single{at}", beside, at_most=1.1, note=how if beside else ""),
+        Judgement(
+            f"mean E2EL, {ours} / single{at}", beside, at_most=1.1, note=how if beside else ""
+        ),
         Judgement(
             f"mean E2EL, {ours} / partition{at}",
             ratio(latency(ours), latency("partition")),
@@ -360,7 +406,8 @@ def judge(found: Comparison, ours: str = OURS) -> list[Judgement]:
 
 
 def _flood_judgement(found: Comparison, ours: str) -> Judgement:
-    """How the other tenants' p95 of E2EL moves, over requests that come after the flood has begun."""
+    """How the other tenants' p95 of E2EL moves, over requests that come after the flood has
+    begun."""
     what = "p95 E2EL of the other tenants, flooded / not"
     calm = found.judged(ours)
     flooded = next((c for c in found.cells if c.system == ours and c.flood is not None), None)
@@ -375,7 +422,10 @@ def _flood_judgement(found: Comparison, ours: str) -> Judgement:
         span = f"{min(found.floods):.3g} to {max(found.floods):.3g}"
         note = f"median of {len(found.floods)} pairs tested in turn, {span}"
     return Judgement(
-        f"{what}, {flooded.flood.factor:g} times the rate of {flooded.flood.tenant}", value, at_most=1.2, note=note
+        f"{what}, {flooded.flood.factor:g} times the rate of {flooded.flood.tenant}",
+        value,
+        at_most=1.2,
+        note=note,
     )
 
 
@@ -386,7 +436,8 @@ def _others_p95(records: Sequence[Record], flood: Flood) -> float:
 
 
 def _others_ms(records: Sequence[Record], flood: Flood) -> list[float]:
-    """E2EL of the tenants that do not flood, of those that were given up the time that they had waited."""
+    """E2EL of the tenants that do not flood, of those that were given up the time that they had
+    waited."""
     return [
         (r.e2el_s if r.error is None else r.ended_s - r.call.at_s) * 1e3
         for r in records

@@ -65,13 +65,22 @@ def remarks(found: Comparison) -> list[str]:
     if found.capacity:
         shown = ", ".join(f"{name} {rate:.3g}" for name, rate in found.capacity.items())
         lines.append(f"saturation, requests/s (closed loop): {shown}")
-    held = [f"{n} {format_bytes(a['resident_bytes'])}" for n, a in found.systems.items() if a.get("resident_bytes")]
+    held = [
+        f"{n} {format_bytes(a['resident_bytes'])}"
+        for n, a in found.systems.items()
+        if a.get("resident_bytes")
+    ]
     if held:
         lines.append(f"weights held: {', '.join(held)}")
-    lines += [f"{name} failed: {about['error']}" for name, about in found.systems.items() if "error" in about]
+    lines += [
+        f"{name} failed: {about['error']}"
+        for name, about in found.systems.items()
+        if "error" in about
+    ]
     for pair in found.pairs:
         shown = ", ".join(
-            f"{n} {r['mean_e2el_ms']:.0f} ms (TTFT {r['mean_ttft_ms']:.0f}, TPOT {r['mean_tpot_ms']:.1f})"
+            f"{n} {r['mean_e2el_ms']:.0f} ms (TTFT {r['mean_ttft_ms']:.0f}, TPOT "
+            f"{r['mean_tpot_ms']:.1f})"
             for n, r in pair.items()
         )
         lines.append(f"in turn, mean E2EL: {shown}")
@@ -80,32 +89,52 @@ def remarks(found: Comparison) -> list[str]:
     for cell in found.cells:
         if compiled := cell.result.get("compilations"):
             at = f"{cell.system} at {cell.request_rate:.3g} requests/s"
-            lines.append(f"{at}: {compiled} steps were compiled during the test, so it is slower than later ones")
+            lines.append(
+                f"{at}: {compiled} steps were compiled during the test, so it is slower than later "
+                "ones"
+            )
         for error, number in sorted(cell.result["errors"].items(), key=lambda e: -e[1])[:3]:
-            lines.append(f"{cell.system} at {cell.request_rate:.3g} requests/s: {number} requests {error}")
+            lines.append(
+                f"{cell.system} at {cell.request_rate:.3g} requests/s: {number} requests {error}"
+            )
     return lines
 
 
-def markdown(found: Comparison, about: Mapping[str, Any], options: Mapping[str, Any], title: str) -> str:
+def markdown(
+    found: Comparison, about: Mapping[str, Any], options: Mapping[str, Any], title: str
+) -> str:
     lines = [f"# {title}", "", f"{about['date']}, {about['machine']}; {about['versions']}", ""]
     lines += [f"`{about['command']}`", "", f"Options: {json.dumps(options, default=str)}", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(cell)) + " |" for cell in found.cells]
     lines += ["", *(f"- {line}" for line in remarks(found)), ""]
     lines += ["Worst tenant of each test, by time for a token of its answers:", ""]
-    lines += ["| system | requests/s | worst tenant | its E2EL mean, p95, ms |", "| --- | --- | --- | --- |"]
+    lines += [
+        "| system | requests/s | worst tenant | its E2EL mean, p95, ms |",
+        "| --- | --- | --- | --- |",
+    ]
     for cell in found.cells:
         name = cell.result["worst_tenant"]
         worst = cell.result["tenants"].get(name)
-        times = f"{worst['mean_e2el_ms']:.0f}, {worst['p95_e2el_ms']:.0f}" if worst and worst["completed"] else "-"
+        times = (
+            f"{worst['mean_e2el_ms']:.0f}, {worst['p95_e2el_ms']:.0f}"
+            if worst and worst["completed"]
+            else "-"
+        )
         lines.append(f"| {row(cell)[0]} | {cell.request_rate:.3g} | {name} | {times} |")
     return "\n".join(lines) + "\n"
 
 
 def write(
-    found: Comparison, directory: Path, about: Mapping[str, Any], options: Mapping[str, Any], title: str, name: str
+    found: Comparison,
+    directory: Path,
+    about: Mapping[str, Any],
+    options: Mapping[str, Any],
+    title: str,
+    name: str,
 ) -> list[Path]:
-    """NAME.json, NAME.md and, with matplotlib, NAME.png into a folder; gives those written. Raises TrafficError."""
+    """NAME.json, NAME.md and, with matplotlib, NAME.png into a folder; gives those written. Raises
+    TrafficError."""
     value = {
         "provenance": dict(about),
         "options": dict(options),
@@ -125,11 +154,14 @@ def write(
             paths.append(directory / f"{name}.png")
             draw(found, paths[-1], title)
     except OSError as error:
-        raise TrafficError(f"{directory}: cannot be written: {error}; choose another --out") from error
+        raise TrafficError(
+            f"{directory}: cannot be written: {error}; choose another --out"
+        ) from error
     return paths
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; systems differ by marker and line as well.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; systems differ by marker and
+# line as well.
 STYLES = {
     "moetel": ("#0072B2", "o", "-"),
     "single": ("#000000", "s", "--"),
@@ -157,7 +189,8 @@ def _has_matplotlib() -> bool:
 
 
 def draw(found: Comparison, path: Path, title: str) -> None:
-    """Throughput and latencies against the rate of arrivals, a line a system. Raises EngineError without matplotlib."""
+    """Throughput and latencies against the rate of arrivals, a line a system. Raises EngineError
+    without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -174,14 +207,23 @@ def draw(found: Comparison, path: Path, title: str) -> None:
         for name in names:
             colour, marker, line = STYLES.get(name, ("#666666", "x", "-"))
             cells = sorted(
-                (c for c in calm if c.system == name and c.result["completed"]), key=lambda c: c.request_rate
+                (c for c in calm if c.system == name and c.result["completed"]),
+                key=lambda c: c.request_rate,
             )
             x, y = [c.request_rate for c in cells], [c.result[key] for c in cells]
-            (handles[name],) = axes.plot(x, y, color=colour, marker=marker, linestyle=line, linewidth=1.4, markersize=6)
+            (handles[name],) = axes.plot(
+                x, y, color=colour, marker=marker, linestyle=line, linewidth=1.4, markersize=6
+            )
             full = [(a, b) for a, b, c in zip(x, y, cells, strict=True) if c.result["saturated"]]
             if full:
                 xs, ys = zip(*full, strict=True)
-                style = {"color": colour, "marker": marker, "markerfacecolor": "white", "markersize": 6, "zorder": 5}
+                style = {
+                    "color": colour,
+                    "marker": marker,
+                    "markerfacecolor": "white",
+                    "markersize": 6,
+                    "zorder": 5,
+                }
                 axes.plot(xs, ys, linestyle="none", **style)
         if key != "output_throughput":
             axes.set_yscale("log")
@@ -195,7 +237,10 @@ def draw(found: Comparison, path: Path, title: str) -> None:
     panels[-1].axis("off")
     panels[-1].legend(
         [handles[n] for n in names],
-        [f"{n} (saturates at {found.capacity[n]:.3g}/s)" if n in found.capacity else n for n in names],
+        [
+            f"{n} (saturates at {found.capacity[n]:.3g}/s)" if n in found.capacity else n
+            for n in names
+        ],
         loc="center",
         frameon=False,
         title="hollow: saturated; its times grow with\nthe length of the test",

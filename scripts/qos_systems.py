@@ -1,13 +1,15 @@
 """Ways to serve a store's tenants, under one face, for `moetel bench` to compare.
 
 moetel: all tenants over the shared experts, continuously batched.
-single: one tenant alone, with all of its own experts, given everybody's requests: what the same load costs one model.
-time_sharing: whole models in turn. All that waits for the tenant of the oldest request is answered, then the next
-    tenant's model is loaded in its place.
-partition: two processes, each with half of the processor's cores and half of the memory, tenants dealt between them,
-    as MIG divides a card. Half of the memory holds no model's experts: what is missing is fetched from the store.
-paper: arXiv 2505.06481: first come, first served, one request at a time; before a request of another tenant the
-    non-expert weights are replaced whole.
+single: one tenant alone, with all of its own experts, given everybody's requests: what the same
+    load costs one model.
+time_sharing: whole models in turn. All that waits for the tenant of the oldest request is answered,
+    then the next tenant's model is loaded in its place.
+partition: two processes, each with half of the processor's cores and half of the memory, tenants
+    dealt between them, as MIG divides a card. Half of the memory holds no model's experts: what is
+    missing is fetched from the store.
+paper: arXiv 2505.06481: first come, first served, one request at a time; before a request of
+    another tenant the non-expert weights are replaced whole.
 
 Only plans differ: all read the same store's files. No system refuses a request.
 """
@@ -30,7 +32,15 @@ from typing import Any
 
 import numpy as np
 
-from common import EngineError, MoetelError, Plan, SamplingParams, SchedulerOptions, Store, load_engine
+from common import (
+    EngineError,
+    MoetelError,
+    Plan,
+    SamplingParams,
+    SchedulerOptions,
+    Store,
+    load_engine,
+)
 from common.consolidation import Copy, plan_round_robin
 from common.serving import AsyncEngine
 from common.similarity import tenant_pairs
@@ -38,8 +48,8 @@ from scripts.load_test import Piece, System
 from scripts.traffic import Call, redirected
 
 SPARE_SLOTS = 2
-"""Copies that a partition has room for beside those that stay: what one token of a Mixtral picks in a layer. They count
-as its memory."""
+"""Copies that a partition has room for beside those that stay: what one token of a Mixtral picks in
+a layer. They count as its memory."""
 
 NUM_PARTITIONS = 2
 
@@ -49,7 +59,8 @@ START_S = 600.0
 
 @dataclass(frozen=True)
 class Setup:
-    """What all systems have in common. options: of `load_engine`: device, dtype and the backend's own."""
+    """What all systems have in common. options: of `load_engine`: device, dtype and the backend's
+    own."""
 
     store: Path
     max_num_seqs: int = 16
@@ -76,13 +87,17 @@ def own_plan(name: str, num_layers: int, num_experts: int) -> Plan:
     """A tenant alone with a copy of each of its experts."""
     positions = [(layer, expert) for layer in range(num_layers) for expert in range(num_experts)]
     serving = np.arange(len(positions), dtype=np.int32).reshape(1, num_layers, num_experts)
-    return Plan("all", (name,), num_layers, num_experts, tuple(Copy(*p, 0) for p in positions), serving)
+    return Plan(
+        "all", (name,), num_layers, num_experts, tuple(Copy(*p, 0) for p in positions), serving
+    )
 
 
 def only(store: Store, names: Sequence[str], plan: Plan) -> Store:
     """The store as if it held these tenants alone; nothing is written."""
     tenants = tuple(store.tenant(name) for name in names)
-    return Store(store.path, replace(store.manifest, tenants=tenants, plan=plan, merged={}, residuals=()))
+    return Store(
+        store.path, replace(store.manifest, tenants=tenants, plan=plan, merged={}, residuals=())
+    )
 
 
 def alone(store: Store, name: str) -> Store:
@@ -91,13 +106,15 @@ def alone(store: Store, name: str) -> Store:
 
 
 def half_budget(store: Store) -> int:
-    """Bytes of one of the partitions: half of one model's experts and one tenant's non-expert weights."""
+    """Bytes of one of the partitions: half of one model's experts and one tenant's non-expert
+    weights."""
     most = max(store.non_expert_bytes(name) for name in store.tenants)
     return (store.experts.num_positions * store.copy_bytes + most) // NUM_PARTITIONS
 
 
 def within(store: Store, names: Sequence[str], budget_bytes: int) -> Store:
-    """These tenants in so much memory, by the paper's rule: as many positions as fit have a copy, others miss.
+    """These tenants in so much memory, by the paper's rule: as many positions as fit have a copy,
+    others miss.
 
     Raises EngineError if not even one tenant's non-expert weights and the spare slots fit.
     """
@@ -105,11 +122,15 @@ def within(store: Store, names: Sequence[str], budget_bytes: int) -> Store:
     room = budget_bytes - most - SPARE_SLOTS * store.copy_bytes
     if room < 0:
         raise EngineError(
-            f"half of the memory ({budget_bytes} bytes) does not hold one tenant's non-expert weights ({most} bytes) "
-            f"and {SPARE_SLOTS} experts of {store.copy_bytes} bytes; leave the system 'partition' out"
+            f"half of the memory ({budget_bytes} bytes) does not hold one tenant's non-expert "
+            f"weights ({most} bytes) "
+            f"and {SPARE_SLOTS} experts of {store.copy_bytes} bytes; leave the system 'partition' "
+            "out"
         )
     places = [store.tenants.index(name) for name in names]
-    wanted = [i for i, pair in enumerate(tenant_pairs(len(store.tenants))) if set(pair) <= set(places)]
+    wanted = [
+        i for i, pair in enumerate(tenant_pairs(len(store.tenants))) if set(pair) <= set(places)
+    ]
     score = store.distances.matrix[wanted].sum(axis=0)
     slots = min(room // store.copy_bytes, store.experts.num_positions)
     return only(store, names, plan_round_robin(score, names, slots))
@@ -121,14 +142,22 @@ def within(store: Store, names: Sequence[str], budget_bytes: int) -> Store:
 class EngineSystem:
     """An engine, continuously batched."""
 
-    def __init__(self, name: str, engine: AsyncEngine, load_s: float, send_all_to: str | None = None):
+    def __init__(
+        self, name: str, engine: AsyncEngine, load_s: float, send_all_to: str | None = None
+    ):
         """send_all_to: the tenant that answers everybody's requests."""
         self.name, self.load_s = name, load_s
         self._engine, self._send_all_to = engine, send_all_to
 
     @classmethod
     async def load(
-        cls, name: str, store: Store, setup: Setup, *, send_all_to: str | None = None, **options: Any
+        cls,
+        name: str,
+        store: Store,
+        setup: Setup,
+        *,
+        send_all_to: str | None = None,
+        **options: Any,
     ) -> EngineSystem:
         """options: of `load_engine`, before those of the setup."""
         begun = time.perf_counter()
@@ -149,9 +178,23 @@ class EngineSystem:
     async def about(self) -> dict[str, Any]:
         """Bytes that stay on the device and what the engine counted."""
         stats = await self._engine.stats()
-        kept = ("device", "dtype", "products", "misses", "fetches", "reconfigurations", "compilations")
-        resident = sum(stats.get(k, 0) for k in ("pool_bytes", "residual_bytes", "non_expert_bytes"))
-        return {"load_s": self.load_s, "resident_bytes": resident, **{k: stats[k] for k in kept if k in stats}}
+        kept = (
+            "device",
+            "dtype",
+            "products",
+            "misses",
+            "fetches",
+            "reconfigurations",
+            "compilations",
+        )
+        resident = sum(
+            stats.get(k, 0) for k in ("pool_bytes", "residual_bytes", "non_expert_bytes")
+        )
+        return {
+            "load_s": self.load_s,
+            "resident_bytes": resident,
+            **{k: stats[k] for k in kept if k in stats},
+        }
 
     async def close(self) -> None:
         await asyncio.to_thread(self._engine.close)
@@ -166,7 +209,8 @@ async def _stream(engine: AsyncEngine, call: Call, params: SamplingParams) -> As
 
 
 class Paper:
-    """One request at a time, in order of arrival, over an engine that keeps one tenant's non-expert weights."""
+    """One request at a time, in order of arrival, over an engine that keeps one tenant's non-expert
+    weights."""
 
     def __init__(self, inner: EngineSystem):
         self.name = "paper"
@@ -236,7 +280,9 @@ class TimeSharing:
             except Exception as error:
                 for one in batch:
                     if not one.engine.done():
-                        one.engine.set_exception(EngineError(f"tenant {tenant!r} could not be loaded ({error})"))
+                        one.engine.set_exception(
+                            EngineError(f"tenant {tenant!r} could not be loaded ({error})")
+                        )
                 continue
             for one in batch:
                 if not one.engine.done():
@@ -262,7 +308,11 @@ class TimeSharing:
 
     async def about(self) -> dict[str, Any]:
         times = self.load_times or [0.0]
-        return {"load_s": sum(times) / len(times), "loads": len(times), "resident_bytes": self.resident_bytes}
+        return {
+            "load_s": sum(times) / len(times),
+            "loads": len(times),
+            "resident_bytes": self.resident_bytes,
+        }
 
     async def close(self) -> None:
         self._worker.cancel()
@@ -285,12 +335,15 @@ class _Share:
 
 
 def divide_cores(num_parts: int) -> list[tuple[int, ...]]:
-    """The cores that this process may use, in as many runs of equal length; all of them each if there are too few."""
+    """The cores that this process may use, in as many runs of equal length; all of them each if
+    there are too few."""
     if not hasattr(os, "sched_getaffinity"):  # macOS cannot pin
         return [()] * num_parts
     cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // num_parts
-    return [tuple(cores[i * each : (i + 1) * each]) if each else tuple(cores) for i in range(num_parts)]
+    return [
+        tuple(cores[i * each : (i + 1) * each]) if each else tuple(cores) for i in range(num_parts)
+    ]
 
 
 def _run_partition(connection: Connection, share: _Share) -> None:
@@ -313,7 +366,8 @@ async def _serve_partition(connection: Connection, share: _Share) -> None:
         if not str(about["device"]).startswith("cpu"):
             await system.close()
             raise EngineError(
-                f"partition divides a processor's cores, and the device is {about['device']}; leave it out of "
+                f"partition divides a processor's cores, and the device is {about['device']}; "
+                "leave it out of "
                 "--systems, or give --device cpu"
             )
     except MoetelError as error:
@@ -378,7 +432,9 @@ class _Process:
         self._reader.start()
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError, RuntimeError):  # RuntimeError: our event loop is closed
+        with contextlib.suppress(
+            EOFError, OSError, RuntimeError
+        ):  # RuntimeError: our event loop is closed
             try:
                 while True:
                     message = self._connection.recv()
@@ -399,7 +455,9 @@ class _Process:
 
     def _gone(self) -> None:
         if not self.ready.done():
-            self.ready.set_exception(EngineError("a partition's process ended before it was loaded"))
+            self.ready.set_exception(
+                EngineError("a partition's process ended before it was loaded")
+            )
         for number, queue in self._answers.items():
             queue.put_nowait(("end", number, "the partition's process ended"))
 
@@ -469,7 +527,10 @@ class Partition:
         """Raises EngineError; then no process is left."""
         names = store.tenants
         if len(names) < NUM_PARTITIONS:
-            raise EngineError(f"partition divides tenants among {NUM_PARTITIONS} processes, and there is {len(names)}")
+            raise EngineError(
+                f"partition divides tenants among {NUM_PARTITIONS} processes, and there is "
+                f"{len(names)}"
+            )
         cores = divide_cores(NUM_PARTITIONS)
         given = int(os.environ.get("OMP_NUM_THREADS") or 0)  # what the user allows each process
         processes: list[_Process] = []
@@ -483,7 +544,9 @@ class Partition:
                     cores=cores[i],
                     threads=min(threads, given) if given else threads,
                 )
-                within(store, share.tenants, share.budget_bytes)  # tells what is wrong before a process starts
+                within(
+                    store, share.tenants, share.budget_bytes
+                )  # tells what is wrong before a process starts
                 processes.append(_Process(share))
             for process in processes:
                 await asyncio.wait_for(process.ready, START_S)
@@ -524,7 +587,9 @@ async def open_system(name: str, setup: Setup) -> System:
         return await EngineSystem.load(name, store, setup)
     if name == "single":
         tenant = store.tenants[0]
-        one = replace(setup, default_limit=None)  # a limit for each of many tenants is none for the only one
+        one = replace(
+            setup, default_limit=None
+        )  # a limit for each of many tenants is none for the only one
         return await EngineSystem.load(name, alone(store, tenant), one, send_all_to=tenant)
     if name == "paper":
         plan = plan_round_robin(store.distances.score(), store.tenants)

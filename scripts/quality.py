@@ -1,9 +1,10 @@
-"""What is left of each tenant's quality when it is served by some method, beside the tenant running alone.
+"""What is left of each tenant's quality when it is served by some method, beside the tenant running
+alone.
 
-A `Material` is tenants with tasks; a `Method` is a way to serve them from less memory; `evaluate` runs every method on
-every material through Moetel's engines and gives `Result`s. `scripts.evaluate` is the command, `scripts.quality_report`
-makes tables and plots. Logits are held for a few rows at a time; a tenant's own, which each method is compared with,
-are kept on disk.
+A `Material` is tenants with tasks; a `Method` is a way to serve them from less memory; `evaluate`
+runs every method on every material through Moetel's engines and gives `Result`s. `scripts.evaluate`
+is the command, `scripts.quality_report` makes tables and plots. Logits are held for a few rows at a
+time; a tenant's own, which each method is compared with, are kept on disk.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common import EngineError, MoetelError, SamplingParams, Store, UnknownTenantError, build_store, load_engine
+from common import (
+    EngineError,
+    MoetelError,
+    SamplingParams,
+    Store,
+    UnknownTenantError,
+    build_store,
+    load_engine,
+)
 from common.calibration import CalibrationSet, Profile, divergence, json_fault, refused_pair
 from common.checkpoints import open_checkpoint
 from common.consolidation import plan_all
@@ -67,10 +76,12 @@ class Task:
 
     @classmethod
     def read(cls, path: str | Path, limit: int | None = None) -> Task:
-        """A JSONL file; `limit` lines of each kind at most. Raises TaskError that names file and line."""
+        """A JSONL file; `limit` lines of each kind at most. Raises TaskError that names file and
+        line."""
         path = Path(path)
         try:
-            # Not splitlines(): a JSON string may hold characters that it takes for the end of a line.
+            # Not splitlines(): a JSON string may hold characters that it takes for the end of a
+            # line.
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise TaskError(f"{path}: cannot be read: {error}") from error
@@ -83,10 +94,13 @@ class Task:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise TaskError(f"{where}: not JSON ({json_fault(error)}); write one object a line") from error
+                raise TaskError(
+                    f"{where}: not JSON ({json_fault(error)}); write one object a line"
+                ) from error
             if not isinstance(value, dict) or not ({"prompt", "text"} & set(value)):
                 raise TaskError(
-                    f'{where}: expected {{"prompt": ..., "answer": ...}} or {{"text": ...}}, found {line[:60]!r}'
+                    f'{where}: expected {{"prompt": ..., "answer": ...}} or {{"text": ...}}, found '
+                    f"{line[:60]!r}"
                 )
             pair = refused_pair(value)
             if pair is not None:
@@ -111,16 +125,20 @@ def _words(value: Any, what: str) -> Prompt:
         return value
     if isinstance(value, list) and value and all(type(i) is int for i in value):
         return tuple(value)
-    raise TaskError(f"{what} is {str(value)[:60]!r}; write a text that is not empty, or a list of token ids")
+    raise TaskError(
+        f"{what} is {str(value)[:60]!r}; write a text that is not empty, or a list of token ids"
+    )
 
 
 @dataclass(frozen=True)
 class Material:
     """Tenants of one base with their tasks: what methods are compared on.
 
-    tenants: name -> checkpoint, in the order that plans count them. base: what they were tuned from, for merging.
+    tenants: name -> checkpoint, in the order that plans count them. base: what they were tuned
+        from, for merging.
     calibration: examples for policies that measure before they plan; never those of the tasks.
-    seed: of the tenants' training, or of whatever else makes this material differ from others of the same name.
+    seed: of the tenants' training, or of whatever else makes this material differ from others of
+        the same name.
     """
 
     tenants: Mapping[str, str | Path]
@@ -139,22 +157,25 @@ def _check_tasks(tasks: Mapping[str, Task], tenants: tuple[str, ...]) -> None:
         if name not in tenants:
             raise UnknownTenantError(name, tenants)
     if not tasks:
-        raise TaskError("no task: give each tenant that is to be judged one, as --task NAME=FILE.jsonl")
+        raise TaskError(
+            "no task: give each tenant that is to be judged one, as --task NAME=FILE.jsonl"
+        )
 
 
 @dataclass(frozen=True)
 class Options:
     """How to measure.
 
-    window, stride: perplexity feeds at most `window` tokens at once and scores `stride` new ones with each (all but
-        the first `window`, which are scored whole); every token but a text's first is scored once. None: the smaller
-        of 512 and the tenant's context; stride: the window.
-    max_new_tokens: longest answer. forced: which answer the distributions are compared along: the tenant's own greedy
-        one when it stands alone, or the given one.
-    positions: most positions of a tenant that distributions are compared at, evenly spread; the tenant's own logits at
-        these are kept on disk, 4 bytes * vocabulary each.
+    window, stride: perplexity feeds at most `window` tokens at once and scores `stride` new ones
+        with each (all but the first `window`, which are scored whole); every token but a text's
+        first is scored once. None: the smaller of 512 and the tenant's context; stride: the window.
+    max_new_tokens: longest answer. forced: which answer the distributions are compared along: the
+        tenant's own greedy one when it stands alone, or the given one.
+    positions: most positions of a tenant that distributions are compared at, evenly spread; the
+        tenant's own logits at these are kept on disk, 4 bytes * vocabulary each.
     logits_bytes: most bytes of logits in memory at once, one row of tokens at least.
-    metric: what "kept" compares; auto: exact match, if the tenant alone has any, else ROUGE-1, else perplexity.
+    metric: what "kept" compares; auto: exact match, if the tenant alone has any, else ROUGE-1, else
+        perplexity.
     scratch: folder for stores and logits, emptied again; None: the system's.
     """
 
@@ -175,7 +196,10 @@ class Options:
             if value is not None and (type(value) is not int or value < 1):
                 raise TaskError(f"{name} is {value!r}; give a whole number from 1")
         if self.window is not None and self.stride is not None and self.stride > self.window:
-            raise TaskError(f"stride {self.stride} is longer than window {self.window}: tokens would be left out")
+            raise TaskError(
+                f"stride {self.stride} is longer than window {self.window}: tokens would be left "
+                "out"
+            )
 
 
 DEFAULTS = Options()
@@ -188,10 +212,11 @@ DEFAULTS = Options()
 class Scores:
     """One tenant under one method; None where the task has nothing of the kind.
 
-    exact_match, rouge1, rougeL: 0..1, mean over the questions with an answer; ROUGE's are F-measures.
+    exact_match, rouge1, rougeL: 0..1, mean over the questions with an answer; ROUGE's are
+        F-measures.
     perplexity: a token; word_perplexity: a word (run of non-space); bits_per_byte: of UTF-8.
-    kl: mean over positions of KL(alone || served), nats a token. top1: share of positions where both have the same
-        most probable token.
+    kl: mean over positions of KL(alone || served), nats a token. top1: share of positions where
+        both have the same most probable token.
     questions, tokens, positions: how many each is the mean of.
     kept: the chosen metric beside the tenant alone: served / alone; of perplexities alone / served.
     """
@@ -213,7 +238,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Memory:
-    """Device bytes. experts: the pool; residuals: all tenants'; other: one tenant's (the largest) other layers.
+    """Device bytes. experts: the pool; residuals: all tenants'; other: one tenant's (the largest)
+    other layers.
 
     share: (experts + residuals) / experts of one model.
     """
@@ -241,7 +267,8 @@ class Memory:
 class Result:
     """One method on one material.
 
-    built_s, scored_s: seconds. expected: tenant -> divergence in nats a token that the policy's planner predicted.
+    built_s, scored_s: seconds. expected: tenant -> divergence in nats a token that the policy's
+        planner predicted.
     """
 
     method: str
@@ -263,7 +290,11 @@ class Result:
         found = self._values(name)
         if not found:
             return None
-        return max(found) if name in ("perplexity", "word_perplexity", "bits_per_byte", "kl") else min(found)
+        return (
+            max(found)
+            if name in ("perplexity", "word_perplexity", "bits_per_byte", "kl")
+            else min(found)
+        )
 
     def worst_tenant(self) -> str | None:
         """The tenant that keeps least; None if all keep the same."""
@@ -284,8 +315,10 @@ class Result:
 class Method:
     """A way to serve the tenants. Written NAME[@EXTRA][:option=value,...].
 
-    extra: for policies: memory beyond one model's experts, as a share of them; None: what `moetel build` takes.
-    options: of `merging.Recipe` for merging methods; for policies slots, and calibrated (0: from weights alone).
+    extra: for policies: memory beyond one model's experts, as a share of them; None: what `moetel
+        build` takes.
+    options: of `merging.Recipe` for merging methods; for policies slots, and calibrated (0: from
+        weights alone).
     """
 
     name: str
@@ -304,9 +337,17 @@ class Method:
         for part in (match["options"] or "").split(",") if match["options"] else ():
             key, equals, value = part.partition("=")
             if not equals:
-                raise TaskError(f"method {text!r}: option {part!r} has no value; write option=value")
-            options[key] = value if value == "all" else _number(value, f"method {text!r}: option {key}")
-        extra = None if match["extra"] is None else float(_number(match["extra"], f"method {text!r}: extra"))
+                raise TaskError(
+                    f"method {text!r}: option {part!r} has no value; write option=value"
+                )
+            options[key] = (
+                value if value == "all" else _number(value, f"method {text!r}: option {key}")
+            )
+        extra = (
+            None
+            if match["extra"] is None
+            else float(_number(match["extra"], f"method {text!r}: extra"))
+        )
         found = cls(match["name"], extra, options)
         found.check()
         return found
@@ -327,7 +368,11 @@ class Method:
     @property
     def calibrates(self) -> bool:
         """Whether the plan depends on calibration, where there is one."""
-        return self.name in POLICIES and self.name != "round_robin" and bool(self.options.get("calibrated", True))
+        return (
+            self.name in POLICIES
+            and self.name != "round_robin"
+            and bool(self.options.get("calibrated", True))
+        )
 
     def check(self) -> None:
         """Raises TaskError or PlanError for options that the method does not take."""
@@ -339,23 +384,34 @@ class Method:
             known = ()
         for option in self.options:
             if option not in known:
-                raise TaskError(f"method {self.name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+                raise TaskError(
+                    f"method {self.name!r} has no option {option!r}; it has: "
+                    f"{', '.join(known) or 'none'}"
+                )
         if self.extra is not None and (
             self.name not in POLICIES or (self.extra and not POLICIES[self.name].uses_extra)
         ):
             users = ", ".join(name for name, policy in POLICIES.items() if policy.uses_extra)
-            raise TaskError(f"method {self.name!r} has no use for extra memory; leave @ out, or take one of: {users}")
+            raise TaskError(
+                f"method {self.name!r} has no use for extra memory; leave @ out, or take one of: "
+                f"{users}"
+            )
 
 
 class Workshop:
-    """Builds what methods serve a material's tenants from. One store with all of them is planned anew for each policy.
+    """Builds what methods serve a material's tenants from. One store with all of them is planned
+    anew for each policy.
 
-    directory: an empty one, for stores and merged checkpoints. methods: those to come; the material's calibration is
-    run if one of them looks at it.
+    directory: an empty one, for stores and merged checkpoints. methods: those to come; the
+    material's calibration is run if one of them looks at it.
     """
 
     def __init__(
-        self, material: Material, directory: Path, methods: Sequence[Method] = (), progress: Progress = silent
+        self,
+        material: Material,
+        directory: Path,
+        methods: Sequence[Method] = (),
+        progress: Progress = silent,
     ):
         self.material, self._directory, self._progress = material, directory, progress
         self._path = directory / "store"
@@ -379,7 +435,8 @@ class Workshop:
     def serve(self, method: Method) -> tuple[Store, dict[str, float] | None]:
         """A store in which every tenant is served as the method says; good until the next call.
 
-        Beside it what the method's planner expects each tenant's divergence to be, if it has calibration and a policy.
+        Beside it what the method's planner expects each tenant's divergence to be, if it has
+        calibration and a policy.
         """
         method.check()
         recipe, material = method.recipe(), self.material
@@ -395,7 +452,10 @@ class Workshop:
             merging.merge(recipe, material.tenants, material.base, merged, progress=self._progress)
         elif method.name == "base":
             if material.base is None:
-                raise TaskError("method 'base' needs the model that the tenants were tuned from; give it with --base")
+                raise TaskError(
+                    "method 'base' needs the model that the tenants were tuned from; give it with "
+                    "--base"
+                )
             # An average of one: reads a checkpoint of any kind.
             merging.merge(merging.Recipe("average"), {"base": material.base}, None, merged)
         else:
@@ -406,19 +466,29 @@ class Workshop:
     def _planned(self, method: Method) -> tuple[Store, dict[str, float] | None]:
         store, calibrated = self.store, bool(method.options.get("calibrated", True))
         if calibrated not in self._planners:
-            profiles = {n: p for n in store.tenants if (p := Profile.from_store(store, n))} if calibrated else {}
+            profiles = (
+                {n: p for n in store.tenants if (p := Profile.from_store(store, n))}
+                if calibrated
+                else {}
+            )
             known = Measurements.from_store(store)
-            self._planners[calibrated] = Planner(store, profiles, progress=self._progress, known=known)
+            self._planners[calibrated] = Planner(
+                store, profiles, progress=self._progress, known=known
+            )
         policy, slots = POLICIES[method.name], method.options.get("slots")
         extra = method.extra
         if extra is None:  # as `moetel build` has it
-            extra = DEFAULT_EXTRA * len(store.tenants) if policy.uses_extra and slots is None else 0.0
+            extra = (
+                DEFAULT_EXTRA * len(store.tenants) if policy.uses_extra and slots is None else 0.0
+            )
         extra_bytes = int(extra * store.experts.num_positions * store.copy_bytes)
         outcome = self._planners[calibrated].plan(method.name, slots, extra_bytes)
         expected = None
         if outcome.prediction.unit == "nats":
             expected = dict(zip(store.tenants, outcome.prediction.losses.tolist(), strict=True))
-        return set_plan(store.path, outcome.plan, merged=outcome.merged, records=outcome.records), expected
+        return set_plan(
+            store.path, outcome.plan, merged=outcome.merged, records=outcome.records
+        ), expected
 
     def _one_model(self, merged: Path) -> Store:
         """A store in which each tenant has the weights of one checkpoint, and its own tokenizer."""
@@ -427,7 +497,9 @@ class Workshop:
             copies[name] = place = folder / name
             place.mkdir(parents=True)
             assets = {
-                n: p for n, p in open_checkpoint(path).assets.items() if isinstance(p, Path) and n != "config.json"
+                n: p
+                for n, p in open_checkpoint(path).assets.items()
+                if isinstance(p, Path) and n != "config.json"
             }
             for file in merged.iterdir():
                 if file.name == "config.json" or ".safetensors" in file.name:
@@ -453,8 +525,8 @@ def names() -> tuple[str, ...]:
 
 
 def usual_methods(extra: Sequence[float], with_base: bool) -> list[Method]:
-    """The paper's rule, the merging baselines, and every other policy: without extra memory, and with each share of it
-    where the policy has a use for it.
+    """The paper's rule, the merging baselines, and every other policy: without extra memory, and
+    with each share of it where the policy has a use for it.
 
     Policies with residuals are what the policy without is, if they have no extra memory: left out.
     """
@@ -482,7 +554,8 @@ def _number(text: str, what: str) -> float | int:
 class _Row:
     """Token ids to feed, and what is judged: `targets` at the positions from `start` on.
 
-    decoder_ids: for encoder-decoder families; positions are then the decoder's. scored: targets count for perplexity.
+    decoder_ids: for encoder-decoder families; positions are then the decoder's. scored: targets
+        count for perplexity.
     offset: where the own logits of these positions lie among those on disk; None: not compared.
     """
 
@@ -509,7 +582,8 @@ class Own:
 
 
 def alone_store(store: Store, tenants: Sequence[str]) -> Store:
-    """The same store as if it held these tenants alone, all their own experts resident; identical ones once.
+    """The same store as if it held these tenants alone, all their own experts resident; identical
+    ones once.
 
     Nothing is written.
     """
@@ -520,16 +594,23 @@ def alone_store(store: Store, tenants: Sequence[str]) -> Store:
         tenant = store.tenant(name)
         for layer, expert in np.ndindex(spec.num_layers, spec.num_experts):
             ids = tuple(
-                tenant.tensors[family.expert_tensor(tenant.config, layer, expert, p)] for p, _ in spec.projections
+                tenant.tensors[family.expert_tensor(tenant.config, layer, expert, p)]
+                for p, _ in spec.projections
             )
             contents[t, layer, expert] = numbers.setdefault(ids, len(numbers))
     kept = tuple(store.tenant(name) for name in tenants)
     plan = plan_all(contents, tenants)
-    return Store(store.path, replace(store.manifest, tenants=kept, plan=plan, merged={}, residuals=()))
+    return Store(
+        store.path, replace(store.manifest, tenants=kept, plan=plan, merged={}, residuals=())
+    )
 
 
 def measure_alone(
-    store: Store, tasks: Mapping[str, Task], options: Options, directory: Path, progress: Progress = silent
+    store: Store,
+    tasks: Mapping[str, Task],
+    options: Options,
+    directory: Path,
+    progress: Progress = silent,
 ) -> dict[str, Own]:
     """Run each tenant that has a task with its own experts. directory: takes the logits.
 
@@ -541,14 +622,20 @@ def measure_alone(
     found = {}
     with progress("each tenant alone", len(tasks)) as advance:
         for group in groups:
-            with load_engine(alone_store(store, group), device=options.device, dtype=options.dtype) as engine:
+            with load_engine(
+                alone_store(store, group), device=options.device, dtype=options.dtype
+            ) as engine:
                 for name in group:
-                    found[name] = _alone(engine, name, tasks[name], options, directory / f"{name}.logits")
+                    found[name] = _alone(
+                        engine, name, tasks[name], options, directory / f"{name}.logits"
+                    )
                     advance()
     return found
 
 
-def measure(store: Store, own: Mapping[str, Own], options: Options, progress: Progress = silent) -> dict[str, Scores]:
+def measure(
+    store: Store, own: Mapping[str, Own], options: Options, progress: Progress = silent
+) -> dict[str, Scores]:
     """The same tenants as the store serves them, beside what they are alone."""
     found = {}
     with (
@@ -568,7 +655,8 @@ def evaluate(
     on_result: Callable[[Result], None] = lambda result: None,
     progress: Progress = silent,
 ) -> list[Result]:
-    """Every method on every material, each tenant alone first. Stores are built in the scratch folder, one at a time.
+    """Every method on every material, each tenant alone first. Stores are built in the scratch
+    folder, one at a time.
 
     on_result: called with each result as it comes.
     """
@@ -617,7 +705,9 @@ def evaluate_store(
         on_result(results[0])
         begun = time.perf_counter()
         scores = measure(store, own, options, progress)
-        results.append(_result(store.plan.policy.replace("_", " "), material, store, scores, begun, begun))
+        results.append(
+            _result(store.plan.policy.replace("_", " "), material, store, scores, begun, begun)
+        )
         on_result(results[1])
     return results
 
@@ -633,14 +723,17 @@ def _result(
 ) -> Result:
     now = time.perf_counter()
     seconds = round(built - begun, 2), round(now - built, 2)
-    return Result(label, material.name, material.seed, Memory.of(store), dict(scores), *seconds, expected)
+    return Result(
+        label, material.name, material.seed, Memory.of(store), dict(scores), *seconds, expected
+    )
 
 
 def _alone(engine: Engine, tenant: str, task: Task, options: Options, file: Path) -> Own:
     config = engine.store.config(tenant)
     if task.texts and config.is_encoder_decoder:
         raise TaskError(
-            f"{task.source}: tenant {tenant!r} is an encoder-decoder, which continues no plain text; write its task as "
+            f"{task.source}: tenant {tenant!r} is an encoder-decoder, which continues no plain "
+            "text; write its task as "
             "prompts and answers"
         )
     prompts = tuple(_token_ids(engine, tenant, q.prompt) for q in task.questions)
@@ -648,7 +741,10 @@ def _alone(engine: Engine, tenant: str, task: Task, options: Options, file: Path
     texts = [_token_ids(engine, tenant, text) for text in task.texts]
     window = options.window or min(512, config.max_positions)
     if window > config.max_positions:
-        raise TaskError(f"window {window} is longer than the context of tenant {tenant!r} ({config.max_positions})")
+        raise TaskError(
+            f"window {window} is longer than the context of tenant {tenant!r} "
+            f"({config.max_positions})"
+        )
     rows = [row for ids in texts for row in _text_rows(ids, window, options.stride or window)]
     for question, prompt, answer in zip(task.questions, prompts, answers, strict=True):
         if options.forced == "given" and question.answer is not None:
@@ -657,7 +753,10 @@ def _alone(engine: Engine, tenant: str, task: Task, options: Options, file: Path
         rows.append(_question_row(engine, tenant, prompt, answer))
     rows = _spread([row for row in rows if row.targets], options.positions)
     if not rows:
-        raise TaskError(f"{task.source}: nothing to score for tenant {tenant!r}: its texts hold one token at most")
+        raise TaskError(
+            f"{task.source}: nothing to score for tenant {tenant!r}: its texts hold one token at "
+            "most"
+        )
     positions = sum(len(r.targets) for r in rows if r.offset is not None)
     own = Own(
         tenant,
@@ -671,8 +770,14 @@ def _alone(engine: Engine, tenant: str, task: Task, options: Options, file: Path
     )
     with open(file, "wb") as out:
         scores = _forced(engine, own, options, lambda row, values: values.tofile(out))
-    stored = np.memmap(file, dtype=np.float32, mode="r", shape=(positions, config.vocab_size)) if positions else None
-    scores = replace(scores, kl=0.0 if positions else None, top1=1.0 if positions else None, positions=positions)
+    stored = (
+        np.memmap(file, dtype=np.float32, mode="r", shape=(positions, config.vocab_size))
+        if positions
+        else None
+    )
+    scores = replace(
+        scores, kl=0.0 if positions else None, top1=1.0 if positions else None, positions=positions
+    )
     return replace(own, scores=_with_kept(scores, scores, options.metric, tenant), logits=stored)
 
 
@@ -686,7 +791,8 @@ def _served(engine: Engine, own: Own, options: Options) -> Scores:
         mine = own.logits[row.offset : row.offset + len(values)]
         if mine.shape != values.shape:
             raise TaskError(
-                f"tenant {own.tenant!r} has a vocabulary of {mine.shape[1]} alone and {values.shape[1]} as served"
+                f"tenant {own.tenant!r} has a vocabulary of {mine.shape[1]} alone and "
+                f"{values.shape[1]} as served"
             )
         for i in range(0, len(values), CHUNK):
             total += float(divergence(mine[i : i + CHUNK], values[i : i + CHUNK]).sum())
@@ -695,7 +801,9 @@ def _served(engine: Engine, own: Own, options: Options) -> Scores:
 
     scores = _forced(engine, replace(own, scores=scores), options, compare)
     if positions:
-        scores = replace(scores, kl=max(0.0, total / positions), top1=same / positions, positions=positions)
+        scores = replace(
+            scores, kl=max(0.0, total / positions), top1=same / positions, positions=positions
+        )
     return _with_kept(scores, own.scores, options.metric, own.tenant)
 
 
@@ -716,7 +824,9 @@ def _answer(
     for question, out in zip(task.questions, found, strict=True):
         if isinstance(question.answer, str):
             if out.text is None:
-                raise TaskError(f"{task.source}: tenant {tenant!r} has no tokenizer; write answers as token ids")
+                raise TaskError(
+                    f"{task.source}: tenant {tenant!r} has no tokenizer; write answers as token ids"
+                )
             right.append(float(out.text.strip() == question.answer.strip()))
             pairs.append((question.answer, out.text))
         elif question.answer is not None:
@@ -733,27 +843,31 @@ def _answer(
 
 
 class _Words:
-    """Splits as rouge-score's own tokenizer does, but at what is no letter or digit of any script."""
+    """Splits as rouge-score's own tokenizer does, but at what is no letter or digit of any
+    script."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())
 
 
 def rouge(pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
-    """Mean F-measures of ROUGE-1 and ROUGE-L over (expected, found), no stemming. Raises EngineError without the
-    package."""
+    """Mean F-measures of ROUGE-1 and ROUGE-L over (expected, found), no stemming. Raises
+    EngineError without the package."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise EngineError("ROUGE needs rouge-score; run: pip install 'moetel[eval]'") from error
     scorer = RougeScorer(["rouge1", "rougeL"], tokenizer=_Words())
     found = [scorer.score(expected, answer) for expected, answer in pairs]
-    one, longest = (sum(f[kind].fmeasure for f in found) / len(found) for kind in ("rouge1", "rougeL"))
+    one, longest = (
+        sum(f[kind].fmeasure for f in found) / len(found) for kind in ("rouge1", "rougeL")
+    )
     return float(one), float(longest)
 
 
 def _text_rows(ids: tuple[int, ...], window: int, stride: int) -> Iterator[_Row]:
-    """Windows over a text. Each token but the first is judged once, by all that goes before it in its window."""
+    """Windows over a text. Each token but the first is judged once, by all that goes before it in
+    its window."""
     begin = 1
     while begin < len(ids):
         end = min(len(ids), begin + (window if begin == 1 else stride))
@@ -762,7 +876,9 @@ def _text_rows(ids: tuple[int, ...], window: int, stride: int) -> Iterator[_Row]
         begin = end
 
 
-def _question_row(engine: Engine, tenant: str, prompt: tuple[int, ...], answer: tuple[int, ...]) -> _Row:
+def _question_row(
+    engine: Engine, tenant: str, prompt: tuple[int, ...], answer: tuple[int, ...]
+) -> _Row:
     """The answer behind its prompt, judged at the answer's tokens; cut at the tenant's context."""
     config = engine.store.config(tenant)
     if config.is_encoder_decoder:
@@ -774,7 +890,8 @@ def _question_row(engine: Engine, tenant: str, prompt: tuple[int, ...], answer: 
 
 
 def _spread(rows: Sequence[_Row], limit: int) -> list[_Row]:
-    """Number the positions to compare: every row, or every k-th if that would be more positions than `limit`.
+    """Number the positions to compare: every row, or every k-th if that would be more positions
+    than `limit`.
 
     Rows that are neither scored nor compared are left out.
     """
@@ -789,8 +906,11 @@ def _spread(rows: Sequence[_Row], limit: int) -> list[_Row]:
     return out
 
 
-def _forced(engine: Engine, own: Own, options: Options, on_compared: Callable[[_Row, np.ndarray], None]) -> Scores:
-    """Run the rows; perplexity from those that are scored, `on_compared` for those that are compared, in order."""
+def _forced(
+    engine: Engine, own: Own, options: Options, on_compared: Callable[[_Row, np.ndarray], None]
+) -> Scores:
+    """Run the rows; perplexity from those that are scored, `on_compared` for those that are
+    compared, in order."""
     total, tokens = 0.0, 0
     for row, values in _logits(engine, own.tenant, own.rows, options):
         if row.scored:
@@ -822,7 +942,9 @@ def _negative_log_likelihood(logits: np.ndarray, targets: Sequence[int]) -> floa
     return float((normaliser - wide[np.arange(len(targets)), list(targets)]).sum())
 
 
-def _logits(engine: Engine, tenant: str, rows: Sequence[_Row], options: Options) -> Iterator[tuple[_Row, np.ndarray]]:
+def _logits(
+    engine: Engine, tenant: str, rows: Sequence[_Row], options: Options
+) -> Iterator[tuple[_Row, np.ndarray]]:
     """Each row with its judged logits, float32 [targets, vocab]."""
     vocab = engine.store.config(tenant).vocab_size
     longest = max(len(r.ids if r.decoder_ids is None else r.decoder_ids) for r in rows)
@@ -843,7 +965,9 @@ def _with_kept(scores: Scores, alone: Scores, metric: Metric, tenant: str) -> Sc
         usable = [m for m in ("exact_match", "rouge1", "perplexity") if getattr(alone, m)]
         name = usable[0] if usable else None
     elif getattr(alone, metric) is None:
-        raise TaskError(f"the task of tenant {tenant!r} has no {metric}: it needs lines of another kind")
+        raise TaskError(
+            f"the task of tenant {tenant!r} has no {metric}: it needs lines of another kind"
+        )
     if name is None:
         return scores
     served, own = getattr(scores, name), getattr(alone, name)

@@ -1,4 +1,5 @@
-"""Tables, plots and files of what `scripts.quality` measured, with the machine and versions that it was measured on."""
+"""Tables, plots and files of what `scripts.quality` measured, with the machine and versions that it
+was measured on."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def provenance() -> dict[str, Any]:
     """Date, machine, versions, command."""
     name = platform.processor() or platform.machine()
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         name = found[1] if found else name
     except OSError:
         pass
@@ -75,7 +78,8 @@ class Spread:
         return cls(sum(found) / len(found), min(found), max(found), len(found)) if found else None
 
     def text(self, form: str) -> str:
-        """`form` is a format specification; the range is left out where all values look the same."""
+        """`form` is a format specification; the range is left out where all values look the
+        same."""
         one, low, high = (format(value, form) for value in (self.mean, self.low, self.high))
         return one if low == high else f"{one} ({low} to {high})"
 
@@ -112,7 +116,8 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             method,
             cell([r.memory.share for r in each], ".1%"),
             cell([r.mean("kept") for r in each], ".1%"),
-            cell([r.worst("kept") for r in each], ".1%") + (f", {'/'.join(worst)}" if worst else ""),
+            cell([r.worst("kept") for r in each], ".1%")
+            + (f", {'/'.join(worst)}" if worst else ""),
             cell([r.mean("kl") for r in each], ".2e"),
             cell([r.worst("kl") for r in each], ".2e"),
             cell([r.mean("top1") for r in each], ".2%"),
@@ -120,15 +125,20 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         ]
         for metric in shown:
             form = SCORE_FORMS[metric][1]
-            row += [cell([getattr(r.tenants[t], metric) for r in each if t in r.tenants], form) for t in tenants]
+            row += [
+                cell([getattr(r.tenants[t], metric) for r in each if t in r.tenants], form)
+                for t in tenants
+            ]
         rows.append(row)
     return titles, rows
 
 
 def rank_correlation(results: Sequence[Result]) -> tuple[float, int] | None:
-    """Spearman's correlation, and its number of plans, of what planners expected with the divergence measured.
+    """Spearman's correlation, and its number of plans, of what planners expected with the
+    divergence measured.
 
-    Means over tenants; of several materials the mean correlation. None below three plans a material.
+    Means over tenants; of several materials the mean correlation. None below three plans a
+    material.
     """
     found, plans = [], 0
     for key in sorted({(r.material, r.seed) for r in results}):
@@ -138,7 +148,9 @@ def rank_correlation(results: Sequence[Result]) -> tuple[float, int] | None:
             if (r.material, r.seed) == key and r.expected and (kl := r.mean("kl")) is not None
         ]
         if len(pairs) >= 3:
-            ranks = [np.argsort(np.argsort(values)).astype(float) for values in zip(*pairs, strict=True)]
+            ranks = [
+                np.argsort(np.argsort(values)).astype(float) for values in zip(*pairs, strict=True)
+            ]
             found.append(float(np.corrcoef(ranks[0], ranks[1])[0, 1]))
             plans += len(pairs)
     return (sum(found) / len(found), plans) if found else None
@@ -152,7 +164,8 @@ def markdown(results: Sequence[Result], about: Mapping[str, Any], options: Optio
     seeds = sorted({r.seed for r in results})
     memory = results[-1].memory
     counts = ", ".join(
-        f"{name}: {s.questions} questions, {s.tokens} tokens of text, {s.positions} positions compared"
+        f"{name}: {s.questions} questions, {s.tokens} tokens of text, {s.positions} positions "
+        "compared"
         for name, s in results[0].tenants.items()
     )
     lines += [
@@ -161,9 +174,11 @@ def markdown(results: Sequence[Result], about: Mapping[str, Any], options: Optio
         + ", ".join(f"{name} {value}" for name, value in about["versions"].items()),
         f"- `{about['command']}`",
         f"- {results[0].material or 'material'}, seeds {', '.join(map(str, seeds))}; {counts}",
-        f"- experts of one model: {format_bytes(memory.experts + memory.residuals - memory.extra)}, one tenant's other "
+        "- experts of one model: "
+        f"{format_bytes(memory.experts + memory.residuals - memory.extra)}, one tenant's other "
         f"layers: {format_bytes(memory.other)}",
-        "- kept: score as served / score alone (of perplexities: alone / served); KL: mean over positions of "
+        "- kept: score as served / score alone (of perplexities: alone / served); KL: mean over "
+        "positions of "
         "KL(alone || served), nats a token, along the "
         + ("tenant's own greedy answers" if options.forced == "own" else "given answers")
         + " or the text",
@@ -171,7 +186,8 @@ def markdown(results: Sequence[Result], about: Mapping[str, Any], options: Optio
     correlation = rank_correlation(results)
     if correlation is not None:
         lines.append(
-            f"- divergence that planners expected beside that measured: rank correlation {correlation[0]:.2f} over "
+            "- divergence that planners expected beside that measured: rank correlation "
+            f"{correlation[0]:.2f} over "
             f"{correlation[1]} plans"
         )
     if len(seeds) > 1:
@@ -179,14 +195,19 @@ def markdown(results: Sequence[Result], about: Mapping[str, Any], options: Optio
     return "\n".join(lines) + "\n"
 
 
-def write(results: Sequence[Result], directory: Path, options: Options = DEFAULTS, title: str = "Quality") -> None:
-    """quality.json, quality.md and, with matplotlib, quality.png into a folder. Raises TaskError."""
+def write(
+    results: Sequence[Result], directory: Path, options: Options = DEFAULTS, title: str = "Quality"
+) -> None:
+    """quality.json, quality.md and, with matplotlib, quality.png into a folder. Raises
+    TaskError."""
     about = provenance()
     shown = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "scratch"}
     value = {"provenance": about, "options": shown, "results": [r.to_json() for r in results]}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "quality.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        (directory / "quality.json").write_text(
+            json.dumps(value, indent=1) + "\n", encoding="utf-8"
+        )
         text = f"# {title}\n\n" + markdown(results, about, options)
         (directory / "quality.md").write_text(text, encoding="utf-8")
         draw(results, directory / "quality.png", title)
@@ -209,7 +230,8 @@ PANELS = (
 
 @dataclass(frozen=True)
 class _Point:
-    """One method in a plot: memory, a value for each panel, over seeds; dots: what each tenant kept."""
+    """One method in a plot: memory, a value for each panel, over seeds; dots: what each tenant
+    kept."""
 
     share: float
     values: tuple[Spread | None, ...]
@@ -241,7 +263,8 @@ def _range(lines: Mapping[str, list[_Point]]) -> tuple[float, float]:
 
 
 def _side_by_side(lines: Mapping[str, list[_Point]], panel: int) -> dict[tuple[str, int], float]:
-    """How far to move each point along the memory axis so that points at one place can all be seen."""
+    """How far to move each point along the memory axis so that points at one place can all be
+    seen."""
     low, high = _range(lines)
     width = high - low
     near: dict[tuple[int, int], list[tuple[str, int]]] = {}
@@ -250,7 +273,9 @@ def _side_by_side(lines: Mapping[str, list[_Point]], panel: int) -> dict[tuple[s
             value = point.values[panel]
             if value is not None:
                 height = np.log10(value.mean) * 8 if panel == 2 else value.mean * 25
-                near.setdefault((round(point.share / width * 40), round(float(height))), []).append((label, i))
+                near.setdefault((round(point.share / width * 40), round(float(height))), []).append(
+                    (label, i)
+                )
     return {
         key: (place - (len(group) - 1) / 2) * 0.016 * width
         for group in near.values()
@@ -259,9 +284,11 @@ def _side_by_side(lines: Mapping[str, list[_Point]], panel: int) -> dict[tuple[s
 
 
 def draw(results: Sequence[Result], path: Path, title: str = "Quality") -> None:
-    """Against memory: the score kept, mean of the tenants and worst tenant, and the mean divergence.
+    """Against memory: the score kept, mean of the tenants and worst tenant, and the mean
+    divergence.
 
-    Bars reach from the smallest to the largest of several seeds. Raises EngineError without matplotlib.
+    Bars reach from the smallest to the largest of several seeds. Raises EngineError without
+    matplotlib.
     """
     try:
         import matplotlib
@@ -297,14 +324,18 @@ def draw(results: Sequence[Result], path: Path, title: str = "Quality") -> None:
             bars = [[v.mean - v.low for _, _, v in found], [v.high - v.mean for _, _, v in found]]
             several = any(v.count > 1 for _, _, v in found)
             y = [v.mean for _, _, v in found]
-            axes.errorbar(x, y, yerr=bars if several else None, capsize=3, elinewidth=0.9, zorder=3, **style)
+            axes.errorbar(
+                x, y, yerr=bars if several else None, capsize=3, elinewidth=0.9, zorder=3, **style
+            )
             if panel == 0:
                 dots = [(a, kept) for a, (_, p, _) in zip(x, found, strict=True) for kept in p.dots]
                 axes.scatter(*zip(*dots, strict=True), s=7, color="#888888", zorder=2, linewidths=0)
     alone = next((r.memory.share for r in results if r.method == "alone"), None)
     if alone is not None:
         text = f"alone (all together: {alone:.0%} memory)"
-        handles.append(Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (1, 2)), label=text))
+        handles.append(
+            Line2D([], [], color="black", linewidth=0.9, linestyle=(0, (1, 2)), label=text)
+        )
     for axes, (what, unit) in zip(panels, PANELS, strict=True):
         axes.set_title(what, fontsize="medium")
         axes.set_xlabel("device memory for experts, share of one model's")

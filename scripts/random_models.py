@@ -1,4 +1,5 @@
-"""Stores of random tenants of real shapes, for measurements of speed: no download, minutes to write, kept for later."""
+"""Stores of random tenants of real shapes, for measurements of speed: no download, minutes to
+write, kept for later."""
 
 from __future__ import annotations
 
@@ -60,8 +61,9 @@ _SWITCH: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     # A Mixtral of 0.8 B parameters, half the layers of the one that benchmarks/mixtral_cpu.py runs.
     "mixtral": _MIXTRAL,
-    # Mixtral-8x7B's proportions at a thirty-second of its size: half its width, an eighth of its layers and vocabulary.
-    # Non-expert weights are 3.6 % of the experts' as there (3.3 %); in the shape above, mostly for its head, 7.6 %.
+    # Mixtral-8x7B's proportions at a thirty-second of its size: half its width, an eighth of its
+    # layers and vocabulary. Non-expert weights are 3.6 % of the experts' as there (3.3 %); in the
+    # shape above, mostly for its head, 7.6 %.
     "mixtral-slice": _MIXTRAL
     | {
         "hidden_size": 2048,
@@ -103,20 +105,24 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write_random(path: Path, config: dict[str, Any], dtype: str, seed: int) -> Path:
-    """Write a random checkpoint; routers spread tokens over experts. Seeds give tenants without anything in common."""
+    """Write a random checkpoint; routers spread tokens over experts. Seeds give tenants without
+    anything in common."""
     family = FAMILIES[config["model_type"]]
     checked = family.parse_config(config, "a random model")
     noise = np.random.default_rng(0).standard_normal(NOISE, dtype=np.float32)
     path.mkdir(parents=True)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        # Each tensor repeats one block of noise from another start: fresh noise for gigabytes would take minutes.
+        # Each tensor repeats one block of noise from another start: fresh noise for gigabytes would
+        # take minutes.
         for number, (name, shape) in enumerate(family.all_shapes(checked).items()):
             if len(shape) == 1:
                 yield name, np.ones(shape, BY_NAME[dtype])
                 continue
             start = (number * 7919 + seed * 104729) % NOISE
-            values = np.resize(np.roll(noise, -start), int(np.prod(shape))) * np.float32(_spread(name, shape, config))
+            values = np.resize(np.roll(noise, -start), int(np.prod(shape))) * np.float32(
+                _spread(name, shape, config)
+            )
             yield name, values.astype(BY_NAME[dtype]).reshape(shape)
 
     write_hugging_face(path, family.hf_config(checked, dtype), tensors())
@@ -131,12 +137,17 @@ def _spread(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
     if ".q." in name:  # T5 does not divide attention scores by the head's size
         std /= math.sqrt(config["d_kv"])
     if any(part in name for part in (".o.", ".wo.", "o_proj", ".w2.")):
-        std *= 0.2  # else what all tokens share grows with depth, and routers send them to few experts
+        std *= (
+            0.2  # else what all tokens share grows with depth, and routers send them to few experts
+        )
     return std
 
 
-def random_store(work: Path, model: str, num_tenants: int, dtype: str, progress: Progress = silent) -> Store:
-    """A store of random tenants under `work`, one copy a position by the paper's rule; the one that is there if it is.
+def random_store(
+    work: Path, model: str, num_tenants: int, dtype: str, progress: Progress = silent
+) -> Store:
+    """A store of random tenants under `work`, one copy a position by the paper's rule; the one that
+    is there if it is.
 
     Takes the tenants' sizes on disk, and as much again while it is built. Raises StoreError.
     """
@@ -156,8 +167,12 @@ def random_store(work: Path, model: str, num_tenants: int, dtype: str, progress:
             for seed, name in enumerate(names):
                 write_random(scratch / name, config, dtype, seed)
                 advance()
-        return build_store(path, {n: scratch / n for n in names}, policy="round_robin", progress=progress)
+        return build_store(
+            path, {n: scratch / n for n in names}, policy="round_robin", progress=progress
+        )
     except OSError as error:
-        raise StoreError(f"{work}: cannot be written: {error}; free some space or choose another --work") from error
+        raise StoreError(
+            f"{work}: cannot be written: {error}; free some space or choose another --work"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

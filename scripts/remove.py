@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=command.path, metavar="STORE")
     parser.add_argument("--tenant", required=True, metavar="NAME")
     parser.add_argument(
-        "--keep-plan", action="store_true", help="leave what other tenants are served bit for bit as it is"
+        "--keep-plan",
+        action="store_true",
+        help="leave what other tenants are served bit for bit as it is",
     )
 
 

@@ -1,6 +1,7 @@
 """Serve a store's tenants over HTTP, with OpenAI's routes: `moetel serve STORE`.
 
-A request's `model` is the tenant. SIGTERM and SIGINT end the server when the running requests are done.
+A request's `model` is the tenant. SIGTERM and SIGINT end the server when the running requests are
+done.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def _named(convert: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
                 raise ValueError
             return name, convert(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: write NAME=NUMBER, for example fr=2") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: write NAME=NUMBER, for example fr=2"
+            ) from None
 
     return parse
 
@@ -102,10 +105,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = SchedulerOptions()
     parser.add_argument("store", type=command.path, metavar="STORE")
     net = parser.add_argument_group("network")
-    net.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    net.add_argument("--port", type=_port, default=8000, metavar="N", help="0 takes a free one and prints it")
     net.add_argument(
-        "--timeout-keep-alive", type=_whole, default=5, metavar="S", help="close idle connections after so many seconds"
+        "--host", default="127.0.0.1", help="address to listen at (default: this machine alone)"
+    )
+    net.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="0 takes a free one and prints it"
+    )
+    net.add_argument(
+        "--timeout-keep-alive",
+        type=_whole,
+        default=5,
+        metavar="S",
+        help="close idle connections after so many seconds",
     )
     net.add_argument(
         "--drain-timeout",
@@ -114,7 +125,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="on SIGTERM, how long running requests may go on",
     )
-    net.add_argument("--max-request-bytes", type=size, metavar="SIZE", help="longest body (default: by the context)")
+    net.add_argument(
+        "--max-request-bytes",
+        type=size,
+        metavar="SIZE",
+        help="longest body (default: by the context)",
+    )
     net.add_argument("--log-level", choices=LOG_LEVELS, default="info")
 
     load = parser.add_argument_group("engine")
@@ -129,30 +145,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=CHECKPOINT",
         help="add this tenant to the store before serving, unless it is in it; repeatable",
     )
-    load.add_argument("--kv-cache-bytes", type=size, metavar="SIZE", help="most memory of all caches, as 4GiB")
-    load.add_argument("--max-model-len", type=_whole, metavar="N", help="most tokens of prompt and answer together")
-    load.add_argument("--max-num-seqs", type=_whole, default=engine.max_num_seqs, metavar="N", help="sequences a step")
+    load.add_argument(
+        "--kv-cache-bytes", type=size, metavar="SIZE", help="most memory of all caches, as 4GiB"
+    )
+    load.add_argument(
+        "--max-model-len",
+        type=_whole,
+        metavar="N",
+        help="most tokens of prompt and answer together",
+    )
+    load.add_argument(
+        "--max-num-seqs",
+        type=_whole,
+        default=engine.max_num_seqs,
+        metavar="N",
+        help="sequences a step",
+    )
     load.add_argument(
         "--max-num-batched-tokens",
         type=_whole,
         metavar="N",
-        help=f"tokens a step (default: {engine.max_num_batched_tokens}, or --max-num-seqs if that is more)",
+        help=f"tokens a step (default: {engine.max_num_batched_tokens}, or --max-num-seqs if that "
+        "is more)",
     )
     load.add_argument(
-        "--prefill-chunk", type=_whole, metavar="N", help="tokens of prompts in a step in which others answer"
+        "--prefill-chunk",
+        type=_whole,
+        metavar="N",
+        help="tokens of prompts in a step in which others answer",
     )
 
     load.add_argument(
         "--generation-config",
         choices=("auto", "vllm"),
         default="auto",
-        help="auto: each tenant's generation_config.json gives the defaults for sampling; vllm: OpenAI's defaults",
+        help="auto: each tenant's generation_config.json gives the defaults for sampling; vllm: "
+        "OpenAI's defaults",
     )
     load.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute made-up requests before the first real ones, which would wait for the compiler",
+        help="compute made-up requests before the first real ones, which would wait for the "
+        "compiler",
     )
 
     share = parser.add_argument_group("sharing among tenants")
@@ -183,20 +218,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=engine.max_interference,
         metavar="X",
-        help="how much longer steps may get by places that a tenant takes beyond its share while others have requests "
+        help="how much longer steps may get by places that a tenant takes beyond its share while "
+        "others have requests "
         "(default: %(default)s, a tenth; inf: all free places are taken)",
     )
     share.add_argument(
-        "--max-queue", type=_whole, default=engine.max_queue, metavar="N", help="requests that may wait; more get 429"
+        "--max-queue",
+        type=_whole,
+        default=engine.max_queue,
+        metavar="N",
+        help="requests that may wait; more get 429",
     )
     share.add_argument("--max-queue-per-tenant", type=_whole, metavar="N", help="and of one tenant")
 
     who = parser.add_argument_group("who may do what")
-    who.add_argument("--api-keys", type=command.path, metavar="FILE", help="ask for keys; moetel keys new makes them")
     who.add_argument(
-        "--rate-limit", type=_whole, metavar="N", help="requests a minute, for each key (without keys: each tenant)"
+        "--api-keys",
+        type=command.path,
+        metavar="FILE",
+        help="ask for keys; moetel keys new makes them",
     )
-    who.add_argument("--enable-admin", action="store_true", help="allow POST /v1/load_tenant and /v1/unload_tenant")
+    who.add_argument(
+        "--rate-limit",
+        type=_whole,
+        metavar="N",
+        help="requests a minute, for each key (without keys: each tenant)",
+    )
+    who.add_argument(
+        "--enable-admin",
+        action="store_true",
+        help="allow POST /v1/load_tenant and /v1/unload_tenant",
+    )
     for what, about in (
         ("origins", "origins whose pages may ask, as a JSON list or one alone; []: none"),
         ("methods", "methods that they may use"),
@@ -228,7 +280,10 @@ def _settings(args: argparse.Namespace) -> Settings:
                 f"--enable-admin at {args.host} would let everybody who reaches it change tenants; "
                 "give --api-keys FILE (moetel keys new makes keys), or --host 127.0.0.1"
             )
-        log.warning("%s can be reached from other machines and no keys are asked for; see --api-keys", args.host)
+        log.warning(
+            "%s can be reached from other machines and no keys are asked for; see --api-keys",
+            args.host,
+        )
     return Settings(
         keys=keys,
         enable_admin=args.enable_admin,
@@ -274,9 +329,16 @@ def _load(args: argparse.Namespace) -> Engine:
         max_interference=args.max_interference,
     )
     options.check_tenants(store.tenants)
-    backend: dict[str, Any] = {} if args.kv_cache_bytes is None else {"kv_cache_bytes": args.kv_cache_bytes}
+    backend: dict[str, Any] = (
+        {} if args.kv_cache_bytes is None else {"kv_cache_bytes": args.kv_cache_bytes}
+    )
     engine = load_engine(
-        store, backend=args.backend, device=args.device, dtype=args.dtype, scheduler=options, **backend
+        store,
+        backend=args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        scheduler=options,
+        **backend,
     )
     # Tenants whose files are damaged do not keep the others from being served.
     for name, why in engine.load_texts().items():
@@ -299,7 +361,9 @@ def _bind(host: str, port: int) -> socket.socket:
         found.bind(address)
         found.listen(2048)
     except OSError as error:
-        raise ServeError(f"cannot listen at {host}:{port} ({error}); choose another --host or --port") from error
+        raise ServeError(
+            f"cannot listen at {host}:{port} ({error}); choose another --host or --port"
+        ) from error
     return found
 
 
@@ -318,7 +382,8 @@ async def _serve(args: argparse.Namespace, settings: Settings, sock: socket.sock
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Signals are ours: uvicorn would close the door at once, and nobody would learn that we are stopping."""
+            """Signals are ours: uvicorn would close the door at once, and nobody would learn that
+            we are stopping."""
             yield
 
     app = create_app(None, settings)
@@ -354,7 +419,9 @@ async def _serve(args: argparse.Namespace, settings: Settings, sock: socket.sock
             names = engine.engine.tenants
             for name in names:
                 service.warn_of_unused(name)
-            sys.stdout.write(f"moetel serves {len(names)} tenants ({', '.join(names)}) at {_address(sock)}\n")
+            sys.stdout.write(
+                f"moetel serves {len(names)} tenants ({', '.join(names)}) at {_address(sock)}\n"
+            )
             sys.stdout.flush()
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
             await _drain(service, settings, hurry)
@@ -415,7 +482,10 @@ def run(args: argparse.Namespace) -> int:
             f"the server's packages are not installed ({error}); run: pip install 'moetel[serve]'"
         ) from error
     logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
+        level=args.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+        force=True,
     )
     settings = _settings(args)
     # Closed by the server.

@@ -1,10 +1,13 @@
-"""When requests arrive, of which tenant and how long: made from a seed, so that every system is given the same ones.
+"""When requests arrive, of which tenant and how long: made from a seed, so that every system is
+given the same ones.
 
-Each tenant has a trace of its own over the same time. As in `vllm bench serve`, gaps between arrivals are gamma
-distributed: burstiness 1 is a Poisson process, below 1 requests come in bursts, above 1 more regularly, infinite is a
-constant gap; and gaps are scaled so that the rate is exactly what was asked for. Here the trace is a circle with as
-many gaps as arrivals, turned by a random angle: a Poisson process given its number of arrivals, without the common
-last arrival that scaling each tenant's trace to its end would make.
+Each tenant has a trace of its own over the same time. As in `vllm bench serve`, gaps between
+arrivals are gamma
+distributed: burstiness 1 is a Poisson process, below 1 requests come in bursts, above 1 more
+regularly, infinite is a constant gap; and gaps are scaled so that the rate is exactly what was
+asked for. Here the trace is a circle with as
+many gaps as arrivals, turned by a random angle: a Poisson process given its number of arrivals,
+without the common last arrival that scaling each tenant's trace to its end would make.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ class TrafficError(MoetelError):
 
 @dataclass(frozen=True)
 class Call:
-    """One request. at_s: seconds after the start at which it arrives. number: its place in the order of arrival."""
+    """One request. at_s: seconds after the start at which it arrives. number: its place in the
+    order of arrival."""
 
     number: int
     tenant: str
@@ -39,7 +43,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Flood:
-    """One tenant's rate becomes `factor` times as high from `from_s` on. Nothing else of the trace changes."""
+    """One tenant's rate becomes `factor` times as high from `from_s` on. Nothing else of the trace
+    changes."""
 
     tenant: str
     factor: float
@@ -50,9 +55,11 @@ class Flood:
 class Load:
     """What arrives, whatever the rate.
 
-    skew: tenant number i (from 0) has a share of the rate proportional to (i + 1) ** -skew; 0: equal shares.
-    input_len, output_len: tokens of prompts and answers, on average. range_ratio: r of vLLM's `--random-range-ratio`:
-        lengths are uniform between (1 - r) and (1 + r) times the average; 0: all the same.
+    skew: tenant number i (from 0) has a share of the rate proportional to (i + 1) ** -skew; 0:
+        equal shares.
+    input_len, output_len: tokens of prompts and answers, on average. range_ratio: r of vLLM's
+        `--random-range-ratio`: lengths are uniform between (1 - r) and (1 + r) times the average;
+        0: all the same.
     """
 
     skew: float = 0.0
@@ -67,9 +74,13 @@ class Load:
         if not 0 <= self.skew < math.inf:
             raise TrafficError(f"skew is {self.skew!r}; give a number from 0 (equal shares)")
         if not self.burstiness > 0:
-            raise TrafficError(f"burstiness is {self.burstiness!r}; give a number above 0: 1 is Poisson")
+            raise TrafficError(
+                f"burstiness is {self.burstiness!r}; give a number above 0: 1 is Poisson"
+            )
         if not 0 <= self.range_ratio < 1:
-            raise TrafficError(f"the range ratio is {self.range_ratio!r}; give a number from 0, below 1")
+            raise TrafficError(
+                f"the range ratio is {self.range_ratio!r}; give a number from 0, below 1"
+            )
         for name in ("input_len", "output_len"):
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
@@ -80,7 +91,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in the order of their arrival. horizon_s: how long they arrive; 0 if all come at once."""
+    """Requests in the order of their arrival. horizon_s: how long they arrive; 0 if all come at
+    once."""
 
     calls: tuple[Call, ...]
     horizon_s: float
@@ -98,7 +110,9 @@ def shares(num_tenants: int, skew: float) -> np.ndarray:
     return found
 
 
-def arrivals(count: int, horizon_s: float, burstiness: float, rng: np.random.Generator) -> np.ndarray:
+def arrivals(
+    count: int, horizon_s: float, burstiness: float, rng: np.random.Generator
+) -> np.ndarray:
     """float64 [count], ascending, in [0, horizon_s)."""
     gaps = np.ones(count) if math.isinf(burstiness) else rng.gamma(burstiness, size=count)
     turn = rng.random()
@@ -119,8 +133,9 @@ def make_trace(
 ) -> Trace:
     """Requests of all tenants at `request_rate` in all, for so long, or so many of them.
 
-    vocab_sizes: tenant -> token ids that its prompts may hold. The same seed gives each tenant the same pattern of
-    arrivals at every rate, and with a flood or without. request_rate may be infinite: all requests come at once.
+    vocab_sizes: tenant -> token ids that its prompts may hold. The same seed gives each tenant the
+    same pattern of arrivals at every rate, and with a flood or without. request_rate may be
+    infinite: all requests come at once.
 
     Raises TrafficError.
     """
@@ -132,7 +147,9 @@ def make_trace(
         raise TrafficError("give either a duration or a number of requests")
     if duration_s is not None:
         if not 0 < duration_s < math.inf or math.isinf(request_rate):
-            raise TrafficError("an infinite request rate needs a number of requests, and a duration must be finite")
+            raise TrafficError(
+                "an infinite request rate needs a number of requests, and a duration must be finite"
+            )
         horizon_s, total = duration_s, max(1, round(request_rate * duration_s))
     else:
         assert num_requests is not None
@@ -145,8 +162,12 @@ def make_trace(
     counts = _whole_parts(total, shares(len(names), load.skew))
     calls: list[Call] = []
     for i, (name, count) in enumerate(zip(names, counts, strict=True)):
-        times = arrivals(count, horizon_s, load.burstiness, np.random.default_rng([load.seed, i, 0]))
-        calls += _calls(name, times, vocab_sizes[name], load, np.random.default_rng([load.seed, i, 1]))
+        times = arrivals(
+            count, horizon_s, load.burstiness, np.random.default_rng([load.seed, i, 0])
+        )
+        calls += _calls(
+            name, times, vocab_sizes[name], load, np.random.default_rng([load.seed, i, 1])
+        )
         if flood is not None and flood.tenant == name:
             left_s = horizon_s - flood.from_s
             more = round((flood.factor - 1) * count / horizon_s * left_s)
@@ -160,11 +181,15 @@ def make_trace(
 
 def _check_flood(flood: Flood, tenants: Mapping[str, int], horizon_s: float) -> None:
     if flood.tenant not in tenants:
-        raise TrafficError(f"tenant {flood.tenant!r} is to flood, but there is: {', '.join(tenants)}")
+        raise TrafficError(
+            f"tenant {flood.tenant!r} is to flood, but there is: {', '.join(tenants)}"
+        )
     if not 1 <= flood.factor < math.inf:
         raise TrafficError(f"a flood of {flood.factor!r} times the rate; give a number from 1")
     if not 0 <= flood.from_s < horizon_s:
-        raise TrafficError(f"the flood begins at {flood.from_s} s of {horizon_s} s; give a time within")
+        raise TrafficError(
+            f"the flood begins at {flood.from_s} s of {horizon_s} s; give a time within"
+        )
 
 
 def _whole_parts(total: int, parts: np.ndarray) -> list[int]:
@@ -176,10 +201,14 @@ def _whole_parts(total: int, parts: np.ndarray) -> list[int]:
     return [int(n) for n in counts]
 
 
-def _calls(tenant: str, times: np.ndarray, vocab_size: int, load: Load, rng: np.random.Generator) -> list[Call]:
+def _calls(
+    tenant: str, times: np.ndarray, vocab_size: int, load: Load, rng: np.random.Generator
+) -> list[Call]:
     found = []
     for at_s in times.tolist():
-        prompt_len, output_len = (_length(mean, load.range_ratio, rng) for mean in (load.input_len, load.output_len))
+        prompt_len, output_len = (
+            _length(mean, load.range_ratio, rng) for mean in (load.input_len, load.output_len)
+        )
         low = min(FIRST_TOKEN, vocab_size - 1)
         prompt = tuple(rng.integers(low, vocab_size, size=prompt_len).tolist())
         found.append(Call(0, tenant, at_s, prompt, output_len))
@@ -193,4 +222,7 @@ def _length(mean: int, ratio: float, rng: np.random.Generator) -> int:
 
 def redirected(calls: Sequence[Call], tenant: str, vocab_size: int) -> list[Call]:
     """The same requests, all to one tenant; token ids that it does not have become others."""
-    return [Call(c.number, tenant, c.at_s, tuple(t % vocab_size for t in c.prompt), c.max_new_tokens) for c in calls]
+    return [
+        Call(c.number, tenant, c.at_s, tuple(t % vocab_size for t in c.prompt), c.max_new_tokens)
+        for c in calls
+    ]

@@ -1,12 +1,14 @@
-"""Train the demo tenants of examples/: one small Mixtral base, and a fine-tune of it for each language.
+"""Train the demo tenants of examples/: one small Mixtral base, and a fine-tune of it for each
+language.
 
-The base learns to spell numbers out without being told in which language, so it answers in any of them; each
-fine-tune goes on from the base with all weights free and one language. Training and scores use Hugging Face's Mixtral
-and nothing of Moetel's engine.
+The base learns to spell numbers out without being told in which language, so it answers in any of
+them; each fine-tune goes on from the base with all weights free and one language. Training and
+scores use Hugging Face's Mixtral and nothing of Moetel's engine.
 
     python -m scripts.train_demo                     # what examples/tenants holds
-    python -m scripts.train_demo --out /tmp/tiny --base-steps 50 --tune-steps 20 --hidden-size 32 --layers 2
-    python -m scripts.train_demo --preset ten --out /tmp/ten       # ten languages, fine-tunes that move much further
+    python -m scripts.train_demo --out /tmp/tiny --base-steps 50 --tune-steps 20 --hidden-size 32
+    --layers 2 python -m scripts.train_demo --preset ten --out /tmp/ten       # ten languages,
+    fine-tunes that move much further
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import os
 import sys
 
 if not __package__:
-    # Run as a file, Python puts this folder first on its path, where our inspect.py would stand in for the standard
-    # library's.
+    # Run as a file, Python puts this folder first on its path, where our inspect.py would stand in
+    # for the standard library's.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
@@ -37,7 +39,12 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from common.progress import bars
 from scripts import command
@@ -48,7 +55,8 @@ PAD, BOS, EOS, SEP = "<pad>", "<s>", "</s>", "<sep>"
 
 @dataclass(frozen=True)
 class Training:
-    """What the result depends on, whatever the texts. Sizes as in MixtralConfig; learning rates are peaks."""
+    """What the result depends on, whatever the texts. Sizes as in MixtralConfig; learning rates are
+    peaks."""
 
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -75,17 +83,29 @@ class Recipe(Training):
 # Recipes by name; options override their values.
 PRESETS = {
     "demo": Recipe(),
-    "ten": Recipe(vocab_size=768, batch=64, base_steps=1200, tune_steps=400, tune_lr=3e-3, languages=ALL_LANGUAGES),
+    "ten": Recipe(
+        vocab_size=768,
+        batch=64,
+        base_steps=1200,
+        tune_steps=400,
+        tune_lr=3e-3,
+        languages=ALL_LANGUAGES,
+    ),
 }
 PRESET_HELP = (
-    "where the other defaults come from. demo: what examples/ holds, tenants that share experts at almost no loss; "
-    "ten: ten languages from a base trained for less long, tuned hotter, so that experts move far apart and sharing "
+    "where the other defaults come from. demo: what examples/ holds, tenants that share experts at "
+    "almost no loss; "
+    "ten: ten languages from a base trained for less long, tuned hotter, so that experts move far "
+    "apart and sharing "
     "them costs something"
 )
 
 
-def make_tokenizer(texts: Iterable[str], vocab_size: int, template: str = f"{BOS} $A {SEP}") -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the texts. template: what a text becomes, as `TemplateProcessing` spells it.
+def make_tokenizer(
+    texts: Iterable[str], vocab_size: int, template: str = f"{BOS} $A {SEP}"
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the texts. template: what a text becomes, as `TemplateProcessing` spells
+    it.
 
     Over the spelled numbers digits stay single, and "1234" becomes `<s> 1 2 3 4 <sep>`.
     """
@@ -100,7 +120,9 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int, template: str = f"{BOS
     )
     tokenizer.train_from_iterator(texts, trainer)
     ids = {token: tokenizer.token_to_id(token) for token in (BOS, SEP)}
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=list(ids.items())
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -115,13 +137,17 @@ class Batches(Protocol):
     """What `train` learns from."""
 
     def batch(self, size: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and labels, int64 [size, longest]; labels are -100 where nothing is to be learnt."""
+        """input_ids and labels, int64 [size, longest]; labels are -100 where nothing is to be
+        learnt."""
 
 
 class Examples:
-    """Prompts and answers as token ids, drawn in batches. Half of the draws favour short numbers, which are few."""
+    """Prompts and answers as token ids, drawn in batches. Half of the draws favour short numbers,
+    which are few."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, numbers: Sequence[int], languages: Sequence[str]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, numbers: Sequence[int], languages: Sequence[str]
+    ):
         self._tokenizer, self._numbers, self._languages = tokenizer, numbers, tuple(languages)
         self._eos = tokenizer.convert_tokens_to_ids(EOS)
         self._by_digits: dict[int, list[int]] = {}
@@ -139,10 +165,15 @@ class Examples:
             )
             number = self._numbers[rng.choice(pool)]
             drawn.append((number, self._languages[rng.randrange(len(self._languages))]))
-        # Spelled only now: few of the numbers are ever drawn, and spelling all of them takes longer than many steps.
+        # Spelled only now: few of the numbers are ever drawn, and spelling all of them takes longer
+        # than many steps.
         prompts = self._tokenizer([str(n) for n, _ in drawn])["input_ids"]
-        answers = self._tokenizer([expected(*each) for each in drawn], add_special_tokens=False)["input_ids"]
-        rows = [(prompt, [*answer, self._eos]) for prompt, answer in zip(prompts, answers, strict=True)]
+        answers = self._tokenizer([expected(*each) for each in drawn], add_special_tokens=False)[
+            "input_ids"
+        ]
+        rows = [
+            (prompt, [*answer, self._eos]) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         longest = max(len(p) + len(a) for p, a in rows)
         ids = torch.zeros(size, longest, dtype=torch.int64)
         labels = torch.full((size, longest), -100, dtype=torch.int64)
@@ -162,14 +193,16 @@ def train(
     seed: int,
     advance: Callable[[], None],
 ) -> list[float]:
-    """AdamW with a short warm-up and a cosine to zero; all weights. Returns each step's loss (labelled tokens only)."""
+    """AdamW with a short warm-up and a cosine to zero; all weights. Returns each step's loss
+    (labelled tokens only)."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(
-            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+            (step + 1) / warmup,
+            0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))),
         ),
     )
     model.train()
@@ -177,8 +210,12 @@ def train(
     for _ in range(steps):
         ids, labels = examples.batch(batch, rng)
         out = model(input_ids=ids, output_router_logits=True, use_cache=False)
-        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        balance = _load_balance(out.router_logits, model.config.num_local_experts, model.config.num_experts_per_tok)
+        loss = F.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
+        balance = _load_balance(
+            out.router_logits, model.config.num_local_experts, model.config.num_experts_per_tok
+        )
         optimizer.zero_grad(set_to_none=True)
         (loss + 0.01 * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -189,8 +226,11 @@ def train(
     return losses
 
 
-def _load_balance(router_logits: Sequence[torch.Tensor], num_experts: int, top_k: int) -> torch.Tensor:
-    """Switch Transformer's auxiliary loss (arXiv 2101.03961, section 2.2), mean over layers: 1 if all share evenly."""
+def _load_balance(
+    router_logits: Sequence[torch.Tensor], num_experts: int, top_k: int
+) -> torch.Tensor:
+    """Switch Transformer's auxiliary loss (arXiv 2101.03961, section 2.2), mean over layers: 1 if
+    all share evenly."""
     total = torch.zeros(())
     for logits in router_logits:
         probabilities = logits.softmax(dim=-1)
@@ -201,7 +241,10 @@ def _load_balance(router_logits: Sequence[torch.Tensor], num_experts: int, top_k
 
 @torch.inference_mode()
 def score(
-    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, language: str, numbers: Sequence[int]
+    model: MixtralForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    language: str,
+    numbers: Sequence[int],
 ) -> float:
     """Share of numbers spelled exactly right by greedy generation."""
     model.eval()
@@ -210,7 +253,9 @@ def score(
     for digits in sorted({len(str(n)) for n in numbers}):
         group = [n for n in numbers if len(str(n)) == digits]
         ids = torch.tensor(tokenizer([str(n) for n in group])["input_ids"])
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False)
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False
+        )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         right += sum(text == expected(n, language) for text, n in zip(texts, group, strict=True))
     return right / len(numbers)
@@ -235,9 +280,11 @@ def moved(model: MixtralForCausalLM, base: MixtralForCausalLM) -> dict[str, floa
 
 
 def round_robin_owners(tenants: Sequence[MixtralForCausalLM]) -> list[list[int]]:
-    """Owner of each [layer][expert] by the paper's rule (arXiv 2505.06481, Algorithm 1), every position resident.
+    """Owner of each [layer][expert] by the paper's rule (arXiv 2505.06481, Algorithm 1), every
+    position resident.
 
-    Written apart from `common.consolidation`, so that the scores reported here do not rest on the code they judge.
+    Written apart from `common.consolidation`, so that the scores reported here do not rest on the
+    code they judge.
     """
     layers, experts = len(tenants[0].model.layers), tenants[0].config.num_local_experts
     places = []
@@ -252,7 +299,11 @@ def round_robin_owners(tenants: Sequence[MixtralForCausalLM]) -> list[list[int]]
                 )
                 for m in tenants
             ]
-            total = sum(float((a.double() - b.double()).norm()) for i, a in enumerate(flat) for b in flat[i + 1 :])
+            total = sum(
+                float((a.double() - b.double()).norm())
+                for i, a in enumerate(flat)
+                for b in flat[i + 1 :]
+            )
             places.append((total, layer, expert))
     owners = [[0] * experts for _ in range(layers)]
     for i, (_, layer, expert) in enumerate(sorted(places)):
@@ -260,21 +311,27 @@ def round_robin_owners(tenants: Sequence[MixtralForCausalLM]) -> list[list[int]]
     return owners
 
 
-def shared(tenants: Sequence[MixtralForCausalLM], index: int, owners: list[list[int]]) -> MixtralForCausalLM:
+def shared(
+    tenants: Sequence[MixtralForCausalLM], index: int, owners: list[list[int]]
+) -> MixtralForCausalLM:
     """A tenant with every expert replaced by its position's owner's; all else its own."""
     model = copy.deepcopy(tenants[index])
     for layer, row in enumerate(owners):
         for expert, owner in enumerate(row):
             for projection in ("gate_up_proj", "down_proj"):
                 source = getattr(tenants[owner].model.layers[layer].mlp.experts, projection)
-                getattr(model.model.layers[layer].mlp.experts, projection).data[expert] = source.data[expert]
+                getattr(model.model.layers[layer].mlp.experts, projection).data[expert] = (
+                    source.data[expert]
+                )
     return model
 
 
 def average(tenants: Sequence[MixtralForCausalLM]) -> MixtralForCausalLM:
     """The plain average of all weights."""
     model = copy.deepcopy(tenants[0])
-    for target, *sources in zip(model.parameters(), *(m.parameters() for m in tenants), strict=True):
+    for target, *sources in zip(
+        model.parameters(), *(m.parameters() for m in tenants), strict=True
+    ):
         target.data = torch.stack([s.data for s in sources]).mean(dim=0)
     return model
 
@@ -325,18 +382,29 @@ def run(recipe: Recipe, out: Path, num_scored: int, console: Console) -> dict[st
     base = make_model(recipe, tokenizer)
     parameters = {n: p.numel() for n, p in base.named_parameters()}
     experts = sum(count for n, count in parameters.items() if is_expert(n))
-    console.print(f"{sum(parameters.values())} parameters, {experts / sum(parameters.values()):.0%} of them experts")
+    console.print(
+        f"{sum(parameters.values())} parameters, {experts / sum(parameters.values()):.0%} of them "
+        "experts"
+    )
     losses = {}
     with bars("base", recipe.base_steps) as advance:
         examples = Examples(tokenizer, numbers, recipe.languages)
-        losses["base"] = train(base, examples, recipe.base_steps, recipe.batch, recipe.base_lr, recipe.seed, advance)
+        losses["base"] = train(
+            base, examples, recipe.base_steps, recipe.batch, recipe.base_lr, recipe.seed, advance
+        )
     save(base, tokenizer, out / "base")
     for language in recipe.languages:
         model = copy.deepcopy(base)
         examples = Examples(tokenizer, numbers, [language])
         with bars(language, recipe.tune_steps) as advance:
             losses[language] = train(
-                model, examples, recipe.tune_steps, recipe.batch, recipe.tune_lr, recipe.seed + 1, advance
+                model,
+                examples,
+                recipe.tune_steps,
+                recipe.batch,
+                recipe.tune_lr,
+                recipe.seed + 1,
+                advance,
             )
         save(model, tokenizer, out / language)
     trained_s = time.perf_counter() - started
@@ -346,18 +414,26 @@ def run(recipe: Recipe, out: Path, num_scored: int, console: Console) -> dict[st
         "recipe": asdict(recipe),
         "parameters": sum(parameters.values()),
         "expert_parameters": experts,
-        "last_loss": {name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()},
+        "last_loss": {
+            name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()
+        },
         "training_s": round(trained_s),
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "num2words")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "tokenizers", "num2words")
+        },
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 
-def evaluate(out: Path, languages: Sequence[str], num_scored: int, console: Console) -> dict[str, Any]:
-    """Scores of the saved checkpoints: each alone, with shared experts, and the plain average of all weights.
+def evaluate(
+    out: Path, languages: Sequence[str], num_scored: int, console: Console
+) -> dict[str, Any]:
+    """Scores of the saved checkpoints: each alone, with shared experts, and the plain average of
+    all weights.
 
-    With more than four tenants, the first four are also scored as they share experts among themselves alone.
+    With more than four tenants, the first four are also scored as they share experts among
+    themselves alone.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / languages[0])
     base, tenants = load(out / "base"), [load(out / language) for language in languages]
@@ -384,7 +460,10 @@ def evaluate(out: Path, languages: Sequence[str], num_scored: int, console: Cons
             advance()
     titles = {"base": "base", "alone": "alone"}
     for name, size in groups.items():
-        titles |= {f"shared_round_robin{name}": f"experts of {size}", f"plain_average{name}": f"average of {size}"}
+        titles |= {
+            f"shared_round_robin{name}": f"experts of {size}",
+            f"plain_average{name}": f"average of {size}",
+        }
     titles |= {"relative_l2_experts": "experts moved", "relative_l2_non_experts": "others moved"}
     table = Table(title=f"{num_scored} held-out numbers, exactly right", title_justify="left")
     for title in ("tenant", *titles.values()):
@@ -407,7 +486,9 @@ def add_recipe(parser: argparse.ArgumentParser, defaults: Any) -> None:
     """An option for each number that the recipe, a dataclass, holds; None where not given."""
     for name, value in asdict(defaults).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}"
+            )
 
 
 def given(args: argparse.Namespace, defaults: Any) -> dict[str, Any]:
@@ -417,17 +498,27 @@ def given(args: argparse.Namespace, defaults: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default_out = Path(__file__).resolve().parent.parent / "examples" / "tenants"
-    parser.add_argument("--out", type=command.path, default=default_out, help=f"default: {default_out}")
+    parser.add_argument(
+        "--out", type=command.path, default=default_out, help=f"default: {default_out}"
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help=PRESET_HELP)
     add_recipe(parser, Recipe())
-    parser.add_argument("--languages", nargs="+", choices=ALL_LANGUAGES, help=f"default: {' '.join(LANGUAGES)}")
-    parser.add_argument("--scored", type=int, default=1000, help="held-out numbers that scores count")
+    parser.add_argument(
+        "--languages", nargs="+", choices=ALL_LANGUAGES, help=f"default: {' '.join(LANGUAGES)}"
+    )
+    parser.add_argument(
+        "--scored", type=int, default=1000, help="held-out numbers that scores count"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     if args.preset != "demo" and args.out == default_out:
-        parser.error(f"--preset {args.preset} needs --out: {default_out} holds what the default recipe makes")
+        parser.error(
+            f"--preset {args.preset} needs --out: {default_out} holds what the default recipe makes"
+        )
     torch.set_num_threads(args.threads)
     recipe = replace(PRESETS[args.preset], **given(args, Recipe()))
     run(replace(recipe, languages=tuple(recipe.languages)), args.out, args.scored, wide_console())

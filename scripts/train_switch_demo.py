@@ -1,15 +1,18 @@
 """Train the Switch demo tenants of examples/, and any tenant of your own, in Flax and optax.
 
-The base learns to spell numbers out without being told in which language; each fine-tune goes on from the base with
-all weights free and one language. Scores are those of Hugging Face's Switch Transformer on the files written.
+The base learns to spell numbers out without being told in which language; each fine-tune goes on
+from the base with all weights free and one language. Scores are those of Hugging Face's Switch
+Transformer on the files written.
 
     python -m scripts.train_switch_demo                       # what examples/tenants/switch holds
-    python -m scripts.train_switch_demo --out /tmp/tiny --base-steps 50 --tune-steps 20 --d-model 32 --layers 2
-    python -m scripts.train_switch_demo --preset ten --out /tmp/ten       # ten languages, see --preset
-    python -m scripts.train_switch_demo --from CHECKPOINT --pairs pairs.tsv --out my_tenant    # fine-tune one tenant
+    python -m scripts.train_switch_demo --out /tmp/tiny --base-steps 50 --tune-steps 20 --d-model 32
+    --layers 2 python -m scripts.train_switch_demo --preset ten --out /tmp/ten       # ten
+    languages, see --preset python -m scripts.train_switch_demo --from CHECKPOINT --pairs pairs.tsv
+    --out my_tenant    # fine-tune one tenant
 
-With --from and --pairs it is the example of a fine-tune of your own: CHECKPOINT is anything that `moetel build` takes
-(Hugging Face, T5X, Orbax) with a tokenizer beside it; each line of the file is a prompt, a tab, an answer.
+With --from and --pairs it is the example of a fine-tune of your own: CHECKPOINT is anything that
+`moetel build` takes (Hugging Face, T5X, Orbax) with a tokenizer beside it; each line of the file is
+a prompt, a tab, an answer.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import os
 import sys
 
 if not __package__:
-    # Run as a file, Python puts this folder first on its path, where our inspect.py would stand in for the standard
-    # library's.
+    # Run as a file, Python puts this folder first on its path, where our inspect.py would stand in
+    # for the standard library's.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
@@ -63,7 +66,8 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the result depends on. Sizes as in SwitchTransformersConfig; learning rates are peaks."""
+    """Everything that the result depends on. Sizes as in SwitchTransformersConfig; learning rates
+    are peaks."""
 
     d_model: int = 64
     d_kv: int = 16
@@ -84,17 +88,26 @@ class Recipe:
 # Recipes by name; options override their values.
 PRESETS = {
     "demo": Recipe(),
-    "ten": Recipe(vocab_size=768, batch=64, base_steps=5000, tune_steps=500, tune_lr=3e-3, languages=ALL_LANGUAGES),
+    "ten": Recipe(
+        vocab_size=768,
+        batch=64,
+        base_steps=5000,
+        tune_steps=500,
+        tune_lr=3e-3,
+        languages=ALL_LANGUAGES,
+    ),
 }
 PRESET_HELP = (
-    "where the other defaults come from. demo: what examples/ holds, tenants that share experts at almost no loss; "
+    "where the other defaults come from. demo: what examples/ holds, tenants that share experts at "
+    "almost no loss; "
     "ten: ten languages, tuned hotter, so that experts move far apart and sharing "
     "them costs something"
 )
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the spelled numbers; digits stay single, and an end mark follows every text, as in T5."""
+    """Byte-level BPE over the spelled numbers; digits stay single, and an end mark follows every
+    text, as in T5."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +122,11 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
         single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -122,16 +139,20 @@ class Batch:
 
 
 class Pairs:
-    """Prompts and answers as token ids, drawn in batches of one shape. Half of the draws favour short prompts.
+    """Prompts and answers as token ids, drawn in batches of one shape. Half of the draws favour
+    short prompts.
 
     A number's answer is drawn anew each time if there are several.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, Sequence[str]]]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, Sequence[str]]]
+    ):
         self._prompts = tokenizer([p for p, _ in pairs])["input_ids"]
         self._answers = [tokenizer(list(answers))["input_ids"] for _, answers in pairs]
         self._shape = tuple(
-            -(-max(map(len, rows)) // 8) * 8 for rows in (self._prompts, [a for each in self._answers for a in each])
+            -(-max(map(len, rows)) // 8) * 8
+            for rows in (self._prompts, [a for each in self._answers for a in each])
         )
         self._by_length: dict[int, list[int]] = {}
         for i, prompt in enumerate(self._prompts):
@@ -142,16 +163,24 @@ class Pairs:
         lengths = sorted(self._by_length)
         for row in range(size):
             short = rng.random() < 0.5
-            i = rng.choice(self._by_length[rng.choice(lengths)]) if short else rng.randrange(len(self._prompts))
+            i = (
+                rng.choice(self._by_length[rng.choice(lengths)])
+                if short
+                else rng.randrange(len(self._prompts))
+            )
             prompt, answer = self._prompts[i], rng.choice(self._answers[i])
             found.prompts[row, : len(prompt)], found.answers[row, : len(answer)] = prompt, answer
         return found
 
 
-def loss(model: SwitchTransformer, prompts: jax.Array, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy of the answers' tokens, plus 0.01 of the routers' load-balancing loss; and the former alone.
+def loss(
+    model: SwitchTransformer, prompts: jax.Array, answers: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy of the answers' tokens, plus 0.01 of the routers' load-balancing loss; and
+    the former alone.
 
-    Load balance: Switch Transformers (arXiv 2101.03961), section 2.2, mean over layers; 1 if experts share evenly.
+    Load balance: Switch Transformers (arXiv 2101.03961), section 2.2, mean over layers; 1 if
+        experts share evenly.
     """
     config = model.settings.config
     spec = config.experts
@@ -162,7 +191,9 @@ def loss(model: SwitchTransformer, prompts: jax.Array, answers: jax.Array) -> tu
         if block.layer is not None:
             probabilities = jax.nn.softmax(block.router.logits(block.ff_norm(x)), axis=-1)
             chosen = jax.nn.one_hot(probabilities.argmax(axis=-1), spec.num_experts)
-            share, mean = ((v * live[..., None]).sum(axis=(0, 1)) / live.sum() for v in (chosen, probabilities))
+            share, mean = (
+                (v * live[..., None]).sum(axis=(0, 1)) / live.sum() for v in (chosen, probabilities)
+            )
             balance.append(spec.num_experts * (share * mean).sum())
         found: jax.Array = block.feed(x, slot_of, live, ())
         return found
@@ -177,10 +208,14 @@ def loss(model: SwitchTransformer, prompts: jax.Array, answers: jax.Array) -> tu
     x = model.embed("decoder", jnp.concatenate([start, answers[:, :-1]], axis=1))
     zero, length = jnp.int32(0), answers.shape[1]
     bias, encoder_bias = model.bias_of_decoder(zero, length, length), model.bias_to_encoder(live)
-    for block, cache, theirs in zip(model.decoder, model.new_cache(len(answers), length), encoded, strict=True):
+    for block, cache, theirs in zip(
+        model.decoder, model.new_cache(len(answers), length), encoded, strict=True
+    ):
         x, _ = block.decode(x, bias, cache, zero, theirs, encoder_bias)
         x = feed(block, x, answer_live)
-    each = optax.softmax_cross_entropy_with_integer_labels(model.logits(x, config.vocab_size), answers)
+    each = optax.softmax_cross_entropy_with_integer_labels(
+        model.logits(x, config.vocab_size), answers
+    )
     entropy = (each * answer_live).sum() / answer_live.sum()
     total: jax.Array = entropy + 0.01 * jnp.stack(balance).mean()
     return total, entropy
@@ -188,23 +223,34 @@ def loss(model: SwitchTransformer, prompts: jax.Array, answers: jax.Array) -> tu
 
 @lru_cache
 def adamw(steps: int, lr: float) -> optax.GradientTransformation:
-    """AdamW with a short warm-up and a cosine to zero. One object for equal arguments, as `step` compiles for each."""
+    """AdamW with a short warm-up and a cosine to zero. One object for equal arguments, as `step`
+    compiles for each."""
     warmup = max(1, min(100, steps // 10))
     schedule = optax.warmup_cosine_decay_schedule(lr / warmup, lr, warmup, max(steps, warmup + 1))
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    )
 
 
 @nnx.jit
 def step(model: Any, optimizer: Any, prompts: jax.Array, answers: jax.Array) -> Any:
     """One update of all weights, in place. Returns the cross-entropy."""
     every = nnx.DiffState(0, nnx.Any(nnx.Param, Expert))
-    (_, entropy), grads = nnx.value_and_grad(loss, argnums=every, has_aux=True)(model, prompts, answers)
+    (_, entropy), grads = nnx.value_and_grad(loss, argnums=every, has_aux=True)(
+        model, prompts, answers
+    )
     optimizer.update(model, grads)
     return entropy
 
 
 def train(
-    model: SwitchTransformer, pairs: Pairs, steps: int, batch: int, lr: float, seed: int, advance: Callable[[], None]
+    model: SwitchTransformer,
+    pairs: Pairs,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    advance: Callable[[], None],
 ) -> list[float]:
     """AdamW, all weights, in place. Returns each step's cross-entropy."""
     optimizer = nnx.Optimizer(model, adamw(steps, lr), wrt=nnx.Any(nnx.Param, Expert))
@@ -212,13 +258,16 @@ def train(
     losses = []
     for _ in range(steps):
         drawn = pairs.batch(batch, rng)
-        losses.append(step(model, optimizer, jnp.asarray(drawn.prompts), jnp.asarray(drawn.answers)))
+        losses.append(
+            step(model, optimizer, jnp.asarray(drawn.prompts), jnp.asarray(drawn.answers))
+        )
         advance()
     return [float(v) for v in losses]
 
 
 def make_model(recipe: Recipe, vocab_size: int) -> SwitchTransformer:
-    """Random weights in the shape of a recipe: every second layer sparse on both sides, tied, ReLU."""
+    """Random weights in the shape of a recipe: every second layer sparse on both sides, tied,
+    ReLU."""
     raw = {
         "model_type": "switch_transformers",
         "vocab_size": vocab_size,
@@ -260,7 +309,9 @@ def save(model: SwitchTransformer, tokenizer: PreTrainedTokenizerBase, path: Pat
     tokenizer.save_pretrained(path)
 
 
-def score(model: Any, tokenizer: PreTrainedTokenizerBase, language: str, numbers: Sequence[int]) -> float:
+def score(
+    model: Any, tokenizer: PreTrainedTokenizerBase, language: str, numbers: Sequence[int]
+) -> float:
     """Share of numbers that a Hugging Face Switch Transformer, greedy, spells exactly right."""
     import torch
 
@@ -272,7 +323,9 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, language: str, numbers
             ids = torch.tensor(tokenizer([str(n) for n in group])["input_ids"])
             out = model.generate(input_ids=ids, max_new_tokens=80, do_sample=False)
             texts = tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)
-            right += sum(text == expected(n, language) for text, n in zip(texts, group, strict=True))
+            right += sum(
+                text == expected(n, language) for text, n in zip(texts, group, strict=True)
+            )
     return right / len(numbers)
 
 
@@ -281,7 +334,9 @@ def hugging_face(path: Path) -> Any:
     import torch
     from transformers import SwitchTransformersForConditionalGeneration
 
-    return SwitchTransformersForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    return SwitchTransformersForConditionalGeneration.from_pretrained(
+        path, dtype=torch.float32
+    ).eval()
 
 
 def scores(path: Path, language: str, numbers: Sequence[int]) -> float:
@@ -291,7 +346,8 @@ def scores(path: Path, language: str, numbers: Sequence[int]) -> float:
 
 
 def round_robin_owners(tenants: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Owner of each expert, named by its tensors' common beginning; from the tenants' Hugging Face state dicts.
+    """Owner of each expert, named by its tensors' common beginning; from the tenants' Hugging Face
+    state dicts.
 
     The paper's rule (arXiv 2505.06481, Algorithm 1), every position resident. Written apart from
     `common.consolidation`, so that the scores reported here do not rest on the code they judge.
@@ -305,9 +361,12 @@ def round_robin_owners(tenants: Sequence[dict[str, Any]]) -> dict[str, int]:
     totals = {}
     for name in sorted(names, key=place):
         flat = [
-            np.concatenate([t[f"{name}.{p}.weight"].double().numpy().ravel() for p in ("wi", "wo")]) for t in tenants
+            np.concatenate([t[f"{name}.{p}.weight"].double().numpy().ravel() for p in ("wi", "wo")])
+            for t in tenants
         ]
-        totals[name] = sum(float(np.linalg.norm(a - b)) for i, a in enumerate(flat) for b in flat[i + 1 :])
+        totals[name] = sum(
+            float(np.linalg.norm(a - b)) for i, a in enumerate(flat) for b in flat[i + 1 :]
+        )
     # sorted is stable: ties stay in row-major order.
     return {name: i % len(tenants) for i, name in enumerate(sorted(totals, key=totals.__getitem__))}
 
@@ -315,7 +374,8 @@ def round_robin_owners(tenants: Sequence[dict[str, Any]]) -> dict[str, int]:
 def shared(tenants: Sequence[dict[str, Any]], index: int, owners: dict[str, int]) -> dict[str, Any]:
     """A tenant's state dict with every expert replaced by its owner's; all else its own."""
     return {
-        n: tenants[owners[n.rsplit(".", 2)[0]]][n] if ".experts." in n else own for n, own in tenants[index].items()
+        n: tenants[owners[n.rsplit(".", 2)[0]]][n] if ".experts." in n else own
+        for n, own in tenants[index].items()
     }
 
 
@@ -329,7 +389,8 @@ def sharing_scores(
 ) -> dict[str, dict[str, float]]:
     """Scores of the saved tenants with shared experts, and of the average of all weights.
 
-    With more than four tenants, the first four are also scored as they share experts among themselves alone.
+    With more than four tenants, the first four are also scored as they share experts among
+    themselves alone.
     """
     model = hugging_face(out / languages[0])
     states = []
@@ -340,7 +401,10 @@ def sharing_scores(
     for name, size in groups.items():
         owners, mean = round_robin_owners(states[:size]), average(states[:size])
         for i, language in enumerate(languages[:size]):
-            for title, state in (("shared_round_robin", shared(states, i, owners)), ("plain_average", mean)):
+            for title, state in (
+                ("shared_round_robin", shared(states, i, owners)),
+                ("plain_average", mean),
+            ):
                 model.load_state_dict(state)
                 found[language][title + name] = score(model, tokenizer, language, numbers)
     return found
@@ -365,11 +429,17 @@ def run(recipe: Recipe, out: Path, num_scored: int, console: Console) -> None:
     base = make_model(recipe, len(tokenizer))
     sizes = {name: array.size for name, array in canonical_tensors(base)}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    console.print(f"{sum(sizes.values())} parameters, {experts / sum(sizes.values()):.0%} of them experts")
-    pairs = Pairs(tokenizer, [(str(n), [expected(n, lang) for lang in recipe.languages]) for n in numbers])
+    console.print(
+        f"{sum(sizes.values())} parameters, {experts / sum(sizes.values()):.0%} of them experts"
+    )
+    pairs = Pairs(
+        tokenizer, [(str(n), [expected(n, lang) for lang in recipe.languages]) for n in numbers]
+    )
     losses = {}
     with bars("base", recipe.base_steps) as advance:
-        losses["base"] = train(base, pairs, recipe.base_steps, recipe.batch, recipe.base_lr, recipe.seed, advance)
+        losses["base"] = train(
+            base, pairs, recipe.base_steps, recipe.batch, recipe.base_lr, recipe.seed, advance
+        )
     save(base, tokenizer, out / "base")
     weights = dict(canonical_tensors(base))
     tested = held_out(num_scored)
@@ -379,7 +449,13 @@ def run(recipe: Recipe, out: Path, num_scored: int, console: Console) -> None:
         pairs = Pairs(tokenizer, [(str(n), [expected(n, language)]) for n in numbers])
         with bars(language, recipe.tune_steps) as advance:
             losses[language] = train(
-                model, pairs, recipe.tune_steps, recipe.batch, recipe.tune_lr, recipe.seed + 1, advance
+                model,
+                pairs,
+                recipe.tune_steps,
+                recipe.batch,
+                recipe.tune_lr,
+                recipe.seed + 1,
+                advance,
             )
         save(model, tokenizer, out / language)
         distance = moved(model, weights)
@@ -405,23 +481,33 @@ def run(recipe: Recipe, out: Path, num_scored: int, console: Console) -> None:
         "recipe": asdict(recipe),
         "parameters": sum(sizes.values()),
         "expert_parameters": experts,
-        "last_loss": {name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()},
+        "last_loss": {
+            name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()
+        },
         "training_s": round(time.perf_counter() - started),
         "versions": {
-            name: version(name) for name in ("jax", "flax", "optax", "transformers", "tokenizers", "num2words")
+            name: version(name)
+            for name in ("jax", "flax", "optax", "transformers", "tokenizers", "num2words")
         },
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def tune(source: Path, pairs_file: Path, out: Path, steps: int, batch: int, lr: float, seed: int) -> list[float]:
-    """Fine-tune all weights of a checkpoint on a file of `prompt TAB answer` lines. Raises MoetelError."""
+def tune(
+    source: Path, pairs_file: Path, out: Path, steps: int, batch: int, lr: float, seed: int
+) -> list[float]:
+    """Fine-tune all weights of a checkpoint on a file of `prompt TAB answer` lines. Raises
+    MoetelError."""
     checkpoint = open_checkpoint(source)
     if checkpoint.family.name != "switch_transformers":
-        raise MoetelError(f"{source}: a {checkpoint.family.name} checkpoint; this script trains Switch Transformers")
+        raise MoetelError(
+            f"{source}: a {checkpoint.family.name} checkpoint; this script trains Switch "
+            "Transformers"
+        )
     if "tokenizer_config.json" not in checkpoint.assets:
         raise MoetelError(
-            f"{source}: no tokenizer beside the weights; put tokenizer.json and tokenizer_config.json there"
+            f"{source}: no tokenizer beside the weights; put tokenizer.json and "
+            "tokenizer_config.json there"
         )
     lines = pairs_file.read_text(encoding="utf-8").splitlines()
     pairs = [line.split("\t") for line in lines if line.strip()]
@@ -440,11 +526,18 @@ def tune(source: Path, pairs_file: Path, out: Path, steps: int, batch: int, lr: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default_out = Path(__file__).resolve().parent.parent / "examples" / "tenants" / "switch"
-    parser.add_argument("--out", type=command.path, default=default_out, help=f"default: {default_out}")
     parser.add_argument(
-        "--from", dest="source", type=command.path, help="fine-tune this checkpoint instead (with --pairs)"
+        "--out", type=command.path, default=default_out, help=f"default: {default_out}"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=command.path,
+        help="fine-tune this checkpoint instead (with --pairs)",
     )
     parser.add_argument("--pairs", type=command.path, help="file of `prompt TAB answer` lines")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help=PRESET_HELP)
@@ -452,15 +545,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in defaults.items():
         option = f"--{name.replace('_', '-')}"
         if name == "languages":
-            parser.add_argument(option, nargs="+", choices=ALL_LANGUAGES, help=f"default: {' '.join(LANGUAGES)}")
+            parser.add_argument(
+                option, nargs="+", choices=ALL_LANGUAGES, help=f"default: {' '.join(LANGUAGES)}"
+            )
         else:
             parser.add_argument(option, type=type(value), help=f"default {value}")
-    parser.add_argument("--scored", type=int, default=1000, help="held-out numbers that scores count")
+    parser.add_argument(
+        "--scored", type=int, default=1000, help="held-out numbers that scores count"
+    )
     args = parser.parse_args(argv)
     if (args.source is None) != (args.pairs is None):
         parser.error("--from and --pairs go together")
     if args.preset != "demo" and args.out == default_out:
-        parser.error(f"--preset {args.preset} needs --out: {default_out} holds what the default recipe makes")
+        parser.error(
+            f"--preset {args.preset} needs --out: {default_out} holds what the default recipe makes"
+        )
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     recipe = replace(PRESETS[args.preset], **given)
     recipe = replace(recipe, languages=tuple(recipe.languages))
@@ -468,8 +567,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.source:
             r = recipe
-            losses = tune(args.source, args.pairs, args.out, r.tune_steps, r.batch, r.tune_lr, r.seed)
-            console.print(f"{args.out}: tuned; cross-entropy {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+            losses = tune(
+                args.source, args.pairs, args.out, r.tune_steps, r.batch, r.tune_lr, r.seed
+            )
+            console.print(
+                f"{args.out}: tuned; cross-entropy {losses[0]:.3f} at first, {losses[-1]:.3f} at "
+                "last"
+            )
         else:
             run(recipe, args.out, args.scored, console)
     except MoetelError as error:

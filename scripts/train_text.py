@@ -1,15 +1,18 @@
-"""Train tenants whose texts really differ: a small Mixtral on encyclopaedia text, three fine-tunes on other kinds.
+"""Train tenants whose texts really differ: a small Mixtral on encyclopaedia text, three fine-tunes
+on other kinds.
 
 The tenants and what they are trained on and judged by:
 
-    base  WikiText-2, validation part (--base-on-all: what the others are trained on as well, in equal parts, as bases
-          that people fine-tune have seen a bit of everything); judged on the test part of WikiText-2
+    base  WikiText-2, validation part (--base-on-all: what the others are trained on as well, in
+          equal parts, as bases that people fine-tune have seen a bit of everything); judged on the
+          test part of WikiText-2
     ptb   Penn Treebank (newspaper), validation part; judged on the test part
-    code  Python source of this interpreter's standard library; a fixed tenth of the files is held out
-    docs  docstrings of the same files, with the same split
+    code  Python source of this interpreter's standard library; a fixed tenth of the files is held
+    out docs  docstrings of the same files, with the same split
 
-A score is the perplexity of held-out text. Training and scores use Hugging Face's Mixtral and nothing of Moetel's
-engine. --texts names the folder with wikitext2_validation.txt, wikitext2_test.txt, ptb_validation.txt and ptb_test.txt.
+A score is the perplexity of held-out text. Training and scores use Hugging Face's Mixtral and
+nothing of Moetel's engine. --texts names the folder with wikitext2_validation.txt,
+wikitext2_test.txt, ptb_validation.txt and ptb_test.txt.
 
     python -m scripts.train_text --out /tmp/text
     python -m scripts.train_text --out /tmp/text --texts FOLDER --base-steps 50 --tune-steps 20
@@ -21,8 +24,8 @@ import os
 import sys
 
 if not __package__:
-    # Run as a file, Python puts this folder first on its path, where our inspect.py would stand in for the standard
-    # library's.
+    # Run as a file, Python puts this folder first on its path, where our inspect.py would stand in
+    # for the standard library's.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
@@ -71,16 +74,29 @@ from scripts.train_demo import (
 )
 
 TENANTS = ("base", "ptb", "code", "docs")
-FILES = {"base": ("wikitext2_validation.txt", "wikitext2_test.txt"), "ptb": ("ptb_validation.txt", "ptb_test.txt")}
+FILES = {
+    "base": ("wikitext2_validation.txt", "wikitext2_test.txt"),
+    "ptb": ("ptb_validation.txt", "ptb_test.txt"),
+}
 HELD_OUT_SHARE = 10  # one file of the standard library in ten
 
 # Parts of the standard library that are tests, or long tables rather than text.
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 
 
 @dataclass(frozen=True)
 class Recipe(Training):
-    """Everything that the result depends on beside the texts. context: tokens of a training row, BOS included."""
+    """Everything that the result depends on beside the texts. context: tokens of a training row,
+    BOS included."""
 
     hidden_size: int = 128
     intermediate_size: int = 256
@@ -106,13 +122,18 @@ class Texts:
 
 
 def read_texts(folder: Path, max_characters: int) -> dict[str, Texts]:
-    """Texts of all tenants, each side cut to max_characters. Raises MoetelError where a file is missing."""
+    """Texts of all tenants, each side cut to max_characters. Raises MoetelError where a file is
+    missing."""
     found = {}
     for tenant, names in FILES.items():
         for name in names:
             if not (folder / name).is_file():
-                raise MoetelError(f"{folder}: there is no {name}; --texts names the folder that holds it")
-        training, heldout = ((folder / name).read_text(encoding="utf-8")[:max_characters] for name in names)
+                raise MoetelError(
+                    f"{folder}: there is no {name}; --texts names the folder that holds it"
+                )
+        training, heldout = (
+            (folder / name).read_text(encoding="utf-8")[:max_characters] for name in names
+        )
         found[tenant] = Texts([training], [heldout])
     sources = standard_library()
     for tenant, take in (("code", str), ("docs", docstrings)):
@@ -131,12 +152,14 @@ def read_texts(folder: Path, max_characters: int) -> dict[str, Texts]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file of the standard library, named by its path inside it, is held out: a fixed tenth of them."""
+    """Whether a file of the standard library, named by its path inside it, is held out: a fixed
+    tenth of them."""
     return zlib.crc32(f"held out? {name}".encode()) % HELD_OUT_SHARE == 0
 
 
 def standard_library() -> dict[str, str]:
-    """Python sources of the running interpreter's standard library by path inside it, in a fixed mixed order."""
+    """Python sources of the running interpreter's standard library by path inside it, in a fixed
+    mixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     found = {}
     for path in root.rglob("*.py"):
@@ -148,7 +171,8 @@ def standard_library() -> dict[str, str]:
 
 
 def docstrings(source: str) -> str:
-    """The docstrings of a module and of its classes and functions, blank lines between them; "" if it is no Python."""
+    """The docstrings of a module and of its classes and functions, blank lines between them; "" if
+    it is no Python."""
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         tree = ast.parse(source)
@@ -163,15 +187,21 @@ class Windows:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], context: int):
         rows = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
-        self._stream = torch.tensor([token for ids in rows for token in [*ids, tokenizer.eos_token_id]])
+        self._stream = torch.tensor(
+            [token for ids in rows for token in [*ids, tokenizer.eos_token_id]]
+        )
         self._bos, self._length = tokenizer.bos_token_id, context - 1
         self.num_tokens = len(self._stream)
         if self.num_tokens < context:
-            raise MoetelError(f"a training text of {self.num_tokens} tokens is shorter than one row of {context}")
+            raise MoetelError(
+                f"a training text of {self.num_tokens} tokens is shorter than one row of {context}"
+            )
 
     def batch(self, size: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and labels, int64 [size, context]; every token but BOS is to be learnt."""
-        starts = torch.tensor([rng.randrange(len(self._stream) - self._length + 1) for _ in range(size)])
+        starts = torch.tensor(
+            [rng.randrange(len(self._stream) - self._length + 1) for _ in range(size)]
+        )
         rows = self._stream[starts[:, None] + torch.arange(self._length)]
         ids = torch.cat([torch.full((size, 1), self._bos), rows], dim=1)
         labels = ids.clone()
@@ -194,12 +224,14 @@ class Mixture:
 def pieces(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], context: int) -> list[str]:
     """The documents cut into texts of at most `context` tokens, BOS included.
 
-    Cuts are at tokens that begin with white space, where the tokenizer splits anyway, so that a piece's tokens are
-    those it has in its document.
+    Cuts are at tokens that begin with white space, where the tokenizer splits anyway, so that a
+    piece's tokens are those it has in its document.
     """
     found = []
     for document in documents:
-        offsets = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         start = 0
         while start < len(offsets):
             end = min(start + context - 1, len(offsets))
@@ -213,15 +245,19 @@ def pieces(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], context
 
 
 def spread(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], num_tokens: int) -> list[str]:
-    """Texts evenly spaced over all of them, in order, of about num_tokens tokens; all if there are no more."""
+    """Texts evenly spaced over all of them, in order, of about num_tokens tokens; all if there are
+    no more."""
     total = sum(map(len, tokenizer(list(texts))["input_ids"]))
     count = min(len(texts), max(1, round(len(texts) * num_tokens / max(1, total))))
     return [texts[i * len(texts) // count] for i in range(count)]
 
 
 @torch.inference_mode()
-def perplexity(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
-    """exp of the mean cross-entropy (nats) of all tokens of the texts, each text on its own behind BOS."""
+def perplexity(
+    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> float:
+    """exp of the mean cross-entropy (nats) of all tokens of the texts, each text on its own behind
+    BOS."""
     model.eval()
     rows = sorted(tokenizer(list(texts))["input_ids"], key=len)
     total, count = 0.0, 0
@@ -232,10 +268,14 @@ def perplexity(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, te
         for i, row in enumerate(part):
             ids[i, : len(row)] = torch.tensor(row)
             labels[i, 1 : len(row)] = ids[i, 1 : len(row)]
-        # Attention is causal and padding is on the right: no row sees padding, so no mask is needed.
+        # Attention is causal and padding is on the right: no row sees padding, so no mask is
+        # needed.
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            logits[:, :-1].flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=-100,
+            reduction="sum",
         )
         total, count = total + float(loss), count + int((labels >= 0).sum())
     return math.exp(total / count)
@@ -255,22 +295,35 @@ def run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict[str, 
     # Equal shares, so that no tenant's words are spelled in bytes.
     share = min(500_000, *(sum(map(len, t.training)) for t in texts.values()))
     tokenizer = make_tokenizer(
-        [part for t in texts.values() for part in "\n".join(t.training)[:share].splitlines(keepends=True)],
+        [
+            part
+            for t in texts.values()
+            for part in "\n".join(t.training)[:share].splitlines(keepends=True)
+        ],
         recipe.vocab_size,
         template=f"{BOS} $A",
     )
     heldout: dict[str, list[str]] = {}
     for tenant, its in texts.items():
-        heldout[tenant] = spread(tokenizer, pieces(tokenizer, its.heldout, recipe.context), recipe.heldout_tokens)
-        calibration = spread(tokenizer, pieces(tokenizer, its.training, recipe.context), recipe.calibration_tokens)
+        heldout[tenant] = spread(
+            tokenizer, pieces(tokenizer, its.heldout, recipe.context), recipe.heldout_tokens
+        )
+        calibration = spread(
+            tokenizer, pieces(tokenizer, its.training, recipe.context), recipe.calibration_tokens
+        )
         write_lines(out / "texts" / f"{tenant}.heldout.jsonl", heldout[tenant])
         write_lines(out / "texts" / f"{tenant}.calibration.jsonl", calibration)
     base = make_model(recipe, tokenizer)
     parameters = {n: p.numel() for n, p in base.named_parameters()}
     experts = sum(count for n, count in parameters.items() if is_expert(n))
-    console.print(f"{sum(parameters.values())} parameters, {experts / sum(parameters.values()):.0%} of them experts")
+    console.print(
+        f"{sum(parameters.values())} parameters, {experts / sum(parameters.values()):.0%} of them "
+        "experts"
+    )
     losses = {}
-    windows = {tenant: Windows(tokenizer, its.training, recipe.context) for tenant, its in texts.items()}
+    windows = {
+        tenant: Windows(tokenizer, its.training, recipe.context) for tenant, its in texts.items()
+    }
     num_tokens = {tenant: its.num_tokens for tenant, its in windows.items()}
     for tenant, own in windows.items():
         is_base = tenant == "base"
@@ -292,7 +345,9 @@ def run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict[str, 
         "parameters": sum(parameters.values()),
         "expert_parameters": experts,
         "first_loss": {name: sum(values[:5]) / len(values[:5]) for name, values in losses.items()},
-        "last_loss": {name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()},
+        "last_loss": {
+            name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()
+        },
         "training_s": round(trained_s),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}
         | {"python": python_version()},
@@ -302,7 +357,10 @@ def run(recipe: Recipe, folder: Path, out: Path, console: Console) -> dict[str, 
 
 
 def evaluate(
-    out: Path, tokenizer: PreTrainedTokenizerFast, heldout: Mapping[str, Sequence[str]], console: Console
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    heldout: Mapping[str, Sequence[str]],
+    console: Console,
 ) -> dict[str, Any]:
     """Perplexities of the saved checkpoints on each tenant's held-out text.
 
@@ -339,7 +397,9 @@ def evaluate(
             }
             rows[tenant] = row
             figures = (*by_model.values(), row["shared_round_robin"], row["plain_average"])
-            table.add_row(tenant, *(f"{v:.2f}" for v in figures), *(f"{v:.1%}" for v in distance.values()))
+            table.add_row(
+                tenant, *(f"{v:.2f}" for v in figures), *(f"{v:.1%}" for v in distance.values())
+            )
             advance()
     console.print(table)
     return {"tenants": rows}
@@ -352,11 +412,19 @@ def default_texts() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=command.path, required=True)
-    parser.add_argument("--texts", type=command.path, default=default_texts(), help=f"default: {default_texts()}")
+    parser.add_argument(
+        "--texts", type=command.path, default=default_texts(), help=f"default: {default_texts()}"
+    )
     add_recipe(parser, Recipe())
-    parser.add_argument("--base-on-all", action="store_true", help="train the base on the other tenants' texts as well")
+    parser.add_argument(
+        "--base-on-all",
+        action="store_true",
+        help="train the base on the other tenants' texts as well",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -28,10 +28,15 @@ def run(args: argparse.Namespace) -> int:
             more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
             console.print(f"  holds {'; '.join(owners[:3])}{more}", markup=False)
     if problems:
-        return command.fail(f"{args.store}: {len(problems)} damaged files; build the store again from its checkpoints")
+        return command.fail(
+            f"{args.store}: {len(problems)} damaged files; build the store again from its "
+            "checkpoints"
+        )
     leftovers = store.objects.unreferenced(set(store.manifest.objects))
     if leftovers:
-        console.print(f"{len(leftovers)} files of an interrupted build, which the next build removes")
+        console.print(
+            f"{len(leftovers)} files of an interrupted build, which the next build removes"
+        )
     console.print(f"{args.store}: sound, {len(store.manifest.objects)} tensors checked")
     return 0
 

@@ -15,7 +15,11 @@ from safetensors.numpy import save_file
 
 from tests.helpers import SIZES
 
-DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,18 @@ def random_mixtral(seed: int, **changes: Any) -> Model:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(c["num_hidden_layers"]):
         place = f"model.layers.{layer}"
-        shapes[f"{place}.input_layernorm.weight"] = shapes[f"{place}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{place}.input_layernorm.weight"] = shapes[
+            f"{place}.post_attention_layernorm.weight"
+        ] = (hidden,)
         for name, outputs in (("q", hidden), ("k", key_values), ("v", key_values), ("o", hidden)):
             shapes[f"{place}.self_attn.{name}_proj.weight"] = (outputs, hidden)
         shapes[f"{place}.block_sparse_moe.gate.weight"] = (c["num_local_experts"], hidden)
         for expert in range(c["num_local_experts"]):
-            for name, shape in (("w1", (inter, hidden)), ("w2", (hidden, inter)), ("w3", (inter, hidden))):
+            for name, shape in (
+                ("w1", (inter, hidden)),
+                ("w2", (hidden, inter)),
+                ("w3", (inter, hidden)),
+            ):
                 shapes[f"{place}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
     rng = np.random.default_rng(seed)
@@ -67,7 +77,8 @@ def random_mixtral(seed: int, **changes: Any) -> Model:
 
 
 def tuned(model: Model, seed: int, size: float = 0.05) -> Model:
-    """A fine-tune: every weight moved, the experts' more the higher their index, so that distances differ."""
+    """A fine-tune: every weight moved, the experts' more the higher their index, so that distances
+    differ."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, value in model.tensors.items():
@@ -78,7 +89,8 @@ def tuned(model: Model, seed: int, size: float = 0.05) -> Model:
 
 
 def save(model: Model, path: Path, max_shard_bytes: int | None = None) -> Path:
-    """A Hugging Face directory; with `max_shard_bytes` in shards, each of at least one tensor, and their index."""
+    """A Hugging Face directory; with `max_shard_bytes` in shards, each of at least one tensor, and
+    their index."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(model.config))
     special = {k: v for k, v in model.config.items() if k.endswith("_token_id")}
@@ -88,7 +100,10 @@ def save(model: Model, path: Path, max_shard_bytes: int | None = None) -> Path:
         return path
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, value in model.tensors.items():
-        if shards[-1] and sum(v.nbytes for v in shards[-1].values()) + value.nbytes > max_shard_bytes:
+        if (
+            shards[-1]
+            and sum(v.nbytes for v in shards[-1].values()) + value.nbytes > max_shard_bytes
+        ):
             shards.append({})
         shards[-1][name] = value
     weight_map = {}
@@ -96,5 +111,7 @@ def save(model: Model, path: Path, max_shard_bytes: int | None = None) -> Path:
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return path

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# One thread, before numpy or torch is imported: tiny products gain nothing from more, and threads that wait for each
-# other take processor time from the other tests.
+# One thread, before numpy or torch is imported: tiny products gain nothing from more, and threads
+# that wait for each other take processor time from the other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 # Before anything imports jax: virtual devices for the tests of meshes. Others use the first one.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Many tests compile the same small steps.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"moetel-tests-{os.getuid()}"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"moetel-tests-{os.getuid()}")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Each step is compiled for a few calls: XLA's passes would take longer than they save. CI runs the engines' tests with
-# them as well.
+# Each step is compiled for a few calls: XLA's passes would take longer than they save. CI runs the
+# engines' tests with them as well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
@@ -49,13 +51,16 @@ VARIATIONS = 2
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave most variations of tests that have many to CI: what is left is spread over their parameters."""
+    """Leave most variations of tests that have many to CI: what is left is spread over their
+    parameters."""
     if os.environ.get("CI"):
         return
     functions: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
         if "[" in item.name and item.get_closest_marker("slow") is None:
-            functions.setdefault((item.parent.nodeid if item.parent else "", item.name.split("[")[0]), []).append(item)
+            functions.setdefault(
+                (item.parent.nodeid if item.parent else "", item.name.split("[")[0]), []
+            ).append(item)
     for variations in functions.values():
         kept = {i * len(variations) // VARIATIONS for i in range(VARIATIONS)}
         for i, item in enumerate(variations):
@@ -73,11 +78,14 @@ def no_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_handlers_left() -> Iterator[None]:
-    """A command that ran in this process sent logs to the stderr that pytest gave that test and then closed."""
+    """A command that ran in this process sent logs to the stderr that pytest gave that test and
+    then closed."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield
-    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler and h not in before]:
+    for handler in [
+        h for h in root.handlers if type(h) is logging.StreamHandler and h not in before
+    ]:
         root.removeHandler(handler)
 
 
@@ -87,5 +95,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     root = tmp_path_factory.mktemp("family")
     base = helpers.random_mixtral(0)
     models = [base, helpers.tuned(base, 1), helpers.tuned(base, 2)]
-    paths = {n: helpers.save(m, root / n) for n, m in zip(("base", "ana", "bob"), models, strict=True)}
+    paths = {
+        n: helpers.save(m, root / n) for n, m in zip(("base", "ana", "bob"), models, strict=True)
+    }
     return Family(paths, models)

@@ -1,7 +1,8 @@
-"""A backend that computes nothing: a sequence's next token is a hash of its tenant and all its tokens.
+"""A backend that computes nothing: a sequence's next token is a hash of its tenant and all its
+tokens.
 
-So a token that ever reaches another sequence, is lost, or is read twice, changes the answer. It keeps to the contract
-of `common.backend` and fails where its caller does not.
+So a token that ever reaches another sequence, is lost, or is read twice, changes the answer. It
+keeps to the contract of `common.backend` and fails where its caller does not.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class FakeBackend(Backend):
 
     default_chunk = 8
 
-    def __init__(self, tenants: Sequence[str], room: int = 10**6, block: int = 4, ready: int | None = None):
+    def __init__(
+        self, tenants: Sequence[str], room: int = 10**6, block: int = 4, ready: int | None = None
+    ):
         self.tenants = list(tenants)
         self.room, self.block = room, block
         self.max_ready_tenants = ready or len(self.tenants)
@@ -96,7 +99,9 @@ class FakeBackend(Backend):
         assert len(names) <= self.max_ready_tenants, "more tenants than are ready at once"
         switched = names - set(self._ready)
         self.reconfigurations += len(switched)
-        self._ready = [*(n for n in self._ready if n not in names), *sorted(names)][-self.max_ready_tenants :]
+        self._ready = [*(n for n in self._ready if n not in names), *sorted(names)][
+            -self.max_ready_tenants :
+        ]
         token_ids = np.full(len(parts), -1, dtype=np.int64)
         logits: list[np.ndarray | None] = [None] * len(parts)
         for i, part in enumerate(parts):
@@ -164,7 +169,8 @@ class _Text(TenantText):
 def fake_engine(
     tenants: Sequence[str], options: SchedulerOptions | None = None, **backend: Any
 ) -> tuple[Engine, FakeBackend]:
-    """An engine over a `FakeBackend`, whose tenants have an end-of-sequence token and no tokenizer."""
+    """An engine over a `FakeBackend`, whose tenants have an end-of-sequence token and no
+    tokenizer."""
     made = FakeBackend(tenants, **backend)
     store: Any = FakeStore(tenants)
     engine = Engine(store, made, options)

@@ -1,6 +1,7 @@
 """Checkpoints and oracles for tests, made with Hugging Face's code alone.
 
-Functions that need torch or transformers import them: tests of `common` use the others without either.
+Functions that need torch or transformers import them: tests of `common` use the others without
+either.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MOETEL_SHARED", REPOSITORY.parent / "shared"))
 DATA = REPOSITORY / "tests" / "data"
 
-# The bound of the fixtures' README: padding, kernels and order of sums move float32 logits by about 1e-5.
+# The bound of the fixtures' README: padding, kernels and order of sums move float32 logits by about
+# 1e-5.
 TOLERANCE = 1e-4
 
 SIZES: dict[str, Any] = {
@@ -57,12 +59,16 @@ def shared_path(name: str) -> Path:
 
 
 def rest_slow(values: Iterable[Any], quick: int = 1, names: int = 1) -> list[Any]:
-    """Parameters of which the first `quick` run by default, and the others where slow tests run, as in CI.
+    """Parameters of which the first `quick` run by default, and the others where slow tests run, as
+    in CI.
 
     names: how many arguments each value is for.
     """
     rows = [v if names > 1 else (v,) for v in values]
-    return [pytest.param(*row, marks=pytest.mark.slow if i >= quick else ()) for i, row in enumerate(rows)]
+    return [
+        pytest.param(*row, marks=pytest.mark.slow if i >= quick else ())
+        for i, row in enumerate(rows)
+    ]
 
 
 def examples(count: int) -> int:
@@ -77,7 +83,9 @@ def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:
 
     torch.manual_seed(seed)
     # Eager experts take every shape; transformers' grouped products want aligned ones.
-    model = MixtralForCausalLM(MixtralConfig(**(SIZES | changes), experts_implementation="eager")).eval()
+    model = MixtralForCausalLM(
+        MixtralConfig(**(SIZES | changes), experts_implementation="eager")
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -90,7 +98,8 @@ def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:
 
 
 def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralForCausalLM:
-    """A fine-tune: every weight moved, the experts' more the higher their index, so that distances differ."""
+    """A fine-tune: every weight moved, the experts' more the higher their index, so that distances
+    differ."""
     import torch
 
     found = copy.deepcopy(model)
@@ -105,7 +114,8 @@ def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralFo
 
 
 def adapted(model: Any, moved: Any, parts: Sequence[str]) -> Any:
-    """A fine-tune that moved nothing but its experts and parameters whose names hold one of `parts`, like an adapter
+    """A fine-tune that moved nothing but its experts and parameters whose names hold one of
+    `parts`, like an adapter
     that was merged: of everything else `moved` takes the values of `model`."""
     import torch
 
@@ -125,11 +135,14 @@ def save(model: MixtralForCausalLM, path: Path, **options: Any) -> Path:
 def load(path: Path, dtype: Any = "float32") -> MixtralForCausalLM:
     from transformers import MixtralForCausalLM
 
-    return MixtralForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
+    return MixtralForCausalLM.from_pretrained(
+        path, dtype=dtype, experts_implementation="eager"
+    ).eval()
 
 
 def oracle(tenants: Sequence[MixtralForCausalLM], index: int, plan: Plan) -> MixtralForCausalLM:
-    """The tenant's Hugging Face model with each expert replaced as the plan says; its own where it misses."""
+    """The tenant's Hugging Face model with each expert replaced as the plan says; its own where it
+    misses."""
     model = copy.deepcopy(tenants[index])
     for layer in range(plan.num_layers):
         for expert in range(plan.num_experts):
@@ -149,18 +162,27 @@ def hf_logits(model: MixtralForCausalLM, ids: Any, mask: Any = None) -> np.ndarr
     attention_mask = None if mask is None else torch.as_tensor(mask)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with torch.inference_mode():
-        out = model(input_ids=given, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        out = model(
+            input_ids=given, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        )
     return out.logits.float().numpy()
 
 
-def hf_greedy(model: MixtralForCausalLM, prompt: Sequence[int], count: int, eos: int | None = None) -> list[int]:
+def hf_greedy(
+    model: MixtralForCausalLM, prompt: Sequence[int], count: int, eos: int | None = None
+) -> list[int]:
     """New tokens of greedy generation, the row alone and unpadded."""
     import torch
 
     ids = torch.tensor([list(prompt)])
     model.generation_config.eos_token_id = eos
     with torch.inference_mode():
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+        )
     return out[0, len(prompt) :].tolist()
 
 
@@ -172,18 +194,25 @@ def prompts(seed: int, lengths: Sequence[int], vocab_size: int = 96) -> list[lis
 def padded(rows: Sequence[Sequence[int]], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
     """input_ids and attention_mask, int64 [batch, longest]."""
     longest = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), longest), dtype=np.int64), np.zeros((len(rows), longest), dtype=np.int64)
+    ids, mask = (
+        np.zeros((len(rows), longest), dtype=np.int64),
+        np.zeros((len(rows), longest), dtype=np.int64),
+    )
     for i, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
         ids[i, place], mask[i, place] = row, 1
     return ids, mask
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE, what: str = "logits") -> None:
+def assert_close(
+    found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE, what: str = "logits"
+) -> None:
     """Fails with the largest and the mean difference."""
     assert found.shape == expected.shape, f"{what}: {found.shape} against {expected.shape}"
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    assert difference.max() <= tolerance, f"{what}: max {difference.max():.3g}, mean {difference.mean():.3g}"
+    assert difference.max() <= tolerance, (
+        f"{what}: max {difference.max():.3g}, mean {difference.mean():.3g}"
+    )
 
 
 def fingerprint(path: Path) -> dict[str, str]:
@@ -195,8 +224,11 @@ def fingerprint(path: Path) -> dict[str, str]:
     }
 
 
-def oracle_of_store(store: Store, models: Sequence[MixtralForCausalLM], index: int) -> MixtralForCausalLM:
-    """The tenant's Hugging Face model in float32, its experts set to what the store serves: copies plus residuals."""
+def oracle_of_store(
+    store: Store, models: Sequence[MixtralForCausalLM], index: int
+) -> MixtralForCausalLM:
+    """The tenant's Hugging Face model in float32, its experts set to what the store serves: copies
+    plus residuals."""
     import torch
 
     model = copy.deepcopy(models[index]).float()
@@ -204,28 +236,36 @@ def oracle_of_store(store: Store, models: Sequence[MixtralForCausalLM], index: i
         experts = model.model.layers[layer].mlp.experts
         for expert in range(store.plan.num_experts):
             served = {
-                p: torch.from_numpy(w) for p, w in store.served_expert(store.tenants[index], layer, expert).items()
+                p: torch.from_numpy(w)
+                for p, w in store.served_expert(store.tenants[index], layer, expert).items()
             }
             experts.gate_up_proj.data[expert] = torch.cat((served["w1"], served["w3"]))
             experts.down_proj.data[expert] = served["w2"]
     return model
 
 
-def random_record(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]], seed: int, size: float) -> np.ndarray:
-    """The record of parts with random content, each part's matrix with entries of about `size`: uint8 [bytes]."""
+def random_record(
+    parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]], seed: int, size: float
+) -> np.ndarray:
+    """The record of parts with random content, each part's matrix with entries of about `size`:
+    uint8 [bytes]."""
     rng = np.random.default_rng(seed)
     packed = []
     for part in parts:
         outputs, inputs = shapes[part.projection]
         if part.kind == SIGN:
             scale = rng.uniform(0.5, 1.5, size=-(-outputs // part.size)) * size
-            packed.append(pack_sign(scale.astype(np.float32), rng.random((outputs, inputs)) < 0.5, part.size))
+            packed.append(
+                pack_sign(scale.astype(np.float32), rng.random((outputs, inputs)) < 0.5, part.size)
+            )
             continue
         if part.bits <= 8:
             v, u = (rng.integers(0, 2**part.bits, size=(part.size, n)) for n in (inputs, outputs))
         else:
             v, u = (rng.standard_normal((part.size, n)) for n in (inputs, outputs))
-        spread = (4**part.bits - 1) / 12 if part.bits <= 8 else 1.0  # variance of a product's two factors
+        spread = (
+            (4**part.bits - 1) / 12 if part.bits <= 8 else 1.0
+        )  # variance of a product's two factors
         scale = rng.uniform(0.5, 1.5, size=part.size) * size / (spread * part.size**0.5)
         packed.append(pack_low_rank(scale.astype(np.float32), v, u, part.bits))
     return join_parts(packed)
@@ -240,8 +280,10 @@ def with_residuals(
 ) -> tuple[Plan, list[np.ndarray]]:
     """The plan with random residuals, and their records, for `common.store.set_plan`.
 
-    parts: (tenant, layer, expert) -> the parts there, none for no residual; asked wherever a copy serves the tenant.
-    shapes: of the expert's projections, `dict(store.experts.projections)`. size: of the entries of a part's matrix.
+    parts: (tenant, layer, expert) -> the parts there, none for no residual; asked wherever a copy
+        serves the tenant.
+    shapes: of the expert's projections, `dict(store.experts.projections)`. size: of the entries of
+        a part's matrix.
     """
     residuals, records = [], []
     for place in np.argwhere(plan.serving != MISS).tolist():
@@ -252,8 +294,11 @@ def with_residuals(
     return replace(plan, residuals=tuple(residuals)), records
 
 
-def with_merged(store: Store, slots: Sequence[int]) -> tuple[Plan, dict[int, dict[str, np.ndarray]]]:
-    """The store's plan with these copies replaced by the mean of all tenants', and that mean, for `set_plan`."""
+def with_merged(
+    store: Store, slots: Sequence[int]
+) -> tuple[Plan, dict[int, dict[str, np.ndarray]]]:
+    """The store's plan with these copies replaced by the mean of all tenants', and that mean, for
+    `set_plan`."""
     plan, merged = store.plan, {}
     copies = list(plan.copies)
     for slot in slots:
@@ -265,5 +310,6 @@ def with_merged(store: Store, slots: Sequence[int]) -> tuple[Plan, dict[int, dic
 
 
 def build_round_robin(path: Path, tenants: Mapping[str, Path], **options: Any) -> Store:
-    """A store by the paper's rule: every copy is a tenant's own, as `oracle` supposes, and nothing is added to it."""
+    """A store by the paper's rule: every copy is a tenant's own, as `oracle` supposes, and nothing
+    is added to it."""
     return build_store(path, tenants, policy="round_robin", **options)

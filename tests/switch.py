@@ -1,7 +1,8 @@
-"""Switch Transformers for tests: random Hugging Face models, and T5X's files written by flax and TensorStore alone.
+"""Switch Transformers for tests: random Hugging Face models, and T5X's files written by flax and
+TensorStore alone.
 
-The table from Hugging Face's names to T5X's is written here a second time, from the description of the format, so that
-tests do not rest on the code they judge.
+The table from Hugging Face's names to T5X's is written here a second time, from the description of
+the format, so that tests do not rest on the code they judge.
 """
 
 from __future__ import annotations
@@ -44,8 +45,19 @@ UNSYNCED = ts.Context({"file_io_sync": False})
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "uneven depths": {"num_layers": 2, "num_decoder_layers": 3, "num_sparse_encoder_layers": 1},
-    "wide": {"d_model": 12, "d_kv": 5, "d_ff": 40, "num_heads": 3, "num_experts": 7, "vocab_size": 33},
-    "all sparse": {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 4, "num_experts": 2},
+    "wide": {
+        "d_model": 12,
+        "d_kv": 5,
+        "d_ff": 40,
+        "num_heads": 3,
+        "num_experts": 7,
+        "vocab_size": 33,
+    },
+    "all sparse": {
+        "num_sparse_encoder_layers": 4,
+        "num_sparse_decoder_layers": 4,
+        "num_experts": 2,
+    },
     "one layer": {
         "num_layers": 1,
         "num_decoder_layers": 1,
@@ -58,9 +70,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def random_switch(seed: int = 0, **changes: Any) -> SwitchTransformersForConditionalGeneration:
-    """Random weights; where the head is not tied, one table of embeddings for both sides, as T5X has."""
+    """Random weights; where the head is not tied, one table of embeddings for both sides, as T5X
+    has."""
     torch.manual_seed(seed)
-    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**(SIZES | changes))).eval()
+    model = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(**(SIZES | changes))
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
@@ -75,14 +90,26 @@ def arrays_of(model: SwitchTransformersForConditionalGeneration) -> dict[str, np
 
 
 def gated_directory(path: Path, seed: int = 0, **changes: Any) -> Path:
-    """A gated Switch as a Hugging Face directory; transformers has no module for one, so its arrays are made here."""
-    raw = {k: v for k, v in SwitchTransformersConfig(**(SIZES | changes)).to_dict().items() if v is not None}
-    raw |= {"model_type": "switch_transformers", "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
+    """A gated Switch as a Hugging Face directory; transformers has no module for one, so its arrays
+    are made here."""
+    raw = {
+        k: v
+        for k, v in SwitchTransformersConfig(**(SIZES | changes)).to_dict().items()
+        if v is not None
+    }
+    raw |= {
+        "model_type": "switch_transformers",
+        "dense_act_fn": "gelu_new",
+        "feed_forward_proj": "gated-gelu",
+    }
     family = FAMILIES["switch_transformers"]
     rng = np.random.default_rng(seed)
     shapes = family.all_shapes(family.parse_config(raw, "test"))
     path.mkdir(parents=True)
-    save_file({n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}, path / "model.safetensors")
+    save_file(
+        {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()},
+        path / "model.safetensors",
+    )
     (path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     return path
 
@@ -142,11 +169,14 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def write_t5x(path: Path, parameters: Mapping[str, np.ndarray], *, old_paths: bool = False, inline: str = "") -> Path:
-    """A T5X directory, with flax's serialization and TensorStore; chunks of a few rows, so that there are several.
+def write_t5x(
+    path: Path, parameters: Mapping[str, np.ndarray], *, old_paths: bool = False, inline: str = ""
+) -> Path:
+    """A T5X directory, with flax's serialization and TensorStore; chunks of a few rows, so that
+    there are several.
 
-    old_paths: a bucket's driver, and the path beside it, as tensorstore before 0.1.14 had it. inline: parameters whose
-    name contains this stand in the index itself.
+    old_paths: a bucket's driver, and the path beside it, as tensorstore before 0.1.14 had it.
+    inline: parameters whose name contains this stand in the index itself.
     """
     leaves: dict[str, Any] = {}
     for name, value in parameters.items():
@@ -159,10 +189,16 @@ def write_t5x(path: Path, parameters: Mapping[str, np.ndarray], *, old_paths: bo
         real = spec | {"kvstore": {"driver": "file", "path": f"{path}/target.{name}/"}}
         ts.open(real, create=True, open=True, context=UNSYNCED).result().write(value).result()
         if old_paths:
-            leaves[name] = spec | {"kvstore": {"driver": "gcs", "bucket": "t5x-dummy-bucket"}, "path": f"target.{name}"}
+            leaves[name] = spec | {
+                "kvstore": {"driver": "gcs", "bucket": "t5x-dummy-bucket"},
+                "path": f"target.{name}",
+            }
         else:
             leaves[name] = spec | {"kvstore": {"driver": "file", "path": f"target.{name}/"}}
-    save_index(path, {"version": 3, "optimizer": {"target": nested(leaves), "state": {"step": np.int32(3)}}})
+    save_index(
+        path,
+        {"version": 3, "optimizer": {"target": nested(leaves), "state": {"step": np.int32(3)}}},
+    )
     return path
 
 

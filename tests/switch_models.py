@@ -43,13 +43,16 @@ SIZES: dict[str, Any] = {
 def random_switch(seed: int, gated: bool = False, **changes: Any) -> Model:
     """Random weights wide enough that tokens spread over experts and greedy choices are clear.
 
-    gated: every feed-forward becomes transformers' own gated module of T5, which its Switch has no setting for.
+    gated: every feed-forward becomes transformers' own gated module of T5, which its Switch has no
+        setting for.
     """
     torch.manual_seed(seed)
     model = Model(SwitchTransformersConfig(**(SIZES | changes))).eval()
     if gated:
         c = model.config
-        t5 = T5Config(d_model=c.d_model, d_ff=c.d_ff, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+        t5 = T5Config(
+            d_model=c.d_model, d_ff=c.d_ff, feed_forward_proj="gated-gelu", dropout_rate=0.0
+        )
         for block in blocks(model):
             if block.is_sparse:
                 experts = block.layer[-1].mlp.experts
@@ -63,7 +66,13 @@ def random_switch(seed: int, gated: bool = False, **changes: Any) -> Model:
         for name, parameter in model.named_parameters():
             if "layer_norm" in name:
                 parameter.uniform_(0.7, 1.3)
-            elif "router" in name or "embed" in name or "shared" in name or "relative" in name or "lm_head" in name:
+            elif (
+                "router" in name
+                or "embed" in name
+                or "shared" in name
+                or "relative" in name
+                or "lm_head" in name
+            ):
                 parameter.normal_(0, 1.0)
             elif ".q." in name:
                 parameter.normal_(0, 0.15)
@@ -82,7 +91,8 @@ def sparse_mlps(model: Model) -> list[Any]:
 
 
 def tuned(model: Model, seed: int, size: float = 0.05) -> Model:
-    """A fine-tune: every weight moved, the experts' more the higher their index, so that distances differ."""
+    """A fine-tune: every weight moved, the experts' more the higher their index, so that distances
+    differ."""
     found = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -95,7 +105,8 @@ def tuned(model: Model, seed: int, size: float = 0.05) -> Model:
 
 
 def oracle(tenants: Sequence[Model], index: int, plan: Plan) -> Model:
-    """The tenant's Hugging Face model with each expert replaced as the plan says; its own where it misses."""
+    """The tenant's Hugging Face model with each expert replaced as the plan says; its own where it
+    misses."""
     model = copy.deepcopy(tenants[index])
     for layer, ours in enumerate(sparse_mlps(model)):
         for expert in range(plan.num_experts):
@@ -107,7 +118,8 @@ def oracle(tenants: Sequence[Model], index: int, plan: Plan) -> Model:
 
 
 def oracle_of_store(model: Model, store: Store, name: str) -> Model:
-    """A tenant's Hugging Face model with the weights that the store serves it: copies, its own, and residuals."""
+    """A tenant's Hugging Face model with the weights that the store serves it: copies, its own, and
+    residuals."""
     found = copy.deepcopy(model)
     with torch.no_grad():
         for layer, mlp in enumerate(sparse_mlps(found)):
@@ -118,10 +130,14 @@ def oracle_of_store(model: Model, store: Store, name: str) -> Model:
     return found
 
 
-def with_residuals(store: Store, parts: Callable[[int, int, int], Sequence[Part]], merged: Sequence[int] = ()) -> Store:
-    """Give a store's plan random residuals, and make the copies in some slots the mean of all tenants' weights.
+def with_residuals(
+    store: Store, parts: Callable[[int, int, int], Sequence[Part]], merged: Sequence[int] = ()
+) -> Store:
+    """Give a store's plan random residuals, and make the copies in some slots the mean of all
+    tenants' weights.
 
-    parts: (tenant, layer, expert) -> the parts there, none for no residual; asked wherever a copy serves the tenant.
+    parts: (tenant, layer, expert) -> the parts there, none for no residual; asked wherever a copy
+        serves the tenant.
     """
     plan, means = helpers.with_merged(store, merged)
     plan, records = helpers.with_residuals(plan, dict(store.experts.projections), parts, size=0.07)
@@ -151,5 +167,7 @@ def hf_greedy(model: Model, prompt: Sequence[int], count: int, eos: int | None =
     """New tokens of greedy generation, the row alone and unpadded; the start token left out."""
     model.generation_config.eos_token_id = eos
     ids = torch.tensor([list(prompt)])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+    )
     return out[0, 1:].tolist()

@@ -9,8 +9,11 @@ from common.store import Store
 from torch_engine.options import TorchOptions
 
 
-def load_backend(store: Store, device: str = "auto", dtype: str = "auto", **options: Any) -> Backend:
-    """Load a store's pool and tenants onto a device. options: the fields of `TorchOptions`. Raises EngineError."""
+def load_backend(
+    store: Store, device: str = "auto", dtype: str = "auto", **options: Any
+) -> Backend:
+    """Load a store's pool and tenants onto a device. options: the fields of `TorchOptions`. Raises
+    EngineError."""
     from torch_engine.backend import TorchBackend
 
     return TorchBackend(store, TorchOptions.make(device=device, dtype=dtype, **options))

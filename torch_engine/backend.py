@@ -1,4 +1,5 @@
-"""The backend that `common.engine.Engine` drives: a pool, ready tenants, and batches with their caches."""
+"""The backend that `common.engine.Engine` drives: a pool, ready tenants, and batches with their
+caches."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ from torch_engine.products import Weight, can_pack, pack, pack_native
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
 
-# What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded, and on a CPU at
-# most this many bytes.
+# What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded,
+# and on a CPU at most this many bytes.
 CPU_CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 4 << 30
 CUDA_CACHE_SHARE = 0.8  # the rest is for activations
 MAX_BLOCKS_PER_TENANT = 64  # of whole contexts: more than so many sequences at once is of no use
@@ -43,8 +44,13 @@ def _device(name: str) -> torch.device:
         raise EngineError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise EngineError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise EngineError(f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices, use cpu")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise EngineError(
+            f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices, "
+            "use cpu"
+        )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
@@ -53,7 +59,8 @@ def _dtype(wanted: str, store: Store, device: torch.device) -> torch.dtype:
     if name == "float16" and device.type == "cpu":
         if wanted != "auto":
             raise EngineError(
-                "float16 is not computed on a CPU; use float32 (which holds every float16 value) or bfloat16"
+                "float16 is not computed on a CPU; use float32 (which holds every float16 value) "
+                "or bfloat16"
             )
         name = "float32"
     found = getattr(torch, name)
@@ -88,7 +95,8 @@ class TorchBackend(Backend):
             raise StoreError(f"{error}; run `moetel verify {store.path}`") from error
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"the device is too small for this store ({store.plan.num_slots} resident copies of "
+                f"the device is too small for this store ({store.plan.num_slots} resident copies "
+                "of "
                 f"{store.copy_bytes} bytes); build it with a smaller --budget or fewer --slots"
             ) from error
         self.observer: Observer | None = None
@@ -122,7 +130,8 @@ class TorchBackend(Backend):
             nbytes = min(nbytes, most * one)
         if nbytes < one:
             raise EngineError(
-                f"kv_cache_bytes is {format_bytes(nbytes)}, a block of {BLOCK} tokens takes {format_bytes(one)}; "
+                f"kv_cache_bytes is {format_bytes(nbytes)}, a block of {BLOCK} tokens takes "
+                f"{format_bytes(one)}; "
                 "give at least that, and enough for the longest sequence"
             )
         return Arena(layers, width, nbytes // one, self.dtype, self.device)
@@ -143,7 +152,9 @@ class TorchBackend(Backend):
         self._numbers += 1
         if self.prefetches:
             self.pool.expect(self.store.tenants.index(row.tenant))
-        self._sequences[self._numbers] = _Sequence(row.tenant, (*row.prompt, *row.answer), row.unread, _limit(row))
+        self._sequences[self._numbers] = _Sequence(
+            row.tenant, (*row.prompt, *row.answer), row.unread, _limit(row)
+        )
         return self._numbers
 
     def end(self, sequences: Iterable[int]) -> None:
@@ -157,7 +168,9 @@ class TorchBackend(Backend):
         for part in parts:
             sequence = self._sequences[part.sequence]
             length = sequence.length + (part.read or 1)
-            needed += Arena.needed(sequence.blocks, max(length, min(length + ahead, sequence.limit)))
+            needed += Arena.needed(
+                sequence.blocks, max(length, min(length + ahead, sequence.limit))
+            )
         return needed <= self.cache.free
 
     def max_length(self, tenant: str) -> int:
@@ -171,16 +184,22 @@ class TorchBackend(Backend):
 
     def update(self, store: Store) -> None:
         if store.family.name != self.store.family.name or store.experts != self.store.experts:
-            raise EngineError(f"{store.path}: its experts have other shapes than those in use; load it as an engine")
+            raise EngineError(
+                f"{store.path}: its experts have other shapes than those in use; load it as an "
+                "engine"
+            )
         for name, config in zip(store.tenants, self._configs(store), strict=True):
             if token_width(config) > self.cache.keys[0].shape[1]:
                 raise EngineError(
-                    f"tenant {name!r} has keys of {token_width(config)} numbers a token, the caches of this engine "
-                    f"have room for {self.cache.keys[0].shape[1]}; load the engine again with this tenant in the store"
+                    f"tenant {name!r} has keys of {token_width(config)} numbers a token, the "
+                    "caches of this engine "
+                    f"have room for {self.cache.keys[0].shape[1]}; load the engine again with this "
+                    "tenant in the store"
                 )
         capacity = self._max_ready(store)
         try:
-            # Tenants first: what fails there has changed nothing, and a pool alone would name tenants not ready.
+            # Tenants first: what fails there has changed nothing, and a pool alone would name
+            # tenants not ready.
             old, old_capacity = self.store, self.max_ready_tenants
             self.ready.update(store, capacity)
             try:
@@ -191,7 +210,9 @@ class TorchBackend(Backend):
         except CheckpointError as error:
             raise StoreError(f"{error}; run `moetel verify {store.path}`") from error
         except torch.OutOfMemoryError as error:
-            raise EngineError(f"the device has no room for the changed store at {store.path} ({error})") from error
+            raise EngineError(
+                f"the device has no room for the changed store at {store.path} ({error})"
+            ) from error
         self.store, self.max_ready_tenants = store, capacity
 
     @torch.inference_mode()
@@ -212,7 +233,9 @@ class TorchBackend(Backend):
         hidden, misses = forward(segments, self.pool, self.cache, self.observer)
         return self._step(parts, order, segments, hidden, misses)
 
-    def _segment(self, name: str, weights: TenantWeights, start: int, parts: Sequence[Part]) -> Segment:
+    def _segment(
+        self, name: str, weights: TenantWeights, start: int, parts: Sequence[Part]
+    ) -> Segment:
         """Take the parts' tokens into their sequences, with room in the cache."""
         ids: list[int] = []
         positions, places = [], []
@@ -260,7 +283,8 @@ class TorchBackend(Backend):
         hidden: Tensor,
         misses: np.ndarray,
     ) -> Step:
-        """What the parts get. order: the part that each of the segments' singles and runs, one after another, is."""
+        """What the parts get. order: the part that each of the segments' singles and runs, one
+        after another, is."""
         token_ids = np.full(len(parts), -1, dtype=np.int64)
         logits: list[np.ndarray | None] = [None] * len(parts)
         counts = np.array([parts[i].read or 1 for i in order], dtype=np.int64)
@@ -274,7 +298,8 @@ class TorchBackend(Backend):
             mine = [
                 (i, int(stop) - 1)
                 for i, stop in zip(order, stops, strict=True)
-                if segment.start < stop <= segment.stop and self._sequences[parts[i].sequence].unread == 0
+                if segment.start < stop <= segment.stop
+                and self._sequences[parts[i].sequence].unread == 0
             ]
             if not mine:
                 continue
@@ -297,15 +322,24 @@ class TorchBackend(Backend):
                 for row, k in zip(on_host, wanted, strict=True):
                     logits[numbers[k]] = row
         spec = self.store.experts
-        lookups = np.array([part.read or 1 for part in parts], dtype=np.int64) * spec.num_layers * spec.top_k
+        lookups = (
+            np.array([part.read or 1 for part in parts], dtype=np.int64)
+            * spec.num_layers
+            * spec.top_k
+        )
         if self.device.type == "cuda" and not found:
-            torch.cuda.current_stream(self.device).synchronize()  # so that times are those of this step
+            torch.cuda.current_stream(
+                self.device
+            ).synchronize()  # so that times are those of this step
         seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
         return Step(token_ids, logits, lookups - part_misses, part_misses, seconds)
 
     @torch.inference_mode()
     def logits(
-        self, tenant: str, rows: Sequence[Sequence[int]], decoder_rows: Sequence[Sequence[int]] | None
+        self,
+        tenant: str,
+        rows: Sequence[Sequence[int]],
+        decoder_rows: Sequence[Sequence[int]] | None,
     ) -> list[np.ndarray]:
         assert decoder_rows is None
         found: list[np.ndarray] = []
@@ -379,7 +413,8 @@ class TorchBackend(Backend):
 
 
 def _choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The first of native, packed and plain that works for this type on this device, if none is asked for."""
+    """The first of native, packed and plain that works for this type on this device, if none is
+    asked for."""
     works = ["plain"]
     if device.type == "cpu":
         if can_pack(dtype):
@@ -387,7 +422,10 @@ def _choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> s
         if native.load(dtype) is not None:
             works.insert(0, "native")
     if wanted not in ("auto", *works):
-        raise EngineError(f"products={wanted!r} does not work for {dtype} on {device} here; use auto or {works[0]}")
+        raise EngineError(
+            f"products={wanted!r} does not work for {dtype} on {device} here; use auto or "
+            f"{works[0]}"
+        )
     return works[0] if wanted == "auto" else wanted
 
 
@@ -406,7 +444,8 @@ def _plain(weight: Tensor) -> Weight:
 
 @dataclass
 class _Sequence:
-    """tokens: prompt and, after a preemption, answer; `unread` of them are not in the cache yet. length: tokens in the
+    """tokens: prompt and, after a preemption, answer; `unread` of them are not in the cache yet.
+    length: tokens in the
     cache. limit: the most that it can come to hold."""
 
     tenant: str
@@ -428,7 +467,9 @@ def _free_cache_bytes(device: torch.device) -> int:
         return int(CUDA_CACHE_SHARE * free)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        available = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
         return CPU_CACHE_BYTES
     return min(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * available))

@@ -1,7 +1,8 @@
 """Keys and values of all sequences, in blocks of one arena.
 
-Sequences come, grow and go in any order, and of any tenant; blocks keep what they leave behind usable, as in
-"Efficient Memory Management for Large Language Model Serving with PagedAttention" (arXiv 2309.06180).
+Sequences come, grow and go in any order, and of any tenant; blocks keep what they leave behind
+usable, as in "Efficient Memory Management for Large Language Model Serving with PagedAttention"
+(arXiv 2309.06180).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def token_width(config: MixtralConfig) -> int:
 
 
 class Blocks:
-    """Which blocks of a sequence's cache lie where. table: int64, of which the first `count` are block numbers."""
+    """Which blocks of a sequence's cache lie where. table: int64, of which the first `count` are
+    block numbers."""
 
     def __init__(self) -> None:
         self.table = np.zeros(8, dtype=np.int64)
@@ -43,12 +45,16 @@ class Blocks:
 
 
 class Arena:
-    """For each layer keys and values [tokens, width]; a tenant with narrower heads uses the first columns.
+    """For each layer keys and values [tokens, width]; a tenant with narrower heads uses the first
+    columns.
 
-    Filled with zeros, so that what is masked is finite. On a CPU pages are taken from the system when they are used.
+    Filled with zeros, so that what is masked is finite. On a CPU pages are taken from the system
+    when they are used.
     """
 
-    def __init__(self, num_layers: int, width: int, num_blocks: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, num_layers: int, width: int, num_blocks: int, dtype: torch.dtype, device: torch.device
+    ):
         shape = (num_blocks * BLOCK, width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]

@@ -1,12 +1,14 @@
-"""Tenants' non-expert weights: what a layer needs of them, and which tenants' are ready on the device
-(reconfiguration).
+"""Tenants' non-expert weights: what a layer needs of them, and which tenants' are ready on the
+device (reconfiguration).
 
-On a CPU every ready tenant's weights stay where they are, so a switch copies nothing. On CUDA each tenant is one flat
-pinned host buffer; a switch is a few large copies on a stream of their own, layer by layer, and nothing is copied
+On a CPU every ready tenant's weights stay where they are, so a switch copies nothing. On CUDA each
+tenant is one flat pinned host buffer; a switch is a few large copies on a stream of their own,
+layer by layer, and nothing is copied
 back: weights never change.
 
-Fine-tunes often leave part of this as it was: adapters that touch attention alone leave embeddings, norms and head.
-Such weights, equal by content, are held once for all tenants that have them, and a switch does not copy them.
+Fine-tunes often leave part of this as it was: adapters that touch attention alone leave embeddings,
+norms and head. Such weights, equal by content, are held once for all tenants that have them, and a
+switch does not copy them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from torch_engine.rotary import RotaryTable
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """input_norm, post_norm: [hidden]; qkv: [(heads + 2 * kv_heads) * head_dim, hidden]; o: [hidden, heads * head_dim];
+    """input_norm, post_norm: [hidden]; qkv: [(heads + 2 * kv_heads) * head_dim, hidden]; o:
+    [hidden, heads * head_dim];
     router: [experts, hidden]."""
 
     input_norm: Tensor
@@ -42,7 +45,8 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class TenantWeights:
-    """One tenant's non-expert weights in the form that the model computes with. embed, head: [vocab, hidden]."""
+    """One tenant's non-expert weights in the form that the model computes with. embed, head:
+    [vocab, hidden]."""
 
     config: MixtralConfig
     embed: Tensor
@@ -53,7 +57,8 @@ class TenantWeights:
     kernels: native.Kernels | None = None
     """Our own kernels for norms and decode attention, where the products use them too."""
     wait: Callable[[int], None] = field(default=lambda stage: None)
-    """Called before stage 0 (embedding), 1..layers, layers + 1 (head) is used: waits for its copy on CUDA."""
+    """Called before stage 0 (embedding), 1..layers, layers + 1 (head) is used: waits for its copy
+    on CUDA."""
 
     def all(self) -> Iterator[Weight]:
         """Every tensor."""
@@ -65,7 +70,8 @@ class TenantWeights:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of `TenantWeights`: a stack of canonical tensors along their first axis, needed at a stage."""
+    """One tensor of `TenantWeights`: a stack of canonical tensors along their first axis, needed at
+    a stage."""
 
     name: str
     stage: int
@@ -79,7 +85,11 @@ class Entry:
 
 def entries(config: MixtralConfig) -> list[Entry]:
     """All of a tenant's non-expert tensors in the order of computation."""
-    hidden, heads, kv = config.experts.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    hidden, heads, kv = (
+        config.experts.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
     dim, vocab = config.head_dim, config.vocab_size
     found = [Entry("embed", 0, ("model.embed_tokens.weight",), (vocab, hidden))]
     for n, layer in enumerate(config.experts.expert_layers):
@@ -90,7 +100,9 @@ def entries(config: MixtralConfig) -> list[Entry]:
             Entry(f"{n}.input_norm", n + 1, (f"{layer}.input_layernorm.weight",), (hidden,)),
             Entry(f"{n}.qkv", n + 1, qkv, ((heads + 2 * kv) * dim, hidden)),
             Entry(f"{n}.o", n + 1, (f"{attention}.o_proj.weight",), (hidden, heads * dim)),
-            Entry(f"{n}.post_norm", n + 1, (f"{layer}.post_attention_layernorm.weight",), (hidden,)),
+            Entry(
+                f"{n}.post_norm", n + 1, (f"{layer}.post_attention_layernorm.weight",), (hidden,)
+            ),
             Entry(f"{n}.router", n + 1, (router,), (config.experts.num_experts, hidden)),
         ]
     last = len(config.experts.expert_layers) + 1
@@ -106,7 +118,8 @@ def arrange(
     rotary: RotaryTable,
     wait: Callable[[int], None] = lambda stage: None,
 ) -> TenantWeights:
-    """Entries by name -> TenantWeights; `product` gives the matrices that are multiplied with, `tensor` the others."""
+    """Entries by name -> TenantWeights; `product` gives the matrices that are multiplied with,
+    `tensor` the others."""
     layers = tuple(
         LayerWeights(
             tensor(f"{n}.input_norm"),
@@ -119,7 +132,9 @@ def arrange(
     )
     head = product("head")
     kernels = head.kernels if isinstance(head, PackedWeight) else None
-    return TenantWeights(config, tensor("embed"), layers, tensor("norm"), head, rotary, kernels, wait)
+    return TenantWeights(
+        config, tensor("embed"), layers, tensor("norm"), head, rotary, kernels, wait
+    )
 
 
 Content = tuple[str, ...]
@@ -153,7 +168,11 @@ def _fill(entry: Tensor, parts: Iterable[Tensor]) -> None:
 
 def unchanged(old: Store, new: Store) -> set[str]:
     """Tenants that both stores have with the same non-expert weights."""
-    return {n for n in old.tenants if n in new.tenants and old.tenant_content(n) == new.tenant_content(n)}
+    return {
+        n
+        for n in old.tenants
+        if n in new.tenants and old.tenant_content(n) == new.tenant_content(n)
+    }
 
 
 class ReadyTenants(Protocol):
@@ -166,15 +185,18 @@ class ReadyTenants(Protocol):
     """What the last `acquire` named and the one before it did not."""
 
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:
-        """Make these tenants ready, at most `capacity` of them; others may be dropped, least recently used first."""
+        """Make these tenants ready, at most `capacity` of them; others may be dropped, least
+        recently used first."""
         ...
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to make tenants ready without waiting, where there is a place that the last `acquire` left free."""
+        """Begin to make tenants ready without waiting, where there is a place that the last
+        `acquire` left free."""
         ...
 
     def update(self, store: Store, capacity: int) -> None:
-        """Serve another store's tenants; those that did not change stay ready. Nothing changes if this raises."""
+        """Serve another store's tenants; those that did not change stay ready. Nothing changes if
+        this raises."""
         ...
 
     def seconds(self, name: str) -> float:
@@ -193,9 +215,12 @@ class ReadyTenants(Protocol):
 
 
 class TenantsInPlace:
-    """Tenants on a device whose memory is the host's: made ready once, then switched by reference."""
+    """Tenants on a device whose memory is the host's: made ready once, then switched by
+    reference."""
 
-    def __init__(self, store: Store, dtype: torch.dtype, capacity: int, product: Callable[[Tensor], Weight]):
+    def __init__(
+        self, store: Store, dtype: torch.dtype, capacity: int, product: Callable[[Tensor], Weight]
+    ):
         self._store, self._dtype, self._product = store, dtype, product
         self.capacity = capacity
         self.switches = 0
@@ -245,8 +270,14 @@ class TenantsInPlace:
 
     def _held_for(self, name: str) -> list[Weight | None]:
         """What of a tenant's weights is there, as others have it too."""
-        contents = [content_of(self._store, name, entry) for entry in entries(_config(self._store, name))]
-        return [self._made.get((multiplied, content)) for content in contents for multiplied in (False, True)]
+        contents = [
+            content_of(self._store, name, entry) for entry in entries(_config(self._store, name))
+        ]
+        return [
+            self._made.get((multiplied, content))
+            for content in contents
+            for multiplied in (False, True)
+        ]
 
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:
         wanted = list(dict.fromkeys(names))
@@ -273,7 +304,8 @@ class TenantsInPlace:
         return found
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Nothing: weights that are not ready are read and packed by the processor that computes."""
+        """Nothing: weights that are not ready are read and packed by the processor that
+        computes."""
 
     def seconds(self, name: str) -> float:
         return self._seconds.get(name, 0.0)
@@ -284,16 +316,18 @@ class TenantsInPlace:
 
     @property
     def device_bytes(self) -> int:
-        held = {id(weight): weight.nbytes for tenant in self._ready.values() for weight in tenant.all()}
+        held = {
+            id(weight): weight.nbytes for tenant in self._ready.values() for weight in tenant.all()
+        }
         return sum(held.values())
 
     def close(self) -> None:
         self._ready.clear()
 
 
-ALIGNMENT = (
-    128  # elements: offsets stay multiples of 256 bytes, which every vector load and tensor-core product accepts
-)
+# Elements: offsets stay multiples of 256 bytes, which every vector load and tensor-core product
+# accepts.
+ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
@@ -340,8 +374,8 @@ class _DeviceBuffer:
 
 @dataclass(frozen=True)
 class _HostTenant:
-    """One tenant's weights on the host; host: [layout.elements]. common: entries that other tenants have too, on the
-    device."""
+    """One tenant's weights on the host; host: [layout.elements]. common: entries that other tenants
+    have too, on the device."""
 
     config: MixtralConfig
     layout: FlatLayout
@@ -351,12 +385,13 @@ class _HostTenant:
 
 
 class TenantsByCopy:
-    """Tenants in flat host buffers, of which `capacity` are copied to device buffers, least recently used first out.
-    What several tenants have equal stays on the device beside them, unless that took more memory. It is looked for
-    among tenants that are loaded together, and those that come later may use it.
+    """Tenants in flat host buffers, of which `capacity` are copied to device buffers, least
+    recently used first out. What several tenants have equal stays on the device beside them, unless
+    that took more memory. It is looked for among tenants that are loaded together, and those that
+    come later may use it.
 
-    Works on any device, for tests; on CUDA host buffers are pinned, copies run on their own stream with an event a
-    stage, and the computation waits for a stage only when it gets there.
+    Works on any device, for tests; on CUDA host buffers are pinned, copies run on their own stream
+    with an event a stage, and the computation waits for a stage only when it gets there.
     """
 
     def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, capacity: int):
@@ -368,7 +403,9 @@ class TenantsByCopy:
         self._common: WeakValueDictionary[Content, Tensor] = WeakValueDictionary()
         self._tenants = self._on_hosts(store, store.tenants, capacity)
         largest = max(t.layout.elements for t in self._tenants.values())
-        self._buffers = [_DeviceBuffer(torch.empty(largest, dtype=dtype, device=device)) for _ in range(capacity)]
+        self._buffers = [
+            _DeviceBuffer(torch.empty(largest, dtype=dtype, device=device)) for _ in range(capacity)
+        ]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._order: OrderedDict[str, _DeviceBuffer] = OrderedDict()
         self._timers: dict[str, tuple[torch.cuda.Event, torch.cuda.Event] | float] = {}
@@ -376,14 +413,21 @@ class TenantsByCopy:
         self._last: frozenset[str] = frozenset()
 
     def _on_hosts(
-        self, store: Store, names: Collection[str], capacity: int, kept: Collection[_HostTenant] = ()
+        self,
+        store: Store,
+        names: Collection[str],
+        capacity: int,
+        kept: Collection[_HostTenant] = (),
     ) -> dict[str, _HostTenant]:
         """Tenants that are loaded together, beside those that were there before.
 
-        A place on the device is as large as the largest tenant needs. One that has nothing in common with the others
-        may need so much that what they have equal costs less in each of their places than beside them.
+        A place on the device is as large as the largest tenant needs. One that has nothing in
+        common with the others may need so much that what they have equal costs less in each of
+        their places than beside them.
         """
-        contents = {n: {e.name: content_of(store, n, e) for e in entries(_config(store, n))} for n in names}
+        contents = {
+            n: {e.name: content_of(store, n, e) for e in entries(_config(store, n))} for n in names
+        }
         having = Counter(content for each in contents.values() for content in set(each.values()))
         equal = {content for content, count in having.items() if count > 1}
 
@@ -391,7 +435,9 @@ class TenantsByCopy:
             common: dict[Content, int] = {}
             largest = max((t.layout.elements for t in kept), default=0)
             for name in names:
-                elsewhere = [e for e in entries(_config(store, name)) if contents[name][e.name] in equal]
+                elsewhere = [
+                    e for e in entries(_config(store, name)) if contents[name][e.name] in equal
+                ]
                 common |= {contents[name][e.name]: e.elements for e in elsewhere}
                 layout = FlatLayout.of(_config(store, name), [e.name for e in elsewhere])
                 largest = max(largest, layout.elements)
@@ -401,9 +447,11 @@ class TenantsByCopy:
             equal = set()
         return {name: self._on_host(store, name, contents[name], equal) for name in names}
 
-    def _on_host(self, store: Store, name: str, contents: dict[str, Content], equal: set[Content]) -> _HostTenant:
-        """A tenant's weights in a flat buffer, pinned where the device is a CUDA one, but for those that it has in
-        common with others.
+    def _on_host(
+        self, store: Store, name: str, contents: dict[str, Content], equal: set[Content]
+    ) -> _HostTenant:
+        """A tenant's weights in a flat buffer, pinned where the device is a CUDA one, but for those
+        that it has in common with others.
 
         contents: of its entries. equal: of entries that several tenants have.
         """
@@ -419,12 +467,16 @@ class TenantsByCopy:
                 self._common[content] = held
             common[entry.name] = held
         layout = FlatLayout.of(config, common)
-        host = torch.zeros(layout.elements, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+        host = torch.zeros(
+            layout.elements, dtype=self._dtype, pin_memory=self._device.type == "cuda"
+        )
         views = layout.views(config, host)
         for entry in entries(config):
             if entry.name in views:
                 _fill(views[entry.name], mapped_entry(store, name, entry))
-        return _HostTenant(config, layout, host, RotaryTable(config, self._dtype, self._device), common)
+        return _HostTenant(
+            config, layout, host, RotaryTable(config, self._dtype, self._device), common
+        )
 
     def update(self, store: Store, capacity: int) -> None:
         kept = unchanged(self._store, store)
@@ -435,7 +487,8 @@ class TenantsByCopy:
         if capacity != len(self._buffers) or largest > len(self._buffers[0].data):
             self._order.clear()
             self._buffers = [
-                _DeviceBuffer(torch.empty(largest, dtype=self._dtype, device=self._device)) for _ in range(capacity)
+                _DeviceBuffer(torch.empty(largest, dtype=self._dtype, device=self._device))
+                for _ in range(capacity)
             ]
         for name in [n for n in self._order if n not in kept]:
             buffer = self._order.pop(name)
@@ -448,7 +501,9 @@ class TenantsByCopy:
             if name in self._order:
                 continue
             busy = self._last | set(names)
-            if all(b.tenant is not None for b in self._buffers) and all(n in busy for n in self._order):
+            if all(b.tenant is not None for b in self._buffers) and all(
+                n in busy for n in self._order
+            ):
                 return
             self._order[name] = self._copy(name, self._free_buffer(list(busy)))
             self._order.move_to_end(name)
@@ -458,7 +513,9 @@ class TenantsByCopy:
         assert len(wanted) <= self.capacity
         self.switched = [n for n in wanted if n not in self._last]
         # What a prefetch measured is told when its tenant comes into use.
-        self._timers = {n: t for n, t in self._timers.items() if n in self.switched or n not in self._last}
+        self._timers = {
+            n: t for n, t in self._timers.items() if n in self.switched or n not in self._last
+        }
         found = {}
         for name in wanted:
             if name not in self._order:
@@ -510,7 +567,9 @@ class TenantsByCopy:
 
         buffer.tenant = name
         weights = layout.views(config, buffer.data) | tenant.common
-        buffer.weights = arrange(config, weights.__getitem__, weights.__getitem__, tenant.rotary, wait)
+        buffer.weights = arrange(
+            config, weights.__getitem__, weights.__getitem__, tenant.rotary, wait
+        )
         return buffer
 
     def seconds(self, name: str) -> float:
@@ -523,7 +582,9 @@ class TenantsByCopy:
 
     @property
     def device_bytes(self) -> int:
-        return sum(b.data.nbytes for b in self._buffers) + sum(t.nbytes for t in self._common.values())
+        return sum(b.data.nbytes for b in self._buffers) + sum(
+            t.nbytes for t in self._common.values()
+        )
 
     def close(self) -> None:
         self._order.clear()

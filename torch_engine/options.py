@@ -12,16 +12,21 @@ from common.units import is_whole
 @dataclass(frozen=True)
 class TorchOptions:
     """device: auto (CUDA if there is one), cpu, cuda, or cuda:N.
-    dtype: auto (the store's; float16 is computed in float32 on a CPU), float32, bfloat16 or float16.
-    experts: how products of many experts run. loop: one copy after another; grouped: one grouped product; auto: what
-        was measured faster, loop on a CPU and grouped on CUDA (docs/architecture.md, decision on products).
-    products: how matrices are kept and multiplied on a CPU. packed: reordered once for oneDNN; native: packed once for
-        kernels of our own, which leave many rows to oneDNN where it is fast; plain: as they are; auto: the first of
-        native, packed and plain that works here. MOETEL_NATIVE=0 in the environment rules native out.
+    dtype: auto (the store's; float16 is computed in float32 on a CPU), float32, bfloat16 or
+        float16.
+    experts: how products of many experts run. loop: one copy after another; grouped: one grouped
+        product; auto: what was measured faster, loop on a CPU and grouped on CUDA
+        (docs/architecture.md, decision on products).
+    products: how matrices are kept and multiplied on a CPU. packed: reordered once for oneDNN;
+        native: packed once for kernels of our own, which leave many rows to oneDNN where it is
+        fast; plain: as they are; auto: the first of native, packed and plain that works here.
+        MOETEL_NATIVE=0 in the environment rules native out.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
-    ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a CPU, 2 on CUDA.
-    kv_cache_bytes: the most that keys and values of all sequences may take; None: a quarter of the free memory of a
-        CPU's machine, at most 4 GiB, and four fifths of what is free on a CUDA device once weights are loaded.
+    ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a
+        CPU, 2 on CUDA.
+    kv_cache_bytes: the most that keys and values of all sequences may take; None: a quarter of the
+        free memory of a CPU's machine, at most 4 GiB, and four fifths of what is free on a CUDA
+        device once weights are loaded.
     """
 
     device: str = "auto"
@@ -38,7 +43,9 @@ class TorchOptions:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise EngineError(f"the torch engine has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}")
+            raise EngineError(
+                f"the torch engine has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}"
+            )
         options = cls(**values)
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
@@ -46,7 +53,9 @@ class TorchOptions:
             ("products", ("auto", "native", "packed", "plain")),
         ):
             if getattr(options, name) not in allowed:
-                raise EngineError(f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}")
+                raise EngineError(
+                    f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}"
+                )
         if not is_whole(options.spare_slots) or options.spare_slots < 1:
             raise EngineError(f"spare_slots is {options.spare_slots!r}; give a whole number from 1")
         for name in ("ready_tenants", "kv_cache_bytes"):

@@ -1,8 +1,9 @@
-"""The expert pool: resident copies in slots, spare slots for misses, and the products that go through them.
+"""The expert pool: resident copies in slots, spare slots for misses, and the products that go
+through them.
 
 Legend: tokens T, experts E, top_k K, slots S of one layer, hidden H, intermediate I.
-A look-up table a layer, `keys[tenant, expert]`, turns routing into keys at once: a key below S is a slot; one from S
-on says which tenant's own expert to fetch (S + tenant * E + expert).
+A look-up table a layer, `keys[tenant, expert]`, turns routing into keys at once: a key below S is a
+slot; one from S on says which tenant's own expert to fetch (S + tenant * E + expert).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class PoolCounts:
     """Look-ups since the engine was loaded.
 
-    fetches: misses that were not in a spare slot; prefetches: experts brought before anybody missed them;
+    fetches: misses that were not in a spare slot; prefetches: experts brought before anybody missed
+        them;
     fetched_bytes: what both moved.
     """
 
@@ -51,7 +53,8 @@ class PoolCounts:
 
 @dataclass(frozen=True)
 class TokenTenants:
-    """The tenant of each token. ids: int64 [T] on the host; single: the tenant's index if it is one for all."""
+    """The tenant of each token. ids: int64 [T] on the host; single: the tenant's index if it is one
+    for all."""
 
     ids: np.ndarray
     single: int | None
@@ -70,7 +73,8 @@ class _Plan:
             [(k >= len(s)).any(axis=1) for k, s in zip(self.keys, self.slots_of_layer, strict=True)]
         )
         self.residuals = ResidentResiduals(store, device, kernels)
-        # Mapped now, so that a damaged store is found before the first request, and a replaced one does no harm.
+        # Mapped now, so that a damaged store is found before the first request, and a replaced one
+        # does no harm.
         self.missing = {
             (int(tenant), int(layer), int(expert)): _mapped(
                 store.copy_refs(store.tenants[tenant], int(layer), int(expert))
@@ -110,15 +114,23 @@ class ExpertPool(ABC):
 
     @abstractmethod
     def update(self, store: Store) -> None:
-        """Hold what another store's plan says. Copies that are here already stay; nothing changes if this raises."""
+        """Hold what another store's plan says. Copies that are here already stay; nothing changes
+        if this raises."""
 
     @abstractmethod
     def forward(
-        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        tenants: TokenTenants,
+        misses: np.ndarray,
     ) -> Tensor:
         """The weighted sum of each token's experts.
 
-        x: [T, H]; expert_ids: int64 [T, K]; weights: float32 [T, K], as routed. misses: int64 [T], added to.
+        x: [T, H]; expert_ids: int64 [T, K]; weights: float32 [T, K], as routed. misses: int64 [T],
+            added to.
         """
 
     def expect(self, tenant: int) -> None:  # noqa: B027 (a hint; doing nothing is right)
@@ -145,17 +157,23 @@ class ExpertPool(ABC):
         return self._missing[tenant, layer, expert]
 
     def _numbers(self, layer: int, ids: np.ndarray, tenants: TokenTenants) -> np.ndarray | None:
-        """Which residual each row of routing has, int64 [T, K], 0 for none; None if no tenant has any in this layer."""
+        """Which residual each row of routing has, int64 [T, K], 0 for none; None if no tenant has
+        any in this layer."""
         if not self.residuals.among(layer, tenants.ids, tenants.single):
             return None
         return _looked_up(self.residuals.numbers[layer], ids, tenants)
 
     def _row_residuals(self, numbers: np.ndarray, both: np.ndarray) -> list[RowResidual]:
-        """Runs of rows with a residual. numbers: int64 [rows]; both: int64 [rows], sorted, equal in a run."""
+        """Runs of rows with a residual. numbers: int64 [rows]; both: int64 [rows], sorted, equal in
+        a run."""
         starts = [start for _, start, _ in _groups(both)]
-        return self.residuals.rows(list(zip(numbers[starts].tolist(), starts, [*starts[1:], len(both)], strict=True)))
+        return self.residuals.rows(
+            list(zip(numbers[starts].tolist(), starts, [*starts[1:], len(both)], strict=True))
+        )
 
-    def _count_misses(self, layer: int, keys: np.ndarray, tenants: TokenTenants, misses: np.ndarray) -> None:
+    def _count_misses(
+        self, layer: int, keys: np.ndarray, tenants: TokenTenants, misses: np.ndarray
+    ) -> None:
         if tenants.single is not None and not self.can_miss[layer, tenants.single]:
             return
         missed = (keys >= len(self.slots_of_layer[layer])).sum(axis=1)
@@ -169,7 +187,11 @@ class ExpertPool(ABC):
 
 def _looked_up(table: np.ndarray, ids: np.ndarray, tenants: TokenTenants) -> np.ndarray:
     """table[tenant, expert] for each token's experts. ids: [T, K]."""
-    return np.asarray(table[tenants.single][ids] if tenants.single is not None else table[tenants.ids[:, None], ids])
+    return np.asarray(
+        table[tenants.single][ids]
+        if tenants.single is not None
+        else table[tenants.ids[:, None], ids]
+    )
 
 
 def _mapped(refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
@@ -196,14 +218,17 @@ def _groups(sorted_keys: np.ndarray) -> list[tuple[int, int, int]]:
     """(key, start, stop) of each run of equal keys."""
     starts = [0, *(np.flatnonzero(sorted_keys[1:] != sorted_keys[:-1]) + 1).tolist()]
     stops = [*starts[1:], len(sorted_keys)]
-    return [(key, a, b) for key, a, b in zip(sorted_keys[starts].tolist(), starts, stops, strict=True)]
+    return [
+        (key, a, b) for key, a, b in zip(sorted_keys[starts].tolist(), starts, stops, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class _Sorted:
     """Routing sorted by key and, in a key, by residual.
 
-    order: int64 [T * K], where each row came from. groups: (key, start, stop). residuals: rows that have one.
+    order: int64 [T * K], where each row came from. groups: (key, start, stop). residuals: rows that
+        have one.
     """
 
     order: np.ndarray
@@ -220,7 +245,8 @@ class _Expert:
 
 
 class LoopPool(ExpertPool):
-    """One copy after another, each with its own (packed) matrices. Routing is read on the host: for a CPU."""
+    """One copy after another, each with its own (packed) matrices. Routing is read on the host: for
+    a CPU."""
 
     def __init__(
         self,
@@ -234,7 +260,10 @@ class LoopPool(ExpertPool):
         super().__init__(store, dtype, device, spare_slots, kernels)
         self._product = product
         self._contents = [[store.slot_content(i) for i in slots] for slots in self.slots_of_layer]
-        self._resident = [[self._ready(_mapped(store.slot_refs(i))) for i in slots] for slots in self.slots_of_layer]
+        self._resident = [
+            [self._ready(_mapped(store.slot_refs(i))) for i in slots]
+            for slots in self.slots_of_layer
+        ]
         self._spare: OrderedDict[tuple[int, int], _Expert] = OrderedDict()
         self._native = self._whole_layer_kernels()
 
@@ -247,7 +276,10 @@ class LoopPool(ExpertPool):
         }
         contents = [[store.slot_content(i) for i in slots] for slots in made.slots_of_layer]
         resident = [
-            [here.get(c) or self._ready(_mapped(store.slot_refs(i))) for i, c in zip(slots, row, strict=True)]
+            [
+                here.get(c) or self._ready(_mapped(store.slot_refs(i)))
+                for i, c in zip(slots, row, strict=True)
+            ]
             for slots, row in zip(made.slots_of_layer, contents, strict=True)
         ]
         self._spare.clear()  # its keys are those of the old plan
@@ -256,7 +288,8 @@ class LoopPool(ExpertPool):
         self._native = self._whole_layer_kernels()
 
     def _whole_layer_kernels(self) -> native.Kernels | None:
-        """Our own kernels, if they can read every copy and the two halves of gate_up begin at a block's edge."""
+        """Our own kernels, if they can read every copy and the two halves of gate_up begin at a
+        block's edge."""
         if self.store.experts.intermediate_size % native.BLOCK:
             return None
         weights = [w for row in self._resident for e in row for w in (e.gate_up, e.down)]
@@ -265,7 +298,9 @@ class LoopPool(ExpertPool):
 
     def _ready(self, copy: dict[str, Tensor]) -> _Expert:
         gate_up = torch.cat((copy["w1"], copy["w3"])).to(self.device, self.dtype)
-        return _Expert(self._product(gate_up), self._product(copy["w2"].to(self.device, self.dtype)))
+        return _Expert(
+            self._product(gate_up), self._product(copy["w2"].to(self.device, self.dtype))
+        )
 
     def _expert(self, layer: int, key: int) -> _Expert:
         resident = self._resident[layer]
@@ -282,7 +317,9 @@ class LoopPool(ExpertPool):
             self._spare.move_to_end((layer, key))
         return found
 
-    def _feed_forward(self, expert: _Expert, x: Tensor, residuals: Sequence[RowResidual] = ()) -> Tensor:
+    def _feed_forward(
+        self, expert: _Expert, x: Tensor, residuals: Sequence[RowResidual] = ()
+    ) -> Tensor:
         """[rows, H] -> [rows, H]. residuals: in rows of x."""
         both = linear(x, expert.gate_up)
         gate, up = both.chunk(2, dim=-1)
@@ -301,10 +338,20 @@ class LoopPool(ExpertPool):
             return _Sorted(order, _groups(flat[order]), [])
         both = flat * (len(self.residuals.items) + 1) + numbers.reshape(-1)
         order = np.argsort(both, kind="stable")
-        return _Sorted(order, _groups(flat[order]), self._row_residuals(numbers.reshape(-1)[order], both[order]))
+        return _Sorted(
+            order,
+            _groups(flat[order]),
+            self._row_residuals(numbers.reshape(-1)[order], both[order]),
+        )
 
     def forward(
-        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        tenants: TokenTenants,
+        misses: np.ndarray,
     ) -> Tensor:
         ids = expert_ids.cpu().numpy()
         keys = _looked_up(self.keys[layer], ids, tenants)
@@ -316,8 +363,12 @@ class LoopPool(ExpertPool):
                 return whole
         if len(x) == 1:
             out: Tensor | None = None
-            for row, (key, start, stop) in sorted(zip(found.order.tolist(), found.groups, strict=True)):
-                part = self._feed_forward(self._expert(layer, key), x, residuals_within(found.residuals, start, stop))
+            for row, (key, start, stop) in sorted(
+                zip(found.order.tolist(), found.groups, strict=True)
+            ):
+                part = self._feed_forward(
+                    self._expert(layer, key), x, residuals_within(found.residuals, start, stop)
+                )
                 part.mul_(float(weights[0, row]))
                 out = part if out is None else out.add_(part)
             assert out is not None
@@ -325,7 +376,9 @@ class LoopPool(ExpertPool):
         by_key = x.index_select(0, torch.from_numpy(found.order // self.top_k).to(self.device))
         parts = [
             self._feed_forward(
-                self._expert(layer, key), by_key[start:stop], residuals_within(found.residuals, start, stop)
+                self._expert(layer, key),
+                by_key[start:stop],
+                residuals_within(found.residuals, start, stop),
             )
             for key, start, stop in found.groups
         ]
@@ -334,14 +387,21 @@ class LoopPool(ExpertPool):
         by_token = torch.cat(parts).index_select(0, torch.from_numpy(inverse).to(self.device))
         return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
 
-    def _forward_native(self, layer: int, x: Tensor, rows: _Sorted, weights: Tensor) -> Tensor | None:
-        """All experts of the layer in one call of our own kernels; None if there are too many rows or misses for it."""
+    def _forward_native(
+        self, layer: int, x: Tensor, rows: _Sorted, weights: Tensor
+    ) -> Tensor | None:
+        """All experts of the layer in one call of our own kernels; None if there are too many rows
+        or misses for it."""
         assert self._native is not None
         groups = rows.groups
         num_missing = sum(key >= len(self._resident[layer]) for key, _, _ in groups)
-        if num_missing > self.spare_slots or max(stop - start for _, start, stop in groups) > self._native.max_rows:
+        if (
+            num_missing > self.spare_slots
+            or max(stop - start for _, start, stop in groups) > self._native.max_rows
+        ):
             return None
-        # Held here until the call returns, so that a fetch cannot push out what an earlier one brought.
+        # Held here until the call returns, so that a fetch cannot push out what an earlier one
+        # brought.
         experts = [self._expert(layer, key) for key, _, _ in groups]
         gate_up = [p for p in (_place(e.gate_up) for e in experts) if p is not None]
         down = [p for p in (_place(e.down) for e in experts) if p is not None]
@@ -349,7 +409,11 @@ class LoopPool(ExpertPool):
             return None
         places = np.empty_like(rows.order)
         places[rows.order] = np.arange(len(rows.order))
-        residuals = [(r.start, r.stop, r.residual.native) for r in rows.residuals if r.residual.native is not None]
+        residuals = [
+            (r.start, r.stop, r.residual.native)
+            for r in rows.residuals
+            if r.residual.native is not None
+        ]
         assert len(residuals) == len(rows.residuals)
         return native.experts(
             self._native,
@@ -389,21 +453,28 @@ def find_grouped_mm() -> Callable[..., Tensor] | None:
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
-def grouped_mm_fits(hidden_size: int, intermediate_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the grouped product takes these shapes: strides in multiples of 16 bytes, on CUDA bfloat16 alone."""
+def grouped_mm_fits(
+    hidden_size: int, intermediate_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the grouped product takes these shapes: strides in multiples of 16 bytes, on CUDA
+    bfloat16 alone."""
     step = 16 // dtype.itemsize
     aligned = hidden_size % step == 0 and intermediate_size % step == 0
-    return find_grouped_mm() is not None and aligned and (device.type != "cuda" or dtype == torch.bfloat16)
+    return (
+        find_grouped_mm() is not None
+        and aligned
+        and (device.type != "cuda" or dtype == torch.bfloat16)
+    )
 
 
 class GroupedPool(ExpertPool):
-    """All copies of a layer in one tensor a projection, one grouped product over all tokens. Routing stays on the
-    device.
+    """All copies of a layer in one tensor a projection, one grouped product over all tokens.
+    Routing stays on the device.
 
     gate_up: [S, 2I, H]; down: [S, H, I] a layer. Spare slots: the same, one tensor for all layers.
 
-    A miss that is expected (see `expect`) is brought by a thread of its own: reading an expert from its file into
-    pinned memory takes the host longer than a layer takes the device.
+    A miss that is expected (see `expect`) is brought by a thread of its own: reading an expert from
+    its file into pinned memory takes the host longer than a layer takes the device.
     """
 
     def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, spare_slots: int):
@@ -444,7 +515,9 @@ class GroupedPool(ExpertPool):
         self._tables = [torch.from_numpy(k).to(device) for k in self.keys]
         self._residual_numbers = [torch.from_numpy(n).to(device) for n in self.residuals.numbers]
         self._slot_numbers = [torch.arange(len(s), device=device) for s in self.slots_of_layer]
-        self._uses = np.zeros((len(self.plan.tenants), self.plan.num_layers, self.plan.num_experts), dtype=np.int64)
+        self._uses = np.zeros(
+            (len(self.plan.tenants), self.plan.num_layers, self.plan.num_experts), dtype=np.int64
+        )
         if self.can_miss.any() and not len(self._spare_gate_up):
             self._spare_gate_up, self._spare_down = self._empty(self.spare_slots)
             if device.type == "cuda":
@@ -465,7 +538,10 @@ class GroupedPool(ExpertPool):
             if row == self._contents[layer]:
                 continue
             if len(row) == len(old) and all(old.get(c, slot) == slot for slot, c in enumerate(row)):
-                gate_up, down = self._gate_up[layer], self._down[layer]  # what stays has its place already
+                gate_up, down = (
+                    self._gate_up[layer],
+                    self._down[layer],
+                )  # what stays has its place already
             else:
                 gate_up, down = self._empty(len(row))
             for slot, content in enumerate(row):
@@ -481,9 +557,15 @@ class GroupedPool(ExpertPool):
         self._make_tables()
 
     def _products(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, residuals: Sequence[RowResidual] = ()
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ends: Tensor,
+        residuals: Sequence[RowResidual] = (),
     ) -> Tensor:
-        """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is rows."""
+        """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is
+        rows."""
         gate, up = self._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         add_residuals(residuals, "w1", x, gate)
         add_residuals(residuals, "w3", x, up)
@@ -493,7 +575,13 @@ class GroupedPool(ExpertPool):
         return out
 
     def forward(
-        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, tenants: TokenTenants, misses: np.ndarray
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        tenants: TokenTenants,
+        misses: np.ndarray,
     ) -> Tensor:
         self._passes += layer == 0
         can_miss = self.can_miss[layer, np.unique(tenants.ids)].any()
@@ -501,7 +589,8 @@ class GroupedPool(ExpertPool):
         keys = self._looked_up(self._tables[layer], expert_ids, tenants)
         residuals: list[RowResidual] = []
         if has_residuals:
-            # One sort by slot and residual; the host must know which residuals to add, so it waits for the routing.
+            # One sort by slot and residual; the host must know which residuals to add, so it waits
+            # for the routing.
             count = len(self.residuals.items) + 1
             numbers = self._looked_up(self._residual_numbers[layer], expert_ids, tenants)
             both, order = (keys * count + numbers).reshape(-1).sort(stable=True)
@@ -511,12 +600,16 @@ class GroupedPool(ExpertPool):
         else:
             sorted_keys, order = keys.reshape(-1).sort(stable=True)
         by_key = x.index_select(0, order // self.top_k)
-        ends = torch.searchsorted(sorted_keys, self._slot_numbers[layer], right=True).to(torch.int32)
+        ends = torch.searchsorted(sorted_keys, self._slot_numbers[layer], right=True).to(
+            torch.int32
+        )
         if can_miss:
             # The host must know what to fetch, so it waits for the routing of this layer.
             on_host = keys.cpu().numpy()
             self._count_misses(layer, on_host, tenants, misses)
-            missed = on_host[on_host >= len(self.slots_of_layer[layer])] - len(self.slots_of_layer[layer])
+            missed = on_host[on_host >= len(self.slots_of_layer[layer])] - len(
+                self.slots_of_layer[layer]
+            )
             np.add.at(self._uses[:, layer], np.divmod(missed, self.plan.num_experts), 1)
             out = self._with_misses(layer, by_key, sorted_keys.cpu().numpy(), ends, residuals)
         else:
@@ -532,34 +625,48 @@ class GroupedPool(ExpertPool):
         return table[torch.from_numpy(tenants.ids).to(self.device)[:, None], expert_ids]
 
     def _with_misses(
-        self, layer: int, by_key: Tensor, sorted_keys: np.ndarray, ends: Tensor, residuals: Sequence[RowResidual]
+        self,
+        layer: int,
+        by_key: Tensor,
+        sorted_keys: np.ndarray,
+        ends: Tensor,
+        residuals: Sequence[RowResidual],
     ) -> Tensor:
-        """Resident rows first, then the missing ones in rounds of as many experts as there are spare slots."""
+        """Resident rows first, then the missing ones in rounds of as many experts as there are
+        spare slots."""
         num_slots = len(self.slots_of_layer[layer])
         num_resident = int((sorted_keys < num_slots).sum())
         parts = []
         if num_resident:
             resident = by_key[:num_resident]
-            parts.append(self._products(resident, self._gate_up[layer], self._down[layer], ends, residuals))
+            parts.append(
+                self._products(resident, self._gate_up[layer], self._down[layer], ends, residuals)
+            )
         missing = [g for g in _groups(sorted_keys) if g[0] >= num_slots]
         for first in range(0, len(missing), self.spare_slots):
             rows = missing[first : first + self.spare_slots]
             slots = [self._spare_slot(layer, key, {k for k, _, _ in rows}) for key, _, _ in rows]
-            # A grouped product takes slots in order: the rows of this round are put into that order, and back.
+            # A grouped product takes slots in order: the rows of this round are put into that
+            # order, and back.
             by_slot = sorted(range(len(rows)), key=lambda i: slots[i])
-            order = torch.cat([torch.arange(rows[i][1], rows[i][2]) for i in by_slot]).to(self.device)
+            order = torch.cat([torch.arange(rows[i][1], rows[i][2]) for i in by_slot]).to(
+                self.device
+            )
             counts = np.zeros(self.spare_slots, dtype=np.int32)
             for i, (_, start, stop) in enumerate(rows):
                 counts[slots[i]] = stop - start
             spare_ends = torch.from_numpy(np.cumsum(counts, dtype=np.int32)).to(self.device)
-            found = self._products(by_key.index_select(0, order), self._spare_gate_up, self._spare_down, spare_ends)
+            found = self._products(
+                by_key.index_select(0, order), self._spare_gate_up, self._spare_down, spare_ends
+            )
             back = torch.empty_like(found)
             back[order - rows[0][1]] = found
             parts.append(back)
         return torch.cat(parts)
 
     def _spare_slot(self, layer: int, key: int, needed: set[int]) -> int:
-        """The spare slot that holds a missing expert, fetching it if need be; those `needed` in this round stay."""
+        """The spare slot that holds a missing expert, fetching it if need be; those `needed` in
+        this round stay."""
         if (layer, key) in self._spare:
             self._spare.move_to_end((layer, key))
             slot = self._spare[layer, key]
@@ -571,7 +678,9 @@ class GroupedPool(ExpertPool):
         else:
             slot = len(self._spare)
             if slot == self.spare_slots:
-                slot = self._emptied(next(k for k in self._spare if k[0] != layer or k[1] not in needed))
+                slot = self._emptied(
+                    next(k for k in self._spare if k[0] != layer or k[1] not in needed)
+                )
             arrived = self._bring(slot, layer, key, self._staging, self._now())
             if arrived is not None:
                 torch.cuda.current_stream(self.device).wait_event(arrived)
@@ -599,9 +708,15 @@ class GroupedPool(ExpertPool):
 
     @torch.inference_mode()
     def _bring(
-        self, slot: int, layer: int, key: int, staging: _Staging | None, after: torch.cuda.Event | None
+        self,
+        slot: int,
+        layer: int,
+        key: int,
+        staging: _Staging | None,
+        after: torch.cuda.Event | None,
     ) -> torch.cuda.Event | None:
-        """Copy a missing expert into a spare slot, on the device after `after`. When it has arrived; None: it has."""
+        """Copy a missing expert into a spare slot, on the device after `after`. When it has
+        arrived; None: it has."""
         gate_up, down = self._spare_gate_up[slot], self._spare_down[slot]
         if staging is None or after is None:
             _fill(gate_up, down, self._missed(layer, key))
@@ -611,7 +726,8 @@ class GroupedPool(ExpertPool):
         return staging.send(((host_gate_up, gate_up), (host_down, down)), after)
 
     def expect(self, tenant: int) -> None:
-        """The experts that it missed most often so far come into spare slots that the last pass did not use."""
+        """The experts that it missed most often so far come into spare slots that the last pass did
+        not use."""
         uses = self._uses[tenant]
         if not uses.any():
             return
@@ -620,7 +736,8 @@ class GroupedPool(ExpertPool):
         idle = [
             (layer, key)
             for (layer, key), slot in self._spare.items()
-            if self._used_in[slot] < self._passes and key - len(self.slots_of_layer[layer]) not in own
+            if self._used_in[slot] < self._passes
+            and key - len(self.slots_of_layer[layer]) not in own
         ]
         room = self.spare_slots - len(self._spare) + len(idle)
         for flat in np.argsort(-uses, axis=None, kind="stable")[: np.count_nonzero(uses)].tolist():
@@ -630,13 +747,21 @@ class GroupedPool(ExpertPool):
             key = len(self.slots_of_layer[layer]) + own[expert]
             if (layer, key) in self._spare:
                 continue
-            slot = len(self._spare) if len(self._spare) < self.spare_slots else self._emptied(idle.pop(0))
+            slot = (
+                len(self._spare)
+                if len(self._spare) < self.spare_slots
+                else self._emptied(idle.pop(0))
+            )
             room -= 1
             if self._carrier is None:
                 self._carrier = ThreadPoolExecutor(1, thread_name_prefix="moetel-expected-misses")
                 if self._staging is not None:
-                    self._carrier_staging = _Staging(self.store.experts.copy_elements, self.dtype, self.device)
-            self._coming[slot] = self._carrier.submit(self._bring, slot, layer, key, self._carrier_staging, self._now())
+                    self._carrier_staging = _Staging(
+                        self.store.experts.copy_elements, self.dtype, self.device
+                    )
+            self._coming[slot] = self._carrier.submit(
+                self._bring, slot, layer, key, self._carrier_staging, self._now()
+            )
             self._spare[layer, key] = slot
             self._used_in[slot] = self._passes
             self.counts.prefetches += 1
@@ -675,7 +800,8 @@ def _fill(gate_up: Tensor, down: Tensor, copy: dict[str, Tensor]) -> None:
 
 
 class _Staging:
-    """Two pinned host buffers of one copy each, one filled while the other is sent, and a stream for their copies."""
+    """Two pinned host buffers of one copy each, one filled while the other is sent, and a stream
+    for their copies."""
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device):
         self._device = device
@@ -693,7 +819,9 @@ class _Staging:
         buffer = self._buffers[self._turn]
         return buffer[: gate_up.numel()].view(gate_up), buffer[gate_up.numel() :].view(down)
 
-    def send(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event) -> torch.cuda.Event:
+    def send(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event
+    ) -> torch.cuda.Event:
         """Copy host to device on the own stream, once `after` has come. When they have arrived."""
         self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):

@@ -1,4 +1,5 @@
-"""Matrix products, with weights that may be packed once for oneDNN, and the views of files that they start from."""
+"""Matrix products, with weights that may be packed once for oneDNN, and the views of files that
+they start from."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 from common.dtypes import BFLOAT16
 from torch_engine import native
 
-# Rows that the packed layout is chosen for; measured at 1, 4, 16 and 256 rows (benchmarks/cpu_products.py).
+# Rows that the packed layout is chosen for; measured at 1, 4, 16 and 256 rows
+# (benchmarks/cpu_products.py).
 PACK_FOR_ROWS = 16
 
 # Rows from which widening a matrix to float32 costs less than a product that torch emulates
@@ -25,8 +27,8 @@ WIDEN_FROM_ROWS = 16
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix `[out, in]` in oneDNN's blocked layout, or in that of our own kernels where these do all products; the
-    original is not kept.
+    """A matrix `[out, in]` in oneDNN's blocked layout, or in that of our own kernels where these do
+    all products; the original is not kept.
 
     kernels, place: our own kernels and where they find it, if they can read it.
     """
@@ -54,7 +56,8 @@ def emulates_bfloat16() -> bool:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, in this build and on this processor, multiplies packed weights of this type."""
+    """Whether oneDNN, in this build and on this processor, multiplies packed weights of this
+    type."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -73,7 +76,8 @@ def pack(weight: Tensor) -> PackedWeight:
 
 
 def pack_native(weight: Tensor) -> PackedWeight:
-    """`pack`, with our own kernels for few rows if they can read the result; for any number where they pack it."""
+    """`pack`, with our own kernels for few rows if they can read the result; for any number where
+    they pack it."""
     weight = weight.contiguous()
     kernels = native.load(weight.dtype)
     if kernels is not None and kernels.own_layout:
@@ -87,17 +91,27 @@ def pack_native(weight: Tensor) -> PackedWeight:
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [rows, in] -> [rows, out]."""
     if isinstance(weight, Tensor):
-        if len(x) >= WIDEN_FROM_ROWS and x.dtype == torch.bfloat16 and not x.is_cuda and emulates_bfloat16():
+        if (
+            len(x) >= WIDEN_FROM_ROWS
+            and x.dtype == torch.bfloat16
+            and not x.is_cuda
+            and emulates_bfloat16()
+        ):
             return F.linear(x.float(), weight.float()).to(torch.bfloat16)
         return F.linear(x, weight)
-    if weight.kernels is not None and weight.place is not None and len(x) <= weight.kernels.max_rows:
+    if (
+        weight.kernels is not None
+        and weight.place is not None
+        and len(x) <= weight.kernels.max_rows
+    ):
         return native.linear(weight.kernels, x, weight.place, weight.shape[0])
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.data, None, "none", [], "")
     return product
 
 
 def linears(x: Tensor, starts: np.ndarray, weights: Sequence[Weight]) -> Tensor:
-    """`linear` for runs of rows, each with a matrix of its own of one shape. starts: int64 [runs + 1], on the host.
+    """`linear` for runs of rows, each with a matrix of its own of one shape. starts: int64 [runs +
+    1], on the host.
 
     Adjacent runs with the same matrix are one.
     """
@@ -115,11 +129,14 @@ def linears(x: Tensor, starts: np.ndarray, weights: Sequence[Weight]) -> Tensor:
             and np.diff(starts).max() <= first.kernels.max_rows
         ):
             return native.linears(first.kernels, x, starts, places, first.shape[0])
-    return torch.cat([linear(x[a:b], w) for a, b, w in zip(starts[:-1], starts[1:], weights, strict=True)])
+    return torch.cat(
+        [linear(x[a:b], w) for a, b, w in zip(starts[:-1], starts[1:], weights, strict=True)]
+    )
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the same memory. The array may be a read-only mapping; the engine never writes to weights."""
+    """A tensor on the same memory. The array may be a read-only mapping; the engine never writes to
+    weights."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if array.dtype == BFLOAT16:

@@ -1,4 +1,5 @@
-"""What tenants add to copies that they share: residuals, kept packed on the device and expanded while they are used.
+"""What tenants add to copies that they share: residuals, kept packed on the device and expanded
+while they are used.
 
 Legend: rows M, inputs K, outputs N, rank R. Layout of the bytes: common/residuals.py.
 """
@@ -28,7 +29,11 @@ class PackedResidual:
     """What one tenant adds at one position. data: uint8 [bytes], its record on the device."""
 
     def __init__(
-        self, residual: Residual, data: Tensor, shapes: dict[str, tuple[int, ...]], kernels: native.Kernels | None
+        self,
+        residual: Residual,
+        data: Tensor,
+        shapes: dict[str, tuple[int, ...]],
+        kernels: native.Kernels | None,
     ):
         self.data = data
         self.shapes = shapes
@@ -64,7 +69,11 @@ def add_part(part: Part, data: Tensor, shape: tuple[int, ...], x: Tensor, out: T
     if part.kind == SIGN:
         count = -(-outputs // part.size)
         start = row_bytes(count, 16)
-        scale = data[: 2 * count].view(torch.bfloat16).float()[torch.arange(outputs, device=data.device) // part.size]
+        scale = (
+            data[: 2 * count]
+            .view(torch.bfloat16)
+            .float()[torch.arange(outputs, device=data.device) // part.size]
+        )
         codes = _rows(data, start, outputs, inputs, 1)
         for first, stop in _chunks(outputs, inputs):
             signs = _numbers(codes[first:stop], 1, inputs).mul_(2.0)  # +-0.5 to +-1
@@ -90,7 +99,8 @@ def _rows(data: Tensor, start: int, rows: int, count: int, bits: int) -> Tensor:
 
 
 def _numbers(packed: Tensor, bits: int, count: int) -> Tensor:
-    """float32 [rows, count] of uint8 [rows, row_bytes]; up to 8 bits a code c stands for c - (2^bits - 1) / 2."""
+    """float32 [rows, count] of uint8 [rows, row_bytes]; up to 8 bits a code c stands for c -
+    (2^bits - 1) / 2."""
     if bits > 8:
         return packed.view(torch.float16 if bits == 16 else torch.float32)[:, :count].float()
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
@@ -107,7 +117,9 @@ class RowResidual:
     residual: PackedResidual
 
 
-def add_residuals(residuals: Sequence[RowResidual], projection: str, x: Tensor, out: Tensor) -> None:
+def add_residuals(
+    residuals: Sequence[RowResidual], projection: str, x: Tensor, out: Tensor
+) -> None:
     """out [rows, N] += x [rows, K] R^T, each residual in its own rows."""
     for r in residuals:
         r.residual.add(projection, x[r.start : r.stop], out[r.start : r.stop])
@@ -115,18 +127,25 @@ def add_residuals(residuals: Sequence[RowResidual], projection: str, x: Tensor, 
 
 def residuals_within(residuals: Sequence[RowResidual], start: int, stop: int) -> list[RowResidual]:
     """Those of the rows start..stop, counted from start."""
-    return [replace(r, start=r.start - start, stop=r.stop - start) for r in residuals if start <= r.start < stop]
+    return [
+        replace(r, start=r.start - start, stop=r.stop - start)
+        for r in residuals
+        if start <= r.start < stop
+    ]
 
 
 class ResidentResiduals:
     """All tenants' residuals, packed, in one buffer on the device.
 
-    numbers: int64 [layers, tenants, experts], 0 where a tenant adds nothing, else 1 + the index in `plan.residuals`.
+    numbers: int64 [layers, tenants, experts], 0 where a tenant adds nothing, else 1 + the index in
+        `plan.residuals`.
     """
 
     def __init__(self, store: Store, device: torch.device, kernels: native.Kernels | None):
         plan, shapes = store.plan, dict(store.experts.projections)
-        self.numbers = np.zeros((plan.num_layers, len(plan.tenants), plan.num_experts), dtype=np.int64)
+        self.numbers = np.zeros(
+            (plan.num_layers, len(plan.tenants), plan.num_experts), dtype=np.int64
+        )
         ends = np.cumsum([0, *(r.nbytes(shapes) for r in plan.residuals)])
         self.nbytes = int(ends[-1])
         buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
@@ -140,11 +159,17 @@ class ResidentResiduals:
 
     def among(self, layer: int, tenant_ids: np.ndarray, single: int | None) -> bool:
         """Whether a tenant of a batch has any in this layer. tenant_ids: int64 [T]."""
-        return bool(self.items) and bool(self._at[layer, tenant_ids if single is None else single].any())
+        return bool(self.items) and bool(
+            self._at[layer, tenant_ids if single is None else single].any()
+        )
 
     def rows(self, groups: Sequence[tuple[int, int, int]]) -> list[RowResidual]:
         """groups: (number, start, stop) of runs of rows."""
-        return [RowResidual(start, stop, self.items[number - 1]) for number, start, stop in groups if number]
+        return [
+            RowResidual(start, stop, self.items[number - 1])
+            for number, start, stop in groups
+            if number
+        ]
 
     def close(self) -> None:
         """Drop the bytes."""

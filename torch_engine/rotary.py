@@ -1,7 +1,7 @@
 """Rotary position embedding in the half-split form of Hugging Face checkpoints.
 
-Source: RoFormer (arXiv 2104.09864); transformers, models/mixtral/modeling_mixtral.py; scaled variants from
-transformers.modeling_rope_utils.
+Source: RoFormer (arXiv 2104.09864); transformers, models/mixtral/modeling_mixtral.py; scaled
+variants from transformers.modeling_rope_utils.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class RotaryTable:
         self._sin = (angles.sin() * self._factor).to(self._dtype).to(self._device)
 
     def at(self, positions: Tensor, last: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [tokens, 1, head_dim / 2] for int64 positions [tokens], of which `last` is the largest."""
+        """cos, sin [tokens, 1, head_dim / 2] for int64 positions [tokens], of which `last` is the
+        largest."""
         if last >= len(self._cos):
             self._grow(min(self._max, max(last + 1, 2 * len(self._cos))))
         return self._cos[positions, None], self._sin[positions, None]

@@ -1,22 +1,26 @@
-"""Every CUDA figure in one command, under ten minutes, for any machine with a card: `python -m benchmarks.gpu --out
-docs/results`.
+"""Every CUDA figure in one command, under ten minutes, for any machine with a card: `python -m
+benchmarks.gpu --out docs/results`.
 
-Real Mixtral-8x7B widths (hidden 4096, intermediate 14336, 8 experts, 32 and 8 heads, vocabulary 32000, bfloat16),
-random weights, no download:
+Real Mixtral-8x7B widths (hidden 4096, intermediate 14336, 8 experts, 32 and 8 heads, vocabulary
+32000, bfloat16), random weights, no download:
 
-1. reconfiguration: a tenant's 3.2 GB of non-expert weights, all 32 layers, against a plain pinned copy of that size,
-   and what a switch adds to the time until the first token;
+1. reconfiguration: a tenant's 3.2 GB of non-expert weights, all 32 layers, against a plain pinned
+   copy of that size, and what a switch adds to the time until the first token;
 2. expert products: the grouped product against the loop, one layer, by number of tokens;
-3. prefill and decode beside transformers on the first layers of the model, with the floor from its own bandwidth;
-4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode step;
+3. prefill and decode beside transformers on the first layers of the model, with the floor from its
+own bandwidth;
+4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode
+    step;
 5. mixed tenants: a decode step of 4 tenants with 4 rows each beside one tenant with 16;
 6. a switch hidden behind the prompt before it, on as many layers as the card holds;
-7. QoS in the time that is left: several tenants under open-loop arrivals, this engine beside the paper's way (first
-   come, first served, batch 1, replacement before the request), on the same layers.
+7. QoS in the time that is left: several tenants under open-loop arrivals, this engine beside the
+   paper's way (first come, first served, batch 1, replacement before the request), on the same
+   layers.
 
-The experts of all layers are written as the same few tensors: the store keeps them once, so it fits on a small disk,
-while on the card every slot is memory of its own, so all reads are real. Tenants in 5 to 7 have these experts in common
-and non-expert weights of their own. `--device cpu --tiny` runs the same code on any machine, for tests.
+The experts of all layers are written as the same few tensors: the store keeps them once, so it fits
+on a small disk, while on the card every slot is memory of its own, so all reads are real. Tenants
+in 5 to 7 have these experts in common and non-expert weights of their own. `--device cpu --tiny`
+runs the same code on any machine, for tests.
 """
 
 from __future__ import annotations
@@ -82,8 +86,11 @@ def pinned(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 
 def reconfiguration(store: Store, device: torch.device, clock: Clock) -> Report:
-    """Tenant switches through TenantsByCopy with one place on the device, so that each switch copies a whole tenant."""
-    report = Report("Tenant switch (reconfiguration)", ("what", "milliseconds", "GB/s", "share of pinned"))
+    """Tenant switches through TenantsByCopy with one place on the device, so that each switch
+    copies a whole tenant."""
+    report = Report(
+        "Tenant switch (reconfiguration)", ("what", "milliseconds", "GB/s", "share of pinned")
+    )
     tenants = TenantsByCopy(store, torch.bfloat16, device, capacity=1)
     names = store.tenants[:2]
     before = tenants.copied_bytes
@@ -104,21 +111,30 @@ def reconfiguration(store: Store, device: torch.device, clock: Clock) -> Report:
         rate = Spread.of([size / v / 1e9 for v in values])
         share = ratios(plain, values)
         report.add(
-            **{"what": name, "milliseconds": Spread.of(values).scaled(1e3), "GB/s": rate, "share of pinned": share}
+            **{
+                "what": name,
+                "milliseconds": Spread.of(values).scaled(1e3),
+                "GB/s": rate,
+                "share of pinned": share,
+            }
         )
-    report.note(f"{size / 1e9:.2f} GB a tenant; goal: 0.8 of the pinned rate; nothing is copied back")
+    report.note(
+        f"{size / 1e9:.2f} GB a tenant; goal: 0.8 of the pinned rate; nothing is copied back"
+    )
     tenants.close()
     return report
 
 
 def first_token(store: Store, shape: Shape, device: torch.device, clock: Clock) -> Report:
-    """Time until the first token with a switch before it and without, through the engine with one ready tenant.
+    """Time until the first token with a switch before it and without, through the engine with one
+    ready tenant.
 
-    The switch is copied layer by layer while earlier layers compute, so it may add less than it takes. Experts here are
-    small, which leaves little to hide it behind; real ones leave more.
+    The switch is copied layer by layer while earlier layers compute, so it may add less than it
+    takes. Experts here are small, which leaves little to hide it behind; real ones leave more.
     """
     report = Report(
-        "What a switch adds to the first token", ("prompt", "same tenant, ms", "after a switch, ms", "added, ms")
+        "What a switch adds to the first token",
+        ("prompt", "same tenant, ms", "after a switch, ms", "added, ms"),
     )
     engine = load_engine(store, device=str(device), dtype="bfloat16", ready_tenants=1)
     backend, names = engine._require_backend(), store.tenants
@@ -130,7 +146,10 @@ def first_token(store: Store, shape: Shape, device: torch.device, clock: Clock) 
     for length in (20, 256):
         stay, switch = [], []
         for repeat in range(8):
-            prompt, name = tuple(rng.integers(3, shape.vocab_size, length).tolist()), names[repeat % 2]
+            prompt, name = (
+                tuple(rng.integers(3, shape.vocab_size, length).tolist()),
+                names[repeat % 2],
+            )
             if not repeat:
                 clock(answer(names[1], prompt))
             before = engine.stats()["reconfigurations"]
@@ -157,7 +176,10 @@ def read_prompts(backend: Backend, tenant: str, prompts: Sequence[tuple[int, ...
 
 def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:
     """One layer's experts for random routing, grouped against the loop."""
-    report = Report("Products of one layer's experts", ("tokens", "grouped, ms", "loop, ms", "grouped is faster by"))
+    report = Report(
+        "Products of one layer's experts",
+        ("tokens", "grouped, ms", "loop, ms", "grouped is faster by"),
+    )
     spec = store.experts
     pools = [
         GroupedPool(store, torch.bfloat16, device, 1),
@@ -166,11 +188,14 @@ def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 16, 64, 256, 1024):
         x = torch.randn(tokens, spec.hidden_size, device=device).to(torch.bfloat16)
-        ids = torch.from_numpy(np.stack([rng.permutation(spec.num_experts)[: spec.top_k] for _ in range(tokens)])).to(
-            device
-        )
+        ids = torch.from_numpy(
+            np.stack([rng.permutation(spec.num_experts)[: spec.top_k] for _ in range(tokens)])
+        ).to(device)
         gates = torch.full((tokens, spec.top_k), 1 / spec.top_k, device=device)
-        who, misses = TokenTenants(np.zeros(tokens, dtype=np.int64), 0), np.zeros(tokens, dtype=np.int64)
+        who, misses = (
+            TokenTenants(np.zeros(tokens, dtype=np.int64), 0),
+            np.zeros(tokens, dtype=np.int64),
+        )
         times = []
         with torch.inference_mode():
             for pool in pools:
@@ -228,7 +253,9 @@ def decode_and_prefill(
     steps = 3 if tiny else 16
 
     def ours(prompts: np.ndarray, forced: np.ndarray) -> tuple[float, float]:
-        batch = backend.start([Row(store.tenants[0], tuple(p.tolist()), len(forced) + 1) for p in prompts])
+        batch = backend.start(
+            [Row(store.tenants[0], tuple(p.tolist()), len(forced) + 1) for p in prompts]
+        )
         first = clock(lambda: batch.prefill(False))
         rest = clock(lambda: [batch.decode(ids, False) for ids in forced])
         batch.close()
@@ -240,7 +267,9 @@ def decode_and_prefill(
 
         def forward(ids: np.ndarray) -> None:
             tokens = torch.from_numpy(ids).to(device)
-            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).cpu()
+            model(
+                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits.argmax(-1).cpu()
 
         first = clock(lambda: forward(prompts))
         rest = clock(lambda: [forward(ids[:, None]) for ids in forced])
@@ -265,7 +294,9 @@ def decode_and_prefill(
             best = min(("eager", "grouped_mm"), key=lambda side: Spread.of(values[side]).median)
             # Expected number of different experts for random routing of so many tokens.
             tokens = batch_size if part else prompt
-            hit = shape.num_local_experts * (1 - (1 - shape.num_experts_per_tok / shape.num_local_experts) ** tokens)
+            hit = shape.num_local_experts * (
+                1 - (1 - shape.num_experts_per_tok / shape.num_local_experts) ** tokens
+            )
             report.add(
                 **{
                     "what": f"{what}, batch {batch_size}, prompt {prompt}",
@@ -281,7 +312,8 @@ def decode_and_prefill(
 
 
 def misses(build: Callable[..., Store], device: torch.device, clock: Clock) -> Report:
-    """A store with no resident experts, so every look-up misses: with spare slots for all of them, and with one."""
+    """A store with no resident experts, so every look-up misses: with spare slots for all of them,
+    and with one."""
     report = Report("Misses", ("what", "milliseconds", "GB/s", "share of pinned"))
     store = build(slots=0)
     size = store.copy_bytes
@@ -303,7 +335,9 @@ def misses(build: Callable[..., Store], device: torch.device, clock: Clock) -> R
         ("decode step, all misses in spare slots", store.experts.num_positions),
         ("decode step, every miss fetched", 1),
     ):
-        engine: Engine = load_engine(store, device=str(device), dtype="bfloat16", experts="grouped", spare_slots=spare)
+        engine: Engine = load_engine(
+            store, device=str(device), dtype="bfloat16", experts="grouped", spare_slots=spare
+        )
         batch = engine._require_backend().start([Row(store.tenants[0], (5, 6, 7), 16)])
         batch.prefill(False)
         ids = np.array([9])
@@ -328,13 +362,16 @@ def misses(build: Callable[..., Store], device: torch.device, clock: Clock) -> R
 def several(store: Store, num_layers: int, num_tenants: int) -> Store:
     """The store's first tenant with another number of layers, beside others with the same experts.
 
-    Every layer has the weights of layer 0, and one copy of each expert serves all tenants. What is not an expert is
-    other for each of them, as what tenants have equal is neither read nor copied for each: the first one's, turned by
-    some places and written beside it.
+    Every layer has the weights of layer 0, and one copy of each expert serves all tenants. What is
+    not an expert is other for each of them, as what tenants have equal is neither read nor copied
+    for each: the first one's, turned by some places and written beside it.
     """
     first, family = store.manifest.tenants[0], store.family
     config = family.parse_config({**first.config.raw, "num_hidden_layers": num_layers}, "several")
-    source = {name: re.sub(r"^model\.layers\.\d+", "model.layers.0", name) for name in family.all_shapes(config)}
+    source = {
+        name: re.sub(r"^model\.layers\.\d+", "model.layers.0", name)
+        for name in family.all_shapes(config)
+    }
     own = {source[name] for name in family.non_expert_shapes(config)}
     objects, known = Objects(store.path / "objects"), dict(store.manifest.objects)
     tenants = []
@@ -346,8 +383,16 @@ def several(store: Store, num_layers: int, num_tenants: int) -> Store:
             known[ids[name]] = known[first.tensors[name]]
         tensors = {name: ids[of] for name, of in source.items()}
         tenants.append(replace(first, name=f"tenant{number}", config=config, tensors=tensors))
-    plan = plan_round_robin(np.zeros((num_layers, config.experts.num_experts)), tuple(t.name for t in tenants))
-    changed = {"objects": known, "tenants": tuple(tenants), "plan": plan, "merged": {}, "residuals": ()}
+    plan = plan_round_robin(
+        np.zeros((num_layers, config.experts.num_experts)), tuple(t.name for t in tenants)
+    )
+    changed = {
+        "objects": known,
+        "tenants": tuple(tenants),
+        "plan": plan,
+        "merged": {},
+        "residuals": (),
+    }
     return Store(store.path, replace(store.manifest, **changed))
 
 
@@ -368,10 +413,15 @@ def mixed(store: Store, shape: Shape, device: torch.device, clock: Clock, tiny: 
     bandwidth = device_bandwidth(device, clock, 10**7 if tiny else 4 << 30)
     rng = np.random.default_rng(0)
     rows, warm_up, steps = 4 * len(store.tenants), 5, 5 if tiny else 60
-    with load_engine(store, device=str(device), dtype="bfloat16", ready_tenants=len(store.tenants)) as engine:
+    with load_engine(
+        store, device=str(device), dtype="bfloat16", ready_tenants=len(store.tenants)
+    ) as engine:
         backend = engine._require_backend()
         prompts = rng.integers(3, shape.vocab_size, size=(rows, 20))
-        sides = [Side(backend, names, prompts, warm_up + steps + 4) for names in (store.tenants[:1], store.tenants)]
+        sides = [
+            Side(backend, names, prompts, warm_up + steps + 4)
+            for names in (store.tenants[:1], store.tenants)
+        ]
         for number in range(warm_up + steps):
             forced = rng.integers(3, shape.vocab_size, size=rows)
             for side in sides if number % 2 else sides[::-1]:
@@ -380,7 +430,10 @@ def mixed(store: Store, shape: Shape, device: torch.device, clock: Clock, tiny: 
                     side.times.append(took)
         counted = rng.integers(3, shape.vocab_size, size=(4, rows))
         hits = [side.experts_hit(counted) for side in sides]
-        read = [step_bytes(shape, hit, side.num_tenants, 2) for hit, side in zip(hits, sides, strict=True)]
+        read = [
+            step_bytes(shape, hit, side.num_tenants, 2)
+            for hit, side in zip(hits, sides, strict=True)
+        ]
         for side, hit, size in zip(sides, hits, read, strict=True):
             report.add(
                 **{
@@ -402,7 +455,8 @@ KV_BYTES = 2 << 30
 
 
 def layers_that_fit(shape: Shape, device: torch.device, ready_tenants: int) -> int:
-    """How many layers' experts the card holds beside so many tenants, caches and room to compute; all on a CPU."""
+    """How many layers' experts the card holds beside so many tenants, caches and room to compute;
+    all on a CPU."""
     if device.type != "cuda":
         return shape.num_hidden_layers
     free, _ = torch.cuda.mem_get_info(device)
@@ -414,10 +468,16 @@ def layers_that_fit(shape: Shape, device: torch.device, ready_tenants: int) -> i
 
 
 def hidden_switch(store: Store, device: torch.device, clock: Clock, tiny: bool) -> Report:
-    """A tenant's first token after another tenant's long prompt: in place already, not there, brought meanwhile."""
+    """A tenant's first token after another tenant's long prompt: in place already, not there,
+    brought meanwhile."""
     report = Report(
         "A switch hidden behind the prompt before it",
-        ("next tenant", "its first token, ms", "the prompt before it, ms", "both beside in place, ms"),
+        (
+            "next tenant",
+            "its first token, ms",
+            "the prompt before it, ms",
+            "both beside in place, ms",
+        ),
     )
     rng = np.random.default_rng(0)
     vocab = store.config(store.tenants[0]).vocab_size
@@ -454,20 +514,25 @@ def hidden_switch(store: Store, device: torch.device, clock: Clock, tiny: bool) 
                     "next tenant": way,
                     "its first token, ms": Spread.of(first[way]).scaled(1e3),
                     "the prompt before it, ms": Spread.of(long[way]).scaled(1e3),
-                    "both beside in place, ms": Spread.of([a - b for a, b in zip(both, beside, strict=True)]).scaled(
-                        1e3
-                    ),
+                    "both beside in place, ms": Spread.of(
+                        [a - b for a, b in zip(both, beside, strict=True)]
+                    ).scaled(1e3),
                 }
             )
-        report.note(f"{store.experts.num_layers} layers, {len(busy)} x {len(busy[0])} tokens before it")
+        report.note(
+            f"{store.experts.num_layers} layers, {len(busy)} x {len(busy[0])} tokens before it"
+        )
     return report
 
 
 def qos(store: Store, device: torch.device, seconds: float, tiny: bool) -> Report:
-    """Open-loop arrivals over all tenants, two of them ready at once: this engine, then the paper's way."""
+    """Open-loop arrivals over all tenants, two of them ready at once: this engine, then the paper's
+    way."""
     report = Report("QoS of several tenants", qos_report.COLUMNS)
     kv_bytes = 1 << 24 if tiny else KV_BYTES
-    setup = Setup(store.path, 4 if tiny else 32, options={"device": str(device), "kv_cache_bytes": kv_bytes})
+    setup = Setup(
+        store.path, 4 if tiny else 32, options={"device": str(device), "kv_cache_bytes": kv_bytes}
+    )
 
     async def ours() -> System:
         return await EngineSystem.load("moetel", store, setup, ready_tenants=2)
@@ -491,14 +556,17 @@ def qos(store: Store, device: torch.device, seconds: float, tiny: bool) -> Repor
     for line in qos_report.remarks(found):
         report.note(line)
     report.note(
-        f"{store.experts.num_layers} layers, {len(store.tenants)} tenants of which 2 (paper: 1) are ready at once; "
-        "load: share of moetel's own saturation rate; a replacement streams layer by layer here, the paper's too"
+        f"{store.experts.num_layers} layers, {len(store.tenants)} tenants of which 2 (paper: 1) "
+        "are ready at once; "
+        "load: share of moetel's own saturation rate; a replacement streams layer by layer here, "
+        "the paper's too"
     )
     return report
 
 
 def write_tenant(path: Path, shape: Shape, seed: int, same_layers: bool) -> Path:
-    """A random checkpoint whose layers are one shard, linked under every layer's names if `same_layers`."""
+    """A random checkpoint whose layers are one shard, linked under every layer's names if
+    `same_layers`."""
     if not same_layers:
         return write_random(path, shape, torch.bfloat16, seed)
     from safetensors.torch import load_file, save_file
@@ -507,9 +575,11 @@ def write_tenant(path: Path, shape: Shape, seed: int, same_layers: bool) -> Path
     layer = load_file(one / "layer-0.safetensors")
     weight_map: dict[str, str] = {}
     for number in range(shape.num_hidden_layers):
-        # Experts of every layer equal: the store keeps them once. Everything else too, which costs what it would
-        # anyway.
-        tensors = {name.replace("layers.0.", f"layers.{number}."): tensor for name, tensor in layer.items()}
+        # Experts of every layer equal: the store keeps them once. Everything else too, which costs
+        # what it would anyway.
+        tensors = {
+            name.replace("layers.0.", f"layers.{number}."): tensor for name, tensor in layer.items()
+        }
         save_file(tensors, path / f"layer-{number}.safetensors", metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, f"layer-{number}.safetensors"))
     rest = load_file(one / "rest.safetensors")
@@ -527,17 +597,26 @@ def write_tenant(path: Path, shape: Shape, seed: int, same_layers: bool) -> Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the suite itself")
-    parser.add_argument("--layers", type=int, default=4, help="layers for parts 2 to 4 (2.8 GB each, twice)")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="layers for parts 2 to 4 (2.8 GB each, twice)"
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="most that the suite may take")
     parser.add_argument("--out", type=Path, help="folder for DATE-DEVICE.md")
-    parser.add_argument("--scratch", help="folder for the random stores, about 30 GB with the defaults")
+    parser.add_argument(
+        "--scratch", help="folder for the random stores, about 30 GB with the defaults"
+    )
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("error: torch sees no CUDA device here; use --device cpu --tiny to try the suite itself\n")
+        sys.stderr.write(
+            "error: torch sees no CUDA device here; use --device cpu --tiny to try the suite "
+            "itself\n"
+        )
         return 1
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     clock = Clock(device)
@@ -552,12 +631,16 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = write_tenant(root / "cut", cut, 0, same_layers=True)
 
         def build(**options: Any) -> Store:
-            return build_store(root / "store", {"tenant": checkpoint}, policy="round_robin", **options)
+            return build_store(
+                root / "store", {"tenant": checkpoint}, policy="round_robin", **options
+            )
 
         store = build(slots="all")
         reports.append(expert_products(store, device, clock))
         reports.append(decode_and_prefill(store, checkpoint, cut, device, clock, args.tiny))
-        reports.append(mixed(several(store, cut.num_hidden_layers, 4), cut, device, clock, args.tiny))
+        reports.append(
+            mixed(several(store, cut.num_hidden_layers, 4), cut, device, clock, args.tiny)
+        )
         if device.type == "cuda":
             torch.cuda.empty_cache()
         reports.append(misses(build, device, clock))
@@ -600,14 +683,21 @@ def last_parts(
     if seconds >= 0.5:
         found.append(qos(store, device, seconds, tiny))
     if len(found) < 2:
-        print(f"left out for lack of time: {', '.join(('hidden switch', 'QoS')[len(found) :])}; give --minutes more")
+        print(
+            f"left out for lack of time: {', '.join(('hidden switch', 'QoS')[len(found) :])}; give "
+            "--minutes more"
+        )
     return found
 
 
 def non_expert_store(root: Path, full: Shape) -> Store:
-    """Two tenants with all layers' real non-expert weights and small experts: only the former are switched."""
+    """Two tenants with all layers' real non-expert weights and small experts: only the former are
+    switched."""
     thin = replace(full, intermediate_size=64)
-    paths = {f"tenant{seed}": write_random(root / f"thin{seed}", thin, torch.bfloat16, seed) for seed in (1, 2)}
+    paths = {
+        f"tenant{seed}": write_random(root / f"thin{seed}", thin, torch.bfloat16, seed)
+        for seed in (1, 2)
+    }
     return build_store(root / "thin", paths, policy="round_robin")
 
 

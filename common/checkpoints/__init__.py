@@ -1,4 +1,5 @@
-"""Lazy readers and writers of checkpoints. A reader gives canonical names; each tensor is read or mapped on its own."""
+"""Lazy readers and writers of checkpoints. A reader gives canonical names; each tensor is read or
+mapped on its own."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from common.checkpoints.weight_files import ADAPTER, has_weights, places, what_i
 from common.errors import CheckpointError
 
 EXPECTED = (
-    "a Hugging Face directory (config.json with safetensors), a T5X checkpoint (a file 'checkpoint' beside its arrays) "
+    "a Hugging Face directory (config.json with safetensors), a T5X checkpoint (a file "
+    "'checkpoint' beside its arrays) "
     f"or an Orbax one ({METADATA} beside its arrays)"
 )
 
@@ -26,10 +28,12 @@ _UNFINISHED = re.compile(r"\.tmp-\d+$|\.orbax-checkpoint-tmp")
 def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Checkpoint:
     """Open a checkpoint directory of any supported format, told apart by content.
 
-    path: may also be a run's directory that holds one `checkpoint_<step>` (T5X) or `<step>` (Orbax), or one item.
-    config: for T5X and Orbax, which store none: a config.json, or a directory that holds one (tokenizer files there
-    come along). Without it a config.json in the checkpoint's directory is used; else what the arrays do not tell is
-    taken from T5's defaults, and `notes` of the result say so.
+    path: may also be a run's directory that holds one `checkpoint_<step>` (T5X) or `<step>`
+        (Orbax), or one item.
+    config: for T5X and Orbax, which store none: a config.json, or a directory that holds one
+    (tokenizer files there come along). Without it a config.json in the checkpoint's directory is
+    used; else what the arrays do not tell is taken from T5's defaults, and `notes` of the result
+    say so.
 
     Raises CheckpointError that names the directory, file or tensor at fault.
     """
@@ -41,7 +45,8 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     if has_weights(path):
         if config is not None:
             raise CheckpointError(
-                f"{path}: a Hugging Face directory, which has its own config.json; a config is taken for T5X and Orbax "
+                f"{path}: a Hugging Face directory, which has its own config.json; a config is "
+                "taken for T5X and Orbax "
                 "checkpoints alone"
             )
         return open_hugging_face(path)
@@ -54,7 +59,8 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
         inside = places(path)
         if inside:
             raise CheckpointError(
-                f"{path}: no checkpoint here, but in directories below; give one of them: {', '.join(inside)}"
+                f"{path}: no checkpoint here, but in directories below; give one of them: "
+                f"{', '.join(inside)}"
             )
         what = "is empty" if not any(path.iterdir()) else "no checkpoint recognised here"
         raise CheckpointError(f"{path}: {what}; expected {EXPECTED}")
@@ -70,13 +76,16 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
 
 
 def find_arrays(path: Path) -> Path | None:
-    """The T5X or Orbax checkpoint at `path`: itself, its one item, or the one step of a run. None if there is none.
+    """The T5X or Orbax checkpoint at `path`: itself, its one item, or the one step of a run. None
+    if there is none.
 
     Raises CheckpointError if there are several, or if its writing was not finished.
     """
     if is_orbax(path) or (path / INDEX).is_file():
         if _UNFINISHED.search(path.resolve().name):
-            raise CheckpointError(f"{path}: the writing of this checkpoint was not finished; give a finished one")
+            raise CheckpointError(
+                f"{path}: the writing of this checkpoint was not finished; give a finished one"
+            )
         return path
     folders = [p for p in sorted(path.iterdir()) if p.is_dir() and not _UNFINISHED.search(p.name)]
     items = [p for p in folders if is_orbax(p) or (p / INDEX).is_file()]
@@ -84,7 +93,9 @@ def find_arrays(path: Path) -> Path | None:
     if steps:
         items = [found for _, p in steps if (found := find_arrays(p)) is not None]
     if len(items) > 1:
-        names = ", ".join(str(p.relative_to(path)) for p in items[:10]) + (", ..." if len(items) > 10 else "")
+        names = ", ".join(str(p.relative_to(path)) for p in items[:10]) + (
+            ", ..." if len(items) > 10 else ""
+        )
         raise CheckpointError(f"{path}: holds {len(items)} checkpoints; give one of them: {names}")
     return items[0] if items else None
 
@@ -94,7 +105,9 @@ def _config_file(config: str | Path | None, folders: tuple[Path, ...]) -> Path |
         file = Path(config)
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such file; give a config.json or a directory that holds one")
+            raise CheckpointError(
+                f"{file}: no such file; give a config.json or a directory that holds one"
+            )
         return file
     return next((f / "config.json" for f in folders if (f / "config.json").is_file()), None)
 

@@ -46,7 +46,8 @@ class Checkpoint:
     """Opened, checked against its config, nothing read yet.
 
     tensors: canonical name (see `common.families`) -> where it lies.
-    assets: tokenizer, chat template, configs: files that travel with the tenant, by file name, or what they hold.
+    assets: tokenizer, chat template, configs: files that travel with the tenant, by file name, or
+        what they hold.
     notes: for people: what the checkpoint does not state and was taken by default.
     """
 

@@ -12,11 +12,20 @@ import numpy as np
 
 from common.checkpoints.checkpoint import Checkpoint
 from common.checkpoints.safetensors_file import TensorRef, refuse_pointer, same_values, write_file
-from common.checkpoints.weight_files import ADAPTER, INDEX, SINGLE, find_weights, has_weights, read_json, what_instead
+from common.checkpoints.weight_files import (
+    ADAPTER,
+    INDEX,
+    SINGLE,
+    find_weights,
+    has_weights,
+    read_json,
+    what_instead,
+)
 from common.errors import CheckpointError
 from common.families import Family, ModelConfig, family_of
 
-# What travels with a tenant beside its weights: names that transformers' tokenizers and generate() look for.
+# What travels with a tenant beside its weights: names that transformers' tokenizers and generate()
+# look for.
 ASSETS = (
     "config.json",
     "generation_config.json",
@@ -46,13 +55,16 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "FSDP's",
     "_checkpoint_wrapped_module.": "activation checkpointing's",
 }
-_ADAPTED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|ia3_l)\b")
+_ADAPTED = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|ia3_l)\b"
+)
 
 
 def open_hugging_face(path: Path) -> Checkpoint:
     """Open a directory and check every tensor's name and shape against config.json.
 
-    Reads headers, and tables of embeddings that config.json says are one where the files hold several.
+    Reads headers, and tables of embeddings that config.json says are one where the files hold
+    several.
     """
     if not (path / "config.json").is_file() and (path / ADAPTER).is_file():
         raise CheckpointError(f"{path}: no whole model here; {what_instead(path)}")
@@ -71,7 +83,9 @@ def open_hugging_face(path: Path) -> Checkpoint:
     except CheckpointError as error:
         if not fields.defaulted:
             raise
-        raise CheckpointError(f"{error} (not in config.json, transformers' defaults taken: {defaults})") from error
+        raise CheckpointError(
+            f"{error} (not in config.json, transformers' defaults taken: {defaults})"
+        ) from error
     tensors = {name: files[region.file_tensor].at(region) for name, region in regions.items()}
     for tensor in tensors.values():
         tensor.check_type()
@@ -80,7 +94,10 @@ def open_hugging_face(path: Path) -> Checkpoint:
         notes.append(f"config.json does not state {defaults}: transformers' defaults")
     left_out = sorted(name for name in files if family.ignored.search(name))
     if left_out:
-        notes.append(f"{len(left_out)} tensors that the model does not use were left out, first {left_out[0]}")
+        notes.append(
+            f"{len(left_out)} tensors that the model does not use were left out, first "
+            f"{left_out[0]}"
+        )
     assets = {name: path / name for name in ASSETS if (path / name).is_file()}
     for file in assets.values():
         refuse_pointer(file)
@@ -90,7 +107,8 @@ def open_hugging_face(path: Path) -> Checkpoint:
 
 
 def _renamed(path: Path, files: Mapping[str, TensorRef], family: Family) -> dict[str, TensorRef]:
-    """Tensors by the names that they have in a whole model. Raises CheckpointError for names of wrapped models."""
+    """Tensors by the names that they have in a whole model. Raises CheckpointError for names of
+    wrapped models."""
     adapted = next((name for name in files if _ADAPTED.search(name)), None)
     if adapted is not None:
         raise CheckpointError(
@@ -108,7 +126,9 @@ def _renamed(path: Path, files: Mapping[str, TensorRef], family: Family) -> dict
     for name, ref in files.items():
         plain = family.file_name_of(name)
         if plain in found or (plain != name and plain in files):
-            raise CheckpointError(f"{path}: holds {plain} twice, with and without a prefix; remove one of them")
+            raise CheckpointError(
+                f"{path}: holds {plain} twice, with and without a prefix; remove one of them"
+            )
         found[plain] = ref
     return found
 
@@ -116,8 +136,8 @@ def _renamed(path: Path, files: Mapping[str, TensorRef], family: Family) -> dict
 def _untied(
     path: Path, family: Family, config: ModelConfig, files: Mapping[str, TensorRef]
 ) -> tuple[ModelConfig, list[str]]:
-    """The config with tables untied that differ, and notes. transformers does the same (`tie_weights`): a table that a
-    file holds is never replaced by another one's values."""
+    """The config with tables untied that differ, and notes. transformers does the same
+    (`tie_weights`): a table that a file holds is never replaced by another one's values."""
     there = [name for name in family.tied_tables(config) if name in files]
     for name in there if len(there) > 1 else ():
         files[name].check_type()
@@ -126,7 +146,8 @@ def _untied(
         return config, []
     config = family.parse_config(family.untied(config, differing), str(path / "config.json"))
     return config, [
-        f"{name} is served as it is: config.json ties it to {there[0]} (tie_word_embeddings), but their values differ"
+        f"{name} is served as it is: config.json ties it to {there[0]} (tie_word_embeddings), but "
+        "their values differ"
         for name in differing
     ]
 
@@ -138,7 +159,8 @@ def write_hugging_face(
     max_shard_bytes: int = 2 << 30,
     on_tensor: Callable[[], None] | None = None,
 ) -> None:
-    """Write config.json and weights into an existing empty directory, in shards of at most `max_shard_bytes`.
+    """Write config.json and weights into an existing empty directory, in shards of at most
+    `max_shard_bytes`.
 
     Memory: what the arrays of one shard hold; pass memory-mapped arrays to hold next to nothing.
     """
@@ -169,6 +191,9 @@ def write_hugging_face(
             file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             (path / f"shard-{i}.tmp").rename(path / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

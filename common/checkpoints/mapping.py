@@ -1,7 +1,7 @@
 """Read-only views of file ranges that keep no file descriptor open.
 
-numpy.memmap and mmap.mmap hold one descriptor a mapping, and a process may usually have 1,024: fewer than a model has
-tensors. The kernel needs none once a range is mapped.
+numpy.memmap and mmap.mmap hold one descriptor a mapping, and a process may usually have 1,024:
+fewer than a model has tensors. The kernel needs none once a range is mapped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class _Mapping:
         try:
             if os.fstat(fd).st_size < offset + nbytes:
                 raise OSError(f"the file ends before byte {offset + nbytes}")
-            address = _libc.mmap(None, self._length, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset - lead)
+            address = _libc.mmap(
+                None, self._length, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset - lead
+            )
         finally:
             os.close(fd)
         if address == _FAILED:
@@ -58,7 +60,8 @@ class _Mapping:
 
 
 def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
-    """uint8 [nbytes], read-only; pages are read when touched; mapped as long as the array lives. Raises OSError."""
+    """uint8 [nbytes], read-only; pages are read when touched; mapped as long as the array lives.
+    Raises OSError."""
     if nbytes == 0:
         return np.empty(0, dtype=np.uint8)
     if _libc is None:

@@ -1,11 +1,15 @@
-"""Orbax PyTree checkpoints with T5X's parameter tree inside, through TensorStore alone: importing orbax imports jax.
+"""Orbax PyTree checkpoints with T5X's parameter tree inside, through TensorStore alone: importing
+orbax imports jax.
 
-A directory holds `_METADATA` (JSON: every leaf's path, and whether zarr3 and OCDBT are used) and the arrays, each
-under its tree path joined by dots: a directory of its own, or a key of one OCDBT database (`manifest.ocdbt`, `d/`).
-Before 0.5 the tree stood in a msgpack file `checkpoint`, whose leaves are "PLACEHOLDER://<name>" or small arrays; T5X's
-Orbax backend left that, in `checkpoint_<step>/state/`.
-Source: google/orbax, orbax/checkpoint/_src/metadata/tree.py and _src/serialization/tensorstore_utils.py (0.12.8);
-google-research/t5x, t5x/checkpoints.py, OrbaxCheckpointManagerInterface.
+A directory holds `_METADATA` (JSON: every leaf's path, and whether zarr3 and OCDBT are used) and
+the arrays, each
+under its tree path joined by dots: a directory of its own, or a key of one OCDBT database
+(`manifest.ocdbt`, `d/`). Before 0.5 the tree stood in a msgpack file `checkpoint`, whose leaves are
+"PLACEHOLDER://<name>" or small arrays; T5X's Orbax backend left that, in
+`checkpoint_<step>/state/`.
+Source: google/orbax, orbax/checkpoint/_src/metadata/tree.py and
+_src/serialization/tensorstore_utils.py (0.12.8); google-research/t5x, t5x/checkpoints.py,
+OrbaxCheckpointManagerInterface.
 """
 
 from __future__ import annotations
@@ -21,7 +25,13 @@ import numpy as np
 from common.checkpoints.checkpoint import Checkpoint
 from common.checkpoints.t5x import INDEX, PLACEHOLDER, assemble, inline, read_msgpack
 from common.checkpoints.t5x_names import EMBEDDING, stream_arrays
-from common.checkpoints.tensorstore_array import ArrayOnDisk, even_chunks, open_array, require, write_array
+from common.checkpoints.tensorstore_array import (
+    ArrayOnDisk,
+    even_chunks,
+    open_array,
+    require,
+    write_array,
+)
 from common.checkpoints.weight_files import read_json
 from common.errors import CheckpointError
 
@@ -44,14 +54,17 @@ class _Format:
 
 
 def is_orbax(path: Path) -> bool:
-    """Whether a directory is an Orbax item itself; older ones, which have no `_METADATA`, are told by their index."""
+    """Whether a directory is an Orbax item itself; older ones, which have no `_METADATA`, are told
+    by their index."""
     return (path / METADATA).is_file() or (path / MANIFEST).is_file()
 
 
 def open_orbax(path: Path, config: Path | None, asset_folders: tuple[Path, ...]) -> Checkpoint:
-    """Open an Orbax item whose tree holds T5X parameters under `target`, under `params`, or at the top.
+    """Open an Orbax item whose tree holds T5X parameters under `target`, under `params`, or at the
+    top.
 
-    config: a config.json that states what the arrays do not. asset_folders: where tokenizer files may lie.
+    config: a config.json that states what the arrays do not. asset_folders: where tokenizer files
+        may lie.
     Raises CheckpointError.
     """
     if (path / METADATA).is_file():
@@ -60,7 +73,8 @@ def open_orbax(path: Path, config: Path | None, asset_folders: tuple[Path, ...])
         leaves, layout = _from_index(path)
     else:
         raise CheckpointError(
-            f"{path}: an Orbax checkpoint without {METADATA}; it is incomplete, copy the whole directory again"
+            f"{path}: an Orbax checkpoint without {METADATA}; it is incomplete, copy the whole "
+            "directory again"
         )
     ts = require("tensorstore")
     # One cache for the nodes of the OCDBT tree, which every array would read anew otherwise.
@@ -75,15 +89,22 @@ def open_orbax(path: Path, config: Path | None, asset_folders: tuple[Path, ...])
 
 
 def _from_metadata(path: Path) -> tuple[dict[tuple[str, ...], Any], _Format]:
-    """Path in the tree -> name of its array (or the array, where it stands in the old index), and the layout."""
+    """Path in the tree -> name of its array (or the array, where it stands in the old index), and
+    the layout."""
     file = path / METADATA
     metadata = read_json(file)
     entries = metadata.get("tree_metadata")
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{file}: field 'tree_metadata' is missing; the file is damaged, copy it again")
+        raise CheckpointError(
+            f"{file}: field 'tree_metadata' is missing; the file is damaged, copy it again"
+        )
     aggregated: dict[tuple[str, ...], Any] = {}
     if (path / INDEX).is_file():
-        aggregated = {k: v for k, v in _flatten(read_msgpack(path / INDEX)).items() if isinstance(v, np.ndarray)}
+        aggregated = {
+            k: v
+            for k, v in _flatten(read_msgpack(path / INDEX)).items()
+            if isinstance(v, np.ndarray)
+        }
     leaves: dict[tuple[str, ...], Any] = {}
     for where, entry in entries.items():
         try:
@@ -91,7 +112,8 @@ def _from_metadata(path: Path) -> tuple[dict[tuple[str, ...], Any], _Format]:
             kind = entry["value_metadata"]["value_type"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{file}: entry {where} lacks its key or value metadata; the file is damaged, copy it again"
+                f"{file}: entry {where} lacks its key or value metadata; the file is damaged, copy "
+                "it again"
             ) from error
         if kind not in EMPTY:
             leaves[keys] = aggregated.get(keys, ".".join(keys))
@@ -128,24 +150,38 @@ def _parameters(path: Path, leaves: Mapping[tuple[str, ...], Any]) -> dict[str, 
     tops = sorted({keys[0] for keys in leaves if keys})
     roots = {("target",), ("params", "params"), ("params",), ()}
     embedding = tuple(EMBEDDING.split("."))
-    root = next((r for r in sorted(roots, key=len, reverse=True) if (*r, *embedding) in leaves), None)
+    root = next(
+        (r for r in sorted(roots, key=len, reverse=True) if (*r, *embedding) in leaves), None
+    )
     if root is None:
         root = next(((t,) for t in ("target", "params") if t in tops), None)
     if root is None:
         raise CheckpointError(
-            f"{path}: holds no parameters: found {', '.join(tops) or 'nothing'} at the top of the tree, no 'target' "
+            f"{path}: holds no parameters: found {', '.join(tops) or 'nothing'} at the top of the "
+            "tree, no 'target' "
             "and no 'params'; give a checkpoint with the parameters of a T5X Switch Transformer"
         )
-    return {".".join(keys[len(root) :]): leaf for keys, leaf in leaves.items() if keys[: len(root)] == root}
+    return {
+        ".".join(keys[len(root) :]): leaf
+        for keys, leaf in leaves.items()
+        if keys[: len(root)] == root
+    }
 
 
 def _spec(path: Path, name: str, layout: _Format) -> dict[str, Any]:
     if "/" in name or name in ("", ".", ".."):
-        raise CheckpointError(f"{path}: array name {name!r} is no plain name; the checkpoint's index is damaged")
+        raise CheckpointError(
+            f"{path}: array name {name!r} is no plain name; the checkpoint's index is damaged"
+        )
     base = {"driver": "file", "path": f"{path.resolve()}/"}
     kvstore: dict[str, Any]
     if layout.ocdbt:
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#nodes"}
+        kvstore = {
+            "driver": "ocdbt",
+            "base": base,
+            "path": f"{name}/",
+            "cache_pool": "cache_pool#nodes",
+        }
     else:
         kvstore = base | {"path": f"{base['path']}{name}/"}
     spec: dict[str, Any] = {"driver": "zarr3" if layout.zarr3 else "zarr", "kvstore": kvstore}
@@ -160,26 +196,33 @@ def write_orbax(
     dtype: str = "auto",
     on_tensor: Callable[[], None] | None = None,
 ) -> None:
-    """Write {target: parameters, state: {step}} into an existing empty directory, as Orbax reads it. Not atomic.
+    """Write {target: parameters, state: {step}} into an existing empty directory, as Orbax reads
+    it. Not atomic.
 
-    Layout: zarr v2 in a directory an array, as T5X's Orbax backend has it (use_ocdbt=False). Arrays of experts are cut
-    between experts, so that one can be read alone. dtype: "auto" (each array's own), "float32" or "bfloat16". One array
-    is in memory at a time. Raises CheckpointError for a model that T5X has no layout for, OSError if it cannot be
-    written.
+    Layout: zarr v2 in a directory an array, as T5X's Orbax backend has it (use_ocdbt=False). Arrays
+        of experts are cut
+    between experts, so that one can be read alone. dtype: "auto" (each array's own), "float32" or
+    "bfloat16". One array is in memory at a time. Raises CheckpointError for a model that T5X has no
+    layout for, OSError if it cannot be written.
     """
     entries: dict[str, Any] = {}
 
     def put(name: str, array: np.ndarray) -> None:
-        chunks = even_chunks(array.shape[1:] if array.ndim == 3 else array.shape, CHUNK_BYTES // array.dtype.itemsize)
+        chunks = even_chunks(
+            array.shape[1:] if array.ndim == 3 else array.shape, CHUNK_BYTES // array.dtype.itemsize
+        )
         metadata = {
             "shape": list(array.shape),
             "chunks": [1, *chunks] if array.ndim == 3 else chunks,
             "compressor": {"id": "zstd", "level": 1},
         }
         kvstore = {"driver": "file", "path": f"{path.resolve()}/{name}/"}
-        write_array({"driver": "zarr", "kvstore": kvstore, "metadata": metadata}, path / name, array)
+        write_array(
+            {"driver": "zarr", "kvstore": kvstore, "metadata": metadata}, path / name, array
+        )
         keys = tuple(name.split("."))
-        # As numpy arrays, which restore anywhere: for jax arrays Orbax would ask which devices they were on.
+        # As numpy arrays, which restore anywhere: for jax arrays Orbax would ask which devices they
+        # were on.
         entries[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},

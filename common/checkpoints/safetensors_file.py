@@ -1,8 +1,9 @@
 """One safetensors file, read by tensor without loading the rest.
 
-The header is checked by the `safetensors` library (sizes, overlaps, truncation); the offsets that it does not hand
-out are read from the header itself (format: huggingface/safetensors README, "Format": 8 bytes little-endian header
-size, JSON, data), so that a tensor can be mapped in place, bfloat16 included.
+The header is checked by the `safetensors` library (sizes, overlaps, truncation); the offsets that
+it does not hand out are read from the header itself (format: huggingface/safetensors README,
+"Format": 8 bytes little-endian header size, JSON, data), so that a tensor can be mapped in place,
+bfloat16 included.
 """
 
 from __future__ import annotations
@@ -41,14 +42,22 @@ class TensorRef:
         return int(np.prod(self.shape, dtype=np.int64)) * _TYPES[self.dtype].itemsize
 
     def map(self) -> np.ndarray:
-        """A read-only view of the file; pages are read when touched. The mapping lives as long as the array."""
+        """A read-only view of the file; pages are read when touched. The mapping lives as long as
+        the array."""
         try:
-            return map_bytes(self.path, self.offset, self.nbytes).view(_TYPES[self.dtype]).reshape(self.shape)
+            return (
+                map_bytes(self.path, self.offset, self.nbytes)
+                .view(_TYPES[self.dtype])
+                .reshape(self.shape)
+            )
         except OSError as error:
-            raise CheckpointError(f"{self.path}: tensor {self.file_tensor} cannot be mapped: {error}") from error
+            raise CheckpointError(
+                f"{self.path}: tensor {self.file_tensor} cannot be mapped: {error}"
+            ) from error
 
     def read(self) -> np.ndarray:
-        """A copy in memory of our own, so that no page of the file stays counted to this process."""
+        """A copy in memory of our own, so that no page of the file stays counted to this
+        process."""
         out = np.empty(self.shape, dtype=_TYPES[self.dtype])
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -59,12 +68,15 @@ class TensorRef:
                     got = file.readinto(view[done:])
                     if not got:
                         raise CheckpointError(
-                            f"{self.path}: tensor {self.file_tensor} ends after {done} of {len(view)} bytes; "
+                            f"{self.path}: tensor {self.file_tensor} ends after {done} of "
+                            f"{len(view)} bytes; "
                             "the file changed or is truncated, fetch it again"
                         )
                     done += got
         except OSError as error:
-            raise CheckpointError(f"{self.path}: tensor {self.file_tensor} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{self.path}: tensor {self.file_tensor} cannot be read: {error}"
+            ) from error
         return out
 
     def at(self, region: Region) -> TensorRef:
@@ -77,11 +89,15 @@ class TensorRef:
         return replace(self, shape=region.shape, offset=self.offset + start)
 
     def check_type(self) -> None:
-        """Raises CheckpointError if the values are not of one of the three types that weights have."""
+        """Raises CheckpointError if the values are not of one of the three types that weights
+        have."""
         if self.dtype in BY_NAME:
             return
         if self.dtype == "F64":
-            why = "is float64 (F64); convert it to float32, which holds what a model needs, and save it again"
+            why = (
+                "is float64 (F64); convert it to float32, which holds what a model needs, "
+                "and save it again"
+            )
         else:
             why = (
                 f"has type {self.dtype}; weights must be F32, F16 or BF16 "
@@ -90,7 +106,8 @@ class TensorRef:
         raise CheckpointError(f"{self.path}: tensor {self.file_tensor} {why}")
 
     def chunks(self, chunk_bytes: int = 16 << 20) -> Iterator[np.ndarray]:
-        """The values in order, float32, at most `chunk_bytes` of the file at a time. Raises CheckpointError."""
+        """The values in order, float32, at most `chunk_bytes` of the file at a time. Raises
+        CheckpointError."""
         step = max(1, chunk_bytes // _TYPES[self.dtype].itemsize)
         size = math.prod(self.shape)
         for start in range(0, size, step):
@@ -111,7 +128,12 @@ def same_values(a: TensorRef, b: TensorRef) -> bool:
 
 # Weights are floats; a store's own files also hold bytes.
 _TYPES: dict[str, np.dtype[Any]] = {**BY_NAME, "uint8": np.dtype(np.uint8)}
-_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}  # by the codes of the header
+_NAMES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U8": "uint8",
+}  # by the codes of the header
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -171,20 +193,27 @@ def _shortfall(path: Path) -> str | None:
             if header_size > size:
                 return None
             header = json.loads(file.read(header_size))
-        end = 8 + header_size + max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+        end = (
+            8
+            + header_size
+            + max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error):
         return None
     return f"{size} of {end} bytes are here" if isinstance(end, int) and size < end else None
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors (any of the three float types, float64 tables, bytes) as one file, through the library. Not atomic.
+    """Write tensors (any of the three float types, float64 tables, bytes) as one file, through the
+    library. Not atomic.
 
     Raises OSError, a full disk included.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     path.touch()
-    mode = path.stat().st_mode  # what the user's umask gives; the library's files are nobody else's to read
+    mode = (
+        path.stat().st_mode
+    )  # what the user's umask gives; the library's files are nobody else's to read
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
         path.chmod(mode)

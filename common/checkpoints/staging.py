@@ -13,7 +13,8 @@ from common.errors import CheckpointError
 
 @contextmanager
 def new_directory(target: str | Path) -> Iterator[Path]:
-    """An empty directory beside `target`, which becomes `target` if the block ends well and is removed if it does not.
+    """An empty directory beside `target`, which becomes `target` if the block ends well and is
+    removed if it does not.
 
     Raises CheckpointError if `target` exists and is not an empty directory, or cannot be written.
     """
@@ -21,7 +22,9 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists and is not an empty directory; name another one")
     if target == Path.cwd():
-        raise CheckpointError(f"{target}: the directory you are in cannot be replaced; name one in it, such as ./out")
+        raise CheckpointError(
+            f"{target}: the directory you are in cannot be replaced; name one in it, such as ./out"
+        )
     partial = target.with_name(f".{target.name}.partial")
     try:
         try:

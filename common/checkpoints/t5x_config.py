@@ -1,4 +1,5 @@
-"""A config.json for a T5X tree, which stores none: what the shapes tell, and T5's defaults for the rest."""
+"""A config.json for a T5X tree, which stores none: what the shapes tell, and T5's defaults for the
+rest."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from common.families.switch_transformers import SIDES, SPARSE_LAYERS, Side, as_s
 
 FAMILY = FAMILIES["switch_transformers"]
 
-# What no shape tells: transformers.SwitchTransformersConfig's defaults, which are those of T5 and of Switch.
+# What no shape tells: transformers.SwitchTransformersConfig's defaults, which are those of T5 and
+# of Switch.
 DEFAULTS: dict[str, Any] = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
@@ -23,7 +25,8 @@ DEFAULTS: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-# T5 1.0 and Switch use ReLU; T5 1.1's gated feed-forward uses GELU (gelu_new, as transformers reads "gated-gelu").
+# T5 1.0 and Switch use ReLU; T5 1.1's gated feed-forward uses GELU (gelu_new, as transformers reads
+# "gated-gelu").
 PLAIN = {"dense_act_fn": "relu"}
 GATED = {"dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
 GATING_FIELDS = ("feed_forward_proj", "is_gated_act", "dense_act_fn")
@@ -33,19 +36,25 @@ SCANNED = re.compile(r"(encoder|decoder)\.(encoder|decoder|layers|blocks?|layer_
 
 
 def config_for(
-    shapes: Mapping[str, Shape], where: str, given: Mapping[str, Any] | None = None, given_where: str = ""
+    shapes: Mapping[str, Shape],
+    where: str,
+    given: Mapping[str, Any] | None = None,
+    given_where: str = "",
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A config in Hugging Face's terms for the arrays of a T5X tree, and notes on what was taken by default.
+    """A config in Hugging Face's terms for the arrays of a T5X tree, and notes on what was taken by
+    default.
 
-    shapes: name in the tree (see `t5x_names`) -> shape. given: a config.json, whose fields all stay as they are.
-    Raises CheckpointError if the arrays are no Switch Transformer's, or contradict `given` (field, value and shape
-    are named).
+    shapes: name in the tree (see `t5x_names`) -> shape. given: a config.json, whose fields all stay
+        as they are.
+    Raises CheckpointError if the arrays are no Switch Transformer's, or contradict `given` (field,
+    value and shape are named).
     """
     told = _Told(shapes, where)
     raw: dict[str, Any] = dict(given or {})
     if raw.get("model_type", FAMILY.name) != FAMILY.name:
         raise CheckpointError(
-            f"{given_where}: model_type is {raw['model_type']!r}, but the checkpoint holds a Switch Transformer "
+            f"{given_where}: model_type is {raw['model_type']!r}, but the checkpoint holds a "
+            "Switch Transformer "
             f"({FAMILY.name}); give the config.json that belongs to it"
         )
     for alias, field in FAMILY.aliases.items():
@@ -57,20 +66,28 @@ def config_for(
             raw[field] = value
         elif stated != value or isinstance(stated, bool) != isinstance(value, bool):
             raise CheckpointError(
-                f"{given_where}: field {field!r} is {stated!r}, but the checkpoint has {value!r} ({reason}); "
+                f"{given_where}: field {field!r} is {stated!r}, but the checkpoint has {value!r} "
+                f"({reason}); "
                 "give the config.json that belongs to it"
             )
     # A field that the file has as null stays so: that is how it says that there is no such token.
-    defaulted = {f: v for f, v in (DEFAULTS | _activation(raw, told, given_where)).items() if f not in raw}
+    defaulted = {
+        f: v for f, v in (DEFAULTS | _activation(raw, told, given_where)).items() if f not in raw
+    }
     raw |= defaulted
     raw |= {"model_type": FAMILY.name, "is_encoder_decoder": True}
     notes = []
     if defaulted:
         listed = ", ".join(f"{field} {value}" for field, value in defaulted.items())
-        notes.append(f"not stated by the checkpoint, T5's defaults taken (--config overrides): {listed}")
+        notes.append(
+            f"not stated by the checkpoint, T5's defaults taken (--config overrides): {listed}"
+        )
     for side in SIDES:
         notes += _sparse(raw, told, side, given_where)
-    if any(sparse_step(told.sparse[side], told.layers[side]) is None for side in SIDES) and SPARSE_LAYERS not in raw:
+    if (
+        any(sparse_step(told.sparse[side], told.layers[side]) is None for side in SIDES)
+        and SPARSE_LAYERS not in raw
+    ):
         raw[SPARSE_LAYERS] = {side: list(told.sparse[side]) for side in SIDES}
     return raw, tuple(notes)
 
@@ -83,19 +100,25 @@ def sparse_step(sparse: tuple[int, ...], num_layers: int) -> int | None:
     if not sparse:
         return 0
     steps = [num_layers // len(sparse), *range(1, num_layers + 1)]
-    return next((s for s in steps if sparse == tuple(i for i in range(num_layers) if s == 1 or i % s == 1)), None)
+    return next(
+        (s for s in steps if sparse == tuple(i for i in range(num_layers) if s == 1 or i % s == 1)),
+        None,
+    )
 
 
 class _Told:
-    """What the shapes tell: fields with the array they follow from, and the sparse layers of each side."""
+    """What the shapes tell: fields with the array they follow from, and the sparse layers of each
+    side."""
 
     def __init__(self, shapes: Mapping[str, Shape], where: str):
         self.shapes, self.where = shapes, where
         scanned = next((n for n in shapes if SCANNED.match(n)), None)
         if scanned is not None:
             raise CheckpointError(
-                f"{where}: array target.{scanned} is {list(shapes[scanned])}, one for all layers: this model was "
-                "trained with scanned layers (scan_layers), which Moetel does not read; restore it into the same model "
+                f"{where}: array target.{scanned} is {list(shapes[scanned])}, one for all layers: "
+                "this model was "
+                "trained with scanned layers (scan_layers), which Moetel does not read; restore it "
+                "into the same model "
                 "without them, save that, and give it"
             )
         vocab_size, d_model = self._shape("token_embedder.embedding", 2)
@@ -103,7 +126,8 @@ class _Told:
         inner = self._shape("encoder.layers_0.attention.query.kernel", 2)[1]
         if not heads or inner % heads:
             raise CheckpointError(
-                f"{where}: target.encoder.layers_0.attention.query.kernel has {inner} columns, which {heads} heads "
+                f"{where}: target.encoder.layers_0.attention.query.kernel has {inner} columns, "
+                f"which {heads} heads "
                 "(first axis of target.encoder.relpos_bias.rel_embedding) do not divide"
             )
         self.layers: dict[Side, int] = {side: self._count(side) for side in SIDES}
@@ -111,7 +135,8 @@ class _Told:
         first = next((f"{s}.layers_{self.sparse[s][0]}.mlp" for s in SIDES if self.sparse[s]), None)
         if first is None:
             raise CheckpointError(
-                f"{where}: no layer has experts (no array mlp.expert); this is a plain T5, Moetel serves Switch "
+                f"{where}: no layer has experts (no array mlp.expert); this is a plain T5, Moetel "
+                "serves Switch "
                 "Transformers"
             )
         self.gated = f"{first}.expert.wi_0.kernel" in shapes
@@ -127,11 +152,20 @@ class _Told:
             "d_model": (d_model, self._say("token_embedder.embedding")),
             "d_kv": (inner // heads, f"{self._say(query)}, {heads} heads"),
             "d_ff": (d_ff, self._say(source)),
-            "num_layers": (self.layers["encoder"], f"{self.layers['encoder']} layers in target.encoder"),
-            "num_decoder_layers": (self.layers["decoder"], f"{self.layers['decoder']} layers in target.decoder"),
+            "num_layers": (
+                self.layers["encoder"],
+                f"{self.layers['encoder']} layers in target.encoder",
+            ),
+            "num_decoder_layers": (
+                self.layers["decoder"],
+                f"{self.layers['decoder']} layers in target.decoder",
+            ),
             "num_heads": (heads, self._say("encoder.relpos_bias.rel_embedding")),
             "num_experts": (num_experts, self._say(router)),
-            "relative_attention_num_buckets": (buckets, self._say("encoder.relpos_bias.rel_embedding")),
+            "relative_attention_num_buckets": (
+                buckets,
+                self._say("encoder.relpos_bias.rel_embedding"),
+            ),
             "router_bias": self._presence(f"{first}.router.router_weights.w.bias", when_there=True),
             "tie_word_embeddings": self._presence("decoder.logits_dense.kernel", when_there=False),
         }
@@ -140,11 +174,14 @@ class _Told:
         shape = self.shapes.get(name)
         if shape is None:
             raise CheckpointError(
-                f"{self.where}: array target.{name} is missing; the checkpoint is incomplete, or no Switch Transformer "
+                f"{self.where}: array target.{name} is missing; the checkpoint is incomplete, or "
+                "no Switch Transformer "
                 "of flaxformer's (without scanned layers)"
             )
         if len(shape) != rank:
-            raise CheckpointError(f"{self.where}: array target.{name} is {list(shape)}, expected {rank} axes")
+            raise CheckpointError(
+                f"{self.where}: array target.{name} is {list(shape)}, expected {rank} axes"
+            )
         return shape
 
     def _say(self, name: str) -> str:
@@ -159,7 +196,8 @@ class _Told:
         missing = sorted(set(range(max(found, default=0) + 1)) - found)
         if missing:
             raise CheckpointError(
-                f"{self.where}: target.{side}.layers_{missing[0]} is missing; the checkpoint is incomplete"
+                f"{self.where}: target.{side}.layers_{missing[0]} is missing; the checkpoint is "
+                "incomplete"
             )
         return len(found)
 
@@ -172,7 +210,8 @@ class _Told:
 
 
 def _activation(raw: Mapping[str, Any], told: _Told, where: str) -> dict[str, Any]:
-    """What to add so that the config is gated as the arrays are; a config that says otherwise is refused."""
+    """What to add so that the config is gated as the arrays are; a config that says otherwise is
+    refused."""
     stated = {f: raw[f] for f in GATING_FIELDS if raw.get(f) is not None}
     if not stated:
         return GATED if told.gated else PLAIN
@@ -186,24 +225,30 @@ def _activation(raw: Mapping[str, Any], told: _Told, where: str) -> dict[str, An
     field = next(iter(stated))
     found = "wi_0 and wi_1 (gated)" if told.gated else "wi alone (not gated)"
     raise CheckpointError(
-        f"{where}: field {field!r} is {stated[field]!r}, but the feed-forward layers of the checkpoint have {found}; "
+        f"{where}: field {field!r} is {stated[field]!r}, but the feed-forward layers of the "
+        f"checkpoint have {found}; "
         "give the config.json that belongs to it"
     )
 
 
 def _sparse(raw: dict[str, Any], told: _Told, side: Side, where: str) -> list[str]:
-    """Make `raw` say which layers of a side are sparse. Returns notes; raises if the config says another number."""
+    """Make `raw` say which layers of a side are sparse. Returns notes; raises if the config says
+    another number."""
     count_field, step_field = f"num_sparse_{side}_layers", f"{side}_sparse_step"
     layers, num_layers = told.sparse[side], told.layers[side]
     stated = [f for f in (SPARSE_LAYERS, count_field, step_field) if raw.get(f) is not None]
     if stated:
-        says = as_switch(FAMILY.parse_config(_other_side_fixed(raw, told, side), where)).sparse_layers[side]
+        says = as_switch(
+            FAMILY.parse_config(_other_side_fixed(raw, told, side), where)
+        ).sparse_layers[side]
         if says == layers:
             return []
         if SPARSE_LAYERS in stated or raw.get(count_field) != len(layers):
             raise CheckpointError(
-                f"{where}: field {stated[0]!r} is {raw[stated[0]]!r}, which makes the {side} layers {list(says)} "
-                f"sparse, but the checkpoint has experts (mlp.expert) in layers {list(layers)} of {num_layers}; "
+                f"{where}: field {stated[0]!r} is {raw[stated[0]]!r}, which makes the {side} "
+                f"layers {list(says)} "
+                f"sparse, but the checkpoint has experts (mlp.expert) in layers {list(layers)} of "
+                f"{num_layers}; "
                 "give the config.json that belongs to it"
             )
     raw[count_field] = len(layers)
@@ -215,7 +260,8 @@ def _sparse(raw: dict[str, Any], told: _Told, side: Side, where: str) -> list[st
     if not stated:
         return []
     return [
-        f"sparse {side} layers are {list(layers)}, as the arrays say; by transformers' rule {count_field} "
+        f"sparse {side} layers are {list(layers)}, as the arrays say; by transformers' rule "
+        f"{count_field} "
         f"{len(layers)} would mean {list(says)}"
     ]
 
@@ -223,5 +269,9 @@ def _sparse(raw: dict[str, Any], told: _Told, side: Side, where: str) -> list[st
 def _other_side_fixed(raw: Mapping[str, Any], told: _Told, side: Side) -> dict[str, Any]:
     """`raw` with a valid other side, so that the family can be asked about this one alone."""
     other = SIDES[1 - SIDES.index(side)]
-    fixed = {k: v for k, v in raw.items() if k not in (f"num_sparse_{other}_layers", f"{other}_sparse_step")}
+    fixed = {
+        k: v
+        for k, v in raw.items()
+        if k not in (f"num_sparse_{other}_layers", f"{other}_sparse_step")
+    }
     return fixed | {f"{other}_sparse_step": 1}

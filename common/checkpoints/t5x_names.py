@@ -1,8 +1,9 @@
 """T5X's parameter tree and the canonical tensors of a Switch Transformer, in both directions.
 
-The tree is flaxformer's (architectures/t5 and architectures/moe), as T5X keeps it under `target`; the names here are
-its paths joined by dots, without `target.`. Kernels are [in, out] there and [out, in] here; the experts of a layer are
-one array [experts, in, out] there and a tensor each here.
+The tree is flaxformer's (architectures/t5 and architectures/moe), as T5X keeps it under `target`;
+the names here are its paths joined by dots, without `target.`. Kernels are [in, out] there and
+[out, in] here; the experts of a layer are one array [experts, in, out] there and a tensor each
+here.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ NORM = {
     ("decoder", "2"): "pre_mlp_layer_norm",
 }
 
-_BLOCK = re.compile(r"(?P<side>encoder|decoder)\.block\.(?P<layer>\d+)\.layer\.(?P<part>\d)\.(?P<rest>.+)")
+_BLOCK = re.compile(
+    r"(?P<side>encoder|decoder)\.block\.(?P<layer>\d+)\.layer\.(?P<part>\d)\.(?P<rest>.+)"
+)
 _ATTENTION = re.compile(r"(\w+)\.([qkvo])\.weight")
 _DENSE = re.compile(r"mlp\.(wi|wi_0|wi_1|wo)\.weight")
 _EXPERT = re.compile(r"mlp\.experts\.expert_(\d+)\.(wi|wi_0|wi_1|wo)\.weight")
@@ -73,7 +76,8 @@ _REST = {
 
 
 def place_of(canonical: str) -> Place:
-    """The place of a canonical tensor of a Switch Transformer; a KeyError for any other name is our own mistake."""
+    """The place of a canonical tensor of a Switch Transformer; a KeyError for any other name is our
+    own mistake."""
     if canonical in _WHOLE:
         return _WHOLE[canonical]
     block = _BLOCK.fullmatch(canonical)
@@ -96,10 +100,13 @@ def place_of(canonical: str) -> Place:
     raise KeyError(canonical)
 
 
-def locate(shapes: Mapping[str, Shape], num_experts: int, arrays: Mapping[str, ArrayOnDisk]) -> dict[str, LazyTensor]:
+def locate(
+    shapes: Mapping[str, Shape], num_experts: int, arrays: Mapping[str, ArrayOnDisk]
+) -> dict[str, LazyTensor]:
     """Every canonical tensor (`shapes`) among T5X's arrays, by their names in the tree.
 
-    Raises CheckpointError for an array that is missing, superfluous, or of another shape or order of axes.
+    Raises CheckpointError for an array that is missing, superfluous, or of another shape or order
+    of axes.
     """
     blocks = ExpertBlocks()
     tensors = {}
@@ -110,13 +117,15 @@ def locate(shapes: Mapping[str, Shape], num_experts: int, arrays: Mapping[str, A
         if array is None:
             near = next(iter(arrays.values()))
             raise CheckpointError(
-                f"{near.path.parent}: array target.{place.name} is missing; the checkpoint is incomplete"
+                f"{near.path.parent}: array target.{place.name} is missing; the checkpoint is "
+                "incomplete"
             )
         expected = place.array_shape(shape, num_experts)
         if array.shape != expected:
             other_order = sorted(array.shape) == sorted(expected)
             raise CheckpointError(
-                f"{array.path}: array {array.name} is {list(array.shape)}, the other arrays imply {list(expected)}; "
+                f"{array.path}: array {array.name} is {list(array.shape)}, the other arrays imply "
+                f"{list(expected)}; "
                 + (
                     "its axes are in another order than T5X's ([experts, in, out] and [in, out])"
                     if other_order
@@ -148,8 +157,10 @@ def array_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
         )
     if as_switch(checkpoint.config).untied:
         raise CheckpointError(
-            f"{checkpoint.path}: {', '.join(as_switch(checkpoint.config).untied)} differ from the shared table that "
-            "config.json ties them to; T5X has no layout for that, keep this model in Hugging Face's"
+            f"{checkpoint.path}: {', '.join(as_switch(checkpoint.config).untied)} differ from the "
+            "shared table that "
+            "config.json ties them to; T5X has no layout for that, keep this model in Hugging "
+            "Face's"
         )
     found: dict[str, list[str]] = {}
     for canonical in checkpoint.tensors:
@@ -158,17 +169,22 @@ def array_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def array_dtype(sources: Iterable[TensorSource], dtype: str) -> str:
-    """Type to write an array in: `dtype`, or for "auto" its own; T5X has no float16, which becomes float32."""
+    """Type to write an array in: `dtype`, or for "auto" its own; T5X has no float16, which becomes
+    float32."""
     if dtype != "auto":
         return dtype
     own = common_dtype([s.dtype for s in sources])
     return "float32" if own == "float16" else own
 
 
-def stream_arrays(checkpoint: Checkpoint, dtype: str = "auto") -> Iterator[tuple[str, int, np.ndarray]]:
-    """(name in T5X's tree, number of canonical tensors in it, array), sorted by name; one array in memory at a time.
+def stream_arrays(
+    checkpoint: Checkpoint, dtype: str = "auto"
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(name in T5X's tree, number of canonical tensors in it, array), sorted by name; one array in
+    memory at a time.
 
-    dtype: "auto", "float32" or "bfloat16". Raises CheckpointError where T5X's tree cannot hold the model.
+    dtype: "auto", "float32" or "bfloat16". Raises CheckpointError where T5X's tree cannot hold the
+        model.
     """
     for name, canonicals in array_names(checkpoint).items():
         sources = [checkpoint.tensors[c] for c in canonicals]
@@ -180,9 +196,12 @@ def stream_arrays(checkpoint: Checkpoint, dtype: str = "auto") -> Iterator[tuple
                 if not np.array_equal(array, source.read()):
                     raise CheckpointError(
                         f"{source.path}: tensor {canonical} differs from {canonicals[0]}; "
-                        "T5X has one embedding table for both, so this model cannot be written in its layout"
+                        "T5X has one embedding table for both, so this model cannot be written in "
+                        "its layout"
                     )
-            array = np.ascontiguousarray(array.T if places[0].transposed else array).astype(target, copy=False)
+            array = np.ascontiguousarray(array.T if places[0].transposed else array).astype(
+                target, copy=False
+            )
         else:
             array = np.empty(places[0].array_shape(sources[0].shape, len(sources)), dtype=target)
             for place, source in zip(places, sources, strict=True):

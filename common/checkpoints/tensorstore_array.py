@@ -1,4 +1,5 @@
-"""Arrays on disk, read and written through TensorStore: what the T5X and the Orbax format have in common.
+"""Arrays on disk, read and written through TensorStore: what the T5X and the Orbax format have in
+common.
 
 TensorStore is imported on first use, so that those who read safetensors alone need not have it.
 """
@@ -22,8 +23,9 @@ from common.families import Shape
 # TensorStore raises these for files that are missing, damaged or cannot be written.
 FAULTS = (ValueError, OSError, KeyError, NotImplementedError)
 
-# T5X cuts chunks across all experts of a layer, so that one expert alone means decoding them all. Experts are read in
-# blocks of at most so many bytes, a few blocks are kept, and each goes when its last expert has been handed out.
+# T5X cuts chunks across all experts of a layer, so that one expert alone means decoding them all.
+# Experts are read in blocks of at most so many bytes, a few blocks are kept, and each goes when its
+# last expert has been handed out.
 BLOCK_BYTES = 256 << 20
 KEPT_BYTES = 3 * BLOCK_BYTES
 
@@ -36,7 +38,8 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise CheckpointError(
-            f"T5X and Orbax checkpoints need the package {module}, which is not installed: pip install 'moetel[jax]'"
+            f"T5X and Orbax checkpoints need the package {module}, which is not installed: pip "
+            "install 'moetel[jax]'"
         ) from error
 
 
@@ -46,7 +49,8 @@ def explain(error: BaseException) -> str:
 
 
 class ArrayOnDisk(Protocol):
-    """An array as its format holds it. `chunk_rows`: how many indices of the first axis share a chunk."""
+    """An array as its format holds it. `chunk_rows`: how many indices of the first axis share a
+    chunk."""
 
     @property
     def path(self) -> Path: ...
@@ -102,7 +106,9 @@ class StoredArray:
 
     def read(self, rows: slice | None = None) -> np.ndarray:
         try:
-            data = self.handle.read().result() if rows is None else self.handle[rows].read().result()
+            data = (
+                self.handle.read().result() if rows is None else self.handle[rows].read().result()
+            )
         except FAULTS as error:
             raise CheckpointError(
                 f"{self.path}: array {self.name} cannot be read ({explain(error)}); "
@@ -118,8 +124,8 @@ def open_array(
 ) -> StoredArray:
     """Open an array that exists. `spec`: driver and kvstore, as TensorStore takes them.
 
-    path, name: for errors. bits: take uint16 for the bits of bfloat16. Raises CheckpointError if it is absent, its
-    metadata is damaged or it holds no floats.
+    path, name: for errors. bits: take uint16 for the bits of bfloat16. Raises CheckpointError if it
+    is absent, its metadata is damaged or it holds no floats.
     """
     ts = require("tensorstore")
     try:
@@ -136,25 +142,34 @@ def open_array(
     if bits:
         dtype = "bfloat16"
     if dtype not in BY_NAME:
-        raise CheckpointError(f"{path}: array {name} has type {dtype}; weights must be float32, bfloat16 or float16")
+        raise CheckpointError(
+            f"{path}: array {name} has type {dtype}; weights must be float32, bfloat16 or float16"
+        )
     chunk = handle.chunk_layout.read_chunk.shape
-    return StoredArray(path, name, dtype, tuple(handle.shape), int(chunk[0]) if chunk else 1, handle, bits)
+    return StoredArray(
+        path, name, dtype, tuple(handle.shape), int(chunk[0]) if chunk else 1, handle, bits
+    )
 
 
 def write_array(spec: Mapping[str, Any], path: Path, array: np.ndarray) -> None:
-    """Create one array and write it. `spec`: driver, kvstore and metadata. Raises OSError, a full disk included."""
+    """Create one array and write it. `spec`: driver, kvstore and metadata. Raises OSError, a full
+    disk included."""
     ts = require("tensorstore")
     try:
-        handle = ts.open({**spec, "dtype": array.dtype.name}, create=True, open=False, context=ts.Context()).result()
+        handle = ts.open(
+            {**spec, "dtype": array.dtype.name}, create=True, open=False, context=ts.Context()
+        ).result()
         handle.write(array).result()
     except FAULTS as error:
         raise OSError(f"{path}: {explain(error)}") from error
 
 
 def even_chunks(shape: Shape, max_elements: int) -> list[int]:
-    """A chunk shape that divides `shape` evenly with at most `max_elements`, cutting the largest axis first.
+    """A chunk shape that divides `shape` evenly with at most `max_elements`, cutting the largest
+    axis first.
 
-    So does T5X (t5x/checkpoints.py, `_choose_chunk_shape`), whose partitioned readers want whole chunks.
+    So does T5X (t5x/checkpoints.py, `_choose_chunk_shape`), whose partitioned readers want whole
+    chunks.
     """
     chunk = list(shape)
     while math.prod(chunk) > max_elements:
@@ -171,9 +186,11 @@ class _Block:
 
 
 class ExpertBlocks:
-    """Hands out single experts of arrays [experts, in, out] and decodes shared chunks as seldom as memory allows.
+    """Hands out single experts of arrays [experts, in, out] and decodes shared chunks as seldom as
+    memory allows.
 
-    Made for readers that take the experts in order, each once. Holds at most `KEPT_BYTES`, or one block if larger.
+    Made for readers that take the experts in order, each once. Holds at most `KEPT_BYTES`, or one
+    block if larger.
     """
 
     def __init__(self) -> None:
@@ -205,7 +222,10 @@ class ExpertBlocks:
         return found
 
     def _evict(self) -> None:
-        sizes = {key: 0 if block.data is None else block.data.nbytes for key, block in self._blocks.items()}
+        sizes = {
+            key: 0 if block.data is None else block.data.nbytes
+            for key, block in self._blocks.items()
+        }
         held = sum(sizes.values())
         for key in list(self._blocks)[:-1]:
             if held <= KEPT_BYTES:
@@ -216,7 +236,8 @@ class ExpertBlocks:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A canonical tensor [out, in] as (one expert of) an array that may lie the other way round on disk."""
+    """A canonical tensor [out, in] as (one expert of) an array that may lie the other way round on
+    disk."""
 
     array: ArrayOnDisk
     shape: Shape
@@ -241,7 +262,8 @@ class LazyTensor:
         return math.prod(self.shape) * BY_NAME[self.dtype].itemsize
 
     def read(self) -> np.ndarray:
-        """C-contiguous, of this tensor's shape and type; memory of its own. Raises CheckpointError."""
+        """C-contiguous, of this tensor's shape and type; memory of its own. Raises
+        CheckpointError."""
         if self.expert is None:
             whole = self.array.read()
             return np.ascontiguousarray(whole.T if self.transposed else whole)

@@ -1,8 +1,8 @@
 """Which files of a Hugging Face directory are its weights, and what lies unread beside them.
 
-The order is that of transformers' `_get_resolved_checkpoint_files` (modeling_utils.py): a file that config.json names,
-then model.safetensors, then the shards of model.safetensors.index.json. A directory without any of them is refused,
-and the refusal says what it holds instead.
+The order is that of transformers' `_get_resolved_checkpoint_files` (modeling_utils.py): a file that
+config.json names, then model.safetensors, then the shards of model.safetensors.index.json. A
+directory without any of them is refused, and the refusal says what it holds instead.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         refuse_pointer(path)
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch it again") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as JSON ({error}); fetch it again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}, expected a JSON object")
     return value
@@ -54,16 +56,21 @@ def has_weights(path: Path) -> bool:
 def find_weights(
     path: Path, raw: Mapping[str, Any], ignored: re.Pattern[str]
 ) -> tuple[dict[str, TensorRef], list[str]]:
-    """Every tensor of the directory's weights by its name on disk, and notes on files that were not read.
+    """Every tensor of the directory's weights by its name on disk, and notes on files that were not
+    read.
 
     raw: config.json. ignored: tensors that may be missing. Raises CheckpointError.
     """
     named = raw.get(NAMED)
     first = SINGLE if named is None else named
     if not isinstance(first, str) or Path(first).name != first:
-        raise CheckpointError(f"{path / 'config.json'}: field {NAMED!r} is {named!r}, which is no file name")
+        raise CheckpointError(
+            f"{path / 'config.json'}: field {NAMED!r} is {named!r}, which is no file name"
+        )
     if named is not None and not (path / first).is_file():
-        raise CheckpointError(f"{path / first}: named by {NAMED!r} in config.json, but missing; fetch it again")
+        raise CheckpointError(
+            f"{path / first}: named by {NAMED!r} in config.json, but missing; fetch it again"
+        )
     if (path / first).is_file() and not first.endswith(".index.json"):
         refs = read_header(path / first)
         read = [first]
@@ -75,15 +82,21 @@ def find_weights(
     return refs, _unread(path, read)
 
 
-def _sharded(path: Path, index: str, ignored: re.Pattern[str]) -> tuple[dict[str, TensorRef], list[str]]:
-    """The tensors of all shards that an index names, and the files. As in transformers, whatever a shard holds counts,
-    named in the index or not."""
+def _sharded(
+    path: Path, index: str, ignored: re.Pattern[str]
+) -> tuple[dict[str, TensorRef], list[str]]:
+    """The tensors of all shards that an index names, and the files. As in transformers, whatever a
+    shard holds counts, named in the index or not."""
     weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path / index}: field 'weight_map' is missing or empty; fetch the file again")
+        raise CheckpointError(
+            f"{path / index}: field 'weight_map' is missing or empty; fetch the file again"
+        )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{path / index}: tensor {name} points to {shard!r}, which is no file name")
+            raise CheckpointError(
+                f"{path / index}: tensor {name} points to {shard!r}, which is no file name"
+            )
     shards = sorted(set(weight_map.values()))
     refs: dict[str, TensorRef] = {}
     for shard in shards:
@@ -95,14 +108,16 @@ def _sharded(path: Path, index: str, ignored: re.Pattern[str]) -> tuple[dict[str
         for name, ref in read_header(path / shard).items():
             if name in refs and not same_values(refs[name], ref):
                 raise CheckpointError(
-                    f"{path / shard}: tensor {name} is also in {refs[name].path.name}, with other values; "
+                    f"{path / shard}: tensor {name} is also in {refs[name].path.name}, with other "
+                    "values; "
                     "shards of two saves are mixed here, fetch the checkpoint again"
                 )
             refs[name] = ref
     for name, shard in weight_map.items():
         if name not in refs and not ignored.search(name):
             raise CheckpointError(
-                f"{path / shard}: tensor {name} is missing, {index} says it is here; fetch the shard again"
+                f"{path / shard}: tensor {name} is missing, {index} says it is here; fetch the "
+                "shard again"
             )
     return refs, [index, *shards]
 
@@ -111,7 +126,10 @@ def _unread(path: Path, read: list[str]) -> list[str]:
     """Notes on weights in the directory that are not the ones read."""
     notes = []
     if (path / ADAPTER).is_file():
-        notes.append(f"the adapter beside the weights ({ADAPTER}) is not applied; merge it with PEFT if it should be")
+        notes.append(
+            f"the adapter beside the weights ({ADAPTER}) is not applied; merge it with PEFT if it "
+            "should be"
+        )
     others = [
         name
         for name in [*(p.name for pattern in _WEIGHTS for p in sorted(path.glob(pattern))), INDEX]
@@ -127,17 +145,22 @@ def _unread(path: Path, read: list[str]) -> list[str]:
 
 
 def what_instead(path: Path) -> str:
-    """What a directory without weights holds, and what to do about it: the end of an error's sentence."""
+    """What a directory without weights holds, and what to do about it: the end of an error's
+    sentence."""
     if (path / ADAPTER).is_file():
         base = read_json(path / ADAPTER).get("base_model_name_or_path")
         return (
-            f"this is a PEFT adapter of {base!r} ({ADAPTER}), not a whole model; merge it into its base "
+            f"this is a PEFT adapter of {base!r} ({ADAPTER}), not a whole model; merge it into its "
+            "base "
             "(PEFT's merge_and_unload, then save_pretrained) and give the merged directory"
         )
     names = sorted(p.name for p in path.iterdir())
     gone = next((n for n in names if (path / n).is_symlink() and not (path / n).exists()), None)
     if gone is not None:
-        return f"{gone} is a link to a file that is gone ({(path / gone).readlink()}); fetch the checkpoint again"
+        return (
+            f"{gone} is a link to a file that is gone ({(path / gone).readlink()}); "
+            "fetch the checkpoint again"
+        )
     shards = [n for n in names if _SHARD.fullmatch(n)]
     if shards:
         return (
@@ -148,29 +171,44 @@ def what_instead(path: Path) -> str:
     variant = next((n for n in safetensors if re.fullmatch(r"model\.[^.]+\.safetensors", n)), None)
     if variant is not None:
         return f"{variant} is a variant; rename it to {SINGLE} if it is the one to serve"
-    variant = next((n for n in names if re.fullmatch(r"model\.safetensors\.index\.[^.]+\.json", n)), None)
+    variant = next(
+        (n for n in names if re.fullmatch(r"model\.safetensors\.index\.[^.]+\.json", n)), None
+    )
     if variant is not None:
-        return f"{variant} is the index of a variant; rename it to {INDEX} if it is the one to serve"
+        return (
+            f"{variant} is the index of a variant; rename it to {INDEX} if it is the one to serve"
+        )
     if any(n.startswith("consolidated") for n in names):
         return (
-            "consolidated weights are in Mistral's own layout; give the Hugging Face layout of this model "
+            "consolidated weights are in Mistral's own layout; give the Hugging Face layout of "
+            "this model "
             "(transformers has a conversion script for each family)"
         )
     if safetensors:
-        return f"{safetensors[0]} has a name that transformers does not read; rename it to {SINGLE} if it is the model"
+        return (
+            f"{safetensors[0]} has a name that transformers does not read; "
+            f"rename it to {SINGLE} if it is the model"
+        )
     inside = places(path)
     if inside:
         return f"the weights are in a directory below; give {' or '.join(inside)}"
     if any(n.startswith("global_step") for n in names) or "zero_to_fp32.py" in names:
         return (
-            "this is DeepSpeed's partitioned state; join it with its zero_to_fp32.py and give the directory it writes"
+            "this is DeepSpeed's partitioned state; join it with its zero_to_fp32.py "
+            "and give the directory it writes"
         )
     if any(p.suffix == ".distcp" for p in path.rglob("*.distcp")):
-        return "this is torch's distributed (FSDP) state; merge it with `accelerate merge-weights` first"
-    pickles = [n for p in PICKLES for n in sorted(f.name for f in path.glob(p)) if not _TRAINING.match(n)]
+        return (
+            "this is torch's distributed (FSDP) state; "
+            "merge it with `accelerate merge-weights` first"
+        )
+    pickles = [
+        n for p in PICKLES for n in sorted(f.name for f in path.glob(p)) if not _TRAINING.match(n)
+    ]
     if pickles:
         return (
-            f"{pickles[0]} is a pickle, which can run code and is never read: convert it to safetensors first "
+            f"{pickles[0]} is a pickle, which can run code and is never read: convert it to "
+            "safetensors first "
             "(load it with transformers where you trust it, then save_pretrained)"
         )
     gguf = next((n for n in names if n.endswith(".gguf")), None)
@@ -180,7 +218,8 @@ def what_instead(path: Path) -> str:
 
 
 def places(path: Path) -> list[str]:
-    """Up to four directories below that hold a model: a trainer's steps, the last first, or the hub's snapshots."""
+    """Up to four directories below that hold a model: a trainer's steps, the last first, or the
+    hub's snapshots."""
     hub = path / "snapshots"
     folders = [p for p in (hub if hub.is_dir() else path).iterdir() if p.is_dir()]
     steps = sorted(

@@ -1,4 +1,5 @@
-"""What a family is: how its config reads, which tensors it has, and which of them are experts at which position."""
+"""What a family is: how its config reads, which tensors it has, and which of them are experts at
+which position."""
 
 from __future__ import annotations
 
@@ -78,13 +79,15 @@ class ModelConfig(ABC):
 
     @property
     def head_is_tied(self) -> bool:
-        """Whether `lm_head.weight`, where it is a canonical tensor, is another one's values again."""
+        """Whether `lm_head.weight`, where it is a canonical tensor, is another one's values
+        again."""
         return False
 
 
 @dataclass(frozen=True)
 class Region:
-    """A canonical tensor as a run of rows in a tensor of a file: `file_tensor[index, start:stop]` or the whole of it.
+    """A canonical tensor as a run of rows in a tensor of a file: `file_tensor[index, start:stop]`
+    or the whole of it.
 
     index and rows are None for a tensor stored on its own.
     """
@@ -96,7 +99,8 @@ class Region:
 
 
 class Family(ABC):
-    """The tensors of one architecture, under canonical names: those of the family's classic Hugging Face layout."""
+    """The tensors of one architecture, under canonical names: those of the family's classic Hugging
+    Face layout."""
 
     name: str
 
@@ -113,31 +117,38 @@ class Family(ABC):
     """Names of the attention's matrices."""
 
     def fields(self, raw: Mapping[str, Any], where: str) -> Fields:
-        """A config.json with aliases resolved. Raises CheckpointError where an alias contradicts its field."""
+        """A config.json with aliases resolved. Raises CheckpointError where an alias contradicts
+        its field."""
         return Fields(raw, where, self.name, self.aliases)
 
     def parse_config(self, raw: Mapping[str, Any], where: str) -> ModelConfig:
-        """Read a config.json. Raises CheckpointError for a missing field or one that is not supported."""
+        """Read a config.json. Raises CheckpointError for a missing field or one that is not
+        supported."""
         return self.parse(self.fields(raw, where))
 
     @abstractmethod
     def parse(self, fields: Fields) -> ModelConfig:
-        """`parse_config`, which adds to `fields.notes` what was decided between fields that disagree."""
+        """`parse_config`, which adds to `fields.notes` what was decided between fields that
+        disagree."""
 
     @abstractmethod
     def check_fields(self, fields: Fields) -> None:
-        """Refuse, by a CheckpointError that names it, a field that would change the maths; note unknown ones."""
+        """Refuse, by a CheckpointError that names it, a field that would change the maths; note
+        unknown ones."""
 
     def tied_tables(self, config: ModelConfig) -> tuple[str, ...]:
-        """Tensors that the config says are one. The first that a file holds is it; others may be there as well."""
+        """Tensors that the config says are one. The first that a file holds is it; others may be
+        there as well."""
         return ()
 
     def untied(self, config: ModelConfig, names: Sequence[str]) -> dict[str, Any]:
-        """`config.raw` changed so that each of `names`, which are of `tied_tables`, is a tensor of its own."""
+        """`config.raw` changed so that each of `names`, which are of `tied_tables`, is a tensor of
+        its own."""
         raise NotImplementedError
 
     def file_name_of(self, name: str) -> str:
-        """The name that a tensor of a file has in a whole model; transformers saves parts of one without its prefix."""
+        """The name that a tensor of a file has in a whole model; transformers saves parts of one
+        without its prefix."""
         return name
 
     @abstractmethod
@@ -146,14 +157,18 @@ class Family(ABC):
 
     @abstractmethod
     def non_expert_shapes(self, config: ModelConfig) -> dict[str, Shape]:
-        """Canonical names and shapes of everything that is not an expert, in the order of computation."""
+        """Canonical names and shapes of everything that is not an expert, in the order of
+        computation."""
 
     @abstractmethod
-    def locate(self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str) -> dict[str, Region]:
+    def locate(
+        self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str
+    ) -> dict[str, Region]:
         """Find every canonical tensor among the tensors of the files.
 
         file_shapes: names and shapes as on disk, in any layout of the family.
-        Raises CheckpointError that names a tensor which is missing, superfluous or of another shape.
+        Raises CheckpointError that names a tensor which is missing, superfluous or of another
+        shape.
         """
 
     @abstractmethod
@@ -166,7 +181,12 @@ class Family(ABC):
         for layer in range(spec.num_layers):
             for expert in range(spec.num_experts):
                 for projection, _ in spec.projections:
-                    yield layer, expert, projection, self.expert_tensor(config, layer, expert, projection)
+                    yield (
+                        layer,
+                        expert,
+                        projection,
+                        self.expert_tensor(config, layer, expert, projection),
+                    )
 
     def all_shapes(self, config: ModelConfig) -> dict[str, Shape]:
         """Every canonical tensor with its shape, experts included."""
@@ -183,7 +203,13 @@ class Fields:
     raw: with aliases under the names of their fields. notes: for people, what was decided.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str, family: str = "", aliases: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str,
+        family: str = "",
+        aliases: Mapping[str, str] | None = None,
+    ):
         self.where, self.family = where, family
         self.notes: list[str] = []
         self.defaulted: dict[str, int] = {}  # sizes that the file does not state
@@ -195,7 +221,9 @@ class Fields:
                 continue
             if self.raw.get(field, value) != value:
                 raise self.error(
-                    alias, f"is {value!r}, but {field!r}, another name of it, is {self.raw[field]!r}; keep one of them"
+                    alias,
+                    f"is {value!r}, but {field!r}, another name of it, is {self.raw[field]!r}; "
+                    "keep one of them",
                 )
             self.raw[field] = value
 
@@ -206,7 +234,9 @@ class Fields:
         value = self.raw.get(field)
         if value is None:
             if default is None:
-                raise self.error(field, "is missing; a config.json that belongs to the weights states it")
+                raise self.error(
+                    field, "is missing; a config.json that belongs to the weights states it"
+                )
             value = default
             if field not in self.raw:
                 self.defaulted[field] = default

@@ -1,8 +1,10 @@
-"""What each field of a config.json is to us: read, harmless, or refused where it would change the maths.
+"""What each field of a config.json is to us: read, harmless, or refused where it would change the
+maths.
 
-transformers keeps every field of a config.json and its models read a few. A field that is none of a family's own is
-kept unread there; where other models give it a meaning that changes outputs, a config that sets it describes another
-model than its `model_type` says, so it is refused here by name.
+transformers keeps every field of a config.json and its models read a few. A field that is none of a
+family's own is kept unread there; where other models give it a meaning that changes outputs, a
+config that sets it describes another model than its `model_type` says, so it is refused here by
+name.
 """
 
 from __future__ import annotations
@@ -15,22 +17,25 @@ from common.families.base import Fields
 # Read by training, by output options, by generation or by tools; none changes a logit.
 HARMLESS = frozenset(
     """
-    architectures auto_map _name_or_path name_or_path _commit_hash transformers_version model_type dtype
-    torch_dtype transformers_weights use_cache return_dict return_dict_in_generate output_hidden_states
-    output_attentions output_scores output_past torchscript use_bfloat16 chunk_size_feed_forward
-    gradient_checkpointing id2label label2id num_labels problem_type finetuning_task prefix pruned_heads is_decoder
-    cross_attention_hidden_size pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id
-    forced_bos_token_id forced_eos_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams
-    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences begin_suppress_tokens
-    suppress_tokens exponential_decay_length_penalty encoder_repetition_penalty num_assistant_tokens epsilon_cutoff
-    eta_cutoff num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind
-    remove_invalid_values tokenizer_class task_specific_params tf_legacy_loss initializer_range initializer_factor
-    attention_dropout hidden_dropout resid_pdrop attn_pdrop embd_pdrop dropout_rate classifier_dropout
-    router_aux_loss_coef router_z_loss_coef router_jitter_noise output_router_logits add_router_probs
-    router_ignore_padding_tokens attn_implementation _attn_implementation experts_implementation
-    _experts_implementation _attn_implementation_autoset pretraining_tp n_positions use_flash_attention_2
-    unsloth_version unsloth_fixed tie_last_hidden_states use_return_dict model_max_length
+    architectures auto_map _name_or_path name_or_path _commit_hash transformers_version model_type
+    dtype torch_dtype transformers_weights use_cache return_dict return_dict_in_generate
+    output_hidden_states output_attentions output_scores output_past torchscript use_bfloat16
+    chunk_size_feed_forward gradient_checkpointing id2label label2id num_labels problem_type
+    finetuning_task prefix pruned_heads is_decoder cross_attention_hidden_size pad_token_id
+    bos_token_id eos_token_id sep_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences begin_suppress_tokens suppress_tokens exponential_decay_length_penalty
+    encoder_repetition_penalty num_assistant_tokens epsilon_cutoff eta_cutoff
+    num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
+    target_lookbehind remove_invalid_values tokenizer_class task_specific_params tf_legacy_loss
+    initializer_range initializer_factor attention_dropout hidden_dropout resid_pdrop attn_pdrop
+    embd_pdrop dropout_rate classifier_dropout router_aux_loss_coef router_z_loss_coef
+    router_jitter_noise output_router_logits add_router_probs router_ignore_padding_tokens
+    attn_implementation _attn_implementation experts_implementation _experts_implementation
+    _attn_implementation_autoset pretraining_tp n_positions use_flash_attention_2 unsloth_version
+    unsloth_fixed tie_last_hidden_states use_return_dict model_max_length
     """.split()
 )
 
@@ -39,20 +44,20 @@ _NO: tuple[Any, ...] = (False, 0)
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         """
-        attention_bias mlp_bias qkv_bias use_qkv_bias use_bias attention_out_bias lm_head_bias expert_bias
-        add_bias_linear qk_norm use_qk_norm qk_layernorm attn_logit_softcapping attn_logit_softcap
-        final_logit_softcapping logit_softcapping logits_soft_cap clip_qkv query_pre_attn_scalar
-        attention_multiplier alibi parallel_attn
-        use_parallel_residual n_shared_experts num_shared_experts shared_expert_intermediate_size
-        shared_intermediate_size moe_intermediate_size first_k_dense_replace swiglu_limit swiglu_alpha
-        attention_chunk_size add_cross_attention tie_encoder_decoder use_mup
+        attention_bias mlp_bias qkv_bias use_qkv_bias use_bias attention_out_bias lm_head_bias
+        expert_bias add_bias_linear qk_norm use_qk_norm qk_layernorm attn_logit_softcapping
+        attn_logit_softcap final_logit_softcapping logit_softcapping logits_soft_cap clip_qkv
+        query_pre_attn_scalar attention_multiplier alibi parallel_attn use_parallel_residual
+        n_shared_experts num_shared_experts shared_expert_intermediate_size shared_intermediate_size
+        moe_intermediate_size first_k_dense_replace swiglu_limit swiglu_alpha attention_chunk_size
+        add_cross_attention tie_encoder_decoder use_mup
         """.split(),
         _NO,
     ),
     **dict.fromkeys(
         """
-        logit_scale logits_scaling embedding_multiplier residual_multiplier routed_scaling_factor n_group topk_group
-        partial_rotary_factor rotary_pct moe_layer_freq moe_layer_frequency
+        logit_scale logits_scaling embedding_multiplier residual_multiplier routed_scaling_factor
+        n_group topk_group partial_rotary_factor rotary_pct moe_layer_freq moe_layer_frequency
         """.split(),
         (1, 1.0),
     ),
@@ -67,7 +72,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def check_fields(fields: Fields, read: Iterable[str], neutral: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+def check_fields(
+    fields: Fields, read: Iterable[str], neutral: Mapping[str, tuple[Any, ...]] | None = None
+) -> None:
     """Refuse fields that would change the maths and are not served; note those that nobody knows.
 
     read, neutral: the family's own beside those above.
@@ -81,13 +88,16 @@ def check_fields(fields: Fields, read: Iterable[str], neutral: Mapping[str, tupl
             if value is not None and not any(_equal(value, one) for one in all_neutral[field]):
                 raise fields.error(
                     field,
-                    f"is {value!r}, which is not supported: no {fields.family} model of transformers has it; "
+                    f"is {value!r}, which is not supported: no {fields.family} model of "
+                    "transformers has it; "
                     "does config.json belong to these weights?",
                 )
         elif field not in known and value is not None:
             unknown.append(field)
     if unknown:
-        fields.notes.append(f"fields of config.json that nothing reads: {', '.join(sorted(unknown))}")
+        fields.notes.append(
+            f"fields of config.json that nothing reads: {', '.join(sorted(unknown))}"
+        )
 
 
 def _equal(value: Any, neutral: Any) -> bool:

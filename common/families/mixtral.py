@@ -1,11 +1,12 @@
 """Mixtral: decoder-only, every layer sparse, top-k of E experts with w1 (gate), w2 (down), w3 (up).
 
-Layouts on disk, both read (transformers 5, conversion_mapping.py and models/mixtral/modeling_mixtral.py):
+Layouts on disk, both read (transformers 5, conversion_mapping.py and
+models/mixtral/modeling_mixtral.py):
 - classic, what the hub holds: `model.layers.N.block_sparse_moe.experts.E.w{1,2,3}.weight`,
   `block_sparse_moe.gate.weight`;
 - fused, what transformers 5 holds in memory and writes with `save_original_format=False`:
-  `model.layers.N.mlp.experts.gate_up_proj [E, 2I, H]` (rows of w1, then of w3), `down_proj [E, H, I]` (= w2),
-  `mlp.gate.weight`.
+  `model.layers.N.mlp.experts.gate_up_proj [E, 2I, H]` (rows of w1, then of w3), `down_proj [E, H,
+  I]` (= w2), `mlp.gate.weight`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 # The fields that `parse` reads.
 READ = frozenset(
     """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings sliding_window num_experts_per_tok
-    num_local_experts rope_parameters rope_scaling rope_theta original_max_position_embeddings partial_rotary_factor
-    layer_types use_sliding_window is_encoder_decoder
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings
+    sliding_window num_experts_per_tok num_local_experts rope_parameters rope_scaling rope_theta
+    original_max_position_embeddings partial_rotary_factor layer_types use_sliding_window
+    is_encoder_decoder
     """.split()
 )
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Types whose frequencies are fixed once the config is known, with the numbers that each needs beside rope_theta;
-# "dynamic" and "longrope" change with the length of the text.
+# Types whose frequencies are fixed once the config is known, with the numbers that each needs
+# beside rope_theta; "dynamic" and "longrope" change with the length of the text.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
@@ -45,14 +47,21 @@ ROPE_TYPES = {
 
 # What the types may have beside.
 ROPE_NUMBERS = (
-    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "partial_rotary_factor"),
+    *(
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+    ),
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 )
 
 
 @dataclass(frozen=True)
 class MixtralConfig(ModelConfig):
-    """The fields of a Mixtral config.json that change the maths; names as in `transformers.MixtralConfig`."""
+    """The fields of a Mixtral config.json that change the maths; names as in
+    `transformers.MixtralConfig`."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -68,13 +77,15 @@ class MixtralConfig(ModelConfig):
 
 
 class MixtralFamily(Family):
-    """See the module's docstring. What config.json leaves out has the default of transformers' MixtralConfig."""
+    """See the module's docstring. What config.json leaves out has the default of transformers'
+    MixtralConfig."""
 
     name = "mixtral"
     default_eos_token_id = 2
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
-    # Rotary frequencies were saved as buffers by early versions of transformers; they follow from the config.
-    # Transformer Engine keeps its own state beside layers; a value head is what TRL's PPO trains beside the model.
+    # Rotary frequencies were saved as buffers by early versions of transformers; they follow from
+    # the config. Transformer Engine keeps its own state beside layers; a value head is what TRL's
+    # PPO trains beside the model.
     ignored = re.compile(r"rotary_emb\.inv_freq$|\._extra_state$|^v_head\.")
 
     attention = re.compile(r"\.self_attn\.")
@@ -87,21 +98,29 @@ class MixtralFamily(Family):
         num_experts = fields.positive_int("num_local_experts", default=8)
         top_k = fields.positive_int("num_experts_per_tok", default=2)
         if top_k > num_experts:
-            raise fields.error("num_experts_per_tok", f"is {top_k}, more than the {num_experts} experts")
+            raise fields.error(
+                "num_experts_per_tok", f"is {top_k}, more than the {num_experts} experts"
+            )
         activation = fields.text("hidden_act", "silu")
         if activation not in ACTIVATIONS:
-            raise fields.error("hidden_act", f"is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+            raise fields.error(
+                "hidden_act", f"is {activation!r}; supported: {', '.join(ACTIVATIONS)}"
+            )
         heads = fields.positive_int("num_attention_heads", default=32)
         # null is as many as query heads, absence the class's default.
         kv_default = heads if "num_key_value_heads" in raw else 8
         kv_heads = fields.positive_int("num_key_value_heads", default=kv_default)
         if heads % kv_heads:
-            raise fields.error("num_key_value_heads", f"is {kv_heads}, which does not divide {heads} attention heads")
+            raise fields.error(
+                "num_key_value_heads",
+                f"is {kv_heads}, which does not divide {heads} attention heads",
+            )
         head_dim = fields.optional_positive_int("head_dim")
         if head_dim is None:
             if hidden_size % heads:
                 raise fields.error(
-                    "num_attention_heads", f"is {heads}, which does not divide hidden_size {hidden_size}"
+                    "num_attention_heads",
+                    f"is {heads}, which does not divide hidden_size {hidden_size}",
                 )
             head_dim = hidden_size // heads
         if head_dim % 2:
@@ -110,7 +129,8 @@ class MixtralFamily(Family):
             raise fields.error("is_encoder_decoder", "is true; Mixtral has no encoder")
         if raw.get("quantization_config"):
             raise fields.error(
-                "quantization_config", "is set; quantised checkpoints are not supported, give the original"
+                "quantization_config",
+                "is set; quantised checkpoints are not supported, give the original",
             )
         experts = ExpertSpec(
             family=self.name,
@@ -129,7 +149,9 @@ class MixtralFamily(Family):
         return MixtralConfig(
             experts=experts,
             vocab_size=fields.positive_int("vocab_size", default=32000),
-            max_positions=(max_positions := fields.positive_int("max_position_embeddings", default=4096 * 32)),
+            max_positions=(
+                max_positions := fields.positive_int("max_position_embeddings", default=4096 * 32)
+            ),
             raw=dict(fields.given),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -174,7 +196,9 @@ class MixtralFamily(Family):
         shapes[HEAD] = (c.vocab_size, hidden)
         return shapes
 
-    def locate(self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str) -> dict[str, Region]:
+    def locate(
+        self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str
+    ) -> dict[str, Region]:
         c = _mixtral(config)
         inter = c.experts.intermediate_size
         regions: dict[str, Region] = {}
@@ -189,19 +213,26 @@ class MixtralFamily(Family):
                 regions[name] = Region(source, _expect(source, file_shapes[source], shape, where))
                 used.add(source)
                 continue
-            regions[name] = _locate_fused(name, shape, inter, c.experts.num_experts, file_shapes, where)
+            regions[name] = _locate_fused(
+                name, shape, inter, c.experts.num_experts, file_shapes, where
+            )
             used.add(regions[name].file_tensor)
         unused = sorted(n for n in file_shapes if n not in used and not self.ignored.search(n))
         if unused:
             raise CheckpointError(
-                f"{where}: {len(unused)} tensors that a Mixtral of this config does not have, first {unused[0]!r}; "
+                f"{where}: {len(unused)} tensors that a Mixtral of this config does not have, "
+                f"first {unused[0]!r}; "
                 "does config.json belong to this checkpoint?"
             )
         return regions
 
     def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         raw = {k: v for k, v in config.raw.items() if k not in ("torch_dtype", "_name_or_path")}
-        return raw | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "dtype": dtype}
+        return raw | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "dtype": dtype,
+        }
 
 
 def _mixtral(config: ModelConfig) -> MixtralConfig:
@@ -210,10 +241,11 @@ def _mixtral(config: ModelConfig) -> MixtralConfig:
 
 
 def _rope_parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
-    """What transformers makes of all the fields for it (RotaryEmbeddingConfigMixin in modeling_rope_utils.py).
+    """What transformers makes of all the fields for it (RotaryEmbeddingConfigMixin in
+    modeling_rope_utils.py).
 
-    A `rope_scaling` that is not empty takes the place of `rope_parameters`, whole; what stands in it goes before what
-    stands beside it, and `rope_type` before the older `type`.
+    A `rope_scaling` that is not empty takes the place of `rope_parameters`, whole; what stands in
+    it goes before what stands beside it, and `rope_type` before the older `type`.
     """
     for field in ("rope_parameters", "rope_scaling"):
         value = fields.raw.get(field)
@@ -222,20 +254,29 @@ def _rope_parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
     scaling, given = fields.raw.get("rope_scaling"), fields.raw.get("rope_parameters")
     rope: dict[str, Any] = {k: v for k, v in (scaling or given or {}).items() if v is not None}
     if scaling and given and dict(scaling) != dict(given):
-        fields.notes.append("rope_scaling is taken and rope_parameters, which differs, is not, as in transformers")
+        fields.notes.append(
+            "rope_scaling is taken and rope_parameters, which differs, is not, as in transformers"
+        )
     nested = sorted(k for k, v in rope.items() if isinstance(v, Mapping))
     if nested:
         raise fields.error(
-            "rope_parameters", f"has settings for each type of layer ({', '.join(nested)}); Mixtral has one for all"
+            "rope_parameters",
+            f"has settings for each type of layer ({', '.join(nested)}); Mixtral has one for all",
         )
     kind = rope.pop("type", None)
     if rope.setdefault("rope_type", kind or "default") != (kind or rope["rope_type"]):
-        fields.notes.append(f"rope type {rope['rope_type']!r} is taken and not 'type' {kind!r}, as in transformers")
+        fields.notes.append(
+            f"rope type {rope['rope_type']!r} is taken and not 'type' {kind!r}, as in transformers"
+        )
     # 1e6 is the default of transformers.MixtralConfig.
     beside = fields.raw.get("rope_theta")
-    if rope.setdefault("rope_theta", 1e6 if beside is None else beside) != beside and beside is not None:
+    if (
+        rope.setdefault("rope_theta", 1e6 if beside is None else beside) != beside
+        and beside is not None
+    ):
         fields.notes.append(
-            f"rope_theta {rope['rope_theta']!r} within rope_parameters is taken and not {beside!r} beside them, "
+            f"rope_theta {rope['rope_theta']!r} within rope_parameters is taken and not {beside!r} "
+            "beside them, "
             "as in transformers"
         )
     beside = fields.raw.get("original_max_position_embeddings")
@@ -248,14 +289,20 @@ def _rope_parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
         rope.setdefault("partial_rotary_factor", factor)
     if rope["rope_type"] not in ROPE_TYPES:
         raise fields.error(
-            "rope_parameters", f"asks for rope type {rope['rope_type']!r}; supported: {', '.join(ROPE_TYPES)}"
+            "rope_parameters",
+            f"asks for rope type {rope['rope_type']!r}; supported: {', '.join(ROPE_TYPES)}",
         )
     for name in ("rope_theta", *ROPE_TYPES[rope["rope_type"]]):
         value = rope.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < float("inf")
+        ):
             raise fields.error(
                 "rope_parameters",
-                f"of type {rope['rope_type']!r} needs a number above 0 as {name!r}, found {value!r}; "
+                f"of type {rope['rope_type']!r} needs a number above 0 as {name!r}, found "
+                f"{value!r}; "
                 "take config.json from where the weights come from",
             )
     for name in ROPE_NUMBERS:
@@ -266,7 +313,9 @@ def _rope_parameters(fields: Fields, max_positions: int) -> dict[str, Any]:
     if unknown:
         fields.notes.append(f"rope settings that nothing reads: {', '.join(unknown)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise fields.error("rope_parameters", "asks for a partial_rotary_factor, which Mixtral does not use")
+        raise fields.error(
+            "rope_parameters", "asks for a partial_rotary_factor, which Mixtral does not use"
+        )
     return rope
 
 
@@ -275,14 +324,16 @@ def _sliding_window(fields: Fields, num_layers: int) -> int | None:
     window = fields.optional_positive_int("sliding_window")
     if window is not None and fields.raw.get("use_sliding_window") is False:
         fields.notes.append(
-            f"sliding_window {window} is applied: Mixtral does not read use_sliding_window (set the window to null)"
+            f"sliding_window {window} is applied: Mixtral does not read use_sliding_window (set "
+            "the window to null)"
         )
     types = fields.raw.get("layer_types")
     every = "full_attention" if window is None else "sliding_attention"
     if types is not None and list(types) != [every] * num_layers:
         raise fields.error(
             "layer_types",
-            f"is {types!r}; with sliding_window {window} all {num_layers} layers of a Mixtral have {every!r}",
+            f"is {types!r}; with sliding_window {window} all {num_layers} layers of a Mixtral have "
+            f"{every!r}",
         )
     return window
 
@@ -300,7 +351,12 @@ _EXPERT = re.compile(r"^(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.
 
 
 def _locate_fused(
-    name: str, shape: Shape, inter: int, num_experts: int, file_shapes: Mapping[str, Shape], where: str
+    name: str,
+    shape: Shape,
+    inter: int,
+    num_experts: int,
+    file_shapes: Mapping[str, Shape],
+    where: str,
 ) -> Region:
     """The place of a canonical tensor in the fused layout; an error if it is not there either."""
     match = _EXPERT.match(name)
@@ -317,5 +373,6 @@ def _locate_fused(
     if renamed in file_shapes:
         return Region(renamed, _expect(renamed, file_shapes[renamed], shape, where))
     raise CheckpointError(
-        f"{where}: tensor {name} is missing; the checkpoint is incomplete or config.json is another model's"
+        f"{where}: tensor {name} is missing; the checkpoint is incomplete or config.json is "
+        "another model's"
     )

@@ -1,8 +1,10 @@
-"""Switch Transformer: T5 in which some layers have a top-1 router and experts in place of the feed-forward.
+"""Switch Transformer: T5 in which some layers have a top-1 router and experts in place of the
+feed-forward.
 
 Canonical names are those of transformers' `SwitchTransformersForConditionalGeneration`
-(models/switch_transformers/modeling_switch_transformers.py). A gated feed-forward, which T5X's Switch configs allow
-and transformers' Switch has no module for, has the names of transformers' T5: wi_0, wi_1, wo.
+(models/switch_transformers/modeling_switch_transformers.py). A gated feed-forward, which T5X's
+Switch configs allow and transformers' Switch has no module for, has the names of transformers' T5:
+wi_0, wi_1, wo.
 
 Positions count the sparse layers of the encoder, then those of the decoder.
 """
@@ -23,14 +25,17 @@ SIDES: tuple[Side, Side] = ("encoder", "decoder")
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish")
 
-# Not a field of Hugging Face's: which layers are sparse, where its rule of every n-th layer cannot say it.
+# Not a field of Hugging Face's: which layers are sparse, where its rule of every n-th layer cannot
+# say it.
 SPARSE_LAYERS = "moetel_sparse_layers"
 
-# Relative positions have no end; this bounds what one request can take (attention grows with the square).
+# Relative positions have no end; this bounds what one request can take (attention grows with the
+# square).
 MAX_POSITIONS = 4096
 
-# Not a field of Hugging Face's either: tables of their own where config.json says that all are `shared.weight`. The
-# output is scaled as for a tied head all the same, since transformers goes by the config there.
+# Not a field of Hugging Face's either: tables of their own where config.json says that all are
+# `shared.weight`. The output is scaled as for a tied head all the same, since transformers goes by
+# the config there.
 UNTIED = "moetel_untied"
 
 SHARED, HEAD = "shared.weight", "lm_head.weight"
@@ -39,22 +44,24 @@ TABLES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", 
 # The fields that `parse` reads.
 READ = frozenset(
     """
-    d_model d_ff d_kv num_heads num_layers num_decoder_layers num_experts vocab_size dense_act_fn feed_forward_proj
-    is_gated_act router_bias router_dtype expert_capacity relative_attention_num_buckets
-    relative_attention_max_distance layer_norm_epsilon tie_word_embeddings num_sparse_encoder_layers
-    num_sparse_decoder_layers encoder_sparse_step decoder_sparse_step decoder_start_token_id pad_token_id
-    scale_decoder_outputs is_encoder_decoder moetel_untied moetel_sparse_layers
+    d_model d_ff d_kv num_heads num_layers num_decoder_layers num_experts vocab_size dense_act_fn
+    feed_forward_proj is_gated_act router_bias router_dtype expert_capacity
+    relative_attention_num_buckets relative_attention_max_distance layer_norm_epsilon
+    tie_word_embeddings num_sparse_encoder_layers num_sparse_decoder_layers encoder_sparse_step
+    decoder_sparse_step decoder_start_token_id pad_token_id scale_decoder_outputs is_encoder_decoder
+    moetel_untied moetel_sparse_layers
     """.split()
 )
 
 
 @dataclass(frozen=True)
 class SwitchTransformersConfig(ModelConfig):
-    """The fields of a Switch config.json that change the maths; names as in `transformers.SwitchTransformersConfig`.
+    """The fields of a Switch config.json that change the maths; names as in
+    `transformers.SwitchTransformersConfig`.
 
-    sparse_layers: numbers of the sparse layers of each side. tie_word_embeddings: the decoder's output is scaled, and
-    all tables but `untied` are `shared.weight`. expert_capacity is what transformers drops tokens by;
-    serving is dropless unless asked otherwise.
+    sparse_layers: numbers of the sparse layers of each side. tie_word_embeddings: the decoder's
+    output is scaled, and all tables but `untied` are `shared.weight`. expert_capacity is what
+    transformers drops tokens by; serving is dropless unless asked otherwise.
     """
 
     d_kv: int
@@ -87,14 +94,16 @@ class SwitchTransformersConfig(ModelConfig):
 
     @property
     def architecture(self) -> tuple[Any, ...]:
-        """What decides the compiled computation, the vocabulary's size apart: equal for tenants that can share it."""
+        """What decides the compiled computation, the vocabulary's size apart: equal for tenants
+        that can share it."""
         skipped = ("raw", "vocab_size", "experts", "sparse_layers", "decoder_start_token_id")
         rest = tuple(getattr(self, f) for f in self.__dataclass_fields__ if f not in skipped)
         return (self.experts, tuple(self.sparse_layers[s] for s in SIDES), *rest)
 
 
 class SwitchTransformersFamily(Family):
-    """See the module's docstring. What config.json leaves out has the default of SwitchTransformersConfig."""
+    """See the module's docstring. What config.json leaves out has the default of
+    SwitchTransformersConfig."""
 
     name = "switch_transformers"
     default_eos_token_id = 1
@@ -104,13 +113,18 @@ class SwitchTransformersFamily(Family):
         "num_hidden_layers": "num_layers",
     }
     # Saved by transformers before 4.0 and never used: cross-attention has no position bias.
-    ignored = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$")
+    ignored = re.compile(
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$"
+    )
 
     attention = re.compile(r"\.(SelfAttention|EncDecAttention)\.")
 
     def parse(self, fields: Fields) -> SwitchTransformersConfig:
         raw = fields.raw
-        d_model, d_ff = fields.positive_int("d_model", default=768), fields.positive_int("d_ff", default=2048)
+        d_model, d_ff = (
+            fields.positive_int("d_model", default=768),
+            fields.positive_int("d_ff", default=2048),
+        )
         num_layers = fields.positive_int("num_layers", default=12)
         # null is as many as the encoder's, absence the class's default.
         num_decoder_layers = fields.positive_int(
@@ -118,19 +132,25 @@ class SwitchTransformersFamily(Family):
         )
         num_experts = fields.positive_int("num_experts", default=8)
         if not fields.flag("is_encoder_decoder", True):
-            raise fields.error("is_encoder_decoder", "is false; a Switch Transformer has an encoder and a decoder")
+            raise fields.error(
+                "is_encoder_decoder", "is false; a Switch Transformer has an encoder and a decoder"
+            )
         tied = fields.flag("tie_word_embeddings", True)
         if fields.flag("scale_decoder_outputs", tied) != tied:
             raise fields.error(
                 "scale_decoder_outputs",
-                f"is {not tied} and tie_word_embeddings {tied}; Switch Transformers scale where they tie",
+                f"is {not tied} and tie_word_embeddings {tied}; Switch Transformers scale where "
+                "they tie",
             )
         untied = raw.get(UNTIED) or ()
         if not isinstance(untied, list | tuple) or not set(untied) <= set(TABLES[1:]):
-            raise fields.error(UNTIED, f"is {untied!r}; expected names among {', '.join(TABLES[1:])}")
+            raise fields.error(
+                UNTIED, f"is {untied!r}; expected names among {', '.join(TABLES[1:])}"
+            )
         if raw.get("quantization_config"):
             raise fields.error(
-                "quantization_config", "is set; quantised checkpoints are not supported, give the original"
+                "quantization_config",
+                "is set; quantised checkpoints are not supported, give the original",
             )
         activation, gated = _activation(fields)
         sparse = {
@@ -139,12 +159,15 @@ class SwitchTransformersFamily(Family):
         }
         if not any(sparse.values()):
             raise fields.error(
-                "num_sparse_encoder_layers", "leaves no sparse layer; a model without experts has none to share"
+                "num_sparse_encoder_layers",
+                "leaves no sparse layer; a model without experts has none to share",
             )
         wi, wo = (d_ff, d_model), (d_model, d_ff)
         router_dtype = fields.text("router_dtype", "float32")
         if router_dtype not in ("float32", "bfloat16", "float16"):
-            raise fields.error("router_dtype", f"is {router_dtype!r}; supported: float32, bfloat16, float16")
+            raise fields.error(
+                "router_dtype", f"is {router_dtype!r}; supported: float32, bfloat16, float16"
+            )
         experts = ExpertSpec(
             family=self.name,
             expert_layers=tuple(_mlp(side, n) for side in SIDES for n in sparse[side]),
@@ -153,14 +176,18 @@ class SwitchTransformersFamily(Family):
             intermediate_size=d_ff,
             activation=activation,
             top_k=1,
-            projections=(("wi_0", wi), ("wi_1", wi), ("wo", wo)) if gated else (("wi", wi), ("wo", wo)),
+            projections=(("wi_0", wi), ("wi_1", wi), ("wo", wo))
+            if gated
+            else (("wi", wi), ("wo", wo)),
         )
         start = raw.get("decoder_start_token_id")
         vocab_size = fields.positive_int("vocab_size", default=32128)
         if start is None:
             start = raw.get("pad_token_id") or 0  # T5's: decoding starts from padding
         if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < vocab_size:
-            raise fields.error("decoder_start_token_id", f"is {start!r}; expected a token id below {vocab_size}")
+            raise fields.error(
+                "decoder_start_token_id", f"is {start!r}; expected a token id below {vocab_size}"
+            )
         buckets = fields.positive_int("relative_attention_num_buckets", default=32)
         distance = fields.positive_int("relative_attention_max_distance", default=128)
         if buckets < 4 or buckets % 2 or distance <= buckets // 2:
@@ -210,12 +237,18 @@ class SwitchTransformersFamily(Family):
 
     def non_expert_shapes(self, config: ModelConfig) -> dict[str, Shape]:
         c = as_switch(config)
-        d, inner, embedding = c.experts.hidden_size, c.num_heads * c.d_kv, (c.vocab_size, c.experts.hidden_size)
+        d, inner, embedding = (
+            c.experts.hidden_size,
+            c.num_heads * c.d_kv,
+            (c.vocab_size, c.experts.hidden_size),
+        )
         shapes: dict[str, Shape] = {SHARED: embedding}
         for side in SIDES:
             if f"{side}.embed_tokens.weight" in c.own_tables:
                 shapes[f"{side}.embed_tokens.weight"] = embedding
-            attentions = ("SelfAttention",) if side == "encoder" else ("SelfAttention", "EncDecAttention")
+            attentions = (
+                ("SelfAttention",) if side == "encoder" else ("SelfAttention", "EncDecAttention")
+            )
             for n in range(c.layers(side)):
                 for number, attention in enumerate(attentions):
                     place = f"{side}.block.{n}.layer.{number}"
@@ -239,11 +272,14 @@ class SwitchTransformersFamily(Family):
             shapes[HEAD] = embedding
         return shapes
 
-    def locate(self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str) -> dict[str, Region]:
+    def locate(
+        self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str
+    ) -> dict[str, Region]:
         c = as_switch(config)
         regions: dict[str, Region] = {}
-        # The checkpoint's reader has compared tied tables and found them equal; transformers takes whichever is there.
-        # Untied, older versions saved the embeddings, which they tied all the same, once.
+        # The checkpoint's reader has compared tied tables and found them equal; transformers takes
+        # whichever is there. Untied, older versions saved the embeddings, which they tied all the
+        # same, once.
         tied = self.tied_tables(c)
         alike = tied or TABLES[:3]
         used = set(tied)
@@ -253,12 +289,14 @@ class SwitchTransformersFamily(Family):
                 source = next((n for n in alike if n in file_shapes), name)
             if source not in file_shapes:
                 raise CheckpointError(
-                    f"{where}: tensor {name} is missing; the checkpoint is incomplete or config.json is another model's"
+                    f"{where}: tensor {name} is missing; the checkpoint is incomplete or "
+                    "config.json is another model's"
                 )
             found = tuple(file_shapes[source])
             if found != shape:
                 raise CheckpointError(
-                    f"{where}: tensor {source} is {list(found)}, config.json implies {list(shape)}; "
+                    f"{where}: tensor {source} is {list(found)}, config.json implies "
+                    f"{list(shape)}; "
                     "does config.json belong to this checkpoint?"
                 )
             regions[name] = Region(source, shape)
@@ -266,19 +304,26 @@ class SwitchTransformersFamily(Family):
         unused = sorted(n for n in file_shapes if n not in used and not self.ignored.search(n))
         if unused:
             raise CheckpointError(
-                f"{where}: {len(unused)} tensors that a Switch Transformer of this config does not have, first "
+                f"{where}: {len(unused)} tensors that a Switch Transformer of this config does not "
+                "have, first "
                 f"{unused[0]!r}; does config.json belong to this checkpoint?"
             )
         return regions
 
     def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         c = as_switch(config)
-        raw = {k: v for k, v in c.raw.items() if k not in ("torch_dtype", "_name_or_path", SPARSE_LAYERS, UNTIED)}
+        raw = {
+            k: v
+            for k, v in c.raw.items()
+            if k not in ("torch_dtype", "_name_or_path", SPARSE_LAYERS, UNTIED)
+        }
         for side in SIDES:
             if _by_step(self.fields(raw, "config"), side, c.layers(side)) != c.sparse_layers[side]:
                 raise CheckpointError(
-                    f"sparse {side} layers {list(c.sparse_layers[side])} of {c.layers(side)} are not every n-th from "
-                    "the second, which is all that Hugging Face's config can say; keep this model as T5X or Orbax"
+                    f"sparse {side} layers {list(c.sparse_layers[side])} of {c.layers(side)} are "
+                    "not every n-th from "
+                    "the second, which is all that Hugging Face's config can say; keep this model "
+                    "as T5X or Orbax"
                 )
         return raw | {
             "architectures": ["SwitchTransformersForConditionalGeneration"],
@@ -295,7 +340,8 @@ def as_switch(config: ModelConfig) -> SwitchTransformersConfig:
 
 
 def iter_blocks(config: SwitchTransformersConfig) -> Iterator[tuple[Side, int, int | None]]:
-    """(side, layer, number of the sparse layer as plans count them, or None for a dense one), encoder first."""
+    """(side, layer, number of the sparse layer as plans count them, or None for a dense one),
+    encoder first."""
     sparse = 0
     for side in SIDES:
         for n in range(config.layers(side)):
@@ -311,22 +357,30 @@ def _mlp(side: str, n: int) -> str:
 
 
 def _activation(fields: Fields) -> tuple[str, bool]:
-    """(activation, gated) from dense_act_fn and from the fields by which T5 configs say it (models/t5)."""
+    """(activation, gated) from dense_act_fn and from the fields by which T5 configs say it
+    (models/t5)."""
     name = fields.text("dense_act_fn", "relu")
     proj = fields.text("feed_forward_proj", "")
-    gated = fields.raw.get("is_gated_act") is True or name.startswith("gated-") or proj.startswith("gated-")
+    gated = (
+        fields.raw.get("is_gated_act") is True
+        or name.startswith("gated-")
+        or proj.startswith("gated-")
+    )
     name = name.removeprefix("gated-")
     if gated and name == "relu" and proj.startswith("gated-"):
         name = proj.removeprefix("gated-")
     if gated and name == "gelu":
         name = "gelu_new"  # what T5 v1.1 and transformers mean by gated-gelu
     if name not in ACTIVATIONS:
-        raise fields.error("dense_act_fn", f"is {name!r}; supported: {', '.join(ACTIVATIONS)}, each also gated-")
+        raise fields.error(
+            "dense_act_fn", f"is {name!r}; supported: {', '.join(ACTIVATIONS)}, each also gated-"
+        )
     return {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}.get(name, name), gated
 
 
 def _by_step(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
-    """Sparse layers by transformers' rule: those with `i % step == 1`, all if the step is 1 (SwitchTransformersStack).
+    """Sparse layers by transformers' rule: those with `i % step == 1`, all if the step is 1
+    (SwitchTransformersStack).
 
     A step in the file holds; without one it is layers // sparse layers, or layers where that is 0.
     """
@@ -336,7 +390,9 @@ def _by_step(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
         divided = num_layers if side == "decoder" or "num_layers" in fields.given else 12
         sparse = fields.raw.get(f"num_sparse_{side}_layers", 3)
         if not isinstance(sparse, int) or isinstance(sparse, bool) or sparse < 0:
-            raise fields.error(f"num_sparse_{side}_layers", f"is {sparse!r}; expected a whole number from 0")
+            raise fields.error(
+                f"num_sparse_{side}_layers", f"is {sparse!r}; expected a whole number from 0"
+            )
         step = divided // sparse if sparse else divided
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise fields.error(f"{side}_sparse_step", f"is {step!r}; expected a whole number from 0")
@@ -348,7 +404,12 @@ def _sparse_layers(fields: Fields, side: Side, num_layers: int) -> tuple[int, ..
     if given is None:
         return _by_step(fields, side, num_layers)
     layers: Any = given.get(side) if isinstance(given, Mapping) else None
-    ok = isinstance(layers, list | tuple) and all(type(i) is int and 0 <= i < num_layers for i in layers)
+    ok = isinstance(layers, list | tuple) and all(
+        type(i) is int and 0 <= i < num_layers for i in layers
+    )
     if not ok or sorted(set(layers)) != list(layers):
-        raise fields.error(SPARSE_LAYERS, f"is {given!r}; expected ascending layer numbers for 'encoder' and 'decoder'")
+        raise fields.error(
+            SPARSE_LAYERS,
+            f"is {given!r}; expected ascending layer numbers for 'encoder' and 'decoder'",
+        )
     return tuple(layers)

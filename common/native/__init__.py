@@ -21,7 +21,8 @@ SWITCH = "MOETEL_NATIVE"
 class Target:
     """The instructions that kernels are compiled for.
 
-    name: as users know them. flags: for gcc and clang. bf16_products: whether they multiply bfloat16.
+    name: as users know them. flags: for gcc and clang. bf16_products: whether they multiply
+        bfloat16.
     """
 
     name: str
@@ -30,10 +31,13 @@ class Target:
 
 
 def switched_off() -> bool:
-    """Whether the environment turns own kernels off. Raises EngineError for a value that is neither 0 nor 1."""
+    """Whether the environment turns own kernels off. Raises EngineError for a value that is neither
+    0 nor 1."""
     value = os.environ.get(SWITCH, "1")
     if value not in ("0", "1"):
-        raise EngineError(f"the environment has {SWITCH}={value!r}; use 1 (own CPU kernels where they work) or 0")
+        raise EngineError(
+            f"the environment has {SWITCH}={value!r}; use 1 (own CPU kernels where they work) or 0"
+        )
     return value == "0"
 
 
@@ -64,7 +68,8 @@ def find_target() -> Target | str:
 
 @contextmanager
 def one_process(folder: Path) -> Iterator[None]:
-    """Let one process at a time compile into a folder: the others wait, and find the library there."""
+    """Let one process at a time compile into a folder: the others wait, and find the library
+    there."""
     import fcntl  # not on every system; kernels are for Linux
 
     directory = os.open(folder, os.O_RDONLY)

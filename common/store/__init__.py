@@ -1,4 +1,5 @@
-"""The store: the directory that holds tenants, the plan and its provenance. See docs/store-format.md."""
+"""The store: the directory that holds tenants, the plan and its provenance. See
+docs/store-format.md."""
 
 from __future__ import annotations
 

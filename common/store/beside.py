@@ -1,8 +1,11 @@
-"""Changes of a store that leave all other tenants as they are: their copies, what these hold, and their residuals.
+"""Changes of a store that leave all other tenants as they are: their copies, what these hold, and
+their residuals.
 
-Planning anew may change every copy and so every tenant's answers. Here a tenant that joins is served by copies that are
-resident already, with residuals of its own where they pay, and a tenant that leaves takes along what nobody else uses.
-Both are worse than a new plan, which is made of all tenants: the manifest's provenance says who came and went since.
+Planning anew may change every copy and so every tenant's answers. Here a tenant that joins is
+served by copies that are resident already, with residuals of its own where they pay, and a tenant
+that leaves takes along what nobody else uses.
+Both are worse than a new plan, which is made of all tenants: the manifest's provenance says who
+came and went since.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from common.store.manifest import Manifest
 from common.store.store import Store
 
 BESIDE = "beside"
-"""Entry of a manifest's provenance: names `added` and `removed` since the plan was made; absent if there are none."""
+"""Entry of a manifest's provenance: names `added` and `removed` since the plan was made; absent if
+there are none."""
 
 Place = tuple[int, int]
 
@@ -40,16 +44,21 @@ def join(
 ) -> Manifest:
     """The store `old` with the last tenant of `draft` beside its plan.
 
-    draft: the same directory with all tensors of all tenants, the new one last; its plan is not looked at.
-    kinds, extra_bytes: of the new tenant's residuals. put: stores a residual's record and lists it as an object.
+    draft: the same directory with all tensors of all tenants, the new one last; its plan is not
+        looked at.
+    kinds, extra_bytes: of the new tenant's residuals. put: stores a residual's record and lists it
+        as an object.
 
-    The new tenant is served by the resident copy that is nearest to its own expert, and misses where there is none.
-    Weights are read one position at a time and compared with their checksums. Raises StoreError for a damaged file.
+    The new tenant is served by the resident copy that is nearest to its own expert, and misses
+    where there is none. Weights are read one position at a time and compared with their checksums.
+    Raises StoreError for a damaged file.
     """
     plan = old.plan
     serving, squared = _nearest(old, draft, progress)
     residuals, records = list(plan.residuals), list(old.manifest.residuals)
-    for residual, record, left in _residuals(old, draft, serving, squared, kinds, extra_bytes, progress):
+    for residual, record, left in _residuals(
+        old, draft, serving, squared, kinds, extra_bytes, progress
+    ):
         residuals.append(residual)
         records.append(put(record))
         squared[residual.layer, residual.expert] = left
@@ -76,23 +85,28 @@ def join(
         merged=old.manifest.merged,
         residuals=tuple(records),
         calibration=old.manifest.calibration,
-        measurements=old.manifest.measurements,  # without use until the tenant has gone again, which their key tells
+        # Without use until the tenant has gone again, which their key tells.
+        measurements=old.manifest.measurements,
         prediction=prediction,
         provenance=_provenance(old, draft, [*added, draft.tenants[-1]], removed),
     )
 
 
 def leave(old: Store, draft: Store, name: str) -> Manifest:
-    """The store `old` without a tenant. draft: the same directory with all tensors of the tenants that stay.
+    """The store `old` without a tenant. draft: the same directory with all tensors of the tenants
+    that stay.
 
-    A copy of the tenant's own that serves others stays as it is: it becomes that of a tenant whose expert is bit for
-    bit the same, or else one without an owner. Copies that serve nobody are dropped; the order of slots stays.
+    A copy of the tenant's own that serves others stays as it is: it becomes that of a tenant whose
+    expert is bit for bit the same, or else one without an owner. Copies that serve nobody are
+    dropped; the order of slots stays.
     """
     plan, gone = old.plan, old.tenants.index(name)
     stay = [t for t in range(len(plan.tenants)) if t != gone]
     used = np.unique(plan.serving[stay])
     used = used[used != MISS]
-    number = np.full(plan.num_slots + 1, MISS, dtype=np.int32)  # the last one, which MISS looks up, stays a miss
+    number = np.full(
+        plan.num_slots + 1, MISS, dtype=np.int32
+    )  # the last one, which MISS looks up, stays a miss
     number[used] = np.arange(len(used), dtype=np.int32)
     copies: list[Copy] = []
     merged: dict[int, Mapping[str, str]] = {}
@@ -101,7 +115,11 @@ def leave(old: Store, draft: Store, name: str) -> Manifest:
         if copy.owner == MERGED:
             merged[len(copies)] = _slot_ids(old, slot)
         copies.append(copy)
-    kept = [(r, record) for r, record in zip(plan.residuals, old.manifest.residuals, strict=True) if r.tenant != gone]
+    kept = [
+        (r, record)
+        for r, record in zip(plan.residuals, old.manifest.residuals, strict=True)
+        if r.tenant != gone
+    ]
     found = Plan(
         plan.policy,
         draft.tenants,
@@ -139,8 +157,9 @@ def came_and_went(store: Store) -> tuple[list[str], list[str]]:
 
 
 def _nearest(old: Store, draft: Store, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """For the last tenant of `draft`: the nearest resident copy of each position, int32 [layers, experts], and the
-    squared L2 distance to it, float64 [layers, experts], 0 where it is the tenant's own bit for bit or a miss."""
+    """For the last tenant of `draft`: the nearest resident copy of each position, int32 [layers,
+    experts], and the squared L2 distance to it, float64 [layers, experts], 0 where it is the
+    tenant's own bit for bit or a miss."""
     spec = old.experts
     serving = np.full((spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
     squared = np.zeros(serving.shape)
@@ -159,7 +178,9 @@ def _nearest(old: Store, draft: Store, progress: Progress) -> tuple[np.ndarray, 
                 for projection, ref in draft.copy_refs(draft.tenants[-1], *place).items():
                     mine = draft.objects.read(ref)
                     for i, refs in enumerate(copies):
-                        found[i] += compare([mine, old.objects.read(refs[projection])], [(0, 1)])[0][0]
+                        found[i] += compare([mine, old.objects.read(refs[projection])], [(0, 1)])[
+                            0
+                        ][0]
                 serving[place] = slots[int(found.argmin())]
                 squared[place] = found.min()
             advance()
@@ -175,9 +196,11 @@ def _residuals(
     extra_bytes: int,
     progress: Progress,
 ) -> Iterator[tuple[Residual, np.ndarray, float]]:
-    """Residuals of the last tenant of `draft` with their records, and the squared distance that each leaves.
+    """Residuals of the last tenant of `draft` with their records, and the squared distance that
+    each leaves.
 
-    As the planner's without calibration: every weight counts the same, and bytes go where one gains most.
+    As the planner's without calibration: every weight counts the same, and bytes go where one gains
+    most.
     """
     places: list[Place] = [(int(layer), int(expert)) for layer, expert in np.argwhere(squared > 0)]
     if not places or not kinds.any or extra_bytes <= 0:
@@ -187,17 +210,24 @@ def _residuals(
     with progress("measuring residuals", len(places)) as advance:
         for place in places:
             differences = _differences(old, draft, int(serving[place]), place)
-            spectra.append([spectrum(difference, plain(difference.shape)) for _, difference in differences])
+            spectra.append(
+                [spectrum(difference, plain(difference.shape)) for _, difference in differences]
+            )
             advance()
     totals = [sum(s.total for s in row) for row in spectra]
     # One configuration a position, the copy that is resident, whose bytes are paid for; one tenant.
-    configs = [[Config(np.ones((1, 1)), np.zeros(1, dtype=np.int64), np.array([total]))] for total in totals]
+    configs = [
+        [Config(np.ones((1, 1)), np.zeros(1, dtype=np.int64), np.array([total]))]
+        for total in totals
+    ]
     drawn = [[curve] for curve in curves(spectra, kinds, itemsize)]
     price = Allocator(configs, [drawn], np.ones(1), 0).allocate(extra_bytes).price[:, 0]
     with progress("making residuals", len(places)) as advance:
         for place, row, total, at in zip(places, spectra, totals, price, strict=True):
             if np.isfinite(at):
-                choices = choose([s.scaled(s.total / total) for s in row], float(at), kinds, itemsize)
+                choices = choose(
+                    [s.scaled(s.total / total) for s in row], float(at), kinds, itemsize
+                )
                 parts: list[Part] = []
                 packed: list[np.ndarray] = []
                 left = 0.0
@@ -211,12 +241,19 @@ def _residuals(
                         rest = made[2]
                     left += float((rest**2).sum())
                 if parts and left < total:  # the spectrum is a prediction; what is kept must help
-                    yield Residual(len(draft.tenants) - 1, *place, tuple(parts)), join_parts(packed), left
+                    yield (
+                        Residual(len(draft.tenants) - 1, *place, tuple(parts)),
+                        join_parts(packed),
+                        left,
+                    )
             advance()
 
 
-def _differences(old: Store, draft: Store, slot: int, place: Place) -> Iterator[tuple[str, np.ndarray]]:
-    """What the last tenant of `draft` lacks beside a copy: (projection, float64 [out, in]), one at a time."""
+def _differences(
+    old: Store, draft: Store, slot: int, place: Place
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What the last tenant of `draft` lacks beside a copy: (projection, float64 [out, in]), one at
+    a time."""
     copy = old.slot_refs(slot)
     for projection, ref in draft.copy_refs(draft.tenants[-1], *place).items():
         own = to_float32(draft.objects.read(ref)).astype(np.float64)
@@ -264,6 +301,10 @@ def _without_tenant(store: Store, copy: Copy, gone: int) -> Copy:
 def _provenance(old: Store, draft: Store, added: list[str], removed: list[str]) -> dict[str, Any]:
     found = {key: value for key, value in old.manifest.provenance.items() if key != BESIDE}
     # Traffic of a tenant that is no more would be refused by the next plan.
-    traffic = {name: share for name, share in found["settings"].get("traffic", {}).items() if name in draft.tenants}
+    traffic = {
+        name: share
+        for name, share in found["settings"].get("traffic", {}).items()
+        if name in draft.tenants
+    }
     found["settings"] = {**found["settings"], "traffic": traffic}
     return {**found, BESIDE: {"added": added, "removed": removed}} if added or removed else found

@@ -1,9 +1,10 @@
 """Build a store, add a tenant, remove one.
 
-Every tensor is read once: the same pass checks that it is finite, converts it to the store's type, measures its
-distance to the other tenants', hashes it and writes it. A store changes in one step, the replacement of store.json; a
-new store appears in one step, the renaming of its directory. A process killed before that step leaves things as they
-were, plus files that nothing refers to, which the next write removes.
+Every tensor is read once: the same pass checks that it is finite, converts it to the store's type,
+measures its distance to the other tenants', hashes it and writes it. A store changes in one step,
+the replacement of store.json; a new store appears in one step, the renaming of its directory. A
+process killed before that step leaves things as they were, plus files that nothing refers to, which
+the next write removes.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-# Bytes of tensors that the threads of a build hold at once; one thread may exceed it with its one tensor of every
-# tenant.
+# Bytes of tensors that the threads of a build hold at once; one thread may exceed it with its one
+# tensor of every tenant.
 IN_FLIGHT_BYTES = 1 << 30
 
 HALVES = "--dtype bfloat16 takes half the memory, and rounds"
@@ -61,9 +62,11 @@ Slots = int | Literal["all"] | None
 
 @dataclass(frozen=True)
 class Settings:
-    """How a store is planned; kept in its provenance, and applied again when a tenant is added or removed.
+    """How a store is planned; kept in its provenance, and applied again when a tenant is added or
+    removed.
 
-    slots, budget_bytes, extra: at most one of them; see `build_store`. traffic: tenant -> requests beside others' one.
+    slots, budget_bytes, extra: at most one of them; see `build_store`. traffic: tenant -> requests
+        beside others' one.
     """
 
     policy: str = DEFAULT_POLICY
@@ -77,7 +80,11 @@ class Settings:
             raise PlanError(f"no policy {self.policy!r}; there is: {', '.join(POLICIES)}")
         if sum(v is not None for v in (self.slots, self.budget_bytes, self.extra)) > 1:
             raise PlanError("give one of slots, a budget, and a share of extra bytes")
-        if self.slots is not None and self.slots != "all" and (not is_whole(self.slots) or int(self.slots) < 0):
+        if (
+            self.slots is not None
+            and self.slots != "all"
+            and (not is_whole(self.slots) or int(self.slots) < 0)
+        ):
             raise PlanError(f"slots is {self.slots!r}; give a whole number from 0, or 'all'")
         if self.budget_bytes is not None and not is_whole(self.budget_bytes):
             raise PlanError(f"budget_bytes is {self.budget_bytes!r}; give a whole number of bytes")
@@ -85,8 +92,10 @@ class Settings:
             check_extra(self.extra)
             if self.extra > 0 and not POLICIES[self.policy].uses_extra:
                 raise PlanError(
-                    f"policy {self.policy!r} keeps one copy a position and has no use for extra bytes; "
-                    f"leave extra out, or choose one of: {', '.join(n for n, p in POLICIES.items() if p.uses_extra)}"
+                    f"policy {self.policy!r} keeps one copy a position and has no use for extra "
+                    "bytes; "
+                    "leave extra out, or choose one of: "
+                    f"{', '.join(n for n, p in POLICIES.items() if p.uses_extra)}"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -100,14 +109,21 @@ class Settings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Settings:
-        return cls(value["policy"], value["slots"], value["budget_bytes"], value.get("extra"), value.get("traffic", {}))
+        return cls(
+            value["policy"],
+            value["slots"],
+            value["budget_bytes"],
+            value.get("extra"),
+            value.get("traffic", {}),
+        )
 
 
 @dataclass
 class _Source:
     """A tenant on its way into a store; `ids` holds what is stored already.
 
-    notes: of a tenant that was stored before, all that was said of it; read_notes: what its checkpoint's reader says.
+    notes: of a tenant that was stored before, all that was said of it; read_notes: what its
+        checkpoint's reader says.
     """
 
     name: str
@@ -139,14 +155,18 @@ class _Source:
     @classmethod
     def from_store(cls, store: Store, name: str) -> _Source:
         tenant = store.tenant(name)
-        refs: dict[str, TensorSource] = {tensor: store.ref(name, tensor) for tensor in tenant.tensors}
+        refs: dict[str, TensorSource] = {
+            tensor: store.ref(name, tensor) for tensor in tenant.tensors
+        }
         assets: dict[str, Path | bytes] = {}
         for file, entry in tenant.assets.items():
             # They are copied and hashed anew: damage would become what the store says is right.
             assets[file] = asset = store.assets_dir(name) / file
             what = asset_damage(asset, entry["sha256"])
             if what is not None:
-                raise StoreError(f"{asset}: {what}; restore it from a backup or build the store again")
+                raise StoreError(
+                    f"{asset}: {what}; restore it from a backup or build the store again"
+                )
         return cls(
             name,
             tenant.source,
@@ -179,13 +199,18 @@ def build_store(
     tenants: name -> checkpoint directory, in the order that the plan counts them.
     policy: one of `common.policies.POLICIES`; docs/consolidation.md compares them.
     slots: resident copies, nothing beside them; "all" shares nothing but identical experts.
-    budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the store's type.
-    extra: bytes beyond one copy a position, as a share of one model's expert bytes. Without any of the three: one
-        copy a position and, if the policy can use it, `DEFAULT_EXTRA` for each tenant.
-    calibration: tenant -> examples of its use, measured with the family's engine before planning, and kept.
+    budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the
+        store's type.
+    extra: bytes beyond one copy a position, as a share of one model's expert bytes. Without any of
+        the three: one copy a position and, if the policy can use it, `DEFAULT_EXTRA` for each
+            tenant.
+    calibration: tenant -> examples of its use, measured with the family's engine before planning,
+        and kept.
     traffic: tenant -> how many requests it has where a tenant that is not named has one.
-    configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see `open_checkpoint`.
-    dtype: the store's type; auto is that of all tensors of all tenants if they agree, else float32: nothing is rounded.
+    configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see
+        `open_checkpoint`.
+    dtype: the store's type; auto is that of all tensors of all tenants if they agree, else float32:
+        nothing is rounded.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
@@ -202,11 +227,20 @@ def build_store(
     if repeated:
         raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
     configs = configs or {}
-    for what, given in (("a config", configs), ("calibration", calibration or {}), ("traffic", traffic or {})):
+    for what, given in (
+        ("a config", configs),
+        ("calibration", calibration or {}),
+        ("traffic", traffic or {}),
+    ):
         strangers = sorted(set(given) - set(names))
         if strangers:
-            raise StoreError(f"{what} is given for {strangers[0]!r}, which is no tenant of this build")
-    sources = [_Source.from_checkpoint(name, open_checkpoint(place, configs.get(name))) for name, place in pairs]
+            raise StoreError(
+                f"{what} is given for {strangers[0]!r}, which is no tenant of this build"
+            )
+    sources = [
+        _Source.from_checkpoint(name, open_checkpoint(place, configs.get(name)))
+        for name, place in pairs
+    ]
     _check_agreement(sources)
     if dtype == "auto":
         types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
@@ -220,9 +254,13 @@ def build_store(
     check_dtype(dtype)
     amount = _resolve(settings, sources, dtype)
     if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
-        raise StoreError(f"{path}: exists and is not a store; name another place, or remove it first")
+        raise StoreError(
+            f"{path}: exists and is not a store; name another place, or remove it first"
+        )
     with _new_or_existing(path) as directory:
-        manifest = _assemble(directory, sources, settings, amount, dtype, None, {}, calibration or {}, progress)
+        manifest = _assemble(
+            directory, sources, settings, amount, dtype, None, {}, calibration or {}, progress
+        )
         _commit(directory, manifest)
     return Store.open(path)
 
@@ -236,7 +274,8 @@ def add_tenant(
     calibration: CalibrationSet | None = None,
     progress: Progress = silent,
 ) -> Store:
-    """Add a tenant and plan again with the settings that the store was built with; `extend_store` keeps the plan.
+    """Add a tenant and plan again with the settings that the store was built with; `extend_store`
+    keeps the plan.
 
     config: as for `build_store`. calibration: examples of the new tenant's use.
 
@@ -246,14 +285,18 @@ def add_tenant(
     return _change(Path(path), with_tenant(name, checkpoint, config), examples, progress)
 
 
-def with_tenant(name: str, checkpoint: str | Path, config: str | Path | None) -> Callable[[Store], list[_Source]]:
-    """What makes the sources of a store's tenants and, last, a new one's. Raises StoreError for a name that is not
-    allowed, and when it is called CheckpointError or StoreError."""
+def with_tenant(
+    name: str, checkpoint: str | Path, config: str | Path | None
+) -> Callable[[Store], list[_Source]]:
+    """What makes the sources of a store's tenants and, last, a new one's. Raises StoreError for a
+    name that is not allowed, and when it is called CheckpointError or StoreError."""
     _check_name(name)
 
     def with_it(store: Store) -> list[_Source]:
         if name in store.tenants:
-            raise StoreError(f"tenant {name!r} is in this store already; remove it first or choose another name")
+            raise StoreError(
+                f"tenant {name!r} is in this store already; remove it first or choose another name"
+            )
         sources = [_Source.from_store(store, tenant) for tenant in store.tenants]
         sources.append(_Source.from_checkpoint(name, open_checkpoint(checkpoint, config)))
         _check_agreement(sources)
@@ -274,13 +317,15 @@ def replan(
     known: Measurements | None = None,
     progress: Progress = silent,
 ) -> Store:
-    """Plan a store anew for its tenants. Arguments as for `build_store`, but calibration may be what was measured.
+    """Plan a store anew for its tenants. Arguments as for `build_store`, but calibration may be
+    what was measured.
 
-    known: `Planner.measurements` of the same tenants, calibration and traffic, so that nothing is measured again; what
-        the store keeps is used in any case.
+    known: `Planner.measurements` of the same tenants, calibration and traffic, so that nothing is
+        measured again; what the store keeps is used in any case.
 
-    policy and traffic default to the store's own. Without any of slots, budget_bytes and extra there is as much memory
-    as the store was planned with last, except that a policy without a use for extra bytes takes none.
+    policy and traffic default to the store's own. Without any of slots, budget_bytes and extra
+    there is as much memory as the store was planned with last, except that a policy without a use
+    for extra bytes takes none.
 
     Raises PlanError, StoreError, RequestError; the store is then as it was.
     """
@@ -289,7 +334,13 @@ def replan(
         slots, budget_bytes, extra = old.slots, old.budget_bytes, old.extra
         if policy in POLICIES and not POLICIES[policy].uses_extra:
             extra = None
-    settings = Settings(policy or old.policy, slots, budget_bytes, extra, old.traffic if traffic is None else traffic)
+    settings = Settings(
+        policy or old.policy,
+        slots,
+        budget_bytes,
+        extra,
+        old.traffic if traffic is None else traffic,
+    )
     settings.check()
 
     def the_same(store: Store) -> list[_Source]:
@@ -298,11 +349,13 @@ def replan(
     return _change(Path(path), the_same, calibration or {}, progress, settings, known)
 
 
-def remove_tenant(path: str | Path, name: str, *, keep_plan: bool = False, progress: Progress = silent) -> Store:
+def remove_tenant(
+    path: str | Path, name: str, *, keep_plan: bool = False, progress: Progress = silent
+) -> Store:
     """Remove a tenant, free what only it used, and plan again.
 
-    keep_plan: do not plan again; what other tenants are served stays bit for bit. Copies that serve none of them are
-        dropped, and slots are numbered anew in the same order.
+    keep_plan: do not plan again; what other tenants are served stays bit for bit. Copies that serve
+        none of them are dropped, and slots are numbered anew in the same order.
 
     Raises UnknownTenantError, StoreError; the store is then as it was.
     """
@@ -312,12 +365,15 @@ def remove_tenant(path: str | Path, name: str, *, keep_plan: bool = False, progr
             raise UnknownTenantError(name, store.tenants)
         if len(store.tenants) == 1:
             raise StoreError(
-                f"tenant {name!r} is the only one in this store; delete the directory {store.path} instead"
+                f"tenant {name!r} is the only one in this store; delete the directory {store.path} "
+                "instead"
             )
         return [_Source.from_store(store, t) for t in store.tenants if t != name]
 
     if keep_plan:
-        return change_beside(Path(path), without_it, lambda old, draft, put: leave(old, draft, name), progress)
+        return change_beside(
+            Path(path), without_it, lambda old, draft, put: leave(old, draft, name), progress
+        )
     return _change(Path(path), without_it, {}, progress)
 
 
@@ -352,8 +408,14 @@ def _with_plan(
 ) -> Manifest:
     spec, manifest = store.experts, store.manifest
     shapes = dict(spec.projections)
-    if (plan.tenants, plan.num_layers, plan.num_experts) != (store.tenants, spec.num_layers, spec.num_experts):
-        raise PlanError(f"the plan is for other tenants or another shape than the store {store.path}")
+    if (plan.tenants, plan.num_layers, plan.num_experts) != (
+        store.tenants,
+        spec.num_layers,
+        spec.num_experts,
+    ):
+        raise PlanError(
+            f"the plan is for other tenants or another shape than the store {store.path}"
+        )
     if set(merged) != {slot for slot, copy in enumerate(plan.copies) if copy.owner == MERGED}:
         raise PlanError("weights must be given for each merged copy of the plan, and for no other")
     if len(records) != len(plan.residuals):
@@ -374,12 +436,19 @@ def _with_plan(
     for slot, matrices in merged.items():
         if {p: tuple(m.shape) for p, m in matrices.items()} != shapes:
             raise PlanError(f"merged copy {slot} has other matrices than {shapes}")
-        ids[slot] = {p: put(m.astype(BY_NAME[store.dtype], copy=False)) for p, m in matrices.items()}
+        ids[slot] = {
+            p: put(m.astype(BY_NAME[store.dtype], copy=False)) for p, m in matrices.items()
+        }
     for residual, record in zip(plan.residuals, records, strict=True):
         if record.dtype != np.uint8 or record.shape != (residual.nbytes(shapes),):
-            raise PlanError(f"the record of {residual} is {record.dtype} {list(record.shape)}, not what its parts need")
+            raise PlanError(
+                f"the record of {residual} is {record.dtype} {list(record.shape)}, not what its "
+                "parts need"
+            )
     kept = tuple(put(record) for record in records)
-    provenance = {key: value for key, value in manifest.provenance.items() if key != BESIDE}  # it is for all tenants
+    provenance = {
+        key: value for key, value in manifest.provenance.items() if key != BESIDE
+    }  # it is for all tenants
     return replace(
         manifest,
         plan=plan,
@@ -393,7 +462,11 @@ def _with_plan(
 
 def _calibration_objects(calibration: Mapping[str, Any]) -> list[str]:
     """Ids of the objects that a manifest's calibration names."""
-    return [object_id for tenant in calibration.values() for object_id in tenant.get("objects", {}).values()]
+    return [
+        object_id
+        for tenant in calibration.values()
+        for object_id in tenant.get("objects", {}).values()
+    ]
 
 
 def _change(
@@ -418,9 +491,15 @@ def _change(
             raise UnknownTenantError(strangers[0], tuple(names))
         if settings is None:
             settings = Settings.from_json(store.manifest.provenance["settings"])
-            settings = replace(settings, traffic={k: v for k, v in settings.traffic.items() if k in names})
+            settings = replace(
+                settings, traffic={k: v for k, v in settings.traffic.items() if k in names}
+            )
         amount = _resolve(settings, sources, store.dtype)
-        profiles = {name: p for name in names if name in store.tenants and (p := Profile.from_store(store, name))}
+        profiles = {
+            name: p
+            for name in names
+            if name in store.tenants and (p := Profile.from_store(store, name))
+        }
         manifest = _assemble(
             directory,
             sources,
@@ -443,15 +522,18 @@ def change_beside(
     change: Callable[[Store, Store, Callable[[np.ndarray], str]], Manifest],
     progress: Progress,
 ) -> Store:
-    """Give a store the tenants that `edit` makes of it, and the plan that `change` makes of the one it has.
+    """Give a store the tenants that `edit` makes of it, and the plan that `change` makes of the one
+    it has.
 
-    change: (the store before, one with all tensors of the new tenants, what stores an array) -> the manifest, its
-        objects left out.
+    change: (the store before, one with all tensors of the new tenants, what stores an array) -> the
+        manifest, its objects left out.
     """
     Store.open(path)
     with _new_or_existing(path) as directory:
         old = Store.open(directory)
-        draft = _draft(directory, edit(old), old.dtype, old.distances, old.manifest.provenance, progress)
+        draft = _draft(
+            directory, edit(old), old.dtype, old.distances, old.manifest.provenance, progress
+        )
         entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
         manifest = change(old, draft, _putter(draft.objects, entries))
         for object_id in (
@@ -469,7 +551,9 @@ def change_beside(
 def check_extra(extra: Any) -> None:
     """Raises PlanError for what is no share of one model's expert bytes."""
     if isinstance(extra, bool) or not isinstance(extra, int | float) or not 0 <= extra < 1e6:
-        raise PlanError(f"extra is {extra!r}; give a share of one model's expert bytes, such as 0.15")
+        raise PlanError(
+            f"extra is {extra!r}; give a share of one model's expert bytes, such as 0.15"
+        )
 
 
 def _check_name(name: str) -> None:
@@ -486,14 +570,16 @@ def _check_agreement(sources: Sequence[_Source]) -> None:
         differences = first.config.experts.differences(other.config.experts)
         if differences:
             raise StoreError(
-                f"tenants {first.name!r} and {other.name!r} cannot share experts ({'; '.join(differences)}); "
+                f"tenants {first.name!r} and {other.name!r} cannot share experts "
+                f"({'; '.join(differences)}); "
                 "tenants of one store must be fine-tunes of one architecture"
             )
 
 
 @dataclass(frozen=True)
 class _Amount:
-    """slots: positions with a copy, None for everything that tenants have. extra_bytes: for more copies, residuals."""
+    """slots: positions with a copy, None for everything that tenants have. extra_bytes: for more
+    copies, residuals."""
 
     slots: int | None
     extra_bytes: int = 0
@@ -509,20 +595,25 @@ def _resolve(settings: Settings, sources: Sequence[_Source], dtype: str) -> _Amo
         fixed = non_expert_bytes(largest.family, largest.config, dtype)
         if settings.budget_bytes < fixed + copy_bytes:
             raise PlanError(
-                f"budget of {format_bytes(settings.budget_bytes)} is too small for one tenant: {largest.name!r} needs "
-                f"{format_bytes(fixed)} for its non-expert weights and {format_bytes(copy_bytes)} for each expert; "
+                f"budget of {format_bytes(settings.budget_bytes)} is too small for one tenant: "
+                f"{largest.name!r} needs "
+                f"{format_bytes(fixed)} for its non-expert weights and {format_bytes(copy_bytes)} "
+                "for each expert; "
                 f"give at least {fixed + copy_bytes} bytes"
             )
         room = settings.budget_bytes - fixed
         if room < spec.num_positions * copy_bytes:
             return _Amount(room // copy_bytes)
-        return _Amount(spec.num_positions, room - spec.num_positions * copy_bytes if policy.uses_extra else 0)
+        return _Amount(
+            spec.num_positions, room - spec.num_positions * copy_bytes if policy.uses_extra else 0
+        )
     if settings.slots == "all":
         return _Amount(None)
     if settings.slots is not None:
         if settings.slots > spec.num_positions:
             raise PlanError(
-                f"{settings.slots} slots, but {spec.num_positions} positions; give 0..{spec.num_positions}, or 'all', "
+                f"{settings.slots} slots, but {spec.num_positions} positions; give "
+                f"0..{spec.num_positions}, or 'all', "
                 "or a share of extra bytes for more copies"
             )
         return _Amount(settings.slots)
@@ -540,7 +631,8 @@ def _draft(
     provenance: Mapping[str, Any],
     progress: Progress,
 ) -> Store:
-    """Put every tensor of every source into `directory`: a store, not yet committed, that shares what is identical.
+    """Put every tensor of every source into `directory`: a store, not yet committed, that shares
+    what is identical.
 
     old: distances of tenants that need not be measured again.
     """
@@ -548,14 +640,19 @@ def _draft(
     matrix = _store_experts(objects, sources, dtype, old, progress)
     _store_non_experts(objects, sources, dtype, progress)
     names = tuple(s.name for s in sources)
-    # The plan follows from what is kept (float32), so that planning again from the store gives the same plan.
+    # The plan follows from what is kept (float32), so that planning again from the store gives the
+    # same plan.
     distances = Distances(names, matrix.astype(np.float32).astype(np.float64))
     entries = _object_entries(sources, dtype)
     similarity: dict[str, Any] = {"object": None, "layers": distances.layer_summary()}
     if distances.matrix.shape[0]:
         table = distances.matrix.astype(np.float32)
         similarity["object"] = objects.put(table)
-        entries[similarity["object"]] = {"dtype": "float32", "shape": list(table.shape), "bytes": table.nbytes}
+        entries[similarity["object"]] = {
+            "dtype": "float32",
+            "shape": list(table.shape),
+            "bytes": table.nbytes,
+        }
     tenants = []
     for source in sources:
         folder, files = save_assets(directory / "assets", source.assets)
@@ -571,11 +668,14 @@ def _draft(
                 source.generation,
             )
         )
-    # What is planned and measured from here on looks at the tensors through a store that shares nothing.
+    # What is planned and measured from here on looks at the tensors through a store that shares
+    # nothing.
     everything = plan_all(_contents(sources), distances.tenants)
     return Store(
         directory,
-        Manifest(sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance),
+        Manifest(
+            sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance
+        ),
     )
 
 
@@ -610,9 +710,15 @@ def _assemble(
     for name, profile in measured.items():
         profile.check(sources[0].config.experts, name)
     asked = {name: given for name, given in calibration.items() if not isinstance(given, Profile)}
-    profiles = {**profiles, **measured, **(calibrate(draft, asked, progress=progress) if asked else {})}
+    profiles = {
+        **profiles,
+        **measured,
+        **(calibrate(draft, asked, progress=progress) if asked else {}),
+    }
     entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
-    kept = {name: profile.to_json(_putter(draft.objects, entries)) for name, profile in profiles.items()}
+    kept = {
+        name: profile.to_json(_putter(draft.objects, entries)) for name, profile in profiles.items()
+    }
     draft = Store(directory, replace(draft.manifest, objects=entries, calibration=kept))
     if amount.slots is None:
         return draft.manifest
@@ -622,7 +728,9 @@ def _assemble(
         entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
         found = planner.measurements.to_json(_putter(draft.objects, entries))
         draft = Store(directory, replace(draft.manifest, objects=entries, measurements=found))
-    return _with_plan(draft, outcome.plan, outcome.merged, outcome.records, outcome.prediction.to_json())
+    return _with_plan(
+        draft, outcome.plan, outcome.merged, outcome.records, outcome.prediction.to_json()
+    )
 
 
 def _putter(objects: Objects, entries: dict[str, dict[str, Any]]) -> Callable[[np.ndarray], str]:
@@ -630,16 +738,20 @@ def _putter(objects: Objects, entries: dict[str, dict[str, Any]]) -> Callable[[n
 
     def put(array: np.ndarray) -> str:
         object_id = objects.put(array)
-        entries[object_id] = {"dtype": array.dtype.name, "shape": list(array.shape), "bytes": array.nbytes}
+        entries[object_id] = {
+            "dtype": array.dtype.name,
+            "shape": list(array.shape),
+            "bytes": array.nbytes,
+        }
         return object_id
 
     return put
 
 
 def _read(objects: Objects, source: _Source, tensor: str, dtype: str) -> np.ndarray:
-    """A tensor in the store's type. What is stored already is compared with its checksum, as new tensors are hashed:
-    else distances of damaged weights would be kept, and plans made by them. Hashing (1.8 GB/s a thread) costs less than
-    most disks' reading."""
+    """A tensor in the store's type. What is stored already is compared with its checksum, as new
+    tensors are hashed: else distances of damaged weights would be kept, and plans made by them.
+    Hashing (1.8 GB/s a thread) costs less than most disks' reading."""
     ref = source.refs[tensor]
     if tensor in source.ids and isinstance(ref, TensorRef):
         return objects.read(ref)
@@ -658,13 +770,18 @@ def _refuse_not_finite(source: _Source, tensor: str, dtype: str) -> None:
     ref = source.refs[tensor]
     converted = "" if ref.dtype == dtype else f" after conversion from {ref.dtype} to {dtype}"
     raise CheckpointError(
-        f"{ref.path}: tensor {ref.file_tensor} of tenant {source.name!r} holds NaN or infinite values{converted}; "
+        f"{ref.path}: tensor {ref.file_tensor} of tenant {source.name!r} holds NaN or infinite "
+        f"values{converted}; "
         "fix the checkpoint" + (", or build with --dtype float32" if converted else "")
     )
 
 
 def _store_experts(
-    objects: Objects, sources: Sequence[_Source], dtype: str, old: Distances | None, progress: Progress
+    objects: Objects,
+    sources: Sequence[_Source],
+    dtype: str,
+    old: Distances | None,
+    progress: Progress,
 ) -> np.ndarray:
     """Store all expert tensors and measure distances. Returns float64 [pairs, layers, experts]."""
     family, config = sources[0].family, sources[0].config
@@ -675,7 +792,9 @@ def _store_experts(
     for i, (a, b) in enumerate(pairs):
         if old is not None and sources[a].name in old.tenants and sources[b].name in old.tenants:
             matrix[i] = old.matrix[
-                old.pairs.index((old.tenants.index(sources[a].name), old.tenants.index(sources[b].name)))
+                old.pairs.index(
+                    (old.tenants.index(sources[a].name), old.tenants.index(sources[b].name))
+                )
             ]
         else:
             new_pairs.append(i)
@@ -690,7 +809,10 @@ def _store_experts(
         part, finite = compare(arrays, compared)
         for tenant in np.flatnonzero(~finite):
             _refuse_not_finite(sources[int(tenant)], tensor, dtype)
-        ids = [s.ids.get(tensor) or objects.put(array) for s, array in zip(sources, arrays, strict=True)]
+        ids = [
+            s.ids.get(tensor) or objects.put(array)
+            for s, array in zip(sources, arrays, strict=True)
+        ]
         return layer, expert, part, ids
 
     jobs = list(family.iter_expert_tensors(config))
@@ -708,8 +830,15 @@ def _store_experts(
     return matrix
 
 
-def _store_non_experts(objects: Objects, sources: Sequence[_Source], dtype: str, progress: Progress) -> None:
-    jobs = [(s, tensor) for s in sources for tensor in s.family.non_expert_shapes(s.config) if tensor not in s.ids]
+def _store_non_experts(
+    objects: Objects, sources: Sequence[_Source], dtype: str, progress: Progress
+) -> None:
+    jobs = [
+        (s, tensor)
+        for s in sources
+        for tensor in s.family.non_expert_shapes(s.config)
+        if tensor not in s.ids
+    ]
     if not jobs:
         return
 
@@ -743,7 +872,8 @@ def _contents(sources: Sequence[_Source]) -> np.ndarray:
         for layer in range(spec.num_layers):
             for expert in range(spec.num_experts):
                 key = tuple(
-                    source.ids[family.expert_tensor(source.config, layer, expert, p)] for p, _ in spec.projections
+                    source.ids[family.expert_tensor(source.config, layer, expert, p)]
+                    for p, _ in spec.projections
                 )
                 contents[t, layer, expert] = numbers.setdefault(key, len(numbers))
     return contents
@@ -779,9 +909,11 @@ def _notes(source: _Source, dtype: str) -> tuple[str, ...]:
 
 @contextmanager
 def _new_or_existing(path: Path) -> Iterator[Path]:
-    """The directory to write into: the store itself, or one beside it that becomes the store when the block ends well.
+    """The directory to write into: the store itself, or one beside it that becomes the store when
+    the block ends well.
 
-    If the block fails, files that it added to an existing store are removed, and so is the directory of a new one.
+    If the block fails, files that it added to an existing store are removed, and so is the
+    directory of a new one.
     """
     try:
         if is_store(path):
@@ -789,14 +921,18 @@ def _new_or_existing(path: Path) -> Iterator[Path]:
                 try:
                     yield path
                 except BaseException:
-                    # A store whose manifest is damaged is left alone: what its files are for is not known.
+                    # A store whose manifest is damaged is left alone: what its files are for is not
+                    # known.
                     with suppress(StoreError):
                         _sweep(path, Manifest.read(path))
                     raise
             return
         place = path.resolve()  # the directory itself, where a symbolic link leads to it
         if place == Path.cwd():
-            raise StoreError(f"{path}: the directory you are in cannot become a store; name one in it, such as ./store")
+            raise StoreError(
+                f"{path}: the directory you are in cannot become a store; name one in it, such as "
+                "./store"
+            )
         staging = place.with_name(f".{place.name}.building")
         staging.mkdir(parents=True, exist_ok=True)
         with exclusive(staging):
@@ -813,7 +949,9 @@ def _new_or_existing(path: Path) -> Iterator[Path]:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
     except OSError as error:
-        raise StoreError(f"{path}: cannot be written: {error}; free some space or choose another place") from error
+        raise StoreError(
+            f"{path}: cannot be written: {error}; free some space or choose another place"
+        ) from error
 
 
 def _commit(directory: Path, manifest: Manifest) -> None:

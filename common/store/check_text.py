@@ -1,4 +1,5 @@
-"""Before a tenant comes into a store: whether serving can use its tokenizer, chat template and generation config."""
+"""Before a tenant comes into a store: whether serving can use its tokenizer, chat template and
+generation config."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from common.text import TenantText
 
 
 def decide_generation(name: str, checkpoint: Checkpoint) -> GenerationConfig:
-    """Load a checkpoint's small files with the code that serves them, and decide what they say about generating.
+    """Load a checkpoint's small files with the code that serves them, and decide what they say
+    about generating.
 
     Raises CheckpointError that names tenant, file or field, and the mend.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Serving has these files and no others, so the checkpoint's own directory would prove too much.
+        # Serving has these files and no others, so the checkpoint's own directory would prove too
+        # much.
         for file, asset in checkpoint.assets.items():
             if isinstance(asset, bytes):
                 (Path(folder) / file).write_bytes(asset)

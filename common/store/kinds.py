@@ -1,6 +1,7 @@
 """What kind of fine-tune each tenant is, beside another tenant of its store.
 
-Which tensors are equal is told by the manifest alone, nothing is read for it. The rank of what moved is measured on a
+Which tensors are equal is told by the manifest alone, nothing is read for it. The rank of what
+moved is measured on a
 sample: a few experts, and of large matrices some rows.
 """
 
@@ -16,7 +17,8 @@ from common.store.store import Store
 
 # Experts whose differences are measured, spread over all that moved.
 SAMPLED_EXPERTS = 4
-# Rows of a matrix that are read. A difference of rank r has rank r in these, if r is well below their number.
+# Rows of a matrix that are read. A difference of rank r has rank r in these, if r is well below
+# their number.
 SAMPLED_ROWS = 256
 # A difference counts as of low rank up to this share of the largest that its sample can have.
 LOW = 0.5
@@ -29,8 +31,9 @@ _MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
 class Kind:
     """How a tenant differs from a reference.
 
-    moved, positions: experts that differ, of how many. non_experts: differing non-expert tensors; attention_only: all
-    of them attention's. rank: of all differences measured, at most; None for more than low rank, or not measured.
+    moved, positions: experts that differ, of how many. non_experts: differing non-expert tensors;
+    attention_only: all of them attention's. rank: of all differences measured, at most; None for
+        more than low rank, or not measured.
     measured: experts that the rank was measured on.
     """
 
@@ -59,7 +62,8 @@ def reference_of(store: Store) -> str:
 
 
 def kind_of(store: Store, name: str, reference: str) -> Kind:
-    """Compare two tenants. Reads at most `SAMPLED_ROWS` rows of the matrices of `SAMPLED_EXPERTS` experts.
+    """Compare two tenants. Reads at most `SAMPLED_ROWS` rows of the matrices of `SAMPLED_EXPERTS`
+    experts.
 
     Raises UnknownTenantError.
     """
@@ -79,7 +83,11 @@ def kind_of(store: Store, name: str, reference: str) -> Kind:
     others = [n for n in names if mine.tensors.get(n) != base.tensors.get(n)]
     attention_only = all(family.attention.search(n) for n in others)
     found = Kind(len(moved), spec.num_positions, len(others), attention_only)
-    chosen = [moved[i] for i in np.unique(np.linspace(0, len(moved) - 1, SAMPLED_EXPERTS).astype(int))] if moved else []
+    chosen = (
+        [moved[i] for i in np.unique(np.linspace(0, len(moved) - 1, SAMPLED_EXPERTS).astype(int))]
+        if moved
+        else []
+    )
     largest = 0
     for layer, expert in chosen:
         for projection, _ in spec.projections:
@@ -90,28 +98,39 @@ def kind_of(store: Store, name: str, reference: str) -> Kind:
             if rank is None:
                 return found
             largest = max(largest, rank)
-    return Kind(len(moved), spec.num_positions, len(others), attention_only, largest, len(chosen)) if chosen else found
+    return (
+        Kind(len(moved), spec.num_positions, len(others), attention_only, largest, len(chosen))
+        if chosen
+        else found
+    )
 
 
-def _rank(store: Store, name: str, reference: str, layer: int, expert: int, projection: str) -> int | None:
-    """Rank of one matrix's difference, as far as rounding lets it be seen; None if it is more than low."""
+def _rank(
+    store: Store, name: str, reference: str, layer: int, expert: int, projection: str
+) -> int | None:
+    """Rank of one matrix's difference, as far as rounding lets it be seen; None if it is more than
+    low."""
     mine = store.copy_refs(name, layer, expert)[projection].map()
     base = store.copy_refs(reference, layer, expert)[projection].map()
     rows = np.unique(np.linspace(0, len(mine) - 1, SAMPLED_ROWS).astype(int))
     a, b = (to_float32(np.ascontiguousarray(m[rows])) for m in (mine, base))
     difference = a.astype(np.float64) - b
     # Singular values by the smaller side's products, largest first.
-    square = difference @ difference.T if len(rows) <= difference.shape[1] else difference.T @ difference
+    square = (
+        difference @ difference.T if len(rows) <= difference.shape[1] else difference.T @ difference
+    )
     energies = np.clip(np.linalg.eigvalsh(square)[::-1], 0, None)
     left = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
-    # What a sum of base and correction loses when it is rounded to the tenant's type, twice to be sure.
+    # What a sum of base and correction loses when it is rounded to the tenant's type, twice to be
+    # sure.
     noise = 2 * _rounding_energy(a, store.dtype) + 1e-12 * left[0]
     rank = int(np.argmax(left <= noise))
     return rank if rank <= LOW * len(energies) else None
 
 
 def _rounding_energy(values: np.ndarray, dtype: str) -> float:
-    """Expected sum of squared errors of rounding to the type of `values`: a twelfth of the squared spacing each."""
+    """Expected sum of squared errors of rounding to the type of `values`: a twelfth of the squared
+    spacing each."""
     bits = _MANTISSA[dtype]
     if dtype == "float32" and not (values.view(np.uint32) & 0xFFFF).any():
         bits = _MANTISSA["bfloat16"]  # widened for another tenant's sake

@@ -1,4 +1,5 @@
-"""One writer at a time: an advisory lock that the kernel drops when its holder dies, killed or not."""
+"""One writer at a time: an advisory lock that the kernel drops when its holder dies, killed or
+not."""
 
 from __future__ import annotations
 
@@ -27,10 +28,15 @@ def exclusive(directory: Path) -> Iterator[None]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise StoreError(f"{directory}: another process is writing this store; wait for it to end") from error
+                raise StoreError(
+                    f"{directory}: another process is writing this store; wait for it to end"
+                ) from error
             # A build that ended between our open and our lock has moved the directory away.
             if not path.exists() or path.stat().st_ino != os.fstat(fd).st_ino:
-                raise StoreError(f"{directory}: another process has just finished this store; run the command again")
+                raise StoreError(
+                    f"{directory}: another process has just finished this store; run the command "
+                    "again"
+                )
         yield
     finally:
         os.close(fd)

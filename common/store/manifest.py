@@ -1,7 +1,7 @@
 """store.json: the one file that says what a store is. Replacing it is what makes a change happen.
 
-Format 2, documented in docs/store-format.md; version 1, without merged copies and residuals, is read too. The checksum
-covers the rest of the file.
+Format 2, documented in docs/store-format.md; version 1, without merged copies and residuals, is
+read too. The checksum covers the rest of the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ FILE = "store.json"
 class Tenant:
     """One tenant as the store keeps it.
 
-    tensors: canonical name -> object id. assets_folder: folder below `assets/`. notes: what was converted on the way
+    tensors: canonical name -> object id. assets_folder: folder below `assets/`. notes: what was
+        converted on the way
         in. generation: what its files say about generating; None where an older Moetel
         built the store.
     """
@@ -50,10 +51,12 @@ class Manifest:
     """What store.json holds.
 
     objects: id -> {dtype, shape, bytes}; similarity: {object, layers}.
-    merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's residuals, in order.
+    merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's
+        residuals, in order.
     calibration: tenant -> what was measured on its calibration prompts; see `common.calibration`.
     measurements: what planning measured, see `common.store.measurements`; None if nothing is kept.
-    prediction: what the plan is expected to cost each tenant; see `common.policies.Prediction`. None if not known.
+    prediction: what the plan is expected to cost each tenant; see `common.policies.Prediction`.
+        None if not known.
     """
 
     family: Family
@@ -111,7 +114,8 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Raises StoreError if there is no store, it is damaged, or of a version that this code does not know."""
+        """Raises StoreError if there is no store, it is damaged, or of a version that this code
+        does not know."""
         path = directory / FILE
         if not path.is_file():
             what = "there is no store.json in it" if directory.is_dir() else "no such directory"
@@ -124,7 +128,8 @@ class Manifest:
             raise StoreError(f"{path}: not the manifest of a Moetel store")
         if value.get("version") not in READABLE:
             raise StoreError(
-                f"{path}: format version {value.get('version')!r}, this code reads versions 1 to {VERSION}; "
+                f"{path}: format version {value.get('version')!r}, this code reads versions 1 to "
+                f"{VERSION}; "
                 "build the store again or use the Moetel version that wrote it"
             )
         checksum = value.pop("checksum", None)
@@ -141,7 +146,9 @@ class Manifest:
                     assets_folder=t["assets_folder"],
                     assets=t["assets"],
                     notes=tuple(t["notes"]),
-                    generation=GenerationConfig.from_json(t["generation"]) if t.get("generation") else None,
+                    generation=GenerationConfig.from_json(t["generation"])
+                    if t.get("generation")
+                    else None,
                 )
                 for t in value["tenants"]
             )
@@ -151,7 +158,9 @@ class Manifest:
             if set(merged) != {i for i, c in enumerate(plan.copies) if c.owner == MERGED}:
                 raise StoreError("the merged copies of the plan and of the store differ")
             if len(residuals) != len(plan.residuals):
-                raise StoreError(f"{len(residuals)} records for {len(plan.residuals)} residuals of the plan")
+                raise StoreError(
+                    f"{len(residuals)} records for {len(plan.residuals)} residuals of the plan"
+                )
             return cls(
                 family=family,
                 dtype=value["dtype"],
@@ -173,4 +182,6 @@ class Manifest:
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

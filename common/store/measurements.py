@@ -1,8 +1,9 @@
-"""What planning measured that no budget changes, kept in the store: hours for a large model, megabytes on disk.
+"""What planning measured that no budget changes, kept in the store: hours for a large model,
+megabytes on disk.
 
-So `moetel plan` shows in a second what a build measured, and a store is planned anew for another budget or policy
-without measuring again. Whatever the numbers rest on is in their key: with other weights, calibration or traffic they
-are measured anew.
+So `moetel plan` shows in a second what a build measured, and a store is planned anew for another
+budget or policy without measuring again. Whatever the numbers rest on is in their key: with other
+weights, calibration or traffic they are measured anew.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ Spectra = Mapping[tuple[int, int], list[list[Spectrum]]]
 class Measurements:
     """key: of `key_of`. losses: of tenants' experts in each other's place.
 
-    ridge: how far fits are held to mixtures; None: not chosen yet. fitted: position -> float64 [copies fitted there,
-    tenants], what they cost. spectra: (set of curves, position) -> of each tenant's projections.
+    ridge: how far fits are held to mixtures; None: not chosen yet. fitted: position -> float64
+    [copies fitted there, tenants], what they cost. spectra: (set of curves, position) -> of each
+    tenant's projections.
     """
 
     key: str
@@ -58,7 +60,9 @@ class Measurements:
             keys = sorted(self.spectra)
             # [curves and positions, tenants, projections], and [.., components] of the values.
             tables["spectra_places"] = np.array(keys, dtype=np.int64)
-            tables["spectra_shapes"] = np.array([s.shape for s in self.spectra[keys[0]][0]], dtype=np.int64)
+            tables["spectra_shapes"] = np.array(
+                [s.shape for s in self.spectra[keys[0]][0]], dtype=np.int64
+            )
             for name in ("total", "sign"):
                 tables[f"spectra_{name}"] = np.array(
                     [[[getattr(s, name) for s in row] for row in self.spectra[key]] for key in keys]
@@ -100,7 +104,9 @@ class Measurements:
         if "spectra_places" in tables:
             shapes = [tuple(shape) for shape in tables["spectra_shapes"].tolist()]
             each = (tables[f"spectra_{name}"] for name in ("values", "total", "sign"))
-            for place, values, totals, signs in zip(tables["spectra_places"].tolist(), *each, strict=True):
+            for place, values, totals, signs in zip(
+                tables["spectra_places"].tolist(), *each, strict=True
+            ):
                 spectra[tuple(place)] = [
                     [
                         Spectrum(s, v, float(total), float(sign))
@@ -108,7 +114,12 @@ class Measurements:
                     ]
                     for of_tenant in zip(values, totals, signs, strict=True)
                 ]
-        found = Losses(tenants=tuple(value["tenants"]), measured=tuple(value["measured"]), unit=value["unit"], **losses)
+        found = Losses(
+            tenants=tuple(value["tenants"]),
+            measured=tuple(value["measured"]),
+            unit=value["unit"],
+            **losses,
+        )
         return cls(value["key"], found, value["ridge"], fitted, spectra)
 
 
@@ -121,12 +132,16 @@ def _table(store: Store, entry: Mapping[str, Any]) -> np.ndarray:
 
 def objects_of(measurements: Mapping[str, Any] | None) -> list[str]:
     """Ids of the objects that a manifest's measurements name."""
-    return [] if measurements is None else [entry["object"] for entry in measurements["tables"].values()]
+    return (
+        []
+        if measurements is None
+        else [entry["object"] for entry in measurements["tables"].values()]
+    )
 
 
 def key_of(store: Store, profiles: Mapping[str, Profile], traffic: np.ndarray) -> str:
-    """Of all that measurements rest on: tenants' experts in their order, profiles, shares of traffic float64 [tenants],
-    and the code."""
+    """Of all that measurements rest on: tenants' experts in their order, profiles, shares of
+    traffic float64 [tenants], and the code."""
     family, spec = store.family, store.experts
     experts = [
         [
@@ -137,6 +152,17 @@ def key_of(store: Store, profiles: Mapping[str, Profile], traffic: np.ndarray) -
         ]
         for tenant in store.manifest.tenants
     ]
-    measured = {name: profiles[name].to_json(content_id) for name in store.tenants if name in profiles}
-    basis = [__version__, REVISION, store.dtype, spec.top_k, store.tenants, experts, measured, traffic.tolist()]
+    measured = {
+        name: profiles[name].to_json(content_id) for name in store.tenants if name in profiles
+    }
+    basis = [
+        __version__,
+        REVISION,
+        store.dtype,
+        spec.top_k,
+        store.tenants,
+        experts,
+        measured,
+        traffic.tolist(),
+    ]
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()

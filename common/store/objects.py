@@ -1,6 +1,8 @@
-"""The content-addressed part of a store: one immutable safetensors file a tensor, named by the hash of what it holds.
+"""The content-addressed part of a store: one immutable safetensors file a tensor, named by the hash
+of what it holds.
 
-Equal tensors have equal names, so each is on disk once whoever owns it. A file appears under its name only when whole.
+Equal tensors have equal names, so each is on disk once whoever owns it. A file appears under its
+name only when whole.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Objects:
         return self.root / object_id[:2] / f"{object_id}.safetensors"
 
     def put(self, array: np.ndarray) -> str:
-        """Store an array unless it is there; returns its id. An existing file is checked, and replaced if damaged."""
+        """Store an array unless it is there; returns its id. An existing file is checked, and
+        replaced if damaged."""
         object_id = content_id(array)
         path = self.path(object_id)
         if path.exists() and self.damage(object_id, array.dtype.name, array.shape) is None:
@@ -53,23 +56,31 @@ class Objects:
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise StoreError(f"{path}: cannot be written: {error}; free some space or choose another place") from error
+            raise StoreError(
+                f"{path}: cannot be written: {error}; free some space or choose another place"
+            ) from error
         return object_id
 
     def ref(self, object_id: str, dtype: str, shape: Shape) -> TensorRef:
-        """Where an object lies. Checks name, type, shape and size from the header, not the content (see `damage`)."""
+        """Where an object lies. Checks name, type, shape and size from the header, not the content
+        (see `damage`)."""
         path = self.path(object_id)
         try:
             header = read_header(path)
         except CheckpointError as error:
-            raise StoreError(f"{error}; build the store again or restore this file from a backup") from error
+            raise StoreError(
+                f"{error}; build the store again or restore this file from a backup"
+            ) from error
         ref = header.get(TENSOR)
         if ref is None or len(header) != 1 or (ref.dtype, ref.shape) != (dtype, tuple(shape)):
-            raise StoreError(f"{path}: holds other tensors than the store's manifest says; build the store again")
+            raise StoreError(
+                f"{path}: holds other tensors than the store's manifest says; build the store again"
+            )
         return ref
 
     def read(self, ref: TensorRef) -> np.ndarray:
-        """What `ref` of this store says, compared with the checksum that names its file. Raises StoreError.
+        """What `ref` of this store says, compared with the checksum that names its file. Raises
+        StoreError.
 
         For whatever is measured or made from it: damage would become what the store says is right.
         """
@@ -78,10 +89,12 @@ class Objects:
         return array
 
     def check(self, ref: TensorRef, array: np.ndarray) -> None:
-        """Compare what was read or mapped at `ref` with its file's checksum. Raises StoreError that names the file."""
+        """Compare what was read or mapped at `ref` with its file's checksum. Raises StoreError that
+        names the file."""
         if content_id(array) != ref.path.stem:
             raise StoreError(
-                f"{ref.path}: content does not match its checksum; `moetel verify {self.root.parent}` lists all "
+                f"{ref.path}: content does not match its checksum; `moetel verify "
+                f"{self.root.parent}` lists all "
                 "damaged files; restore them from a backup or build the store again"
             )
 
@@ -105,17 +118,26 @@ class Objects:
                 folder.rmdir()
 
     def unreferenced(self, keep: set[str]) -> list[Path]:
-        return sorted(p for p in self.root.glob("*/*") if p.suffix != ".safetensors" or p.stem not in keep)
+        return sorted(
+            p for p in self.root.glob("*/*") if p.suffix != ".safetensors" or p.stem not in keep
+        )
 
 
-def save_assets(root: Path, assets: Mapping[str, Path | bytes]) -> tuple[str, dict[str, dict[str, Any]]]:
+def save_assets(
+    root: Path, assets: Mapping[str, Path | bytes]
+) -> tuple[str, dict[str, dict[str, Any]]]:
     """Copy a tenant's small files into a folder named by their content.
 
     Returns the folder's name, and file -> sha256 and bytes.
     """
     contents = {name: read_asset(asset) for name, asset in sorted(assets.items())}
-    files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in contents.items()}
-    folder = hashlib.sha256(repr([(n, f["sha256"]) for n, f in files.items()]).encode()).hexdigest()[:24]
+    files = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        for name, data in contents.items()
+    }
+    folder = hashlib.sha256(
+        repr([(n, f["sha256"]) for n, f in files.items()]).encode()
+    ).hexdigest()[:24]
     target = root / folder
     target.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():

@@ -35,7 +35,8 @@ class Problem:
 
 
 class Store:
-    """Open with `Store.open(path)`. Nothing is loaded until asked for; tensors come memory-mapped or as references."""
+    """Open with `Store.open(path)`. Nothing is loaded until asked for; tensors come memory-mapped
+    or as references."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
@@ -44,12 +45,14 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Raises StoreError if there is no store here or its manifest is damaged; `verify` checks the rest."""
+        """Raises StoreError if there is no store here or its manifest is damaged; `verify` checks
+        the rest."""
         path = Path(path)
         return cls(path, Manifest.read(path))
 
     def with_plan(self, plan: Plan) -> Store:
-        """The same files with another plan, one of tenants' own copies alone; nothing is written."""
+        """The same files with another plan, one of tenants' own copies alone; nothing is
+        written."""
         return Store(self.path, replace(self.manifest, plan=plan, merged={}, residuals=()))
 
     @property
@@ -84,7 +87,8 @@ class Store:
         return self.tenant(name).config
 
     def generation(self, name: str) -> GenerationConfig:
-        """What was decided about a tenant's special tokens and sampling when it was built into the store.
+        """What was decided about a tenant's special tokens and sampling when it was built into the
+        store.
 
         Raises CheckpointError for a store that holds no decision, and whose files do not allow one.
         """
@@ -131,25 +135,31 @@ class Store:
         if copy.owner != MERGED:
             return self.copy_refs(self.tenants[copy.owner], copy.layer, copy.expert)
         ids = self.manifest.merged[slot]
-        return {name: self.objects.ref(ids[name], self.dtype, shape) for name, shape in self.experts.projections}
+        return {
+            name: self.objects.ref(ids[name], self.dtype, shape)
+            for name, shape in self.experts.projections
+        }
 
     def slot_content(self, slot: int) -> tuple[str, ...]:
         """Equal for resident copies whose weights are the same, in this store and any other."""
         return tuple(ref.path.name for ref in self.slot_refs(slot).values())
 
     def tenant_content(self, name: str) -> tuple[str, ...]:
-        """Equal for tenants whose non-expert weights and configs are the same, in this store and any other."""
+        """Equal for tenants whose non-expert weights and configs are the same, in this store and
+        any other."""
         tenant = self.tenant(name)
         ids = [tenant.tensors[t] for t in self.family.non_expert_shapes(tenant.config)]
         return (repr(tenant.config), *ids)
 
     def residual_ref(self, index: int) -> TensorRef:
-        """The record of `plan.residuals[index]`: uint8 [bytes], laid out as `common.residuals` says."""
+        """The record of `plan.residuals[index]`: uint8 [bytes], laid out as `common.residuals`
+        says."""
         nbytes = self.plan.residuals[index].nbytes(dict(self.experts.projections))
         return self.objects.ref(self.manifest.residuals[index], "uint8", (nbytes,))
 
     def served_expert(self, name: str, layer: int, expert: int) -> dict[str, np.ndarray]:
-        """The weights that answer for a tenant at a position, residual included: projection -> float32 [out, in]."""
+        """The weights that answer for a tenant at a position, residual included: projection ->
+        float32 [out, in]."""
         index = self.tenants.index(self.tenant(name).name)
         slot = int(self.plan.serving[index, layer, expert])
         refs = self.copy_refs(name, layer, expert) if slot == MISS else self.slot_refs(slot)
@@ -166,7 +176,11 @@ class Store:
     def distances(self) -> Distances:
         """The full matrices measured at build. Raises StoreError where their file is damaged."""
         entry = self.manifest.similarity
-        shape = (len(tenant_pairs(len(self.tenants))), self.experts.num_layers, self.experts.num_experts)
+        shape = (
+            len(tenant_pairs(len(self.tenants))),
+            self.experts.num_layers,
+            self.experts.num_experts,
+        )
         if not shape[0]:
             return Distances(self.tenants, np.zeros(shape))
         ref = self.objects.ref(entry["object"], "float32", shape)
@@ -190,9 +204,12 @@ class Store:
 
     @property
     def extra_bytes(self) -> int:
-        """What the pool and all residuals take beyond the experts of one model; negative if they take less."""
+        """What the pool and all residuals take beyond the experts of one model; negative if they
+        take less."""
         return (
-            self.plan.num_slots * self.copy_bytes + self.residual_bytes - self.experts.num_positions * self.copy_bytes
+            self.plan.num_slots * self.copy_bytes
+            + self.residual_bytes
+            - self.experts.num_positions * self.copy_bytes
         )
 
     @property
@@ -212,7 +229,8 @@ class Store:
 
     @property
     def bytes_budget(self) -> int:
-        """What `--budget` counts: the pool, all residuals and the largest tenant's non-expert weights."""
+        """What `--budget` counts: the pool, all residuals and the largest tenant's non-expert
+        weights."""
         largest = max(self.non_expert_bytes(name) for name in self.tenants)
         return self.plan.num_slots * self.copy_bytes + self.residual_bytes + largest
 
@@ -220,7 +238,8 @@ class Store:
         return {k: (v["dtype"], tuple(v["shape"])) for k, v in self.manifest.objects.items()}
 
     def verify(self, on_object: Callable[[], None] | None = None) -> list[Problem]:
-        """Read every file and compare it with its checksum. Returns the damaged or missing ones; empty means sound."""
+        """Read every file and compare it with its checksum. Returns the damaged or missing ones;
+        empty means sound."""
         problems = []
         for object_id, (dtype, shape) in self._referenced().items():
             what = self.objects.damage(object_id, dtype, shape)
@@ -241,16 +260,20 @@ class Store:
         return problems
 
     def owners_of(self, object_id: str) -> list[str]:
-        """`tenant: tensor` for everything that an object holds, to name what a damaged file costs."""
+        """`tenant: tensor` for everything that an object holds, to name what a damaged file
+        costs."""
         return [
-            f"{t.name}: {tensor}" for t in self.manifest.tenants for tensor, i in t.tensors.items() if i == object_id
+            f"{t.name}: {tensor}"
+            for t in self.manifest.tenants
+            for tensor, i in t.tensors.items()
+            if i == object_id
         ]
 
     def export(self, name: str, target: str | Path, progress: Progress = silent) -> None:
         """Write a tenant, as the store serves it, as a plain Hugging Face checkpoint.
 
-        Each expert is the copy that the plan gives the tenant (its own where it misses), with the tenant's residual
-        added and rounded to the store's type. The directory must not exist
+        Each expert is the copy that the plan gives the tenant (its own where it misses), with the
+        tenant's residual added and rounded to the store's type. The directory must not exist
         or be empty. Raises StoreError.
         """
         target = Path(target).resolve()
@@ -258,12 +281,18 @@ class Store:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise StoreError(f"{target}: exists and is not an empty directory; name another one")
         if target == Path.cwd():
-            raise StoreError(f"{target}: the directory you are in cannot be replaced; name one in it, such as ./{name}")
+            raise StoreError(
+                f"{target}: the directory you are in cannot be replaced; name one in it, such as "
+                f"./{name}"
+            )
         names: list[tuple[str, Callable[[], np.ndarray]]] = [
-            (tensor, self.ref(name, tensor).map) for tensor in self.family.non_expert_shapes(tenant.config)
+            (tensor, self.ref(name, tensor).map)
+            for tensor in self.family.non_expert_shapes(tenant.config)
         ]
         for layer, expert, projection, tensor in self.family.iter_expert_tensors(tenant.config):
-            names.append((tensor, partial_function(self._served_matrix, name, layer, expert, projection)))
+            names.append(
+                (tensor, partial_function(self._served_matrix, name, layer, expert, projection))
+            )
         if tenant.config.head_is_tied:
             names = [(tensor, read) for tensor, read in names if tensor != "lm_head.weight"]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +306,9 @@ class Store:
             config = self.family.hf_config(tenant.config, self.dtype)
             self._write_generation(name, partial)
             with progress(f"exporting {name}", len(names)) as advance:
-                write_hugging_face(partial, config, ((tensor, read()) for tensor, read in names), on_tensor=advance)
+                write_hugging_face(
+                    partial, config, ((tensor, read()) for tensor, read in names), on_tensor=advance
+                )
             if target.exists():
                 target.rmdir()
             partial.rename(target)
@@ -291,12 +322,15 @@ class Store:
             _remove_tree(partial)
 
     def _write_generation(self, name: str, target: Path) -> None:
-        """generation_config.json of an export: the checkpoint's own with the special tokens that were decided."""
+        """generation_config.json of an export: the checkpoint's own with the special tokens that
+        were decided."""
         path = self.assets_dir(name) / generation.FILE
         given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         found = given | self.generation(name).token_ids
         if found:
-            (target / generation.FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            (target / generation.FILE).write_text(
+                json.dumps(found, indent=2) + "\n", encoding="utf-8"
+            )
 
     def _served_matrix(self, name: str, layer: int, expert: int, projection: str) -> np.ndarray:
         """One matrix of `served_expert`, in the store's type."""

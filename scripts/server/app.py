@@ -28,14 +28,16 @@ log = logging.getLogger(__name__)
 
 
 def create_app(async_engine: AsyncEngine | None, settings: Settings) -> FastAPI:
-    """The application. Without an engine it says that the store is loaded until `app.state.service.attach` is called.
+    """The application. Without an engine it says that the store is loaded until
+    `app.state.service.attach` is called.
 
     It does not own the engine: who made it closes it.
     """
     app = FastAPI(
         title="Moetel",
         version=__version__,
-        description="Many fine-tuned Mixture-of-Experts models from one set of shared experts, with OpenAI's routes.",
+        description="Many fine-tuned Mixture-of-Experts models from one set of shared experts, "
+        "with OpenAI's routes.",
         # Their pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
@@ -45,7 +47,9 @@ def create_app(async_engine: AsyncEngine | None, settings: Settings) -> FastAPI:
         service.attach(async_engine)
     app.add_middleware(Front, service=service)
     if settings.allowed_origins:
-        app.add_middleware(Origins, settings=settings)  # outermost, so that every answer has its headers
+        app.add_middleware(
+            Origins, settings=settings
+        )  # outermost, so that every answer has its headers
     for error, handler in (
         (ApiError, _known),
         (MoetelError, _known),
@@ -63,7 +67,9 @@ async def _known(request: Request, error: Exception) -> Response:
     found = from_exception(error)
     if found is None:
         raise error
-    if found.status >= 500 and request.url.path != "/ready":  # which says so by its status, again and again
+    if (
+        found.status >= 500 and request.url.path != "/ready"
+    ):  # which says so by its status, again and again
         log.warning("%s %s: %s", request.method, request.url.path, found.message)
     return found.response()
 
@@ -75,7 +81,9 @@ async def _http(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message = f"no route {request.method} {request.url.path}; GET /openapi.json lists them"
     elif error.status_code == 405:
-        message = f"{request.url.path} does not take {request.method}; GET /openapi.json lists the routes"
+        message = (
+            f"{request.url.path} does not take {request.method}; GET /openapi.json lists the routes"
+        )
     kind = {} if error.status_code < 500 else {"kind": SERVER}
     return ApiError(error.status_code, message, headers=error.headers, **kind).response()
 
@@ -86,7 +94,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON ({first['ctx']['error']} at character {where[-1]})").response()
+        return ApiError(
+            400, f"the body is no JSON ({first['ctx']['error']} at character {where[-1]})"
+        ).response()
     place, path = where[0], where[1:]
     message = str(first["msg"])
     if message.startswith("Value error, "):  # our own, which names its field
@@ -96,7 +106,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
         kind = request.headers.get("content-type", "")
         if place == "body" and not kind.partition(";")[0].strip().lower().endswith("json"):
             return ApiError(
-                415, f"the body is said to be {kind or 'nothing'}; send the header 'Content-Type: application/json'"
+                415,
+                f"the body is said to be {kind or 'nothing'}; send the header 'Content-Type: "
+                "application/json'",
             ).response()
         return ApiError(400, "the body is no JSON object; send {...}").response()
     names = _names(path)

@@ -60,7 +60,11 @@ class JSONModel(Response):
 def _model(service: Service, tenant: str) -> Model:
     # The root is the name, not the path that the checkpoint came from, which is nobody's business.
     return Model(
-        id=tenant, created=service.started_at, root=tenant, parent=None, max_model_len=service.max_model_len(tenant)
+        id=tenant,
+        created=service.started_at,
+        root=tenant,
+        parent=None,
+        max_model_len=service.max_model_len(tenant),
     )
 
 
@@ -112,25 +116,34 @@ def _prompt_limit(body: Asked, service: Service, tenant: str, answer_limit: int)
 
 
 def _require_text(body: Asked, service: Service, tenant: str) -> None:
-    """Raises TenantUnavailableError if the request needs text that the tenant should have and has not."""
+    """Raises TenantUnavailableError if the request needs text that the tenant should have and has
+    not."""
     why = service.require().engine.unavailable.get(tenant)
     if why is not None and body.stop:
         raise TenantUnavailableError(tenant, why)
 
 
 def _jobs(
-    body: Asked, service: Service, tenant: str, prompts: Sequence[list[int]], limit: int, arrived_at: float
+    body: Asked,
+    service: Service,
+    tenant: str,
+    prompts: Sequence[list[int]],
+    limit: int,
+    arrived_at: float,
 ) -> list[Job]:
     deadline_s = None
     if body.deadline_ms is not None:
         deadline_s = max(1e-3, body.deadline_ms / 1e3 - (time.perf_counter() - arrived_at))
     defaults = service.sampling_defaults(tenant)
     params = [body.params(limit, answer, defaults) for answer in range(body.num_answers)]
-    return [Job(tenant, prompt, p, body.priority or 0, deadline_s) for prompt in prompts for p in params]
+    return [
+        Job(tenant, prompt, p, body.priority or 0, deadline_s) for prompt in prompts for p in params
+    ]
 
 
 class _Texts:
-    """Names of the tokens of each answer, made when its first token comes: its prompt is then known to be sound."""
+    """Names of the tokens of each answer, made when its first token comes: its prompt is then known
+    to be sound."""
 
     def __init__(self, body: Asked, service: Service, jobs: Sequence[Job]):
         self._body, self._engine, self._jobs = body, service.require().engine, jobs
@@ -140,7 +153,11 @@ class _Texts:
         if index not in self._made:
             job, body = self._jobs[index], self._body
             self._made[index] = TokenTexts(
-                self._engine, job.tenant, job.prompt, body.skip_special, bool(body.return_tokens_as_token_ids)
+                self._engine,
+                job.tenant,
+                job.prompt,
+                body.skip_special,
+                bool(body.return_tokens_as_token_ids),
             )
         return self._made[index]
 
@@ -149,7 +166,9 @@ def _usage(generations: Sequence[Generation], num_answers: int) -> Usage:
     """Each prompt counts once, however many answers it has."""
     prompt = sum(len(g.prompt_token_ids) for g in generations[::num_answers])
     completion = sum(len(g.token_ids) for g in generations)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    return Usage(
+        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+    )
 
 
 async def _respond(
@@ -161,12 +180,16 @@ async def _respond(
     chunk: Callable[[int, Output, bool], BaseModel],
     last: Callable[[Run], BaseModel],
 ) -> Response:
-    """Run the jobs; answer with `whole` of them at the end, or with a `chunk` for each output and perhaps a `last`.
+    """Run the jobs; answer with `whole` of them at the end, or with a `chunk` for each output and
+    perhaps a `last`.
 
-    The status of a stream is sent with its first output, so that a request that is refused has its own status.
+    The status of a stream is sent with its first output, so that a request that is refused has its
+    own status.
     """
     async with AsyncExitStack() as stack:
-        run = await stack.enter_async_context(Run(service, jobs, arrival(request.scope).at, request.receive))
+        run = await stack.enter_async_context(
+            Run(service, jobs, arrival(request.scope).at, request.receive)
+        )
         if not body.stream:
             async for _ in run:
                 pass
@@ -202,9 +225,16 @@ def _number(kind: str, body: Asked, request: Request) -> str:
     "/completions",
     response_model=CompletionAnswer,
     response_model_exclude_unset=True,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "An answer, or a stream of such chunks."}},
+    responses={
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": "An answer, or a stream of such chunks.",
+        }
+    },
 )
-async def complete(body: CompletionRequest, request: Request, service: SharedService, caller: Caller) -> Response:
+async def complete(
+    body: CompletionRequest, request: Request, service: SharedService, caller: Caller
+) -> Response:
     """Continue a prompt as a tenant would."""
     tenant = service.resolve(body.model, caller)
     service.count(caller, tenant)
@@ -218,12 +248,16 @@ async def complete(body: CompletionRequest, request: Request, service: SharedSer
     with_ids = body.return_token_ids or not has_text  # without a tokenizer the ids are all there is
     texts = _Texts(body, service, jobs)
 
-    def choice(index: int, output: Output, generation: Generation | None, begins: bool) -> CompletionChoice:
+    def choice(
+        index: int, output: Output, generation: Generation | None, begins: bool
+    ) -> CompletionChoice:
         text = (echoes[index // body.num_answers] if begins else "") + output.text
         logprobs = None
         if body.num_logprobs is not None:
             logprobs = texts[index].completion(output.logprobs, generation is not None)
-        out = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None, stop_reason=None)
+        out = CompletionChoice(
+            index=index, text=text, logprobs=logprobs, finish_reason=None, stop_reason=None
+        )
         if generation is not None:
             out.finish_reason, out.stop_reason = generation.finish_reason, generation.stop_reason
         if with_ids:
@@ -233,7 +267,9 @@ async def complete(body: CompletionRequest, request: Request, service: SharedSer
         return out
 
     def answer(choices: list[CompletionChoice]) -> CompletionAnswer:
-        return CompletionAnswer(id=number, object="text_completion", created=created, model=tenant, choices=choices)
+        return CompletionAnswer(
+            id=number, object="text_completion", created=created, model=tenant, choices=choices
+        )
 
     def closed(run: Run, choices: list[CompletionChoice]) -> CompletionAnswer:
         out = answer(choices)
@@ -245,7 +281,9 @@ async def complete(body: CompletionRequest, request: Request, service: SharedSer
         request,
         service,
         jobs,
-        whole=lambda run: closed(run, [choice(i, _whole(g), g, True) for i, g in enumerate(run.generations)]),
+        whole=lambda run: closed(
+            run, [choice(i, _whole(g), g, True) for i, g in enumerate(run.generations)]
+        ),
         chunk=lambda i, output, begins: answer([choice(i, output, output.generation, begins)]),
         last=lambda run: closed(run, []),
     )
@@ -254,13 +292,16 @@ async def complete(body: CompletionRequest, request: Request, service: SharedSer
 def _prompts(
     body: CompletionRequest, service: Service, tenant: str, answer_limit: int
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids of each prompt, and the text that stands before its answers. For a thread: long texts take a while."""
+    """Token ids of each prompt, and the text that stands before its answers. For a thread: long
+    texts take a while."""
     engine = service.require().engine
     limit = _prompt_limit(body, service, tenant, answer_limit)
     side = body.truncation_side or "left"
     ids, echoes = [], []
     for prompt in body.prompts:
-        found = prompt_ids(engine, tenant, prompt, body.add_special_tokens is not False, limit, side)
+        found = prompt_ids(
+            engine, tenant, prompt, body.add_special_tokens is not False, limit, side
+        )
         ids.append(found)
         if not body.echo:
             echoes.append("")
@@ -271,7 +312,8 @@ def _prompts(
         else:
             raise ApiError(
                 400,
-                f"echo: tenant {tenant!r} has no tokenizer, so its prompts have no text; leave it out",
+                f"echo: tenant {tenant!r} has no tokenizer, so its prompts have no text; leave it "
+                "out",
                 param="echo",
             )
     return ids, echoes
@@ -289,9 +331,16 @@ def _whole(generation: Generation) -> Output:
     "/chat/completions",
     response_model=ChatAnswer,
     response_model_exclude_unset=True,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "An answer, or a stream of chunks."}},
+    responses={
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": "An answer, or a stream of chunks.",
+        }
+    },
 )
-async def chat(body: ChatRequest, request: Request, service: SharedService, caller: Caller) -> Response:
+async def chat(
+    body: ChatRequest, request: Request, service: SharedService, caller: Caller
+) -> Response:
     """Answer a conversation, which is written out by the tenant's own chat template."""
     tenant = service.resolve(body.model, caller)
     service.count(caller, tenant)
@@ -320,7 +369,9 @@ async def chat(body: ChatRequest, request: Request, service: SharedService, call
             message = ChatMessage(role="assistant", content=g.text or "", refusal=None)
             choices.append(ChatChoice(index=i, message=message))
             finish(choices[-1], i, _whole(g))
-        out = ChatAnswer(id=number, object="chat.completion", created=created, model=tenant, choices=choices)
+        out = ChatAnswer(
+            id=number, object="chat.completion", created=created, model=tenant, choices=choices
+        )
         out.usage, out.metrics = _usage(run.generations, body.num_answers), run.metrics()
         asked_of_prompt(out)
         return out
@@ -332,11 +383,20 @@ async def chat(body: ChatRequest, request: Request, service: SharedService, call
             out.prompt_text = prompt
 
     def piece(choices: list[ChatChunkChoice]) -> ChatChunk:
-        return ChatChunk(id=number, object="chat.completion.chunk", created=created, model=tenant, choices=choices)
+        return ChatChunk(
+            id=number,
+            object="chat.completion.chunk",
+            created=created,
+            model=tenant,
+            choices=choices,
+        )
 
     def chunk(index: int, output: Output, begins: bool) -> ChatChunk:
-        # The role comes with the first text, so that chunks are as many as steps, and times between them are true.
-        delta = Delta(role="assistant", content=output.text) if begins else Delta(content=output.text)
+        # The role comes with the first text, so that chunks are as many as steps, and times between
+        # them are true.
+        delta = (
+            Delta(role="assistant", content=output.text) if begins else Delta(content=output.text)
+        )
         choice = ChatChunkChoice(index=index, delta=delta)
         finish(choice, index, output)
         out = piece([choice])
@@ -358,5 +418,11 @@ def _conversation(body: ChatRequest, service: Service, tenant: str) -> tuple[str
     text = written(engine, tenant, body)
     limit = _prompt_limit(body, service, tenant, body.answer_limit or 1)
     return text, prompt_ids(
-        engine, tenant, text, bool(body.add_special_tokens), limit, body.truncation_side or "left", "messages"
+        engine,
+        tenant,
+        text,
+        bool(body.add_special_tokens),
+        limit,
+        body.truncation_side or "left",
+        "messages",
     )

@@ -23,15 +23,36 @@ PROBE = "moetel probes"
 # Names that transformers' apply_chat_template, or this server, gives a meaning of its own.
 RESERVED = frozenset(
     (
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
-        *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
-        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "reasoning_effort", "add_special_tokens"),
+        *(
+            "messages",
+            "conversation",
+            "tools",
+            "documents",
+            "chat_template",
+            "add_generation_prompt",
+        ),
+        *(
+            "continue_final_message",
+            "tokenize",
+            "padding",
+            "truncation",
+            "max_length",
+            "return_tensors",
+        ),
+        *(
+            "return_dict",
+            "return_assistant_tokens_mask",
+            "tokenizer_kwargs",
+            "reasoning_effort",
+            "add_special_tokens",
+        ),
     )
 )
 
 
 def written(engine: Engine, tenant: str, body: Conversation) -> str:
-    """The conversation in the tenant's template. Raises RequestError, ApiError, TenantUnavailableError."""
+    """The conversation in the tenant's template. Raises RequestError, ApiError,
+    TenantUnavailableError."""
     template = engine.chat_template(tenant)
     options = _options(tenant, body, frozenset() if template is None else variables(template))
     messages = [_for_template(engine, tenant, template, m) for m in body.messages or ()]
@@ -39,10 +60,13 @@ def written(engine: Engine, tenant: str, body: Conversation) -> str:
         return engine.render_chat(tenant, messages, **options)
     except MoetelError:
         raise
-    except Exception as error:  # templates are programs of the checkpoint's and raise whatever they like
+    except (
+        Exception
+    ) as error:  # templates are programs of the checkpoint's and raise whatever they like
         log.info("chat template of %s: %s: %s", tenant, type(error).__name__, error)
         raise RequestError(
-            f"messages: the chat template of tenant {tenant!r} does not take this conversation ({error}); "
+            f"messages: the chat template of tenant {tenant!r} does not take this conversation "
+            f"({error}); "
             "mend its roles and their order"
         ) from error
 
@@ -66,13 +90,16 @@ def variables(template: str) -> frozenset[str]:
 
 
 def _options(tenant: str, body: Conversation, known: frozenset[str]) -> dict[str, Any]:
-    """Of transformers' apply_chat_template. What the template would not read is refused: it would change nothing."""
+    """Of transformers' apply_chat_template. What the template would not read is refused: it would
+    change nothing."""
 
     def require(field: str, *names: str) -> None:
         if not known.intersection(names):
             what = " or ".join(map(repr, names))
             raise ApiError(
-                400, f"{field}: the chat template of tenant {tenant!r} reads no {what}; leave it out", param=field
+                400,
+                f"{field}: the chat template of tenant {tenant!r} reads no {what}; leave it out",
+                param=field,
             )
 
     begin = body.add_generation_prompt
@@ -85,7 +112,9 @@ def _options(tenant: str, body: Conversation, known: frozenset[str]) -> dict[str
     for name, value in given.items():
         if name in RESERVED:
             raise ApiError(
-                400, f"chat_template_kwargs: {name!r} is no variable of a template", param="chat_template_kwargs"
+                400,
+                f"chat_template_kwargs: {name!r} is no variable of a template",
+                param="chat_template_kwargs",
             )
         require("chat_template_kwargs", name)
         options[name] = value
@@ -104,11 +133,15 @@ def _options(tenant: str, body: Conversation, known: frozenset[str]) -> dict[str
 # Messages.
 
 
-def _for_template(engine: Engine, tenant: str, template: str | None, message: Message) -> dict[str, Any]:
+def _for_template(
+    engine: Engine, tenant: str, template: str | None, message: Message
+) -> dict[str, Any]:
     """A message as the template reads it: only with the fields that were sent."""
     out: dict[str, Any] = {"role": message.role}
     content: Any = message.content
-    text, parts = (True, False) if template is None else forms(engine, tenant, template, message.role)
+    text, parts = (
+        (True, False) if template is None else forms(engine, tenant, template, message.role)
+    )
     if isinstance(content, list):
         content = [_part(part) for part in content]
         if not parts:
@@ -149,7 +182,8 @@ def _parsed(function: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-# What forms a template takes, found by trying: templates read content through macros and variables of their own.
+# What forms a template takes, found by trying: templates read content through macros and variables
+# of their own.
 
 _CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
 _forms: dict[tuple[str, str], tuple[bool, bool]] = {}
@@ -157,12 +191,15 @@ _MAX_FORMS = 1024
 
 
 def forms(engine: Engine, tenant: str, template: str, role: str) -> tuple[bool, bool]:
-    """Whether a turn's content may be text, and whether it may be a list of parts; text where neither is seen."""
+    """Whether a turn's content may be text, and whether it may be a list of parts; text where
+    neither is seen."""
     if (template, role) not in _forms:
         text = _probe(engine, tenant, role, PROBE)
         parts = _probe(engine, tenant, role, [{"type": "text", "text": PROBE}])
         # A template that takes content for text writes the list as Python or JSON does.
-        reads = parts is not None and PROBE in parts and re.search(rf"['\"]{PROBE}['\"]", parts) is None
+        reads = (
+            parts is not None and PROBE in parts and re.search(rf"['\"]{PROBE}['\"]", parts) is None
+        )
         if len(_forms) >= _MAX_FORMS:
             _forms.clear()
         _forms[template, role] = ((text is not None and PROBE in text) or not reads, reads)
@@ -201,9 +238,11 @@ def prompt_ids(
     side: str,
     field: str = "prompt",
 ) -> list[int]:
-    """Token ids of a prompt, at most `limit` of them. Raises RequestError, ApiError, TenantUnavailableError.
+    """Token ids of a prompt, at most `limit` of them. Raises RequestError, ApiError,
+    TenantUnavailableError.
 
-    special: whether a text gets the tokenizer's special tokens; those stay when it is cut. side: where it is cut.
+    special: whether a text gets the tokenizer's special tokens; those stay when it is cut. side:
+        where it is cut.
     field: where it came from, for errors.
     """
     before: list[int] = []

@@ -30,7 +30,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 """Any route may answer so."""
 
 # Only so that the OpenAPI page tells of it: `Front` has asked the service before the body was read.
-_bearer = HTTPBearer(auto_error=False, description="An API key, on a server that was started with --api-keys.")
+_bearer = HTTPBearer(
+    auto_error=False, description="An API key, on a server that was started with --api-keys."
+)
 
 
 async def get_service(request: Request) -> Service:

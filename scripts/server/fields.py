@@ -1,6 +1,8 @@
-"""Fields of OpenAI's and vLLM's requests that are not supported here: which are refused, and which mean nothing.
+"""Fields of OpenAI's and vLLM's requests that are not supported here: which are refused, and which
+mean nothing.
 
-What is supported is declared in `requests.py`. Every field of their schemas is in one of the three; a test keeps it so.
+What is supported is declared in `requests.py`. Every field of their schemas is in one of the three;
+a test keeps it so.
 """
 
 from __future__ import annotations
@@ -57,8 +59,12 @@ REFUSED: Mapping[str, Refused] = {
     "prompt_logprobs": Refused("log probabilities of prompts are not offered", ()),
     "logprob_token_ids": Refused("only those of the most probable tokens are offered", ()),
     "prompt_embeds": Refused("prompts are text or token ids"),
-    "spaces_between_special_tokens": Refused("there are none beside those that the tokenizer writes", (True,)),
-    "repetition_detection": Refused("answers are not watched for repetitions; use repetition_penalty"),
+    "spaces_between_special_tokens": Refused(
+        "there are none beside those that the tokenizer writes", (True,)
+    ),
+    "repetition_detection": Refused(
+        "answers are not watched for repetitions; use repetition_penalty"
+    ),
     "thinking_token_budget": Refused("thinking is not told apart from the answer", (-1,)),
     "watermarking": Refused("answers are not marked"),
     "stream_interval": Refused("each token has a chunk of its own", (1,)),
@@ -111,7 +117,9 @@ REFUSED_CHAT: Mapping[str, Refused] = {
 }
 
 REFUSED_STREAM: Mapping[str, Refused] = {
-    "continuous_usage_stats": Refused("usage comes once, at the end of the stream; use include_usage"),
+    "continuous_usage_stats": Refused(
+        "usage comes once, at the end of the stream; use include_usage"
+    ),
 }
 """Of stream_options."""
 

@@ -1,7 +1,8 @@
-"""What every HTTP request passes first: its number, the bound of its body, the refusal while stopping, the log.
+"""What every HTTP request passes first: its number, the bound of its body, the refusal while
+stopping, the log.
 
-A middleware of its own and no handler: a body that is too long must be refused while it comes, and an error that
-nobody foresaw must still be answered in OpenAI's shape.
+A middleware of its own and no handler: a body that is too long must be refused while it comes, and
+an error that nobody foresaw must still be answered in OpenAI's shape.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ OPEN = re.compile(r"/|/(health|ready|version|openapi\.json|page/.*)")
 ALWAYS = re.compile(r"/|/(health|ready|version|load|metrics|openapi\.json|status\.json|page/.*)")
 NOBODY = Access(Key("nobody", b"", frozenset()))
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
-# Where a body may hold half a surrogate pair: as an escape, as the bytes that Python's JSON takes for one, in UTF-16.
+# Where a body may hold half a surrogate pair: as an escape, as the bytes that Python's JSON takes
+# for one, in UTF-16.
 HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request's number, the client's own if it sent one, when it came (`time.perf_counter`), and who sent it."""
+    """A request's number, the client's own if it sent one, when it came (`time.perf_counter`), and
+    who sent it."""
 
     request_id: str
     at: float
@@ -74,7 +77,10 @@ class Front:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", arrived.request_id.encode())]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", arrived.request_id.encode()),
+                ]
             elif method == "HEAD":
                 message = {**message, "body": b""}
             await send(message)
@@ -83,7 +89,9 @@ class Front:
         try:
             # Before the body is read: those without a key are told so whatever they send.
             try:
-                arrived = replace(arrived, access=self._service.access(_header(scope, b"authorization")))
+                arrived = replace(
+                    arrived, access=self._service.access(_header(scope, b"authorization"))
+                )
             except ApiError:
                 if not OPEN.fullmatch(scope["path"]):
                     raise
@@ -103,13 +111,24 @@ class Front:
             log.exception("request %s failed", arrived.request_id)
             if not status:
                 failure = ApiError(
-                    500, f"an error inside the server; its log has it under request {arrived.request_id}", SERVER
+                    500,
+                    "an error inside the server; its log has it under request "
+                    f"{arrived.request_id}",
+                    SERVER,
                 )
                 await failure.response()(scope, receive, numbered)
         finally:
             elapsed_ms = (time.perf_counter() - arrived.at) * 1e3
             level = logging.DEBUG if own else logging.INFO
-            log.log(level, "%s %s %s %.0f ms %s", method, scope["path"], status, elapsed_ms, arrived.request_id)
+            log.log(
+                level,
+                "%s %s %s %.0f ms %s",
+                method,
+                scope["path"],
+                status,
+                elapsed_ms,
+                arrived.request_id,
+            )
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces: list[bytes] = []
@@ -119,7 +138,8 @@ class Front:
             _refuse_half_pairs(body)
 
             async def replay() -> Message:
-                """The body, once; then what else comes, which is the client closing the connection."""
+                """The body, once; then what else comes, which is the client closing the
+                connection."""
                 nonlocal told
                 if told:
                     return await receive()
@@ -137,7 +157,8 @@ class Front:
         close = {"Connection": "close"}
         too_long = ApiError(
             413,
-            f"the body is longer than {limit} bytes (--max-request-bytes); send less in one request",
+            f"the body is longer than {limit} bytes (--max-request-bytes); send less in one "
+            "request",
             code="request_too_large",
             headers=close,
         )
@@ -169,12 +190,16 @@ class Front:
                         return
         except TimeoutError:
             raise ApiError(
-                408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s", code="request_timeout", headers=close
+                408,
+                f"the body did not come within {BODY_TIMEOUT_S:.0f} s",
+                code="request_timeout",
+                headers=close,
             ) from None
 
 
 def _refuse_half_pairs(body: bytes) -> None:
-    """Raises ApiError that names the field for text that is no Unicode, which nothing behind here could write out."""
+    """Raises ApiError that names the field for text that is no Unicode, which nothing behind here
+    could write out."""
     if HALF.search(body) is None:
         return
     try:
@@ -183,7 +208,9 @@ def _refuse_half_pairs(body: bytes) -> None:
         return  # it is no JSON, and the routes say so
     if where is not None:
         name = ".".join(where) or "the body"
-        raise ApiError(400, f"{name}: holds half a surrogate pair; send whole characters", param=name)
+        raise ApiError(
+            400, f"{name}: holds half a surrogate pair; send whole characters", param=name
+        )
 
 
 def _half_pair(value: Any, path: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 
 class RateLimiter:
-    """Lets `per_minute` requests through at once, and then one every 60 / per_minute seconds; None lets all through."""
+    """Lets `per_minute` requests through at once, and then one every 60 / per_minute seconds; None
+    lets all through."""
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic):
         self._per_minute = per_minute

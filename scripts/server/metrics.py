@@ -1,7 +1,8 @@
-"""Prometheus metrics: vLLM's suffixes, units and buckets with the prefix `moetel_`; `model_name` is the tenant.
+"""Prometheus metrics: vLLM's suffixes, units and buckets with the prefix `moetel_`; `model_name` is
+the tenant.
 
-Counts are the engine's own, read when somebody asks; durations are observed as requests go on. Labels are tenants and
-a few fixed words, so their number is bounded by the store.
+Counts are the engine's own, read when somebody asks; durations are observed as requests go on.
+Labels are tenants and a few fixed words, so their number is bounded by the store.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def residency(stats: dict[str, Any], tenant: str) -> str:
     """Where a tenant's non-expert weights are now."""
     if tenant in stats.get("ready_tenants", ()):
         return "device"
-    # On CUDA, tenants that are not ready lie in the host's memory; elsewhere they are read from the store again.
+    # On CUDA, tenants that are not ready lie in the host's memory; elsewhere they are read from the
+    # store again.
     return "host" if str(stats.get("device", "")).startswith("cuda") else "disk"
 
 
@@ -62,7 +64,9 @@ class Metrics:
         self._engine = _FromEngine()
         self.registry.register(self._engine)
         self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN
+            "time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            FIRST_TOKEN,
         )
         self.between_tokens = self._histogram(
             "inter_token_latency_seconds", "Between an answer's tokens.", BETWEEN_TOKENS
@@ -71,17 +75,32 @@ class Metrics:
             "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST
         )
         self.queued = self._histogram(
-            "request_queue_time_seconds", "From the engine taking a request to the first step that read of it.", REQUEST
+            "request_queue_time_seconds",
+            "From the engine taking a request to the first step that read of it.",
+            REQUEST,
         )
-        self.prefill = self._histogram("request_prefill_time_seconds", "From that step to the first token.", REQUEST)
-        self.decode = self._histogram("request_decode_time_seconds", "From the first token to the last.", REQUEST)
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds", "From that step to the first token.", REQUEST
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", REQUEST
+        )
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, about, ("model_name",), buckets=buckets, registry=self.registry)
+        return Histogram(
+            PREFIX + name, about, ("model_name",), buckets=buckets, registry=self.registry
+        )
 
     def forget(self, tenant: str) -> None:
         """Drop the histograms of a tenant that is gone."""
-        for histogram in (self.first_token, self.between_tokens, self.whole, self.queued, self.prefill, self.decode):
+        for histogram in (
+            self.first_token,
+            self.between_tokens,
+            self.whole,
+            self.queued,
+            self.prefill,
+            self.decode,
+        ):
             with suppress(KeyError):  # it may have answered nothing
                 histogram.remove(tenant)
 
@@ -91,11 +110,16 @@ class Metrics:
         tenants: Sequence[str],
         unavailable: Collection[str] = (),
     ) -> bytes:
-        """As Prometheus reads it. snapshot: the engine's load and statistics, see `Service.snapshot`.
+        """As Prometheus reads it. snapshot: the engine's load and statistics, see
+        `Service.snapshot`.
 
         unavailable: those of the tenants that cannot be asked.
         """
-        self._engine.snapshot, self._engine.tenants, self._engine.unavailable = snapshot, tenants, unavailable
+        self._engine.snapshot, self._engine.tenants, self._engine.unavailable = (
+            snapshot,
+            tenants,
+            unavailable,
+        )
         return generate_latest(self.registry)
 
 
@@ -116,7 +140,10 @@ class _FromEngine(Collector):
             yield from self._counters(stats)
 
     def _gauges(self, load: dict[str, Any], stats: dict[str, Any]) -> Iterator[Metric]:
-        for name, about in (("running", "Requests in the steps of now."), ("waiting", "Requests that wait.")):
+        for name, about in (
+            ("running", "Requests in the steps of now."),
+            ("waiting", "Requests that wait."),
+        ):
             gauge = GaugeMetricFamily(f"{PREFIX}num_requests_{name}", about, labels=["model_name"])
             for tenant in self.tenants:
                 gauge.add_metric([tenant], load["tenants"].get(tenant, {}).get(name, 0))
@@ -124,10 +151,14 @@ class _FromEngine(Collector):
         room = load.get("kv_cache_bytes") or 0
         used = load.get("kv_cache_used_bytes") or 0
         yield GaugeMetricFamily(
-            f"{PREFIX}kv_cache_usage_perc", "Part of the caches' room in use; 1 is all.", used / room if room else 0.0
+            f"{PREFIX}kv_cache_usage_perc",
+            "Part of the caches' room in use; 1 is all.",
+            used / room if room else 0.0,
         )
         where = GaugeMetricFamily(
-            f"{PREFIX}tenant_resident", "1 where the tenant's non-expert weights are.", labels=["model_name", "level"]
+            f"{PREFIX}tenant_resident",
+            "1 where the tenant's non-expert weights are.",
+            labels=["model_name", "level"],
         )
         for tenant in self.tenants:
             level = residency(stats, tenant)
@@ -135,12 +166,16 @@ class _FromEngine(Collector):
                 where.add_metric([tenant, each], float(each == level))
         yield where
         asked = GaugeMetricFamily(
-            f"{PREFIX}tenant_available", "0 if the tenant's files are damaged, else 1.", labels=["model_name"]
+            f"{PREFIX}tenant_available",
+            "0 if the tenant's files are damaged, else 1.",
+            labels=["model_name"],
         )
         for tenant in self.tenants:
             asked.add_metric([tenant], float(tenant not in self.unavailable))
         yield asked
-        held = GaugeMetricFamily(f"{PREFIX}device_bytes", "Bytes held on the device.", labels=["kind"])
+        held = GaugeMetricFamily(
+            f"{PREFIX}device_bytes", "Bytes held on the device.", labels=["kind"]
+        )
         for kind, name in KINDS.items():
             held.add_metric([kind], float(stats.get(name) or load.get(name) or 0))
         yield held
@@ -152,7 +187,11 @@ class _FromEngine(Collector):
             ("generation_tokens", "Tokens of answers.", "generation_tokens"),
             ("expert_hits", "Expert look-ups that a resident copy served.", "hits"),
             ("expert_misses", "Expert look-ups that needed the tenant's own expert.", "misses"),
-            ("preemptions", "Requests that gave their caches up and were computed again.", "preemptions"),
+            (
+                "preemptions",
+                "Requests that gave their caches up and were computed again.",
+                "preemptions",
+            ),
             (
                 "flood_steps",
                 "Steps in which the tenant was held to its share, as it flooded the device.",
@@ -163,7 +202,9 @@ class _FromEngine(Collector):
             for tenant, counts in tenants.items():
                 counter.add_metric([tenant], counts.get(key, 0))
             yield counter
-        lookups = CounterMetricFamily(PREFIX + "expert_lookups", "Expert look-ups.", labels=["model_name"])
+        lookups = CounterMetricFamily(
+            PREFIX + "expert_lookups", "Expert look-ups.", labels=["model_name"]
+        )
         success = CounterMetricFamily(
             PREFIX + "request_success",
             "Answers that ended; finished_reason: stop, length, abort, deadline or error.",
@@ -174,7 +215,9 @@ class _FromEngine(Collector):
             "Times that the tenant's weights were made the ones in use.",
             labels=["model_name"],
         )
-        seconds = SummaryMetricFamily(PREFIX + "reconfiguration_seconds", "How long that took.", labels=["model_name"])
+        seconds = SummaryMetricFamily(
+            PREFIX + "reconfiguration_seconds", "How long that took.", labels=["model_name"]
+        )
         for tenant, counts in tenants.items():
             lookups.add_metric([tenant], counts.get("hits", 0) + counts.get("misses", 0))
             for reason, number in counts.get("requests", {}).items():
@@ -184,5 +227,7 @@ class _FromEngine(Collector):
             seconds.add_metric([tenant], number, counts.get("reconfiguration_s", 0.0))
         yield from (lookups, success, switches, seconds)
         yield CounterMetricFamily(
-            PREFIX + "reconfigured_bytes", "Bytes copied to the device for it.", stats.get("reconfigured_bytes", 0)
+            PREFIX + "reconfigured_bytes",
+            "Bytes copied to the device for it.",
+            stats.get("reconfigured_bytes", 0),
         )

@@ -1,4 +1,5 @@
-"""Routes about the server: health, load, metrics, tokens, the tenants' coming and going, the status page."""
+"""Routes about the server: health, load, metrics, tokens, the tenants' coming and going, the status
+page."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from common.version import __version__
 from scripts.server.conversation import written
 from scripts.server.dependencies import ERRORS, Caller, SharedService
 from scripts.server.errors import SERVER, ApiError, JSONAnswer, unknown_model
-from scripts.server.requests import DetokenizeRequest, LoadTenantRequest, TokenizeRequest, UnloadTenantRequest
+from scripts.server.requests import (
+    DetokenizeRequest,
+    LoadTenantRequest,
+    TokenizeRequest,
+    UnloadTenantRequest,
+)
 from scripts.server.schema import (
     DetokenizeAnswer,
     Load,
@@ -36,7 +42,8 @@ PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"style.css": "text/css", "script.js": "text/javascript", "icon.svg": "image/svg+xml"}
 PAGE_HEADERS = {
     # The page takes nothing from elsewhere, and runs nothing that is not in its own files.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
+    "'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -48,7 +55,9 @@ PAGE_HEADERS = {
 async def health(service: SharedService) -> State:
     """200 while the engine's thread lives, and while the store is loaded."""
     if service.engine is not None and not service.engine.healthy:
-        raise ApiError(503, "the engine has stopped; see the server's log", SERVER, code="engine_stopped")
+        raise ApiError(
+            503, "the engine has stopped; see the server's log", SERVER, code="engine_stopped"
+        )
     return State(status="ok")
 
 
@@ -56,8 +65,8 @@ async def health(service: SharedService) -> State:
 async def ready(service: SharedService, caller: Caller) -> State:
     """200 if requests are taken; 503 while the store is loaded and while the server stops.
 
-    Tenants that cannot be asked do not count: the others are served. They are named, on a server with keys to those
-    that may use them.
+    Tenants that cannot be asked do not count: the others are served. They are named, on a server
+    with keys to those that may use them.
     """
     service.require()
     service.refuse_if_draining()
@@ -90,7 +99,9 @@ async def load(service: SharedService, caller: Caller) -> Load:
 async def metrics(service: SharedService, caller: Caller) -> Response:
     """For Prometheus. With keys: an admin key, as they name all tenants."""
     service.require_operator(caller)
-    shown = service.metrics.render(await service.snapshot(), service.tenants, service.unavailable(caller))
+    shown = service.metrics.render(
+        await service.snapshot(), service.tenants, service.unavailable(caller)
+    )
     return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -119,7 +130,9 @@ def _tokenized(body: TokenizeRequest, service: Service, tenant: str) -> list[int
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, service: SharedService, caller: Caller) -> DetokenizeAnswer:
+async def detokenize(
+    body: DetokenizeRequest, service: SharedService, caller: Caller
+) -> DetokenizeAnswer:
     """The text of token ids."""
     tenant = service.resolve(body.model, caller)
     service.count(caller, tenant)
@@ -127,7 +140,9 @@ async def detokenize(body: DetokenizeRequest, service: SharedService, caller: Ca
     engine = service.require().engine
     size = engine.store.config(tenant).vocab_size
     if any(i >= size for i in body.tokens):
-        raise ApiError(400, f"tokens: an id lies outside the vocabulary (0..{size - 1})", param="tokens")
+        raise ApiError(
+            400, f"tokens: an id lies outside the vocabulary (0..{size - 1})", param="tokens"
+        )
     text = await asyncio.to_thread(engine.detokenize, tenant, body.tokens) if body.tokens else ""
     return DetokenizeAnswer(prompt=text)
 
@@ -136,8 +151,11 @@ async def detokenize(body: DetokenizeRequest, service: SharedService, caller: Ca
 
 
 @router.post("/v1/load_tenant")
-async def load_tenant(body: LoadTenantRequest, service: SharedService, caller: Caller) -> TenantChanged:
-    """Add a checkpoint to the store and serve it. With --enable-admin; other tenants go on meanwhile."""
+async def load_tenant(
+    body: LoadTenantRequest, service: SharedService, caller: Caller
+) -> TenantChanged:
+    """Add a checkpoint to the store and serve it. With --enable-admin; other tenants go on
+    meanwhile."""
     service.require_admin(caller)
     engine = service.require()
     path = _inside(Path(body.tenant_path), service.settings.tenant_roots)
@@ -156,19 +174,29 @@ def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
         found = path.resolve()
         is_directory = found.is_dir()
     except (OSError, ValueError) as error:  # too long a name, or one with NUL
-        raise ApiError(400, f"tenant_path: is no path ({error}); give a checkpoint", param="tenant_path") from error
+        raise ApiError(
+            400, f"tenant_path: is no path ({error}); give a checkpoint", param="tenant_path"
+        ) from error
     if roots and not any(found.is_relative_to(root.resolve()) for root in roots):
         allowed = ", ".join(map(str, roots))
         raise ApiError(
-            403, f"tenant_path: lies outside {allowed} (--tenant-root); move the checkpoint there", param="tenant_path"
+            403,
+            f"tenant_path: lies outside {allowed} (--tenant-root); move the checkpoint there",
+            param="tenant_path",
         )
     if not is_directory:
-        raise ApiError(400, "tenant_path: is no directory of the server's; give a checkpoint", param="tenant_path")
+        raise ApiError(
+            400,
+            "tenant_path: is no directory of the server's; give a checkpoint",
+            param="tenant_path",
+        )
     return found
 
 
 @router.post("/v1/unload_tenant")
-async def unload_tenant(body: UnloadTenantRequest, service: SharedService, caller: Caller) -> TenantChanged:
+async def unload_tenant(
+    body: UnloadTenantRequest, service: SharedService, caller: Caller
+) -> TenantChanged:
     """Remove a tenant when its running requests are done. With --enable-admin."""
     service.require_admin(caller)
     tenant = body.tenant_name
@@ -191,7 +219,9 @@ async def status_json(
     request: Request,
     service: SharedService,
     caller: Caller,
-    tenant: Annotated[str | None, Query(max_length=256, description="Whose expert map to send along.")] = None,
+    tenant: Annotated[
+        str | None, Query(max_length=256, description="Whose expert map to send along.")
+    ] = None,
 ) -> Response:
     """What the status page shows, of the tenants that this key may use."""
     found = await status(service, caller)

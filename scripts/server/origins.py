@@ -1,4 +1,5 @@
-"""What pages of other origins may ask (CORS), as vLLM lets them: Starlette's middleware, but never for changes."""
+"""What pages of other origins may ask (CORS), as vLLM lets them: Starlette's middleware, but never
+for changes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What the routes take, in OpenAI's and vLLM's words; FastAPI makes the OpenAPI page of it.
 
-Types are strict ("5" is no number). Names that nobody's schema has are let through, as vLLM does. Fields of their
+Types are strict ("5" is no number). Names that nobody's schema has are let through, as vLLM does.
+Fields of their
 schemas that are not here are in `fields.py`: those that would change an answer are refused by name.
 """
 
@@ -34,7 +35,8 @@ MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
 
 MENDS = {
-    "prompt": "give text, a list of texts, a list of token ids, or a list of lists of token ids; none of them empty",
+    "prompt": "give text, a list of texts, a list of token ids, or a list of lists of token ids; "
+    "none of them empty",
     "stop": f"give a text or a list of at most {MAX_STOPS} texts, none of them empty",
     "content": "give text, or a list of parts of type text",
 }
@@ -59,7 +61,9 @@ class Taken(BaseModel):
 
 
 class StreamOptions(Taken):
-    include_usage: bool | None = Field(None, description="End the stream with a chunk that holds usage and metrics.")
+    include_usage: bool | None = Field(
+        None, description="End the stream with a chunk that holds usage and metrics."
+    )
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_STREAM
     within: ClassVar[str] = "stream_options."
@@ -71,19 +75,27 @@ class Asked(Taken):
     model: str = Field(description="A tenant's name.", max_length=256)
     max_tokens: int | None = Field(None, ge=1, description="Most new tokens.")
     temperature: Number | None = Field(
-        None, ge=0, description="0 is greedy. Default: of the tenant's generation_config.json, else 1."
+        None,
+        ge=0,
+        description="0 is greedy. Default: of the tenant's generation_config.json, else 1.",
     )
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 or -1: all. (vLLM)")
     min_p: Number | None = Field(None, ge=0, le=1, description="(vLLM)")
     n: int | None = Field(None, ge=1, le=128, description="Answers for each prompt.")
     best_of: int | None = Field(None, description="Refused, unless it is n.")
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] | None = Field(
-        None, description="(vLLM)"
+    stop: (
+        StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None
+    ) = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] | None
+    ) = Field(None, description="(vLLM)")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep what ends the answer in it. (vLLM)"
     )
-    include_stop_str_in_output: bool | None = Field(None, description="Keep what ends the answer in it. (vLLM)")
-    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text. (vLLM)")
+    skip_special_tokens: bool | None = Field(
+        None, description="Leave special tokens out of the text. (vLLM)"
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
@@ -92,21 +104,35 @@ class Asked(Taken):
         None, description="Token id, as text, to what is added to its logit."
     )
     min_tokens: int | None = Field(None, ge=0, description="(vLLM)")
-    ignore_eos: bool | None = Field(None, description="Go on after the end-of-sequence token. (vLLM)")
+    ignore_eos: bool | None = Field(
+        None, description="Go on after the end-of-sequence token. (vLLM)"
+    )
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, lt=2**31, description="Keep so many tokens of the prompt; -1: what leaves room to answer. (vLLM)"
+        None,
+        ge=-1,
+        lt=2**31,
+        description="Keep so many tokens of the prompt; -1: what leaves room to answer. (vLLM)",
     )
     truncation_side: Literal["left", "right"] | None = Field(
         None, description="Where they are cut off; left unless given. (vLLM)"
     )
     add_special_tokens: bool | None = Field(
-        None, description="Add the tokenizer's special tokens; default: to prompts, not to conversations. (vLLM)"
+        None,
+        description="Add the tokenizer's special tokens; default: to prompts, not to "
+        "conversations. (vLLM)",
     )
     priority: int | None = Field(
-        None, ge=-(2**31), lt=2**31, description="Smaller goes first among the tenant's own requests. (vLLM)"
+        None,
+        ge=-(2**31),
+        lt=2**31,
+        description="Smaller goes first among the tenant's own requests. (vLLM)",
     )
-    deadline_ms: Number | None = Field(None, gt=0, le=1e9, description="Give up, with 408, if not done by then.")
-    request_id: str | None = Field(None, min_length=1, max_length=128, description="Becomes the answer's id. (vLLM)")
+    deadline_ms: Number | None = Field(
+        None, gt=0, le=1e9, description="Give up, with 408, if not done by then."
+    )
+    request_id: str | None = Field(
+        None, min_length=1, max_length=128, description="Becomes the answer's id. (vLLM)"
+    )
     return_token_ids: bool | None = Field(None, description="(vLLM)")
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Log probabilities name tokens as token_id:N. (vLLM)"
@@ -122,8 +148,15 @@ class Asked(Taken):
             raise ValueError("stream_options: only for streams; set stream to true or leave it out")
         if any(not i.isascii() or not i.isdigit() or len(i) > 9 for i in self.logit_bias or {}):
             raise ValueError('logit_bias: names are token ids, written as "123"')
-        if self.min_tokens and self.answer_limit is not None and self.min_tokens > self.answer_limit:
-            raise ValueError(f"min_tokens: is {self.min_tokens}, above the most tokens asked for, {self.answer_limit}")
+        if (
+            self.min_tokens
+            and self.answer_limit is not None
+            and self.min_tokens > self.answer_limit
+        ):
+            raise ValueError(
+                f"min_tokens: is {self.min_tokens}, above the most tokens asked for, "
+                f"{self.answer_limit}"
+            )
         if self.best_of is not None and self.best_of != self.num_answers:
             raise ValueError("best_of: answers are not ranked; leave it out and ask for n answers")
         return self
@@ -149,14 +182,17 @@ class Asked(Taken):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the most probable tokens to give with each token; None: no log probabilities."""
+        """How many of the most probable tokens to give with each token; None: no log
+        probabilities."""
         raise NotImplementedError
 
-    def params(self, max_new_tokens: int, answer: int, defaults: Mapping[str, int | float]) -> SamplingParams:
+    def params(
+        self, max_new_tokens: int, answer: int, defaults: Mapping[str, int | float]
+    ) -> SamplingParams:
         """The engine's options for answer number `answer` of a prompt. Raises RequestError.
 
-        defaults: what the tenant's generation_config.json says, by name of `SamplingParams`; where it is silent too,
-        OpenAI's apply. Its `max_new_tokens` bounds what the request asks for.
+        defaults: what the tenant's generation_config.json says, by name of `SamplingParams`; where
+        it is silent too, OpenAI's apply. Its `max_new_tokens` bounds what the request asks for.
         """
 
         def chosen(name: str, otherwise: float) -> Any:
@@ -190,7 +226,9 @@ class CompletionRequest(Asked):
     prompt: str | Texts | TokenIds | TokenIdLists = Field(
         description="Text, texts, token ids, or lists of token ids.", union_mode="left_to_right"
     )
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="So many of the most probable tokens too.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="So many of the most probable tokens too."
+    )
     echo: bool | None = Field(None, description="Put the prompt's text before the answer.")
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_COMPLETION
@@ -198,7 +236,9 @@ class CompletionRequest(Asked):
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
         if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs: those of the prompt are not offered; leave out echo or logprobs")
+            raise ValueError(
+                "logprobs: those of the prompt are not offered; leave out echo or logprobs"
+            )
         return self
 
     @property
@@ -230,25 +270,37 @@ Part = str | TextPart | RefusalPart
 
 
 class Message(Taken):
-    role: str = Field(min_length=1, max_length=64, description="system, user, assistant, or what the template knows.")
+    role: str = Field(
+        min_length=1,
+        max_length=64,
+        description="system, user, assistant, or what the template knows.",
+    )
     content: str | Annotated[list[Part], Field(fail_fast=True, max_length=1024)] | None = None
 
 
 class Conversation(Taken):
     """What chat templates are given."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)] | None = None
+    messages: (
+        Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)] | None
+    ) = None
     add_generation_prompt: bool | None = Field(
-        None, description="Begin the assistant's turn; default: yes, unless the last message goes on. (vLLM)"
+        None,
+        description="Begin the assistant's turn; default: yes, unless the last message goes on. "
+        "(vLLM)",
     )
-    continue_final_message: bool | None = Field(None, description="Go on with the last message. (vLLM)")
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message. (vLLM)"
+    )
     documents: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = Field(
         None, description="For templates that read documents. (vLLM)"
     )
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = Field(
         None, description="Variables of the template. (vLLM)"
     )
-    reasoning_effort: str | None = Field(None, max_length=64, description="A variable of the template. (vLLM)")
+    reasoning_effort: str | None = Field(
+        None, max_length=64, description="A variable of the template. (vLLM)"
+    )
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_TEMPLATE
 
@@ -256,17 +308,22 @@ class Conversation(Taken):
     def _check_conversation(self) -> Self:
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError(
-                "add_generation_prompt: begins another turn than continue_final_message goes on with; choose one"
+                "add_generation_prompt: begins another turn than continue_final_message goes on "
+                "with; choose one"
             )
         return self
 
 
 class ChatRequest(Conversation, Asked):
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
-    max_completion_tokens: int | None = Field(None, ge=1, description="Most new tokens; goes before max_tokens.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="Most new tokens; goes before max_tokens."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Only with logprobs.")
-    return_prompt_text: bool | None = Field(None, description="Give the written conversation too. (vLLM)")
+    return_prompt_text: bool | None = Field(
+        None, description="Give the written conversation too. (vLLM)"
+    )
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_CHAT
 
@@ -274,12 +331,16 @@ class ChatRequest(Conversation, Asked):
     def _check_chat(self) -> Self:
         if self.add_generation_prompt is False and not self.continue_final_message:
             raise ValueError(
-                "add_generation_prompt: an answer begins the assistant's turn; leave it out, or set "
-                "continue_final_message to go on with the last message, or write the prompt with /tokenize and send it "
+                "add_generation_prompt: an answer begins the assistant's turn; leave it out, or "
+                "set "
+                "continue_final_message to go on with the last message, or write the prompt with "
+                "/tokenize and send it "
                 "to /v1/completions"
             )
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs; set logprobs to true or leave it out")
+            raise ValueError(
+                "top_logprobs: only with logprobs; set logprobs to true or leave it out"
+            )
         return self
 
     @property
@@ -296,7 +357,9 @@ class TokenizeRequest(Conversation):
 
     model: str = Field(max_length=256)
     prompt: str | None = None
-    add_special_tokens: bool | None = Field(None, description="Default: to prompts, not to conversations.")
+    add_special_tokens: bool | None = Field(
+        None, description="Default: to prompts, not to conversations."
+    )
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -306,7 +369,9 @@ class TokenizeRequest(Conversation):
         if self.messages is None:
             for name in Conversation.model_fields:
                 if name != "messages" and getattr(self, name) not in (None, False, [], {}):
-                    raise ValueError(f"{name}: this is for conversations; give messages or leave it out")
+                    raise ValueError(
+                        f"{name}: this is for conversations; give messages or leave it out"
+                    )
         return self
 
 
@@ -317,7 +382,9 @@ class DetokenizeRequest(Taken):
 
 class LoadTenantRequest(Taken):
     tenant_name: str = Field(min_length=1, max_length=256)
-    tenant_path: str = Field(min_length=1, max_length=4096, description="A checkpoint directory on the server.")
+    tenant_path: str = Field(
+        min_length=1, max_length=4096, description="A checkpoint directory on the server."
+    )
 
 
 class UnloadTenantRequest(Taken):

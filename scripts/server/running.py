@@ -1,4 +1,5 @@
-"""The answers of one HTTP request: generated at once, measured, and given up when their reader goes away."""
+"""The answers of one HTTP request: generated at once, measured, and given up when their reader goes
+away."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Job:
 
 
 class Clock:
-    """When an answer's tokens came, on the server's clock, from the arrival of the HTTP request on."""
+    """When an answer's tokens came, on the server's clock, from the arrival of the HTTP request
+    on."""
 
     def __init__(self, service: Service, tenant: str, arrived_at: float):
         self._service, self._tenant, self._arrived_at = service, tenant, arrived_at
@@ -70,7 +72,8 @@ class Clock:
 
 
 class Run:
-    """Generates all answers of a request; iterate over it for (number of the answer, output) as they come.
+    """Generates all answers of a request; iterate over it for (number of the answer, output) as
+    they come.
 
     Use as an async context manager: leaving it cancels what still runs and frees its caches.
     """
@@ -131,7 +134,8 @@ class Run:
             self._queue.put_nowait(error)
 
     async def _watch(self) -> None:
-        """Notice that the connection was closed, which is the only thing that can still be received."""
+        """Notice that the connection was closed, which is the only thing that can still be
+        received."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._queue.put_nowait(ClientGoneError())

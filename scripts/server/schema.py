@@ -25,14 +25,17 @@ class Usage(BaseModel):
 
 
 class RequestMetrics(BaseModel):
-    """Milliseconds on the server's clock, from the moment that the request arrived; null where nothing was measured.
+    """Milliseconds on the server's clock, from the moment that the request arrived; null where
+    nothing was measured.
 
     Of a request with several answers: the first token of any, the longest wait, the mean over all.
     """
 
     time_to_first_token_ms: float | None = None
     queue_time_ms: float | None = None
-    generation_time_ms: float | None = Field(default=None, description="From the first token to the last.")
+    generation_time_ms: float | None = Field(
+        default=None, description="From the first token to the last."
+    )
     mean_itl_ms: float | None = Field(default=None, description="Between a token and the next.")
     tokens_per_second: float | None = Field(
         default=None, description="New tokens over the time from leaving the queue."
@@ -176,7 +179,8 @@ class Version(BaseModel):
 
 
 class State(BaseModel):
-    """unavailable: tenants that cannot be asked, as far as the caller may know them; left out if there are none."""
+    """unavailable: tenants that cannot be asked, as far as the caller may know them; left out if
+    there are none."""
 
     status: str
     unavailable: list[str] | None = None

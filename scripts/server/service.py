@@ -1,4 +1,5 @@
-"""What all routes share: the engine, who may call, limits, measurements, and whether the server stops."""
+"""What all routes share: the engine, who may call, limits, measurements, and whether the server
+stops."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ class Service:
                 headers=retry_after(5),
             )
         if not self.engine.healthy:
-            raise ApiError(503, "the engine has stopped; see the server's log", SERVER, code="engine_stopped")
+            raise ApiError(
+                503, "the engine has stopped; see the server's log", SERVER, code="engine_stopped"
+            )
         return self.engine
 
     def refuse_if_draining(self) -> None:
@@ -113,7 +116,9 @@ class Service:
         """For changes. Raises ApiError."""
         if not self.settings.enable_admin:
             raise ApiError(
-                403, "tenants cannot be changed on this server; start it with --enable-admin", code="admin_disabled"
+                403,
+                "tenants cannot be changed on this server; start it with --enable-admin",
+                code="admin_disabled",
             )
         self.require_operator(access)
 
@@ -121,7 +126,11 @@ class Service:
     def require_operator(access: Access) -> None:
         """For what tells of all tenants. Raises ApiError."""
         if not access.admin:
-            raise ApiError(403, "this needs an admin key (moetel keys new --admin)", code="insufficient_permissions")
+            raise ApiError(
+                403,
+                "this needs an admin key (moetel keys new --admin)",
+                code="insufficient_permissions",
+            )
 
     def visible(self, access: Access) -> list[str]:
         """The tenants that somebody may use, in the store's order."""
@@ -135,7 +144,8 @@ class Service:
         return model
 
     def count(self, access: Access, tenant: str) -> None:
-        """Take a request into the rate of its key, or of its tenant on a server without keys. Raises ApiError."""
+        """Take a request into the rate of its key, or of its tenant on a server without keys.
+        Raises ApiError."""
         name = f"tenant {tenant}" if access.key is None else f"key {access.key.name}"
         wait_s = self.limiter.take(name)
         if wait_s > 0:
@@ -166,7 +176,8 @@ class Service:
         return engine.has_tokenizer(tenant)
 
     def sampling_defaults(self, tenant: str) -> Mapping[str, int | float]:
-        """What the tenant's generation_config.json says of sampling. Raises TenantUnavailableError."""
+        """What the tenant's generation_config.json says of sampling. Raises
+        TenantUnavailableError."""
         if not self.settings.generation_config:
             return {}
         return self.require().engine.generation_config(tenant).sampling
@@ -193,7 +204,9 @@ class Service:
         if self.engine is None:
             return self.settings.body_limit(0)
         store = self.engine.engine.store
-        return self.settings.body_limit(max((store.config(t).max_positions for t in store.tenants), default=0))
+        return self.settings.body_limit(
+            max((store.config(t).max_positions for t in store.tenants), default=0)
+        )
 
     # The end.
 
@@ -214,7 +227,11 @@ class Service:
     def cancel_all(self) -> None:
         """End what still runs, and what is about to, with an error."""
         self.cancelled = ApiError(
-            503, "the server had to stop before the answer was whole", SERVER, code="cancelled", headers=retry_after(1)
+            503,
+            "the server had to stop before the answer was whole",
+            SERVER,
+            code="cancelled",
+            headers=retry_after(1),
         )
         for run in list(self.runs):
             run.stop(self.cancelled)
@@ -222,7 +239,8 @@ class Service:
     # What the engine says of itself.
 
     async def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Its load and its statistics, taken between two steps; None without an engine that runs."""
+        """Its load and its statistics, taken between two steps; None without an engine that
+        runs."""
         if self.engine is None:
             return None
         try:

@@ -11,21 +11,23 @@ MIN_REQUEST_BYTES = 2**20
 """The default bound of a request's body is at least so much."""
 
 REQUEST_BYTES_PER_TOKEN = 32
-"""Room in that bound for each token of the longest context: a prompt's text or its ids, JSON's escapes included."""
+"""Room in that bound for each token of the longest context: a prompt's text or its ids, JSON's
+escapes included."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """keys: who may call, None: everybody.
-    enable_admin: whether tenants can be loaded and unloaded. tenant_roots: directories that they are loaded from;
+    enable_admin: whether tenants can be loaded and unloaded. tenant_roots: directories that they
+        are loaded from;
         empty: any.
     rate_limit: requests a minute for each key, or for each tenant without keys; None: no limit.
     max_request_bytes: longest body; None: by the longest context.
     max_sequences: most answers that one request asks for, its prompts times `n`.
     drain_timeout_s: how long running requests may go on after the first signal to stop.
     generation_config: whether the tenants' generation_config.json gives defaults for sampling.
-    allowed_origins, allowed_methods, allowed_headers: what pages of other origins may do, `*`: anything; no origins:
-        nothing.
+    allowed_origins, allowed_methods, allowed_headers: what pages of other origins may do, `*`:
+        anything; no origins: nothing.
     """
 
     keys: KeyRing | None = None

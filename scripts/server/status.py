@@ -1,4 +1,5 @@
-"""What the status page shows: numbers of now and of the last minute, and how a tenant's experts are served."""
+"""What the status page shows: numbers of now and of the last minute, and how a tenant's experts are
+served."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ async def status(service: Service, access: Access) -> dict[str, Any]:
         "dtype": stats.get("dtype"),
         "running": load["running"],
         "waiting": load["waiting"],
-        "memory": {kind: int(stats.get(name) or load.get(name) or 0) for kind, name in KINDS.items()},
+        "memory": {
+            kind: int(stats.get(name) or load.get(name) or 0) for kind, name in KINDS.items()
+        },
         "kv_cache_bytes": load.get("kv_cache_bytes"),
         "separate_bytes": store.bytes_before,
     }
@@ -67,9 +70,10 @@ async def status(service: Service, access: Access) -> dict[str, Any]:
 def expert_map(service: Service, tenant: str, access: Access) -> dict[str, Any]:
     """How a tenant's experts are served: for each layer a text with a letter an expert.
 
-    o: its own copy, for it alone; s: a copy of a tenant's own weights that several use; m: a merged copy; -: none, it
-    misses. residual: 1 where the tenant adds one. owner: index into `owners`, -1 where there is none. users:
-    how many tenants the copy serves.
+    o: its own copy, for it alone; s: a copy of a tenant's own weights that several use; m: a merged
+        copy; -: none, it
+    misses. residual: 1 where the tenant adds one. owner: index into `owners`, -1 where there is
+    none. users: how many tenants the copy serves.
     """
     plan = service.require().engine.plan
     index = plan.tenants.index(tenant)

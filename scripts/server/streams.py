@@ -28,10 +28,11 @@ def _error_event(error: ApiError) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come. An error after the first becomes an event too: the status is gone by then.
+    """Sends events as they come. An error after the first becomes an event too: the status is gone
+    by then.
 
-    close: called at the end, however it comes. Starlette's own streaming response would wait for the client to go away
-    beside us, which `Run` does already.
+    close: called at the end, however it comes. Starlette's own streaming response would wait for
+    the client to go away beside us, which `Run` does already.
     """
 
     media_type = "text/event-stream"
@@ -43,7 +44,13 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
             try:
                 async with aclosing(self._events) as events:
                     async for data in events:
@@ -55,7 +62,9 @@ class EventStream(Response):
                 if known is None:
                     log.exception("a stream failed")
                     known = ApiError(500, "an error inside the server; its log has it", SERVER)
-                await send({"type": "http.response.body", "body": _error_event(known), "more_body": True})
+                await send(
+                    {"type": "http.response.body", "body": _error_event(known), "more_body": True}
+                )
             await send({"type": "http.response.body", "body": DONE, "more_body": False})
         finally:
             await self._close()

@@ -19,13 +19,19 @@ Named = tuple[str, list[int]]
 class TokenTexts:
     """Names of an answer's tokens, one after another.
 
-    A chosen token is what it adds to the text, so all of them together are the text: one that begins a character adds
-    nothing, and the one that ends it adds all of it. A token that could have been chosen is what it would have added;
-    one that would not have ended its character is named by its bytes, as `bytes:\\xe2` (OpenAI's form).
+    A chosen token is what it adds to the text, so all of them together are the text: one that
+    begins a character adds nothing, and the one that ends it adds all of it. A token that could
+    have been chosen is what it would have added; one that would not have ended its character is
+    named by its bytes, as `bytes:\\xe2` (OpenAI's form).
     """
 
     def __init__(
-        self, engine: Engine, tenant: str, prompt: Sequence[int], skip_special_tokens: bool = True, as_ids: bool = False
+        self,
+        engine: Engine,
+        tenant: str,
+        prompt: Sequence[int],
+        skip_special_tokens: bool = True,
+        as_ids: bool = False,
     ):
         """prompt: what the answer goes on from. as_ids: name tokens `token_id:N`, as vLLM does.
 
@@ -48,7 +54,8 @@ class TokenTexts:
         if self._clean_up is not None:
             text = self._clean_up.push(text, last)
         self._length += len(text)
-        # Bytes that became no character show in the text of the token behind them, and are not that token's own.
+        # Bytes that became no character show in the text of the token behind them, and are not that
+        # token's own.
         own = text.removeprefix(before)
         return (self._name(token_id, text), list(own.encode() if raw is None else raw)), begin
 
@@ -78,7 +85,9 @@ class TokenTexts:
             (name, _), begin = self._take(token.token_id, last and i == len(found) - 1)
             top = {name: _finite(token.logprob)}
             for other, logprob in others:
-                top.setdefault(other, _finite(logprob))  # of tokens with equal texts, the better one
+                top.setdefault(
+                    other, _finite(logprob)
+                )  # of tokens with equal texts, the better one
             out.tokens.append(name)
             out.token_logprobs.append(_finite(token.logprob))
             out.top_logprobs.append(top)

@@ -12,7 +12,8 @@ SECONDS = 60
 RATE_SECONDS = 10
 """Tokens a second are a mean over so many."""
 SAMPLES = 256
-"""Most latencies that a bucket keeps; beyond, each of them has the same chance to be among those kept."""
+"""Most latencies that a bucket keeps; beyond, each of them has the same chance to be among those
+kept."""
 
 
 @dataclass
@@ -52,8 +53,11 @@ class Window:
         self._clock = clock
         self._buckets: dict[str, dict[int, _Bucket]] = {}
 
-    def add(self, tenant: str, tokens: int, *, first_s: float | None = None, gap_s: float | None = None) -> None:
-        """Count new tokens; first_s: time to the first token, if these hold it; gap_s: time since the last ones."""
+    def add(
+        self, tenant: str, tokens: int, *, first_s: float | None = None, gap_s: float | None = None
+    ) -> None:
+        """Count new tokens; first_s: time to the first token, if these hold it; gap_s: time since
+        the last ones."""
         second = int(self._clock())
         buckets = self._buckets.setdefault(tenant, {})
         bucket = buckets.get(second)
@@ -96,7 +100,8 @@ class Window:
             here = by_second.get(second, [])
             tokens.append(sum(b.tokens for b in here))
             first.append(_ms(quantile([v for b in here for v in b.first.values], 0.5)))
-            # A mean: tokens of two steps may arrive together when the machine is busy, and half of the gaps are then 0.
+            # A mean: tokens of two steps may arrive together when the machine is busy, and half of
+            # the gaps are then 0.
             count = sum(b.gaps for b in here)
             gaps.append(_ms(sum(b.gap_s for b in here) / count if count else None))
         return {"tokens": tokens, "ttft_p50_ms": first, "itl_mean_ms": gaps}

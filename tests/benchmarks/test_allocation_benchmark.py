@@ -1,4 +1,5 @@
-"""The benchmark of planning runs at a tiny size and writes its tables. No time is judged: machines are shared."""
+"""The benchmark of planning runs at a tiny size and writes its tables. No time is judged: machines
+are shared."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from common.allocation import Config, Curve
 
 def test_planning(tmp_path: Path) -> None:
     outputs = [f"--json={tmp_path / 'rows.json'}", f"--markdown={tmp_path / 'table.md'}"]
-    sizes = ["--cases", "2x3x4", "1x2x12", "--hidden-size=32", "--intermediate-size=48", "--small-cases=2"]
+    sizes = [
+        "--cases",
+        "2x3x4",
+        "1x2x12",
+        "--hidden-size=32",
+        "--intermediate-size=48",
+        "--small-cases=2",
+    ]
     plans, small = allocation.main([*sizes, *outputs])
     assert [row["case"] for row in plans] == ["2 x 3 x 4", "1 x 2 x 12"]
     for row in plans:
@@ -38,11 +46,21 @@ def test_trying_everything_finds_the_best() -> None:
     case = allocation.Case(1, 2, 2, 4, 4)
     rng = np.random.default_rng(0)
     configs = [
-        [Config(np.eye(2)[:1], np.array([0, 0]), np.array([0.0, v])), Config(np.eye(2), np.array([0, 1]), np.zeros(2))]
+        [
+            Config(np.eye(2)[:1], np.array([0, 0]), np.array([0.0, v])),
+            Config(np.eye(2), np.array([0, 1]), np.zeros(2)),
+        ]
         for v in (1.0, 3.0)
     ]
-    drawn = [[[Curve(rng.integers(0, 90, 5) * 1.0, rng.random(5)) for _ in range(2)] for _ in range(2)]]
-    for budget in (2 * case.copy_bytes, 2 * case.copy_bytes + 60, 3 * case.copy_bytes + 30, 4 * case.copy_bytes):
+    drawn = [
+        [[Curve(rng.integers(0, 90, 5) * 1.0, rng.random(5)) for _ in range(2)] for _ in range(2)]
+    ]
+    for budget in (
+        2 * case.copy_bytes,
+        2 * case.copy_bytes + 60,
+        3 * case.copy_bytes + 30,
+        4 * case.copy_bytes,
+    ):
         best = np.inf
         for choice in product(range(2), repeat=2):
             for points in product(range(6), repeat=4):
@@ -51,7 +69,9 @@ def test_trying_everything_finds_the_best() -> None:
                     config, curve, i = configs[p][choice[p]], drawn[0][p][t], points[2 * p + t]
                     nbytes += 0.0 if i == 5 else curve.nbytes[i]
                     value += config.losses[t] * (1.0 if i == 5 else curve.left[i]) / 2
-                nbytes += sum(len(configs[p][c].mixes) for p, c in enumerate(choice)) * case.copy_bytes
+                nbytes += (
+                    sum(len(configs[p][c].mixes) for p, c in enumerate(choice)) * case.copy_bytes
+                )
                 if nbytes <= budget:
                     best = min(best, value)
         assert allocation.exact(configs, drawn, case, budget) == pytest.approx(best)

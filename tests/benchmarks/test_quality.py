@@ -1,4 +1,5 @@
-"""The quality benchmark at a tiny size, on the shipped tenants; and that no held-out number calibrates."""
+"""The quality benchmark at a tiny size, on the shipped tenants; and that no held-out number
+calibrates."""
 
 from __future__ import annotations
 
@@ -33,18 +34,38 @@ def material(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_numbers_over_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--material", str(material(tmp_path)), "--seeds", "0", "1", "--tenants", "2", "--scored", "4", "--quiet"]
+    options = [
+        "--material",
+        str(material(tmp_path)),
+        "--seeds",
+        "0",
+        "1",
+        "--tenants",
+        "2",
+        "--scored",
+        "4",
+        "--quiet",
+    ]
     methods = ["--methods", "round_robin", "average", "fit@0", "--calibration", "4"]
     results = quality.main(["numbers", *options, *methods, "--out", str(tmp_path / "out")])
     assert [(r.seed, r.method) for r in results] == [
-        (seed, method) for seed in (0, 1) for method in ("alone", "round robin", "average", "fit + 0 %")
+        (seed, method)
+        for seed in (0, 1)
+        for method in ("alone", "round robin", "average", "fit + 0 %")
     ]
     assert all(r.mean("exact_match") == 1.0 for r in results if r.method == "alone")
     assert results[3].expected is not None
-    assert results[1].mean("kl") == results[5].mean("kl") and results[2].mean("kl") == results[6].mean("kl")
-    assert results[3].mean("kl") != results[7].mean("kl")  # the same tenants, calibrated on other numbers
+    assert results[1].mean("kl") == results[5].mean("kl") and results[2].mean("kl") == results[
+        6
+    ].mean("kl")
+    assert results[3].mean("kl") != results[7].mean(
+        "kl"
+    )  # the same tenants, calibrated on other numbers
     assert "| average | 100.0% |" in capsys.readouterr().out
-    assert "numbers, 2 tenants, seeds 0, 1; en: 4 questions" in (tmp_path / "out" / "numbers.md").read_text()
+    assert (
+        "numbers, 2 tenants, seeds 0, 1; en: 4 questions"
+        in (tmp_path / "out" / "numbers.md").read_text()
+    )
     assert {p.name for p in (tmp_path / "out" / "numbers-2-tenants").iterdir()} == {
         "quality.json",
         "quality.md",
@@ -54,7 +75,15 @@ def test_numbers_over_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 def test_text_in_the_papers_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--material", str(material(tmp_path)), "--quiet", "--methods", "base", "round_robin", "average"]
+    options = [
+        "--material",
+        str(material(tmp_path)),
+        "--quiet",
+        "--methods",
+        "base",
+        "round_robin",
+        "average",
+    ]
     results = quality.main(["text", *options])
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("| | alone | base | round robin | average |")
@@ -81,9 +110,14 @@ def test_another_recipe_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixtur
         "round_robin",
     ]
     results = quality.main(["text", *options, "--out", str(tmp_path / "out")])
-    assert [(r.material, list(r.tenants)) for r in results] == [("text_mild, 2 tenants", ["base", "ptb"])] * 2
+    assert [(r.material, list(r.tenants)) for r in results] == [
+        ("text_mild, 2 tenants", ["base", "ptb"])
+    ] * 2
     assert all(r.mean("perplexity") for r in results), "it is judged as its family is"
-    assert "## text_mild, 2 tenants: perplexity of held-out text" in (tmp_path / "out" / "text_mild.md").read_text()
+    assert (
+        "## text_mild, 2 tenants: perplexity of held-out text"
+        in (tmp_path / "out" / "text_mild.md").read_text()
+    )
     assert (tmp_path / "out" / "text_mild-2-tenants" / "quality.json").is_file()
     assert capsys.readouterr().out.count("# Quality: text_mild") == 1
     with pytest.raises(SystemExit) as leave:
@@ -94,7 +128,16 @@ def test_another_recipe_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_switch_as_more_variants_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("jax")
-    options = ["--material", str(material(tmp_path)), "--tenants", "2", "3", "--scored", "3", "--quiet"]
+    options = [
+        "--material",
+        str(material(tmp_path)),
+        "--tenants",
+        "2",
+        "3",
+        "--scored",
+        "3",
+        "--quiet",
+    ]
     results = quality.main(["switch", *options, "--methods", "round_robin"])
     assert [list(r.tenants) for r in results] == [["en"]] * 4
     assert [r.memory.share for r in results] == [2.0, 1.0, 3.0, 1.0]
@@ -115,8 +158,8 @@ def test_training_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("num2words")
-    sizes = "--hidden-size 16 --intermediate-size 16 --layers 1 --heads 2 --kv-heads 1 --experts 2 --vocab-size 300"
-    tiny = f"{sizes} --languages en fr --batch 2 --base-steps 2 --tune-steps 1 --scored 2 --threads 1".split()
+    sizes = "--hidden-size 16 --intermediate-size 16 --layers 1 --heads 2 --kv-heads 1 --experts 2 --vocab-size 300"  # noqa: E501
+    tiny = f"{sizes} --languages en fr --batch 2 --base-steps 2 --tune-steps 1 --scored 2 --threads 1".split()  # noqa: E501
     monkeypatch.setitem(quality.RECIPES, "numbers", ("scripts.train_demo", *tiny))
     there = tmp_path / "numbers"
     (there / "seed3").mkdir(parents=True)
@@ -127,8 +170,13 @@ def test_training_what_is_missing(
     assert {p.name for p in (there / "seed4").iterdir()} == {"base", "en", "fr", "metrics.json"}
     assert json.loads((there / "seed4" / "metrics.json").read_text())["recipe"]["seed"] == 4
 
-    monkeypatch.setitem(quality.RECIPES, "text", ("scripts.train_text", "--texts", str(tmp_path / "nowhere")))
-    for folder, what in (("text", f"{tmp_path}/text/seed0.log says why"), ("mine", "no recipe for 'mine'")):
+    monkeypatch.setitem(
+        quality.RECIPES, "text", ("scripts.train_text", "--texts", str(tmp_path / "nowhere"))
+    )
+    for folder, what in (
+        ("text", f"{tmp_path}/text/seed0.log says why"),
+        ("mine", "no recipe for 'mine'"),
+    ):
         with pytest.raises(SystemExit) as leave:
             quality.main(["text", "--material", str(tmp_path), "--folder", folder, "--train"])
         assert leave.value.code == 1

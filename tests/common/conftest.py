@@ -1,4 +1,5 @@
-"""Tests of `common` run without any framework: here each import of one fails, wherever it stands."""
+"""Tests of `common` run without any framework: here each import of one fails, wherever it
+stands."""
 
 from __future__ import annotations
 
@@ -41,4 +42,6 @@ def family(no_frameworks: None, tmp_path_factory: pytest.TempPathFactory) -> Fam
     root = tmp_path_factory.mktemp("family")
     base = checkpoints.random_mixtral(0)
     models = {"base": base, "ana": checkpoints.tuned(base, 1), "bob": checkpoints.tuned(base, 2)}
-    return Family({n: checkpoints.save(m, root / n) for n, m in models.items()}, list(models.values()))
+    return Family(
+        {n: checkpoints.save(m, root / n) for n, m in models.items()}, list(models.values())
+    )

@@ -1,4 +1,5 @@
-"""Candidates against brute force, residual curves against plain restatements, allocations against trying everything."""
+"""Candidates against brute force, residual curves against plain restatements, allocations against
+trying everything."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ from tests.helpers import examples
 def grams(seed: int, count: int, size: int = 6, samples: int = 12) -> np.ndarray:
     """Q_t of `count` tenants, [T, T, T]: from random outputs of each on the inputs of each."""
     rng = np.random.default_rng(seed)
-    outputs = rng.standard_normal((count, count, samples * size)) * rng.uniform(0.2, 2, (1, count, 1))
+    outputs = rng.standard_normal((count, count, samples * size)) * rng.uniform(
+        0.2, 2, (1, count, 1)
+    )
     found = np.empty((count, count, count))
     for t in range(count):
         error = outputs[t] - outputs[t, t]
@@ -97,11 +100,17 @@ def test_the_best_mixture_is_what_a_general_solver_finds(seed: int) -> None:
 
 
 def test_the_best_mixture_of_two_on_a_fine_grid() -> None:
-    gram, traffic = gram_of_distances(np.array([[0, 4.0, 9], [4, 0, 1], [9, 1, 0]])), np.array([0.7, 0.1, 0.2])
+    gram, traffic = (
+        gram_of_distances(np.array([[0, 4.0, 9], [4, 0, 1], [9, 1, 0]])),
+        np.array([0.7, 0.1, 0.2]),
+    )
     mix, loss = best_mix(gram, (0, 2), traffic)
     grid = np.linspace(0, 1, 10001)
     values = [
-        sum(traffic[t] * np.array([w, 0, 1 - w]) @ gram[t] @ np.array([w, 0, 1 - w]) for t in (0, 2)) for w in grid
+        sum(
+            traffic[t] * np.array([w, 0, 1 - w]) @ gram[t] @ np.array([w, 0, 1 - w]) for t in (0, 2)
+        )
+        for w in grid
     ]
     assert mix[1] == 0 and mix[0] == pytest.approx(grid[int(np.argmin(values))], abs=2e-4)
     assert loss == pytest.approx(min(values), rel=1e-4)
@@ -158,7 +167,9 @@ def bytes_and_gain(choice: Choice, s: Spectrum) -> tuple[int, float]:
         low += (1 - LEFT[bits]) * float(s.values[first : first + rank].sum())
         first += rank
     parts = choice.parts("p", s.shape)
-    return Residual(0, 0, 0, parts).nbytes({"p": s.shape}), low + (s.sign * (s.total - low) if choice.sign else 0.0)
+    return Residual(0, 0, 0, parts).nbytes({"p": s.shape}), low + (
+        s.sign * (s.total - low) if choice.sign else 0.0
+    )
 
 
 def every_choice(s: Spectrum, kinds: Kinds, itemsize: int) -> list[tuple[int, float]]:
@@ -179,7 +190,8 @@ def every_choice(s: Spectrum, kinds: Kinds, itemsize: int) -> list[tuple[int, fl
 @pytest.mark.parametrize("kinds", [Kinds((16, 4, 2)), Kinds((8,), False), Kinds((), True)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_choices_are_nearly_the_best_of_all(seed: int, kinds: Kinds) -> None:
-    """Padding to 16 bytes is not seen while components are chosen, so they may cost one padding a part too much."""
+    """Padding to 16 bytes is not seen while components are chosen, so they may cost one padding a
+    part too much."""
     rng = np.random.default_rng(seed)
     values = np.sort(rng.exponential(size=6) ** 4)[::-1]
     s = Spectrum((40, 48), values, float(values.sum() * 1.1), 0.5)
@@ -204,10 +216,13 @@ def test_curves_are_the_sum_of_their_choices(kinds: Kinds, itemsize: int) -> Non
         drawn = curve(found, kinds, itemsize)
         for i, price in enumerate(PRICES):
             made = [
-                bytes_and_gain(c, s) for c, s in zip(choose(scaled, float(price), kinds, itemsize), scaled, strict=True)
+                bytes_and_gain(c, s)
+                for c, s in zip(choose(scaled, float(price), kinds, itemsize), scaled, strict=True)
             ]
             assert drawn.nbytes[i] == sum(nbytes for nbytes, _ in made)
-            assert drawn.left[i] == pytest.approx(max(0.0, 1 - sum(gain for _, gain in made)), abs=1e-12)
+            assert drawn.left[i] == pytest.approx(
+                max(0.0, 1 - sum(gain for _, gain in made)), abs=1e-12
+            )
         assert drawn.nbytes[-1] == 0 and drawn.left[-1] == 1
 
 
@@ -215,7 +230,8 @@ def test_a_lower_price_never_leaves_more() -> None:
     for seed in range(6):
         for kinds in (Kinds(), Kinds((16,), False), Kinds((2, 4), True)):
             drawn = curve(spectra(seed, SHAPES), kinds, 2)
-            # Where residuals would take more than the matrix, they are what still fits and not nothing.
+            # Where residuals would take more than the matrix, they are what still fits and not
+            # nothing.
             assert (np.diff(drawn.left) >= -1e-9).all()
             assert drawn.nbytes.max() <= sum(2 * a * b for a, b in SHAPES)
 
@@ -227,13 +243,18 @@ def test_many_curves_are_those_of_each() -> None:
         alone = curve(row, Kinds(), 2)
         np.testing.assert_array_equal(one.nbytes, alone.nbytes)
         np.testing.assert_array_equal(one.left, alone.left)
-    assert curve(rows[2], Kinds(), 2).nbytes.max() == 0 and curve(rows[2], Kinds(), 2).left.min() == 1
+    assert (
+        curve(rows[2], Kinds(), 2).nbytes.max() == 0 and curve(rows[2], Kinds(), 2).left.min() == 1
+    )
     assert curve(rows[0], Kinds((), False), 2).nbytes.max() == 0
 
 
 def test_signs_of_a_narrow_matrix_share_scales() -> None:
     assert [sign_group((8, n)) for n in (1, 63, 64, 128, 4096)] == [128, 3, 2, 1, 1]
-    assert Choice(((4, 2),), True).parts("w", (8, 64)) == (Part("w", LOW_RANK, 4, 2), Part("w", SIGN, 1, 2))
+    assert Choice(((4, 2),), True).parts("w", (8, 64)) == (
+        Part("w", LOW_RANK, 4, 2),
+        Part("w", SIGN, 1, 2),
+    )
 
 
 # Allocation.
@@ -241,7 +262,9 @@ def test_signs_of_a_narrow_matrix_share_scales() -> None:
 COPY = 1000
 
 
-def random_case(seed: int, positions: int, tenants: int, grid: int) -> tuple[list[list[Config]], list[list[Curve]]]:
+def random_case(
+    seed: int, positions: int, tenants: int, grid: int
+) -> tuple[list[list[Config]], list[list[Curve]]]:
     """Configurations of one to `tenants` copies, and curves of a few convex steps at the prices."""
     rng = np.random.default_rng(seed)
     configs, drawn = [], []
@@ -251,7 +274,9 @@ def random_case(seed: int, positions: int, tenants: int, grid: int) -> tuple[lis
         row = []
         for _ in range(tenants):
             steps = rng.integers(1, 400, size=grid) * 8
-            at = np.sort(rng.choice(np.arange(len(PRICES) - 40, len(PRICES) - 14), grid, replace=False))[::-1]
+            at = np.sort(
+                rng.choice(np.arange(len(PRICES) - 40, len(PRICES) - 14), grid, replace=False)
+            )[::-1]
             gain = np.minimum(PRICES[at] * steps * rng.uniform(1.01, 1.4, grid), 0.9 / grid)
             order = np.argsort(-gain / steps)
             steps, gain = np.cumsum(steps[order]), np.cumsum(gain[order])
@@ -265,7 +290,8 @@ def random_case(seed: int, positions: int, tenants: int, grid: int) -> tuple[lis
 def try_everything(
     configs: list[list[Config]], drawn: list[list[Curve]] | None, traffic: np.ndarray, budget: float
 ) -> float:
-    """Least traffic-weighted loss within the budget, over all configurations and points of curves."""
+    """Least traffic-weighted loss within the budget, over all configurations and points of
+    curves."""
     frontier = [(0.0, 0.0)]
     for p, row in enumerate(configs):
         options = []
@@ -274,19 +300,28 @@ def try_everything(
             for t, loss in enumerate(config.losses):
                 points = {(0.0, 1.0)}
                 if drawn is not None:
-                    points |= set(zip(drawn[p][t].nbytes.tolist(), drawn[p][t].left.tolist(), strict=True))
-                partial = [(b + n, v + traffic[t] * loss * left) for b, v in partial for n, left in points]
+                    points |= set(
+                        zip(drawn[p][t].nbytes.tolist(), drawn[p][t].left.tolist(), strict=True)
+                    )
+                partial = [
+                    (b + n, v + traffic[t] * loss * left) for b, v in partial for n, left in points
+                ]
             options += partial
         joined = sorted((b + n, v + w) for b, v in frontier for n, w in options if b + n <= budget)
         frontier, least = [], np.inf
-        for nbytes, value in joined:  # what is neither cheaper nor better than another is never part of the best
+        for (
+            nbytes,
+            value,
+        ) in joined:  # what is neither cheaper nor better than another is never part of the best
             if value < least:
                 frontier.append((nbytes, value))
                 least = value
     return min(value for _, value in frontier)
 
 
-def stepped(configs: list[list[Config]], drawn: list[list[Curve]] | None, traffic: np.ndarray) -> Allocator:
+def stepped(
+    configs: list[list[Config]], drawn: list[list[Curve]] | None, traffic: np.ndarray
+) -> Allocator:
     return Allocator(configs, None if drawn is None else [drawn, drawn], traffic, COPY)
 
 
@@ -361,7 +396,11 @@ def test_identical_experts_are_kept_once() -> None:
         configs = [make(g, traffic, 3) for g in (same, pair)]
         made = Allocator(configs, None, traffic, COPY).allocate(10 * COPY)
         assert Allocator(configs, None, traffic, COPY).copies(made) == [1, 2]
-        assert made.nbytes == 3 * COPY and made.losses.max() == pytest.approx(0, abs=1e-12) and made.bound == 0
+        assert (
+            made.nbytes == 3 * COPY
+            and made.losses.max() == pytest.approx(0, abs=1e-12)
+            and made.bound == 0
+        )
 
 
 def test_positions_may_have_different_numbers_of_configurations() -> None:
@@ -394,5 +433,7 @@ def test_a_tenant_with_most_of_the_traffic_gets_the_bytes() -> None:
 
 def test_less_than_one_copy_a_position_is_refused() -> None:
     configs = [owned_configs(grams(0, 2), np.full(2, 0.5), 2)] * 3
-    with pytest.raises(PlanError, match="2999 bytes are less than one copy of each position takes \\(3000\\)"):
+    with pytest.raises(
+        PlanError, match="2999 bytes are less than one copy of each position takes \\(3000\\)"
+    ):
         Allocator(configs, None, np.full(2, 0.5), COPY).allocate(3 * COPY - 1)

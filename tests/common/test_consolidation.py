@@ -16,7 +16,8 @@ from tests.helpers import examples
 
 
 def test_published_distances_give_the_published_map() -> None:
-    # Source: repository hamid-74/Multi-MoE, measured by the paper's authors; 217 slots on an 80 GB card.
+    # Source: repository hamid-74/Multi-MoE, measured by the paper's authors; 217 slots on an 80 GB
+    # card.
     distance = json.loads((helpers.DATA / "mixtral_expert_distance.json").read_text())
     published = np.array(json.loads((helpers.DATA / "mixtral_expert_map.json").read_text()))
     plan = plan_round_robin(distance, ["instruct", "base"], 217)
@@ -25,8 +26,11 @@ def test_published_distances_give_the_published_map() -> None:
     assert np.issubdtype(plan.owner.dtype, np.integer)
 
 
-def restated(distance: list[list[float]], num_tenants: int, slots: int) -> dict[tuple[int, int], int]:
-    """Algorithm 1 in plain Python: take the least distant position left, first in row-major order, owners in turn."""
+def restated(
+    distance: list[list[float]], num_tenants: int, slots: int
+) -> dict[tuple[int, int], int]:
+    """Algorithm 1 in plain Python: take the least distant position left, first in row-major order,
+    owners in turn."""
     left = {(i, j): d for i, row in enumerate(distance) for j, d in enumerate(row)}
     owner = {}
     for turn in range(slots):
@@ -43,7 +47,9 @@ def test_round_robin_is_algorithm_1(data: st.DataObject) -> None:
     # Few values, so that ties are frequent.
     value = st.one_of(st.sampled_from([0.0, 1.0, 2.5]), st.floats(0, 10))
     distance = data.draw(
-        st.lists(st.lists(value, min_size=experts, max_size=experts), min_size=layers, max_size=layers)
+        st.lists(
+            st.lists(value, min_size=experts, max_size=experts), min_size=layers, max_size=layers
+        )
     )
     tenants = data.draw(st.integers(1, 7))
     slots = data.draw(st.integers(0, layers * experts))
@@ -54,7 +60,9 @@ def test_round_robin_is_algorithm_1(data: st.DataObject) -> None:
         for expert in range(experts):
             assert owner[layer, expert] == expected.get((layer, expert), -1)
             for tenant in range(tenants):
-                assert plan.weights_of(tenant, layer, expert) == expected.get((layer, expert), tenant)
+                assert plan.weights_of(tenant, layer, expert) == expected.get(
+                    (layer, expert), tenant
+                )
     assert plan.num_misses == tenants * (layers * experts - slots)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 

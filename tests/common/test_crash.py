@@ -1,7 +1,9 @@
-"""A writer that dies at any one of its steps leaves the old store or none: every step is tried, without chance.
+"""A writer that dies at any one of its steps leaves the old store or none: every step is tried,
+without chance.
 
-`test_kill.py` kills whole processes at random moments; here a child process ends itself, as SIGKILL would, right before
-the n-th thing that it does to the file system, for every n. Python's audit events name those things.
+`test_kill.py` kills whole processes at random moments; here a child process ends itself, as SIGKILL
+would, right before the n-th thing that it does to the file system, for every n. Python's audit
+events name those things.
 """
 
 from __future__ import annotations
@@ -118,20 +120,30 @@ while True:
     assert not list(path.rglob("*.partial")), step
     step += 1
 print(json.dumps(outcomes | {"steps": step}))
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["new", "replace", "add", "remove", "extend", "leave"])
 def test_dying_before_any_step(case: str, tmp_path: Path) -> None:
-    base = checkpoints.random_mixtral(0, num_hidden_layers=1, num_local_experts=2, hidden_size=8, intermediate_size=8)
-    paths = [checkpoints.save(checkpoints.tuned(base, i), tmp_path / name) for i, name in enumerate("abc")]
+    base = checkpoints.random_mixtral(
+        0, num_hidden_layers=1, num_local_experts=2, hidden_size=8, intermediate_size=8
+    )
+    paths = [
+        checkpoints.save(checkpoints.tuned(base, i), tmp_path / name)
+        for i, name in enumerate("abc")
+    ]
     # In memory where there is such a place: hundreds of stores are written.
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as root:
+    with tempfile.TemporaryDirectory(
+        dir=memory if os.access(memory, os.W_OK) else tmp_path
+    ) as root:
         command = [sys.executable, "-c", DRIVER, f"{root}/place", case, *map(str, paths)]
         out = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPOSITORY)
     assert out.returncode == 0, out.stderr[-3000:]
     outcomes = json.loads(out.stdout)
-    # Many steps, most of them before the one that makes the change happen; the last run was let through.
-    assert outcomes["steps"] > 10 and outcomes["old"] > outcomes["steps"] / 3 and outcomes["new"] > 1, outcomes
+    # Many steps, most of them before the one that makes the change happen; the last run was let
+    # through.
+    assert (
+        outcomes["steps"] > 10 and outcomes["old"] > outcomes["steps"] / 3 and outcomes["new"] > 1
+    ), outcomes

@@ -1,4 +1,5 @@
-"""What tenants ask for is counted in rows that they are likely to take, beside what the device can do."""
+"""What tenants ask for is counted in rows that they are likely to take, beside what the device can
+do."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from common.text import TenantText
 
 
 def request(tenant: str, at: float = 0.0, most: int = 100, got: int = 0, read: int = 8) -> Request:
-    made = Request(tenant, (1,) * read, most, SamplingParams(), TenantText(tenant, Path("/nonexistent")), at)
+    made = Request(
+        tenant, (1,) * read, most, SamplingParams(), TenantText(tenant, Path("/nonexistent")), at
+    )
     made.token_ids += [1] * got
     return made
 

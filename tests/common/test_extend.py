@@ -39,7 +39,9 @@ Experts = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def newcomer(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fourth tenant of the family, nearest to ana."""
-    return checkpoints.save(checkpoints.tuned(family.models[1], 7, 0.02), tmp_path_factory.mktemp("newcomer") / "cy")
+    return checkpoints.save(
+        checkpoints.tuned(family.models[1], 7, 0.02), tmp_path_factory.mktemp("newcomer") / "cy"
+    )
 
 
 # Plans of every kind: how to build each.
@@ -62,20 +64,37 @@ def store(request: pytest.FixtureRequest, family: Family, tmp_path: Path) -> Sto
 def served(store: Store, name: str) -> list[Experts]:
     """What answers for a tenant, position by position."""
     spec = store.experts
-    return [store.served_expert(name, i, e) for i in range(spec.num_layers) for e in range(spec.num_experts)]
+    return [
+        store.served_expert(name, i, e)
+        for i in range(spec.num_layers)
+        for e in range(spec.num_experts)
+    ]
 
 
 def own(store: Store, name: str) -> list[Experts]:
     spec = store.experts
-    return [store.own_expert(name, i, e) for i in range(spec.num_layers) for e in range(spec.num_experts)]
+    return [
+        store.own_expert(name, i, e)
+        for i in range(spec.num_layers)
+        for e in range(spec.num_experts)
+    ]
 
 
 def equal(a: list[Experts], b: list[Experts]) -> bool:
-    return all(x.keys() == y.keys() and all(np.array_equal(x[p], y[p]) for p in x) for x, y in zip(a, b, strict=True))
+    return all(
+        x.keys() == y.keys() and all(np.array_equal(x[p], y[p]) for p in x)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def squared(a: list[Experts], b: list[Experts]) -> float:
-    return float(sum(((x[p].astype(np.float64) - y[p]) ** 2).sum() for x, y in zip(a, b, strict=True) for p in x))
+    return float(
+        sum(
+            ((x[p].astype(np.float64) - y[p]) ** 2).sum()
+            for x, y in zip(a, b, strict=True)
+            for p in x
+        )
+    )
 
 
 def check(store: Store) -> None:
@@ -101,7 +120,9 @@ def nearest(store: Store, name: str, layer: int, expert: int) -> int:
     for slot, at in enumerate(store.plan.copies):
         if (at.layer, at.expert) == (layer, expert):
             weights = {p: ref.read() for p, ref in store.slot_refs(slot).items()}
-            found.append((squared([mine], [{p: w.astype(np.float32) for p, w in weights.items()}]), slot))
+            found.append(
+                (squared([mine], [{p: w.astype(np.float32) for p, w in weights.items()}]), slot)
+            )
     return min(found)[1] if found else MISS
 
 
@@ -134,7 +155,9 @@ def test_a_tenant_joins_beside_any_plan(store: Store, newcomer: Path) -> None:
 
 
 @pytest.mark.slow
-def test_distances_and_the_next_plan_are_those_of_a_fresh_build(family: Family, newcomer: Path, tmp_path: Path) -> None:
+def test_distances_and_the_next_plan_are_those_of_a_fresh_build(
+    family: Family, newcomer: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "store"
     for options in (PLANS["paper"], PLANS["misses"], PLANS["residuals"]):
         fresh = build_store(tmp_path / "fresh", family.paths | {"cy": newcomer}, **options)
@@ -143,7 +166,9 @@ def test_distances_and_the_next_plan_are_those_of_a_fresh_build(family: Family, 
         assert np.array_equal(grown.distances.matrix, fresh.distances.matrix)
         assert grown.manifest.similarity == fresh.manifest.similarity
         again = replan(path)
-        assert again.plan == fresh.plan and set(again.manifest.objects) == set(fresh.manifest.objects)
+        assert again.plan == fresh.plan and set(again.manifest.objects) == set(
+            fresh.manifest.objects
+        )
         assert again.manifest.prediction == fresh.manifest.prediction
         assert BESIDE not in again.manifest.provenance
         check(again)
@@ -159,10 +184,14 @@ def test_distances_and_the_next_plan_are_those_of_a_fresh_build(family: Family, 
 
 
 @pytest.mark.parametrize("dtype", rest_slow(["bfloat16", "float32"]))
-def test_residuals_bring_the_newcomer_nearer(dtype: str, family: Family, newcomer: Path, tmp_path: Path) -> None:
+def test_residuals_bring_the_newcomer_nearer(
+    dtype: str, family: Family, newcomer: Path, tmp_path: Path
+) -> None:
     errors, bare = [], 0.0
     for share in (0.0, 0.02, 0.1, 0.4, 3.0):
-        path = build_store(tmp_path / "store", family.paths, policy="merge", extra=0, dtype=dtype).path
+        path = build_store(
+            tmp_path / "store", family.paths, policy="merge", extra=0, dtype=dtype
+        ).path
         grown = extend_store(path, "cy", newcomer, extra=share)
         check(grown)
         assert grown.residual_bytes <= share * grown.experts.num_positions * grown.copy_bytes
@@ -181,11 +210,15 @@ def test_residuals_bring_the_newcomer_nearer(dtype: str, family: Family, newcome
     assert grown.residual_bytes <= grown.experts.num_positions * grown.copy_bytes
 
 
-def test_the_papers_plan_takes_residuals_when_asked(family: Family, newcomer: Path, tmp_path: Path) -> None:
+def test_the_papers_plan_takes_residuals_when_asked(
+    family: Family, newcomer: Path, tmp_path: Path
+) -> None:
     store = build_store(tmp_path / "store", family.paths, **PLANS["misses"])
     grown = extend_store(store.path, "cy", newcomer, extra=0.2)
     bare = store.plan.serving[0] != MISS
-    assert {(r.layer, r.expert) for r in grown.plan.residuals} <= set(map(tuple, np.argwhere(bare).tolist()))
+    assert {(r.layer, r.expert) for r in grown.plan.residuals} <= set(
+        map(tuple, np.argwhere(bare).tolist())
+    )
     assert np.array_equal(grown.plan.serving[3] != MISS, bare)
     mine, found = own(grown, "cy"), served(grown, "cy")
     for place, (a, b) in enumerate(zip(mine, found, strict=True)):
@@ -196,7 +229,9 @@ def test_a_tenant_whose_experts_are_resident_needs_nothing(family: Family, tmp_p
     model = family.models[1]  # a LoRA that touches attention, and one expert of another
     for tensor in ("self_attn.q_proj", "block_sparse_moe.experts.2.w2"):
         layer = int("experts" in tensor)
-        model = model.changed(f"model.layers.{layer}.{tensor}.weight", lambda w: np.add(w, 0.1, out=w))
+        model = model.changed(
+            f"model.layers.{layer}.{tensor}.weight", lambda w: np.add(w, 0.1, out=w)
+        )
     checkpoint = checkpoints.save(model, tmp_path / "lora")
     store = build_store(tmp_path / "store", family.paths, slots="all")
     grown = extend_store(store.path, "lora", checkpoint, extra=0.5)
@@ -271,9 +306,15 @@ def test_what_was_removed_comes_back_without_loss(family: Family, tmp_path: Path
     back = extend_store(store.path, "base", family.paths["base"])
     check(back)
     assert back.tenants == ("ana", "bob", "base")
-    # Its own copies stayed, and it is served by them; a copy without an owner is no merged one that anyone sees.
+    # Its own copies stayed, and it is served by them; a copy without an owner is no merged one that
+    # anyone sees.
     assert np.array_equal(back.plan.serving[2], store.plan.serving[0])
-    same = np.array([squared([a], [b]) == 0 for a, b in zip(own(back, "base"), served(back, "base"), strict=True)])
+    same = np.array(
+        [
+            squared([a], [b]) == 0
+            for a, b in zip(own(back, "base"), served(back, "base"), strict=True)
+        ]
+    )
     assert np.array_equal(same.reshape(owned.shape), owned)
     assert np.array_equal(back.plan.owner == MERGED, owned)
     assert back.manifest.provenance[BESIDE] == {"added": ["base"], "removed": ["base"]}
@@ -296,7 +337,11 @@ def test_mixtures_say_what_they_are_made_of(family: Family, newcomer: Path, tmp_
     store = build_store(tmp_path / "store", family.paths, policy="round_robin")
     plan, merged = helpers.with_merged(store, [0, 3, 5])
     copies = list(plan.copies)
-    half = {p: (merged[3][p] * 3 - store.own_expert("ana", *at)[p]) / 2 for at in [_place(plan, 3)] for p in merged[3]}
+    half = {
+        p: (merged[3][p] * 3 - store.own_expert("ana", *at)[p]) / 2
+        for at in [_place(plan, 3)]
+        for p in merged[3]
+    }
     copies[3] = replace(copies[3], mix=(0.5, 0.0, 0.5))
     set_plan(store.path, replace(plan, copies=tuple(copies)), merged | {3: half})
     grown = extend_store(store.path, "cy", newcomer)
@@ -313,7 +358,9 @@ def _place(plan: Any, slot: int) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_extra_bytes_follow_the_stores_settings(family: Family, newcomer: Path, tmp_path: Path) -> None:
+def test_extra_bytes_follow_the_stores_settings(
+    family: Family, newcomer: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "store"
     two = {n: family.paths[n] for n in ("base", "ana")}
 
@@ -336,7 +383,8 @@ def test_extra_bytes_follow_the_stores_settings(family: Family, newcomer: Path, 
     store = build_store(path, two, policy="mean", budget_bytes=fixed + int(0.1 * one_model))
     before = helpers.fingerprint(path)
     with pytest.raises(
-        PlanError, match=r"with tenant 'cy' the store takes .* more than the budget of .* larger budget"
+        PlanError,
+        match=r"with tenant 'cy' the store takes .* more than the budget of .* larger budget",
     ):
         extend_store(path, "cy", newcomer, extra=0.3)
     assert helpers.fingerprint(path) == before and store.verify() == []
@@ -357,13 +405,17 @@ def test_a_store_of_one_tenant_grows(family: Family, tmp_path: Path) -> None:
     check(rest)
 
 
-def test_refused_changes_leave_the_store_as_it_was(family: Family, newcomer: Path, tmp_path: Path) -> None:
+def test_refused_changes_leave_the_store_as_it_was(
+    family: Family, newcomer: Path, tmp_path: Path
+) -> None:
     store = build_store(tmp_path / "store", family.paths, policy="mean")
     path, ana = store.path, family.paths["ana"]
     tensor = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
     poison = family.models[0].changed(tensor, lambda w: w.put(7, float("nan")))
     poisoned = checkpoints.save(poison, tmp_path / "poisoned")
-    narrow = checkpoints.save(checkpoints.random_mixtral(9, num_local_experts=3), tmp_path / "narrow")
+    narrow = checkpoints.save(
+        checkpoints.random_mixtral(9, num_local_experts=3), tmp_path / "narrow"
+    )
     bad: list[tuple[Callable[[], Any], type[MoetelError], str]] = [
         (lambda: extend_store(path, "ana", ana), StoreError, "'ana' is in this store already"),
         (lambda: extend_store(path, "../x", ana), StoreError, "is not allowed"),
@@ -373,7 +425,11 @@ def test_refused_changes_leave_the_store_as_it_was(family: Family, newcomer: Pat
         (lambda: extend_store(path, "x", ana, extra=-1), PlanError, "extra is -1; give a share"),
         (lambda: extend_store(path, "x", ana, extra=True), PlanError, "extra is True"),
         (lambda: extend_store(tmp_path / "none", "x", ana), StoreError, "not a store"),
-        (lambda: remove_tenant(path, "nobody", keep_plan=True), UnknownTenantError, "no tenant 'nobody'"),
+        (
+            lambda: remove_tenant(path, "nobody", keep_plan=True),
+            UnknownTenantError,
+            "no tenant 'nobody'",
+        ),
     ]
     before = helpers.fingerprint(path)
     for change, error, message in bad:
@@ -397,7 +453,9 @@ def test_refused_changes_leave_the_store_as_it_was(family: Family, newcomer: Pat
         remove_tenant(one.path, "ana", keep_plan=True)
 
 
-def test_commands(family: Family, newcomer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(
+    family: Family, newcomer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = build_store(tmp_path / "store", family.paths).path
 
     def run(*arguments: Any) -> tuple[int, str, str]:
@@ -414,9 +472,15 @@ def test_commands(family: Family, newcomer: Path, tmp_path: Path, capsys: pytest
     code, out, _ = run("add", path, tenant, "--keep-plan", "--extra", "5%")
     assert code == 0 and "4 tenants (base, ana, bob, cy)" in out
     out = run("inspect", path)[1]
-    assert "planned for 3 tenants, 1 added (cy) beside the plan; run `moetel plan --apply` to plan anew" in out
+    assert (
+        "planned for 3 tenants, 1 added (cy) beside the plan; run `moetel plan --apply` to plan "
+        "anew" in out
+    )
     code, out, _ = run("remove", path, "--tenant", "base", "--keep-plan")
     assert code == 0 and "3 tenants (ana, bob, cy)" in out
-    assert "planned for 3 tenants, 1 added (cy) and 1 removed (base) beside the plan" in run("inspect", path)[1]
+    assert (
+        "planned for 3 tenants, 1 added (cy) and 1 removed (base) beside the plan"
+        in run("inspect", path)[1]
+    )
     assert run("plan", path, "--extra", "10%", "--apply")[0] == 0
     assert "beside the plan" not in run("inspect", path)[1]

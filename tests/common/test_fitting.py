@@ -1,4 +1,5 @@
-"""Residuals of matrices: optimal where they can be, else as good as reckoned; exact for merged LoRAs."""
+"""Residuals of matrices: optimal where they can be, else as good as reckoned; exact for merged
+LoRAs."""
 
 from __future__ import annotations
 
@@ -55,9 +56,14 @@ def left_over(difference: np.ndarray, weighting: Weighting, choice: Choice) -> f
 def test_the_loss_of_an_error_is_its_weighted_mean_square() -> None:
     x = correlated(0, 50, 7)
     gates = np.random.default_rng(1).uniform(0.1, 1, 50)
-    s = second_moments(np.concatenate([x] * 2000), np.concatenate([gates] * 2000))  # so many that nothing is shrunk
+    s = second_moments(
+        np.concatenate([x] * 2000), np.concatenate([gates] * 2000)
+    )  # so many that nothing is shrunk
     error, rows = np.random.default_rng(2).standard_normal((5, 7)), np.arange(1.0, 6.0)
-    expected = sum(g * float(rows @ (error @ row) ** 2) for g, row in zip(gates, x, strict=True)) / gates.sum()
+    expected = (
+        sum(g * float(rows @ (error @ row) ** 2) for g, row in zip(gates, x, strict=True))
+        / gates.sum()
+    )
     assert Weighting(rows, s, 7).loss(error) == pytest.approx(expected, rel=1e-3)
     assert plain((5, 7)).loss(error) == pytest.approx(float((error**2).sum()))
 
@@ -72,15 +78,23 @@ def test_few_samples_leave_no_direction_free() -> None:
         assert np.isfinite(second_moments(empty, np.zeros(len(empty)))).all()
 
 
-@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu_new", True), ("relu", False)])
-def test_row_weights_are_what_an_error_of_a_row_does_to_the_output(activation: str, gated: bool) -> None:
-    """Against the expert itself: nudge one row of a projection, and see what the output's squared error becomes."""
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("silu", True), ("gelu_new", True), ("relu", False)]
+)
+def test_row_weights_are_what_an_error_of_a_row_does_to_the_output(
+    activation: str, gated: bool
+) -> None:
+    """Against the expert itself: nudge one row of a projection, and see what the output's squared
+    error becomes."""
     names = ("w1", "w3", "w2") if gated else ("wi", "wo")
     shapes = {n: (8, 12) if n in ("w2", "wo") else (12, 8) for n in names}
     spec = ExpertSpec("test", ("0",), 1, 8, 12, activation, 1, tuple(shapes.items()))
     rng = np.random.default_rng(0)
     own = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    x, gates = rng.standard_normal((6000, 8)).astype(np.float32), rng.uniform(0.3, 1, 6000).astype(np.float32)
+    x, gates = (
+        rng.standard_normal((6000, 8)).astype(np.float32),
+        rng.uniform(0.3, 1, 6000).astype(np.float32),
+    )
     found = weightings(spec, own, x, gates)
     assert set(found) == set(names)
     before = forward(spec, x, own).astype(np.float64)
@@ -91,7 +105,9 @@ def test_row_weights_are_what_an_error_of_a_row_does_to_the_output(activation: s
             nudge = np.zeros(shapes[name])
             nudge[row] = rng.standard_normal(shapes[name][1]) * 1e-3
             nudged[name] = nudged[name] + nudge
-            change = forward(spec, x, nudged) - forward(spec, x, {n: m.astype(np.float64) for n, m in own.items()})
+            change = forward(spec, x, nudged) - forward(
+                spec, x, {n: m.astype(np.float64) for n, m in own.items()}
+            )
             true = float(squared @ (change**2).sum(axis=1)) / squared.sum()
             # Inputs and slopes are taken to be independent, which they are but in part.
             assert found[name].loss(nudge) == pytest.approx(true, rel=0.6)
@@ -105,7 +121,9 @@ def test_row_weights_are_what_an_error_of_a_row_does_to_the_output(activation: s
 def test_without_samples_every_weight_counts_the_same() -> None:
     spec = ExpertSpec("test", ("0",), 1, 4, 6, "relu", 1, (("wi", (6, 4)), ("wo", (4, 6))))
     own = {"wi": np.ones((6, 4), np.float32), "wo": np.ones((4, 6), np.float32)}
-    for weighting in weightings(spec, own, np.zeros((0, 4), np.float32), np.zeros(0, np.float32)).values():
+    for weighting in weightings(
+        spec, own, np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    ).values():
         assert weighting.columns is None and (weighting.rows == 1).all()
 
 
@@ -114,7 +132,9 @@ def test_without_samples_every_weight_counts_the_same() -> None:
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(24, 40), (40, 24), (32, 32)])
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_truncation_is_the_best_of_its_rank_under_the_weights(outputs: int, inputs: int, rank: int) -> None:
+def test_truncation_is_the_best_of_its_rank_under_the_weights(
+    outputs: int, inputs: int, rank: int
+) -> None:
     difference = np.random.default_rng(rank).standard_normal((outputs, inputs))
     weighting = weighted(rank, outputs, inputs)
     values = np.linalg.svd(weighting.white(difference), compute_uv=False) ** 2
@@ -144,8 +164,8 @@ def test_large_matrices_are_truncated_nearly_as_well() -> None:
 @pytest.mark.parametrize("bits", LEFT)
 @pytest.mark.parametrize("weights", [False, True])
 def test_what_bits_leave_is_as_the_planner_reckons(bits: int, weights: bool) -> None:
-    """`LEFT` on Gaussian matrices: the share of the kept components' energy that rounding loses, a little below it, as
-    the vectors of trained weights are less even than Gaussian ones."""
+    """`LEFT` on Gaussian matrices: the share of the kept components' energy that rounding loses, a
+    little below it, as the vectors of trained weights are less even than Gaussian ones."""
     for seed, (outputs, inputs, rank) in enumerate([(96, 64, 12), (64, 96, 2)]):
         difference = rank_of(seed, outputs, inputs, rank)
         weighting = weighted(seed, outputs, inputs) if weights else plain(difference.shape)
@@ -192,10 +212,13 @@ def test_signs_have_the_scales_of_least_squares() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_columns_that_cost_most_are_rounded_first(bits: int) -> None:
-    """Their errors are made good by many others. In the order of the file it depends on where they happen to lie."""
+    """Their errors are made good by many others. In the order of the file it depends on where they
+    happen to lie."""
     inputs, losses = 48, []
     scale = 2.0 ** -np.linspace(0, 6, inputs)  # the last columns hardly count
-    mixing = np.random.default_rng(1).standard_normal((inputs, inputs)) / inputs**0.5 + np.eye(inputs)
+    mixing = np.random.default_rng(1).standard_normal((inputs, inputs)) / inputs**0.5 + np.eye(
+        inputs
+    )
     for order in (np.arange(inputs), np.arange(inputs)[::-1]):
         found = 0.0
         for seed in range(4):
@@ -221,7 +244,9 @@ def test_under_weights_no_other_scale_is_better() -> None:
             assert weighting.loss(difference - other) > weighting.loss(left)
     unaware = fit(difference, plain(difference.shape), "w", Choice((), True))[2]
     assert weighting.loss(left) < weighting.loss(unaware)
-    assert spectrum(difference, weighting).sign == pytest.approx(1 - weighting.loss(left) / weighting.loss(difference))
+    assert spectrum(difference, weighting).sign == pytest.approx(
+        1 - weighting.loss(left) / weighting.loss(difference)
+    )
 
 
 # Whatever is chosen.
@@ -236,9 +261,15 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("shape", [(20, 33), (33, 20), (3, 2), (1, 1), (130, 1)])
-def test_what_is_left_is_the_difference_without_the_bytes(choice: Choice, shape: tuple[int, int]) -> None:
+def test_what_is_left_is_the_difference_without_the_bytes(
+    choice: Choice, shape: tuple[int, int]
+) -> None:
     rng = np.random.default_rng(0)
-    for difference in (rng.standard_normal(shape), np.zeros(shape), rng.standard_normal(shape) * 1e-12):
+    for difference in (
+        rng.standard_normal(shape),
+        np.zeros(shape),
+        rng.standard_normal(shape) * 1e-12,
+    ):
         for weighting in (plain(shape), weighted(0, *shape)):
             parts, packed, left = fit(difference, weighting, "w", choice)
             assert parts == list(choice.parts("w", shape))
@@ -246,7 +277,9 @@ def test_what_is_left_is_the_difference_without_the_bytes(choice: Choice, shape:
             for part, data in zip(parts, packed, strict=True):
                 assert data.dtype == np.uint8 and len(data) == part.nbytes(shape)
                 made += part_matrix(data, part, shape)
-            np.testing.assert_allclose(left, difference - made, atol=1e-6 * np.abs(difference).max() + 1e-30)
+            np.testing.assert_allclose(
+                left, difference - made, atol=1e-6 * np.abs(difference).max() + 1e-30
+            )
             assert np.isfinite(left).all()
 
 
@@ -264,26 +297,37 @@ RANK = 1
 
 
 def lora(model: checkpoints.Model, seed: int, size: float = 0.1) -> checkpoints.Model:
-    """The model with a product of two matrices of rank `RANK` added to every projection of every expert."""
+    """The model with a product of two matrices of rank `RANK` added to every projection of every
+    expert."""
     rng = np.random.default_rng(seed)
     tensors = dict(model.tensors)
     for name, value in model.tensors.items():
         if ".experts." in name:
             a, b = (rng.standard_normal((n, RANK)) for n in value.shape)
-            tensors[name] = (value.astype(np.float32) + a @ b.T * size / RANK**0.5).astype(value.dtype)
+            tensors[name] = (value.astype(np.float32) + a @ b.T * size / RANK**0.5).astype(
+                value.dtype
+            )
     return checkpoints.Model(model.config, tensors)
 
 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merged_loras_are_rebuilt_from_a_few_bytes(dtype: str, with_base: bool, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 2, "num_hidden_layers": 1}
+def test_merged_loras_are_rebuilt_from_a_few_bytes(
+    dtype: str, with_base: bool, tmp_path: Path
+) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_local_experts": 2,
+        "num_hidden_layers": 1,
+    }
     base = checkpoints.random_mixtral(0, **sizes).to(dtype)
     models = {"base": base} if with_base else {}
     models |= {"ana": lora(base, 1), "bob": lora(base, 2)}
     paths = {n: checkpoints.save(m, tmp_path / n) for n, m in models.items()}
-    # Two tenants without their base differ by twice the rank. Factors in 32 bits (of bfloat16, whose differences are
-    # rounded, in 16) are what an exact rebuilding needs: 5 % of one model's experts here, where matrices are small.
+    # Two tenants without their base differ by twice the rank. Factors in 32 bits (of bfloat16,
+    # whose differences are rounded, in 16) are what an exact rebuilding needs: 5 % of one model's
+    # experts here, where matrices are small.
     store = build_store(tmp_path / "store", paths, policy="residual", extra=0.06)
     assert store.dtype == dtype and store.plan.num_slots == store.experts.num_positions
     assert not store.manifest.merged and {c.owner for c in store.plan.copies} == {0}
@@ -297,9 +341,12 @@ def test_merged_loras_are_rebuilt_from_a_few_bytes(dtype: str, with_base: bool, 
                 served = store.served_expert(name, layer, expert)
                 for projection, ref in store.copy_refs(name, layer, expert).items():
                     own = to_float32(ref.read()).astype(np.float64)
-                    # Rounding of the largest numbers; of bfloat16, that of either side of the difference.
+                    # Rounding of the largest numbers; of bfloat16, that of either side of the
+                    # difference.
                     step = np.abs(own).max() * (2.0**-22 if dtype == "float32" else 2.0**-8)
                     np.testing.assert_allclose(served[projection], own, rtol=0, atol=1.5 * step)
     assert store.manifest.prediction is not None
     worst = max(store.manifest.prediction["losses"])
-    assert worst <= (1e-12 if dtype == "float32" else 1e-4) * float((store.distances.matrix**2).sum())
+    assert worst <= (1e-12 if dtype == "float32" else 1e-4) * float(
+        (store.distances.matrix**2).sum()
+    )

@@ -25,7 +25,11 @@ from tests.common.conftest import ABSENT
 def test_imports_stay_apart(module: str, absent: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=helpers.REPOSITORY
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=helpers.REPOSITORY,
     )
     assert out.stdout.strip() == "[]"
 

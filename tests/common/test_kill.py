@@ -66,5 +66,6 @@ def test_fifty_killed_builds(family: Family, tmp_path: Path) -> None:
         assert again.objects.unreferenced(set(again.manifest.objects)) == []
         assert [p.name for p in path.parent.iterdir()] == ["store"]
         assert not list(path.glob("*.partial"))
-    # Most moments fall inside the build: all three outcomes are seen unless the machine stands still.
+    # Most moments fall inside the build: all three outcomes are seen unless the machine stands
+    # still.
     assert outcomes["none"] and outcomes["old"], outcomes

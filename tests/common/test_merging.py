@@ -34,10 +34,16 @@ def samples(seed: int, count: int) -> dict[int, Sample]:
     return found
 
 
-def held_out_error(ridge: float, own: dict[int, dict[str, np.ndarray]], seen: dict[int, Sample]) -> float:
-    fitted = {n: m.astype(np.float32) for n, m in least_squares(SPEC, own, seen, MIX, ridge).items()}
+def held_out_error(
+    ridge: float, own: dict[int, dict[str, np.ndarray]], seen: dict[int, Sample]
+) -> float:
+    fitted = {
+        n: m.astype(np.float32) for n, m in least_squares(SPEC, own, seen, MIX, ridge).items()
+    }
     return sum(
-        float(s.weights @ ((forward(SPEC, s.x, fitted) - forward(SPEC, s.x, own[t])) ** 2).sum(axis=1))
+        float(
+            s.weights @ ((forward(SPEC, s.x, fitted) - forward(SPEC, s.x, own[t])) ** 2).sum(axis=1)
+        )
         for t, s in samples(99, 2000).items()
     )
 

@@ -1,4 +1,5 @@
-"""The packed format: round trips, and bytes written out by hand, so that files and kernels keep meaning the same."""
+"""The packed format: round trips, and bytes written out by hand, so that files and kernels keep
+meaning the same."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_rows_are_padded_to_four_bytes() -> None:
 
 
 def test_bytes_of_signs() -> None:
-    # Three rows, two to a scale: 1.5 is 0x3FC0 in bfloat16, 2.0 is 0x4000; then a word of signs a row.
+    # Three rows, two to a scale: 1.5 is 0x3FC0 in bfloat16, 2.0 is 0x4000; then a word of signs a
+    # row.
     positive = np.array([[True, False], [False, True], [True, True]])
     data = pack_sign(np.array([1.5, 2.0], dtype=np.float32), positive, 2)
     assert data.tolist() == [0xC0, 0x3F, 0x00, 0x40, 0b01, 0, 0, 0, 0b10, 0, 0, 0, 0b11, 0, 0, 0]
@@ -66,14 +68,22 @@ def test_bytes_of_signs() -> None:
     assert part.nbytes((3, 2)) == len(data)
     assert part_matrix(data, part, (3, 2)).tolist() == [[1.5, -1.5], [-1.5, 1.5], [2.0, 2.0]]
     # One scale is padded to a word.
-    assert pack_sign(np.array([1.5], dtype=np.float32), positive, 3).tolist()[:4] == [0xC0, 0x3F, 0, 0]
+    assert pack_sign(np.array([1.5], dtype=np.float32), positive, 3).tolist()[:4] == [
+        0xC0,
+        0x3F,
+        0,
+        0,
+    ]
     with pytest.raises(ValueError, match="2 scales for 3 rows, 3 to a scale"):
         pack_sign(np.array([1.5, 2.0], dtype=np.float32), positive, 3)
 
 
 def test_bytes_of_low_rank() -> None:
-    # One component of a matrix [2, 3]: scale 0.5 is 0x3F000000; v = (3, 0, 2), u = (1, 3) in 2 bits.
-    data = pack_low_rank(np.array([0.5], dtype=np.float32), np.array([[3, 0, 2]]), np.array([[1, 3]]), 2)
+    # One component of a matrix [2, 3]: scale 0.5 is 0x3F000000; v = (3, 0, 2), u = (1, 3) in 2
+    # bits.
+    data = pack_low_rank(
+        np.array([0.5], dtype=np.float32), np.array([[3, 0, 2]]), np.array([[1, 3]]), 2
+    )
     assert data.tolist() == [0, 0, 0, 0x3F, 0b100011, 0, 0, 0, 0b1101, 0, 0, 0]
     part = Part("w", LOW_RANK, 2, 1)
     assert part.nbytes((2, 3)) == len(data)
@@ -83,9 +93,14 @@ def test_bytes_of_low_rank() -> None:
 
 
 def test_bytes_of_wide_numbers() -> None:
-    scale, v, u = np.array([2.0, 1.0]), np.array([[1.0], [-2.0]]), np.array([[0.5, 1.0], [3.0, 4.0]])
+    scale, v, u = (
+        np.array([2.0, 1.0]),
+        np.array([[1.0], [-2.0]]),
+        np.array([[0.5, 1.0], [3.0, 4.0]]),
+    )
     data = pack_low_rank(scale.astype(np.float32), v, u, 16)
-    # float16: 1.0 is 0x3C00, -2.0 is 0xC000, 0.5 is 0x3800, 3.0 is 0x4200, 4.0 is 0x4400; a row of one is padded.
+    # float16: 1.0 is 0x3C00, -2.0 is 0xC000, 0.5 is 0x3800, 3.0 is 0x4200, 4.0 is 0x4400; a row of
+    # one is padded.
     scales = [0, 0, 0, 0x40, 0, 0, 0x80, 0x3F]
     rows = [0x00, 0x3C, 0, 0, 0x00, 0xC0, 0, 0, 0x00, 0x38, 0x00, 0x3C, 0x00, 0x42, 0x00, 0x44]
     assert data.tolist() == scales + rows
@@ -125,11 +140,17 @@ def test_parts_of_a_record_begin_at_multiples_of_sixteen() -> None:
 def test_codes_come_back(bits: int, rows: int, count: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, size=(rows, count))
     packed = pack_codes(codes, bits)
-    assert packed.dtype == np.uint8 and packed.shape == (rows, row_bytes(count, bits)) and packed.shape[1] % 4 == 0
+    assert (
+        packed.dtype == np.uint8
+        and packed.shape == (rows, row_bytes(count, bits))
+        and packed.shape[1] % 4 == 0
+    )
     np.testing.assert_array_equal(unpack_codes(packed, bits, count), codes)
     # One by one, as the module's docstring says where a code lies.
     for j in range(count):
-        np.testing.assert_array_equal((packed[:, j * bits // 8] >> (j * bits % 8)) & (2**bits - 1), codes[:, j])
+        np.testing.assert_array_equal(
+            (packed[:, j * bits // 8] >> (j * bits % 8)) & (2**bits - 1), codes[:, j]
+        )
 
 
 @settings(max_examples=examples(100), deadline=None)
@@ -176,7 +197,9 @@ def test_low_rank_comes_back(bits: int, rank: int, outputs: int, inputs: int, se
         np.testing.assert_array_equal(mine, np.asarray(expected, dtype=np.float32))
     expected = (numbers[1].astype(np.float64) * scale[:, None]).T @ numbers[0].astype(np.float64)
     largest = float(np.abs(numbers[0]).max() * np.abs(numbers[1]).max() * np.abs(scale).sum())
-    np.testing.assert_allclose(part_matrix(data, part, (outputs, inputs)), expected, rtol=0, atol=1e-6 * largest)
+    np.testing.assert_allclose(
+        part_matrix(data, part, (outputs, inputs)), expected, rtol=0, atol=1e-6 * largest
+    )
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -185,13 +208,21 @@ def test_records_hold_what_their_parts_hold(data: st.DataObject) -> None:
     shapes = {"a": (data.draw(sizes), data.draw(sizes)), "b": (data.draw(sizes), data.draw(sizes))}
     one = st.one_of(
         st.builds(Part, st.sampled_from("ab"), st.just(SIGN), st.just(1), st.integers(1, 50)),
-        st.builds(Part, st.sampled_from("ab"), st.just(LOW_RANK), st.sampled_from(LOW_RANK_BITS), st.integers(1, 9)),
+        st.builds(
+            Part,
+            st.sampled_from("ab"),
+            st.just(LOW_RANK),
+            st.sampled_from(LOW_RANK_BITS),
+            st.integers(1, 9),
+        ),
     )
     parts = tuple(data.draw(st.lists(one, min_size=1, max_size=5)))
     residual = Residual(0, 0, 0, parts)
     record = random_record(parts, shapes, 0, 0.1)
     offsets = residual.offsets(shapes)
-    assert all(o % ALIGNMENT == 0 for o in offsets) and offsets[-1] == len(record) == residual.nbytes(shapes)
+    assert all(o % ALIGNMENT == 0 for o in offsets) and offsets[-1] == len(
+        record
+    ) == residual.nbytes(shapes)
     assert Residual.from_json(residual.to_json()) == residual
     found = matrices(residual, record, shapes)
     assert set(found) == {p.projection for p in parts}
@@ -229,9 +260,15 @@ def test_a_plan_knows_its_residuals() -> None:
         ([replace(GOOD, tenant=-1)], "which no copy serves"),
         ([replace(GOOD, layer=1)], "which no copy serves"),
         ([replace(GOOD, expert=-1)], "which no copy serves"),
-        ([GOOD, replace(GOOD, parts=(Part("w2", SIGN, 1, 1),))], r"two residuals for .* \(1, 0, 1\)"),
+        (
+            [GOOD, replace(GOOD, parts=(Part("w2", SIGN, 1, 1),))],
+            r"two residuals for .* \(1, 0, 1\)",
+        ),
         ([replace(GOOD, parts=())], "has no parts"),
-        ([replace(GOOD, parts=(Part("w1", "sparse", 1, 1),))], "kind 'sparse'; there is: sign, low_rank"),
+        (
+            [replace(GOOD, parts=(Part("w1", "sparse", 1, 1),))],
+            "kind 'sparse'; there is: sign, low_rank",
+        ),
         ([replace(GOOD, parts=(Part("w1", SIGN, 2, 1),))], "kind sign with 2 bits"),
         ([replace(GOOD, parts=(Part("w1", LOW_RANK, 1, 1),))], "kind low_rank with 1 bits"),
         ([replace(GOOD, parts=(Part("w1", LOW_RANK, 3, 1),))], "kind low_rank with 3 bits"),
@@ -250,7 +287,14 @@ def test_a_miss_has_no_residual() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [[1, 0, 1], [1, 0, 1, [["w1", "sign", 1]]], [1, 0, 1, 5], [1, 0, 1, [["w1", "sign", "x", 1]]], None]
+    "value",
+    [
+        [1, 0, 1],
+        [1, 0, 1, [["w1", "sign", 1]]],
+        [1, 0, 1, 5],
+        [1, 0, 1, [["w1", "sign", "x", 1]]],
+        None,
+    ],
 )
 def test_json_that_is_no_residual_is_refused(value: Any) -> None:
     good = plan_with(GOOD).to_json()

@@ -14,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import DeadlineError, EngineError, OverloadedError, SamplingParams, SchedulerOptions, UnknownTenantError
+from common import (
+    DeadlineError,
+    EngineError,
+    OverloadedError,
+    SamplingParams,
+    SchedulerOptions,
+    UnknownTenantError,
+)
 from common.backend import Part, Step
 from common.engine import Engine
 from common.request import Output, Request
@@ -44,7 +51,15 @@ def events(draw: st.DrawFn) -> list[tuple[str, Any]]:
         if kind == "submit":
             length = draw(st.integers(1, 40))
             found.append(
-                (kind, (draw(st.sampled_from(TENANTS)), length, draw(st.integers(1, 25)), draw(st.integers(-1, 1))))
+                (
+                    kind,
+                    (
+                        draw(st.sampled_from(TENANTS)),
+                        length,
+                        draw(st.integers(1, 25)),
+                        draw(st.integers(-1, 1)),
+                    ),
+                )
             )
         else:
             found.append((kind, draw(st.integers(0, 5))))
@@ -62,9 +77,16 @@ def events(draw: st.DrawFn) -> list[tuple[str, Any]]:
     seed=st.integers(0, 9),
 )
 def test_every_answer_is_what_it_would_be_alone(
-    events: list[tuple[str, Any]], seqs: int, chunk: int, room: int, ready: int, interference: float, seed: int
+    events: list[tuple[str, Any]],
+    seqs: int,
+    chunk: int,
+    room: int,
+    ready: int,
+    interference: float,
+    seed: int,
 ) -> None:
-    """Arrivals, cancellations, switches, chunks, pauses and preemptions leave every answer as it is."""
+    """Arrivals, cancellations, switches, chunks, pauses and preemptions leave every answer as it
+    is."""
     options = SchedulerOptions(
         max_num_seqs=seqs,
         max_num_batched_tokens=max(seqs, chunk),
@@ -92,7 +114,9 @@ def test_every_answer_is_what_it_would_be_alone(
         assert not any(count["flood_steps"] for count in engine.stats()["tenants"].values())
 
 
-def answer_all(engine: Engine, backend: FakeBackend, events: list[tuple[str, Any]], seed: int) -> None:
+def answer_all(
+    engine: Engine, backend: FakeBackend, events: list[tuple[str, Any]], seed: int
+) -> None:
     rng = random.Random(seed)
     asked: list[tuple[Request, list[int], list[Output]]] = []
     for kind, what in events:
@@ -100,7 +124,9 @@ def answer_all(engine: Engine, backend: FakeBackend, events: list[tuple[str, Any
             tenant, length, count, priority = what
             prompt = [rng.randrange(1, 97) for _ in range(length)]
             outputs: list[Output] = []
-            request = engine.submit(tenant, prompt, params(count), priority=priority, on_output=outputs.append)
+            request = engine.submit(
+                tenant, prompt, params(count), priority=priority, on_output=outputs.append
+            )
             asked.append((request, prompt, outputs))
         elif kind == "step":
             for _ in range(what):
@@ -117,7 +143,9 @@ def answer_all(engine: Engine, backend: FakeBackend, events: list[tuple[str, Any
         else:
             assert got == whole
             assert request.finish_reason == ("stop" if whole[-1] == 0 else "length")
-            assert [o.generation is not None for o in outputs] == [False] * (len(outputs) - 1) + [True]
+            assert [o.generation is not None for o in outputs] == [False] * (len(outputs) - 1) + [
+                True
+            ]
     assert backend.used == 0 and not backend._rows
 
 
@@ -165,7 +193,9 @@ def test_places_are_shared_by_weight_and_limits_hold() -> None:
             engine.submit(name, [1, 2], params(30, ignore_eos=True))
     for _ in range(40):
         engine.step()
-    counts = [{n: sum(name == n for name, _ in step) for n in TENANTS} for step in backend.steps[20:40]]
+    counts = [
+        {n: sum(name == n for name, _ in step) for n in TENANTS} for step in backend.steps[20:40]
+    ]
     for count in counts:
         assert sum(count.values()) == 12 and count["d"] == 1
         assert count["a"] in (5, 6) and {count["b"], count["c"]} <= {2, 3}
@@ -187,8 +217,8 @@ def test_a_flood_does_not_keep_another_tenant_waiting() -> None:
 
 @dataclasses.dataclass
 class Flooded:
-    """An engine whose steps take 1 s and `row_s` more for each row, `tenant_s` for each tenant; `a`, `b` and `c` have
-    few requests at a time, `d` floods it after 200 steps.
+    """An engine whose steps take 1 s and `row_s` more for each row, `tenant_s` for each tenant;
+    `a`, `b` and `c` have few requests at a time, `d` floods it after 200 steps.
 
     asked, rows: each tenant's unfinished requests before each of the steps, and its rows in it.
     """
@@ -243,7 +273,9 @@ class Flooded:
 
     @property
     def rows(self) -> list[dict[str, int]]:
-        return [{n: sum(name == n for name, _ in step) for n in TENANTS} for step in self.backend.steps]
+        return [
+            {n: sum(name == n for name, _ in step) for n in TENANTS} for step in self.backend.steps
+        ]
 
 
 @pytest.mark.parametrize("interference", [0.0, 0.1, 0.4])
@@ -254,7 +286,9 @@ def test_a_flood_gets_its_share_of_the_throughput_and_what_slows_the_others_litt
     after = list(zip(flood.asked, flood.rows, strict=True))[230:]
     seconds = tokens = alone = full = 0.0
     for asked, rows in after:
-        assert all(rows[n] == asked[n] for n in "abc" if asked[n] <= 8), "others wait for a flood's rows"
+        assert all(rows[n] == asked[n] for n in "abc" if asked[n] <= 8), (
+            "others wait for a flood's rows"
+        )
         seconds += 1 + 0.05 * sum(rows.values())
         alone += 1 + 0.05 * (sum(rows.values()) - rows["d"])
         tokens += rows["d"]
@@ -270,14 +304,18 @@ def test_a_flood_gets_its_share_of_the_throughput_and_what_slows_the_others_litt
         assert share == pytest.approx(0.25, abs=0.02) and slower > 0.1 and not full
 
 
-def test_a_flood_joins_few_steps_with_many_rows_where_tenants_cost_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a tenant has of its own is read once for all of its rows: with its share in every step it would pay more for
-    that than for them."""
+def test_a_flood_joins_few_steps_with_many_rows_where_tenants_cost_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a tenant has of its own is read once for all of its rows: with its share in every step
+    it would pay more for that than for them."""
     monkeypatch.setattr("common.demand.RECENT_S", math.inf)
     flood = Flooded.run(monkeypatch, row_s=0.05, tenant_s=0.5, rate=0.04, max_interference=0.0)
     after = [rows for rows in flood.rows[230:] if sum(rows.values()) > rows["d"]]
     joined = [rows["d"] for rows in after if rows["d"]]
-    seconds = sum(1 + 0.5 * sum(map(bool, rows.values())) + 0.05 * sum(rows.values()) for rows in after)
+    seconds = sum(
+        1 + 0.5 * sum(map(bool, rows.values())) + 0.05 * sum(rows.values()) for rows in after
+    )
     best = 32 / (1 + 0.5 * 4 + 0.05 * 32)
     assert sum(joined) / seconds == pytest.approx(0.25 * best, rel=0.15)
     assert 0.2 * len(after) < len(joined) < 0.8 * len(after)
@@ -287,8 +325,11 @@ def test_a_flood_joins_few_steps_with_many_rows_where_tenants_cost_much(monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row_s", rest_slow([0.0, 0.05]))
-def test_what_rows_cost_is_found_out_where_a_flood_was_first(monkeypatch: pytest.MonkeyPatch, row_s: float) -> None:
-    """After many steps of one size nothing tells whether the others would be better off with smaller ones."""
+def test_what_rows_cost_is_found_out_where_a_flood_was_first(
+    monkeypatch: pytest.MonkeyPatch, row_s: float
+) -> None:
+    """After many steps of one size nothing tells whether the others would be better off with
+    smaller ones."""
     flood = Flooded.run(monkeypatch, row_s=row_s, steps=0)
     flood.ask("d", 5000)
     assert flood.steps(400)["d"] == 32
@@ -301,10 +342,14 @@ def test_what_rows_cost_is_found_out_where_a_flood_was_first(monkeypatch: pytest
     if row_s:
         assert max(places) < 16 and sum(places) < 9 * len(places)
     else:  # few steps are small, so that one knows
-        assert sum(places) > 0.9 * sum(32 - sum(r[n] for n in "abc") for r in flood.rows[begun + 30 :])
+        assert sum(places) > 0.9 * sum(
+            32 - sum(r[n] for n in "abc") for r in flood.rows[begun + 30 :]
+        )
 
 
-def test_tenants_that_ask_for_more_than_their_shares_divide_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tenants_that_ask_for_more_than_their_shares_divide_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weights = {"d": 2.0}
     flood = Flooded.run(monkeypatch, row_s=0.05, steps=300, max_interference=0.0, weights=weights)
     flood.ask("a", 500)
@@ -316,7 +361,9 @@ def test_tenants_that_ask_for_more_than_their_shares_divide_theirs(monkeypatch: 
     assert sum(sum(r.values()) for r in rows) < 31 * len(rows)
 
 
-def test_who_has_most_of_a_traffic_that_the_device_can_bear_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_most_of_a_traffic_that_the_device_can_bear_is_not_held_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A burst of one tenant beyond its share takes the places that it wants."""
     flood = Flooded.run(monkeypatch, row_s=0.05, steps=200, rate=0.05, max_interference=0.0)
     flood.ask("d", 14)
@@ -324,15 +371,21 @@ def test_who_has_most_of_a_traffic_that_the_device_can_bear_is_not_held_back(mon
     assert rows["d"] >= 12 and sum(rows.values()) == len(flood.engine._scheduler.requests())
 
 
-@pytest.mark.parametrize("options", [{}, {"max_interference": math.inf}], ids=["rows cost nothing", "no bound"])
-def test_a_flood_takes_every_free_place_otherwise(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"max_interference": math.inf}], ids=["rows cost nothing", "no bound"]
+)
+def test_a_flood_takes_every_free_place_otherwise(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     flood = Flooded.run(monkeypatch, row_s=0.05 if options else 0.0, **options)
     rows = [sum(rows.values()) for rows in flood.rows[220:]]
     # Where nothing is bound, a few smaller steps show that rows cost nothing.
     assert min(rows) == 32 if options else rows.count(32) > 0.9 * len(rows)
 
 
-def test_alone_a_tenant_takes_every_place_whatever_rows_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_a_tenant_takes_every_place_whatever_rows_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     flood = Flooded.run(monkeypatch, row_s=0.2, steps=300, max_interference=0.0)
     assert sum(flood.rows[-1].values()) < 32
     for request in [r for n in "abc" for r in flood.engine._scheduler.requests(n)]:
@@ -358,9 +411,11 @@ def test_shares_are_not_bounded_by_what_they_cost(monkeypatch: pytest.MonkeyPatc
 
 
 def test_service_is_shared_by_tokens_not_by_requests() -> None:
-    """Long answers of one tenant count for what they are: the tenant of short ones is served more often."""
+    """Long answers of one tenant count for what they are: the tenant of short ones is served more
+    often."""
     engine, backend = fake_engine(
-        TENANTS, SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=64, max_interference=math.inf)
+        TENANTS,
+        SchedulerOptions(max_num_seqs=1, max_num_batched_tokens=64, max_interference=math.inf),
     )
     for _ in range(30):
         engine.submit("a", [1] * 2, params(40, ignore_eos=True))
@@ -373,7 +428,9 @@ def test_service_is_shared_by_tokens_not_by_requests() -> None:
 
 
 def test_an_idle_tenant_saves_up_no_service() -> None:
-    engine, backend = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=2, max_interference=math.inf))
+    engine, backend = fake_engine(
+        TENANTS, SchedulerOptions(max_num_seqs=2, max_interference=math.inf)
+    )
     for _ in range(50):
         engine.submit("a", [1] * 4, params(20, ignore_eos=True))
     for _ in range(300):
@@ -392,7 +449,13 @@ def test_priority_and_deadline_order_a_tenants_own_requests() -> None:
     order: list[str] = []
 
     def ask(label: str, **more: Any) -> None:
-        engine.submit("a", [1], params(2), on_output=lambda o: order.append(label) if o.generation else None, **more)
+        engine.submit(
+            "a",
+            [1],
+            params(2),
+            on_output=lambda o: order.append(label) if o.generation else None,
+            **more,
+        )
 
     ask("plain")
     ask("soon", deadline_s=1e6)
@@ -405,9 +468,13 @@ def test_priority_and_deadline_order_a_tenants_own_requests() -> None:
 def test_past_its_deadline_a_request_ends_and_frees_its_caches() -> None:
     engine, backend = fake_engine(TENANTS)
     outputs: list[Output] = []
-    request = engine.submit("a", [1], params(10**5, ignore_eos=True), deadline_s=0.02, on_output=outputs.append)
+    request = engine.submit(
+        "a", [1], params(10**5, ignore_eos=True), deadline_s=0.02, on_output=outputs.append
+    )
     finish(engine, 10**6)
-    assert isinstance(request.error, DeadlineError) and "the deadline passed after" in str(request.error)
+    assert isinstance(request.error, DeadlineError) and "the deadline passed after" in str(
+        request.error
+    )
     assert outputs[-1].generation is not None and outputs[-1].generation.finish_reason == "abort"
     assert 0 < len(request.token_ids) < 10**5
     assert backend.used == 0
@@ -417,7 +484,9 @@ def test_past_its_deadline_a_request_ends_and_frees_its_caches() -> None:
 def test_memory_is_bounded_and_what_is_put_off_comes_back() -> None:
     options = SchedulerOptions(max_num_seqs=8)
     engine, _ = fake_engine(TENANTS, options, room=128)
-    made = [engine.submit(n, [i + 1] * 10, params(60, ignore_eos=True)) for i, n in enumerate("abab")]
+    made = [
+        engine.submit(n, [i + 1] * 10, params(60, ignore_eos=True)) for i, n in enumerate("abab")
+    ]
     finish(engine)
     for i, request in enumerate(made):
         assert request.token_ids == answer(request.tenant, [i + 1] * 10, 60, ignore_eos=True)
@@ -427,7 +496,9 @@ def test_memory_is_bounded_and_what_is_put_off_comes_back() -> None:
 
 def test_what_can_never_fit_is_refused_at_once() -> None:
     engine, _ = fake_engine(TENANTS, room=64)
-    with pytest.raises(ValueError, match=r"the prompt has 70 tokens, there is room for 64 of tenant 'a'.*shorten"):
+    with pytest.raises(
+        ValueError, match=r"the prompt has 70 tokens, there is room for 64 of tenant 'a'.*shorten"
+    ):
         engine.submit("a", [1] * 70, params(1))
     with pytest.raises(ValueError, match="fills the context of tenant 'a'"):
         engine.submit("a", [1] * 64, params(1))
@@ -452,8 +523,11 @@ def test_a_full_queue_refuses_and_says_how_many_wait() -> None:
 
 
 @pytest.mark.parametrize("ready", [1, 2, 3])
-def test_few_reconfigurations_and_no_starvation(ready: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer tenants in use than have requests: turns of ten reconfigurations' length, and everybody is served."""
+def test_few_reconfigurations_and_no_starvation(
+    ready: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer tenants in use than have requests: turns of ten reconfigurations' length, and
+    everybody is served."""
     clock = 0.0
     monkeypatch.setattr("common.engine.time.perf_counter", lambda: clock)
     engine, backend = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=4), ready=ready)
@@ -476,7 +550,9 @@ def test_the_next_tenant_is_prefetched_where_that_helps() -> None:
     for name in TENANTS:
         engine.submit(name, [1] * 4, params(20, ignore_eos=True))
     engine.step()
-    assert len({name for name, _ in backend.steps[0]}) == 1  # one place is kept for the tenant that comes next
+    assert (
+        len({name for name, _ in backend.steps[0]}) == 1
+    )  # one place is kept for the tenant that comes next
     assert backend.prefetched and backend.prefetched[0] != backend.steps[0][0][0]
     finish(engine)
 
@@ -513,8 +589,15 @@ def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *[(n, v) for n in ("max_num_seqs", "max_num_batched_tokens", "max_queue") for v in (0, -1, True, "4", None)],
-        *[(n, 0) for n in ("prefill_chunk", "max_model_len", "max_queue_per_tenant", "default_limit")],
+        *[
+            (n, v)
+            for n in ("max_num_seqs", "max_num_batched_tokens", "max_queue")
+            for v in (0, -1, True, "4", None)
+        ],
+        *[
+            (n, 0)
+            for n in ("prefill_chunk", "max_model_len", "max_queue_per_tenant", "default_limit")
+        ],
         ("weights", {"a": 0}),
         ("limits", {"a": 0}),
         ("max_interference", -0.1),
@@ -551,7 +634,9 @@ def test_the_fake_backend_keeps_its_callers_honest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "backend"), [(1, {}), (6, {}), (8, {"ready": 1}), (16, {"room": 120}), (4, {"room": 8})], ids=str
+    ("most", "backend"),
+    [(1, {}), (6, {}), (8, {"ready": 1}), (16, {"room": 120}), (4, {"room": 8})],
+    ids=str,
 )
 def test_warming_up_leaves_nothing_behind(most: int, backend: dict[str, Any]) -> None:
     engine, fake = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=most), **backend)
@@ -560,8 +645,11 @@ def test_warming_up_leaves_nothing_behind(most: int, backend: dict[str, Any]) ->
     assert max(len(parts) for parts in fake.steps) <= most
     mixed = [parts for parts in fake.steps if len({tenant for tenant, _ in parts}) > 1]
     if not backend:
-        # Every power of two that a step may hold, and all places at once; beside another tenant, too.
-        assert {1 << n for n in range(most.bit_length())} | {most} <= {len(parts) for parts in fake.steps}
+        # Every power of two that a step may hold, and all places at once; beside another tenant,
+        # too.
+        assert {1 << n for n in range(most.bit_length())} | {most} <= {
+            len(parts) for parts in fake.steps
+        }
         assert bool(mixed) == (most > 1)
     assert engine.stats()["tenants"]["a"]["generation_tokens"] == 0
     assert list(engine.generate("b", [3, 4], params(3)).token_ids) == answer("b", [3, 4], 3)

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from common import DeadlineError, EngineError, OverloadedError, RequestError, SamplingParams, SchedulerOptions
+from common import (
+    DeadlineError,
+    EngineError,
+    OverloadedError,
+    RequestError,
+    SamplingParams,
+    SchedulerOptions,
+)
 from common.request import Request
 from common.serving import MAX_FAILURES, AsyncEngine
 from tests.fake_backend import FakeBackend, answer, fake_engine
@@ -69,7 +76,10 @@ def test_many_at_once_get_their_own_answers(made: type[Made]) -> None:
     async def run() -> None:
         one = made(SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=16), room=400, ready=2)
         rng = random.Random(0)
-        asked = [(rng.choice(TENANTS), [rng.randrange(1, 97) for _ in range(rng.randrange(1, 50))]) for _ in range(60)]
+        asked = [
+            (rng.choice(TENANTS), [rng.randrange(1, 97) for _ in range(rng.randrange(1, 50))])
+            for _ in range(60)
+        ]
         got = await asyncio.gather(*(one.tokens(t, p, 1 + len(p) % 20) for t, p in asked))
         for (tenant, prompt), tokens in zip(asked, got, strict=True):
             assert tokens == answer(tenant, prompt, 1 + len(prompt) % 20, ignore_eos=True)

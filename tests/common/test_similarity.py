@@ -25,7 +25,9 @@ def test_compare_is_the_l2_distance(dtype: type, size: int) -> None:
     arrays = [rng.normal(size=size).astype(dtype) for _ in range(4)]
     pairs = tenant_pairs(4)
     squared, finite = compare(arrays, pairs)
-    exact = [((arrays[a].astype(np.float64) - arrays[b].astype(np.float64)) ** 2).sum() for a, b in pairs]
+    exact = [
+        ((arrays[a].astype(np.float64) - arrays[b].astype(np.float64)) ** 2).sum() for a, b in pairs
+    ]
     np.testing.assert_allclose(squared, exact, rtol=1e-6)
     assert finite.all()
 
@@ -45,7 +47,10 @@ def test_measure_equals_numpy_on_the_files(family: Family) -> None:
         for layer in range(2):
             for expert in range(4):
                 prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-                flat = [np.concatenate([f[f"{prefix}.{w}.weight"].ravel() for w in ("w1", "w2", "w3")]) for f in files]
+                flat = [
+                    np.concatenate([f[f"{prefix}.{w}.weight"].ravel() for w in ("w1", "w2", "w3")])
+                    for f in files
+                ]
                 exact = float(np.linalg.norm(flat[a].astype(np.float64) - flat[b]))
                 assert found.matrix[pair, layer, expert] == pytest.approx(exact, rel=1e-6)
     np.testing.assert_allclose(found.score(), found.matrix.sum(axis=0))
@@ -68,7 +73,9 @@ def test_measure_in_half_precision(family: Family, tmp_path: Path, dtype: str) -
             assert found.matrix[0, layer, expert] == pytest.approx(exact, rel=1e-6)
 
 
-def test_every_tensor_is_read_once_for_all_pairs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tensor_is_read_once_for_all_pairs(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[tuple[Path, str]] = []
     read = TensorRef.read
 
@@ -90,24 +97,43 @@ def write_large(path: Path, seed: int, layers: int) -> None:
     """A bfloat16 Mixtral of about 25 MB a layer, written shard by shard."""
     path.mkdir()
     hidden, inter, vocab = 512, 1024, 1000
-    model = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+    model = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+    }
+    heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
     (path / "config.json").write_text(json.dumps({"model_type": "mixtral"} | model | heads))
     rng = np.random.default_rng(seed)
     weight_map = {}
 
     def shard(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {n: rng.standard_normal(s, np.float32).astype(ml_dtypes.bfloat16) for n, s in shapes.items()}
+        tensors = {
+            n: rng.standard_normal(s, np.float32).astype(ml_dtypes.bfloat16)
+            for n, s in shapes.items()
+        }
         save_file(tensors, path / file)
         weight_map.update(dict.fromkeys(tensors, file))
 
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        shapes: dict[str, tuple[int, ...]] = {f"{prefix}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{prefix}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"
+        }
         shapes |= {f"{prefix}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
         shapes[f"{prefix}.block_sparse_moe.gate.weight"] = (8, hidden)
         for expert in range(8):
-            for name, shape in (("w1", (inter, hidden)), ("w2", (hidden, inter)), ("w3", (inter, hidden))):
+            for name, shape in (
+                ("w1", (inter, hidden)),
+                ("w2", (hidden, inter)),
+                ("w3", (inter, hidden)),
+            ):
                 shapes[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
         shard(f"layer-{layer}.safetensors", shapes)
     shard(
@@ -141,8 +167,10 @@ build_store(sys.argv[1], {"a": sys.argv[2], "b": sys.argv[3]}, policy="round_rob
 print(peak() - before)
 """
     command = [sys.executable, "-c", code, *(str(tmp_path / n) for n in ("store", "a", "b"))]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=helpers.REPOSITORY)
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=helpers.REPOSITORY
+    )
     grown = int(out.stdout) * 1024
-    # Up to 4 threads with one tensor of each tenant (1 MiB each) and what numpy and hashing hold: about a layer's 25
-    # MB.
+    # Up to 4 threads with one tensor of each tenant (1 MiB each) and what numpy and hashing hold:
+    # about a layer's 25 MB.
     assert 1e6 < grown < 64e6, f"{grown / 1e6:.0f} MB for {size / 1e6:.0f} MB of checkpoints"

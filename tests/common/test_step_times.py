@@ -9,7 +9,13 @@ from common.step_times import FEWEST, WINDOW, StepTimes
 
 
 def taken(
-    row_s: float, *, noise: float = 0.0, rows: range = range(8, 29), stalls: int = 0, steps: int = WINDOW, seed: int = 0
+    row_s: float,
+    *,
+    noise: float = 0.0,
+    rows: range = range(8, 29),
+    stalls: int = 0,
+    steps: int = WINDOW,
+    seed: int = 0,
 ) -> StepTimes:
     """Steps of 60 ms, `row_s` a row and 2 ms a token of the prompts that some of them read."""
     rng = np.random.default_rng(seed)
@@ -60,7 +66,8 @@ def test_where_rows_cost_nothing_nothing_is_found() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_that_hardly_varied_say_little(seed: int) -> None:
-    """Noise of a tenth among steps of one size is not taken for what rows cost, nor is one step that took long."""
+    """Noise of a tenth among steps of one size is not taken for what rows cost, nor is one step
+    that took long."""
     times = taken(0.0, noise=0.1, rows=range(20, 21), seed=seed)
     assert times.row_s == 0.0
     times.add(2, 21, 0, 0.3)  # 0.2 s more than the others

@@ -1,4 +1,5 @@
-"""Stores: what they keep, share and refuse; damage is found; a failure leaves things as they were."""
+"""Stores: what they keep, share and refuse; damage is found; a failure leaves things as they
+were."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def test_a_store_holds_every_tensor_and_the_papers_plan(store: Store, family: Fa
     np.testing.assert_allclose(store.distances.matrix, exact.matrix, rtol=1e-6)
     assert store.plan == plan_round_robin(store.distances.score(), store.tenants, 5)
     layers = store.manifest.similarity["layers"]
-    np.testing.assert_allclose([s["mean"] for s in layers], exact.matrix.mean(axis=(0, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        [s["mean"] for s in layers], exact.matrix.mean(axis=(0, 2)), rtol=1e-6
+    )
     provenance = store.manifest.provenance
     assert provenance["settings"] == {
         "policy": "round_robin",
@@ -91,7 +94,9 @@ def test_budget_buys_slots(family: Family, tmp_path: Path, extra: int, slots: in
 def lora(model: checkpoints.Model) -> checkpoints.Model:
     """A fine-tune that touches attention alone, as a merged LoRA of q does."""
     for layer in range(2):
-        model = model.changed(f"model.layers.{layer}.self_attn.q_proj.weight", lambda w: np.add(w, 0.1, out=w))
+        model = model.changed(
+            f"model.layers.{layer}.self_attn.q_proj.weight", lambda w: np.add(w, 0.1, out=w)
+        )
     return model
 
 
@@ -142,10 +147,13 @@ def test_dtypes(family: Family, tmp_path: Path) -> None:
     assert auto.tenant("half").notes == (
         "the store is float32, which holds bfloat16, float16 and float32 without rounding; "
         "--dtype bfloat16 takes half the memory, and rounds",
-        f"{len(auto.tenant('half').tensors)} tensors converted from bfloat16 to float32 (without loss)",
+        f"{len(auto.tenant('half').tensors)} tensors converted from bfloat16 to float32 (without "
+        "loss)",
     )
     name = "model.norm.weight"
-    assert np.array_equal(auto.ref("half", name).read(), to_float32(open_checkpoint(half).tensors[name].read()))
+    assert np.array_equal(
+        auto.ref("half", name).read(), to_float32(open_checkpoint(half).tensors[name].read())
+    )
     forced = build_store(tmp_path / "forced", mixed, dtype="bfloat16")
     assert "converted from float32 to bfloat16 (rounded)" in forced.tenant("base").notes[0]
     assert forced.copy_bytes * 2 == auto.copy_bytes
@@ -158,12 +166,18 @@ def test_the_assets_travel(family: Family, tmp_path: Path) -> None:
     (path / "notes.txt").write_text("not an asset")
     store = build_store(tmp_path / "store", {"ana": path})
     kept = store.assets_dir("ana")
-    assert sorted(p.name for p in kept.iterdir()) == ["chat_template.jinja", "config.json", "generation_config.json"]
+    assert sorted(p.name for p in kept.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+    ]
     for file in kept.iterdir():
         assert file.read_bytes() == (path / file.name).read_bytes()
     store.export("ana", tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
-    given, found = (json.loads((p / "generation_config.json").read_text()) for p in (path, tmp_path / "out"))
+    given, found = (
+        json.loads((p / "generation_config.json").read_text()) for p in (path, tmp_path / "out")
+    )
     assert given.items() <= found.items()
 
 
@@ -172,7 +186,9 @@ def test_export_is_the_tenant_as_served(family: Family, tmp_path: Path, slots: A
     store = build_store(tmp_path / "store", family.paths, slots=slots)
     for name in store.tenants:
         store.export(name, tmp_path / f"out-{name}")
-        found = {n: ref.read() for n, ref in open_checkpoint(tmp_path / f"out-{name}").tensors.items()}
+        found = {
+            n: ref.read() for n, ref in open_checkpoint(tmp_path / f"out-{name}").tensors.items()
+        }
         for layer, expert in np.ndindex(store.experts.num_layers, store.experts.num_experts):
             for projection, weight in store.served_expert(name, layer, expert).items():
                 tensor = store.family.expert_tensor(store.config(name), layer, expert, projection)
@@ -239,7 +255,10 @@ def test_building_again_mends_a_damaged_object(store: Store, family: Family) -> 
         (None, r"not a store, there is no store\.json.*moetel build"),
         ("{", r"store\.json: damaged"),
         ('{"format": "other"}', r"not the manifest of a Moetel store"),
-        ('{"format": "moetel-store", "version": 99}', r"format version 99, this code reads versions 1 to 2"),
+        (
+            '{"format": "moetel-store", "version": 99}',
+            r"format version 99, this code reads versions 1 to 2",
+        ),
         ('{"format": "moetel-store", "version": 1}', r"its checksum does not match"),
     ],
 )
@@ -257,24 +276,46 @@ def other(tmp_path: Path, **changes: Any) -> Path:
 
 
 def poisoned(family: Family, tmp_path: Path, name: str, value: float) -> Path:
-    return checkpoints.save(family.models[0].changed(name, lambda w: w.put(7, value)), tmp_path / "poisoned")
+    return checkpoints.save(
+        family.models[0].changed(name, lambda w: w.put(7, value)), tmp_path / "poisoned"
+    )
 
 
 EXPERTS = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
 
 BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[MoetelError], str]] = {
     "no tenant": (lambda f, t: {"tenants": {}}, StoreError, "at least one tenant"),
-    "path-like name": (lambda f, t: {"tenants": {"../x": f.paths["ana"]}}, StoreError, r"'\.\./x' is not allowed; use"),
-    "name with slash": (lambda f, t: {"tenants": {"a/b": f.paths["ana"]}}, StoreError, "'a/b' is not allowed"),
-    "hidden name": (lambda f, t: {"tenants": {".x": f.paths["ana"]}}, StoreError, r"'\.x' is not allowed"),
+    "path-like name": (
+        lambda f, t: {"tenants": {"../x": f.paths["ana"]}},
+        StoreError,
+        r"'\.\./x' is not allowed; use",
+    ),
+    "name with slash": (
+        lambda f, t: {"tenants": {"a/b": f.paths["ana"]}},
+        StoreError,
+        "'a/b' is not allowed",
+    ),
+    "hidden name": (
+        lambda f, t: {"tenants": {".x": f.paths["ana"]}},
+        StoreError,
+        r"'\.x' is not allowed",
+    ),
     "empty name": (lambda f, t: {"tenants": {"": f.paths["ana"]}}, StoreError, "'' is not allowed"),
-    "newline in name": (lambda f, t: {"tenants": {"a\n": f.paths["ana"]}}, StoreError, "is not allowed"),
+    "newline in name": (
+        lambda f, t: {"tenants": {"a\n": f.paths["ana"]}},
+        StoreError,
+        "is not allowed",
+    ),
     "name twice": (
         lambda f, t: {"tenants": [("a", f.paths["ana"]), ("a", f.paths["bob"])]},
         StoreError,
         "'a' is given twice",
     ),
-    "no checkpoint": (lambda f, t: {"tenants": {"a": t / "none"}}, CheckpointError, "none: no such directory"),
+    "no checkpoint": (
+        lambda f, t: {"tenants": {"a": t / "none"}},
+        CheckpointError,
+        "none: no such directory",
+    ),
     "other expert count": (
         lambda f, t: {"tenants": {"a": f.paths["ana"], "b": other(t, num_local_experts=3)}},
         StoreError,
@@ -301,21 +342,42 @@ BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[Moete
         "top_k: 2 != 1",
     ),
     "too many slots": (lambda f, t: {"slots": 9}, PlanError, r"9 slots, .* give 0\.\.8, or 'all'"),
-    "negative slots": (lambda f, t: {"slots": -1}, PlanError, "slots is -1; give a whole number from 0"),
+    "negative slots": (
+        lambda f, t: {"slots": -1},
+        PlanError,
+        "slots is -1; give a whole number from 0",
+    ),
     "unknown slots": (lambda f, t: {"slots": "many"}, PlanError, "slots is 'many'"),
-    "unknown policy": (lambda f, t: {"policy": "best"}, PlanError, "no policy 'best'; there is: round_robin"),
-    "budget as text": (lambda f, t: {"budget_bytes": "1GiB"}, PlanError, "budget_bytes is '1GiB'; give a whole number"),
+    "unknown policy": (
+        lambda f, t: {"policy": "best"},
+        PlanError,
+        "no policy 'best'; there is: round_robin",
+    ),
+    "budget as text": (
+        lambda f, t: {"budget_bytes": "1GiB"},
+        PlanError,
+        "budget_bytes is '1GiB'; give a whole number",
+    ),
     "slots and budget": (
         lambda f, t: {"slots": 1, "budget_bytes": 10**9},
         PlanError,
         "give one of slots, a budget, and a share",
     ),
-    "budget too small": (lambda f, t: {"budget_bytes": 30_000}, PlanError, "too small for one tenant.*give at least"),
-    "unknown dtype": (lambda f, t: {"dtype": "int8"}, StoreError, "dtype 'int8' is not one of auto"),
+    "budget too small": (
+        lambda f, t: {"budget_bytes": 30_000},
+        PlanError,
+        "too small for one tenant.*give at least",
+    ),
+    "unknown dtype": (
+        lambda f, t: {"dtype": "int8"},
+        StoreError,
+        "dtype 'int8' is not one of auto",
+    ),
     "NaN expert": (
         lambda f, t: {"tenants": {"a": f.paths["ana"], "b": poisoned(f, t, EXPERTS, float("nan"))}},
         CheckpointError,
-        r"poisoned.*layers\.1\.block_sparse_moe\.experts\.0\.w2\.weight of tenant 'b' holds NaN.*fix the checkpoint",
+        r"poisoned.*layers\.1\.block_sparse_moe\.experts\.0\.w2\.weight of tenant 'b' holds "
+        r"NaN.*fix the checkpoint",
     ),
     "infinite norm": (
         lambda f, t: {"tenants": {"b": poisoned(f, t, "model.norm.weight", float("inf"))}},
@@ -332,7 +394,9 @@ BAD_BUILDS: dict[str, tuple[Callable[[Family, Path], dict[str, Any]], type[Moete
 
 @pytest.mark.parametrize("existing", rest_slow([True, False]), ids=["over a store", "new"])
 @pytest.mark.parametrize("kind", BAD_BUILDS)
-def test_a_refused_build_leaves_things_as_they_were(kind: str, existing: bool, family: Family, tmp_path: Path) -> None:
+def test_a_refused_build_leaves_things_as_they_were(
+    kind: str, existing: bool, family: Family, tmp_path: Path
+) -> None:
     make, error, message = BAD_BUILDS[kind]
     path = tmp_path / "place" / "store"
     path.parent.mkdir()
@@ -346,12 +410,22 @@ def test_a_refused_build_leaves_things_as_they_were(kind: str, existing: bool, f
     assert path.exists() == existing
 
 
-def test_refused_changes_leave_the_store_as_it_was(store: Store, family: Family, tmp_path: Path) -> None:
+def test_refused_changes_leave_the_store_as_it_was(
+    store: Store, family: Family, tmp_path: Path
+) -> None:
     before = helpers.fingerprint(store.path)
     bad = [
-        (lambda: add_tenant(store.path, "ana", family.paths["ana"]), StoreError, "'ana' is in this store already"),
+        (
+            lambda: add_tenant(store.path, "ana", family.paths["ana"]),
+            StoreError,
+            "'ana' is in this store already",
+        ),
         (lambda: add_tenant(store.path, "../x", family.paths["ana"]), StoreError, "is not allowed"),
-        (lambda: add_tenant(store.path, "x", other(tmp_path, num_local_experts=3)), StoreError, "cannot share experts"),
+        (
+            lambda: add_tenant(store.path, "x", other(tmp_path, num_local_experts=3)),
+            StoreError,
+            "cannot share experts",
+        ),
         (
             lambda: add_tenant(store.path, "x", poisoned(family, tmp_path, EXPERTS, float("nan"))),
             CheckpointError,
@@ -377,7 +451,9 @@ def test_what_is_not_a_store_is_never_replaced(kind: str, family: Family, tmp_pa
     else:
         path.mkdir()
         (path / "data").write_text("data")
-    with pytest.raises(StoreError, match=r"precious: exists and is not a store; name another place"):
+    with pytest.raises(
+        StoreError, match=r"precious: exists and is not a store; name another place"
+    ):
         build_store(path, family.paths)
     assert (path if kind == "file" else path / "data").read_text() == "data"
 
@@ -389,7 +465,10 @@ def test_an_empty_folder_may_become_a_store(family: Family, tmp_path: Path) -> N
 
 def test_two_writers_at_once_are_refused(store: Store, family: Family, tmp_path: Path) -> None:
     before = helpers.fingerprint(store.path)
-    with exclusive(store.path), pytest.raises(StoreError, match="another process is writing this store; wait"):
+    with (
+        exclusive(store.path),
+        pytest.raises(StoreError, match="another process is writing this store; wait"),
+    ):
         build_store(store.path, family.paths)
     assert helpers.fingerprint(store.path) == before
     staging = tmp_path / ".new.building"
@@ -400,7 +479,9 @@ def test_two_writers_at_once_are_refused(store: Store, family: Family, tmp_path:
     assert not staging.exists()
 
 
-def test_a_damaged_store_is_mended_by_building_again(store: Store, family: Family, tmp_path: Path) -> None:
+def test_a_damaged_store_is_mended_by_building_again(
+    store: Store, family: Family, tmp_path: Path
+) -> None:
     manifest = store.path / "store.json"
     manifest.write_bytes(manifest.read_bytes()[:1000])
     before = helpers.fingerprint(store.path)
@@ -431,7 +512,9 @@ def test_leftovers_are_reported_and_swept(store: Store, family: Family) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "0123.partial").write_bytes(b"half")
     (store.path / "assets" / "orphan").mkdir()
-    assert [p.name for p in store.objects.unreferenced(set(store.manifest.objects))] == ["0123.partial"]
+    assert [p.name for p in store.objects.unreferenced(set(store.manifest.objects))] == [
+        "0123.partial"
+    ]
     assert store.verify() == []
     again = build_store(store.path, family.paths)
     assert again.objects.unreferenced(set(again.manifest.objects)) == []
@@ -441,10 +524,21 @@ def test_leftovers_are_reported_and_swept(store: Store, family: Family) -> None:
 def test_the_manifest_is_documented_json(store: Store) -> None:
     value = json.loads((store.path / "store.json").read_text())
     assert (value["format"], value["version"]) == ("moetel-store", 2)
-    assert {"checksum", "family", "dtype", "provenance", "tenants", "plan", "similarity", "objects"} <= set(value)
+    assert {
+        "checksum",
+        "family",
+        "dtype",
+        "provenance",
+        "tenants",
+        "plan",
+        "similarity",
+        "objects",
+    } <= set(value)
 
 
-def test_every_source_tensor_is_read_once(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_source_tensor_is_read_once(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[tuple[Path, str]] = []
     read = TensorRef.read
 
@@ -495,7 +589,12 @@ def test_a_full_disk_leaves_things_as_they_were(family: Family, tmp_path: Path) 
         lambda: store.export("ana", tmp_path / "out"),
     ]
     for step in steps:
-        with full_disk(), pytest.raises(StoreError, match=r"cannot be written: .*free some space or choose another"):
+        with (
+            full_disk(),
+            pytest.raises(
+                StoreError, match=r"cannot be written: .*free some space or choose another"
+            ),
+        ):
             step()
         assert helpers.fingerprint(tmp_path) == before
         assert [p.name for p in tmp_path.iterdir()] == ["store"]
@@ -503,7 +602,9 @@ def test_a_full_disk_leaves_things_as_they_were(family: Family, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
-def test_a_change_never_takes_a_damaged_asset_for_sound(damage: str, store: Store, family: Family) -> None:
+def test_a_change_never_takes_a_damaged_asset_for_sound(
+    damage: str, store: Store, family: Family
+) -> None:
     path = store.assets_dir("ana") / "generation_config.json"
     if damage == "flipped":
         path.write_bytes(path.read_bytes().replace(b"2", b"3", 1))
@@ -514,7 +615,9 @@ def test_a_change_never_takes_a_damaged_asset_for_sound(damage: str, store: Stor
         lambda: add_tenant(store.path, "more", family.paths["ana"]),
         lambda: remove_tenant(store.path, "bob"),
     ):
-        with pytest.raises(StoreError, match=r"generation_config\.json: (content|cannot).*build the store again"):
+        with pytest.raises(
+            StoreError, match=r"generation_config\.json: (content|cannot).*build the store again"
+        ):
             change()
         assert helpers.fingerprint(store.path) == before
     assert [p.file for p in Store.open(store.path).verify()] == [path]
@@ -536,11 +639,14 @@ def test_a_damaged_expert_is_never_compared(store: Store, family: Family, tmp_pa
     before = helpers.fingerprint(store.path)
     changes: list[Callable[[], Any]] = [
         lambda: add_tenant(store.path, "more", family.paths["bob"]),
-        lambda: replan(store.path, policy="mean", slots=8),  # whose merged copies would be made of it
+        lambda: replan(
+            store.path, policy="mean", slots=8
+        ),  # whose merged copies would be made of it
     ]
     for change in changes:
         with pytest.raises(
-            StoreError, match=rf"{path}: content does not match its checksum; `moetel verify {store.path}`"
+            StoreError,
+            match=rf"{path}: content does not match its checksum; `moetel verify {store.path}`",
         ):
             change()
         assert helpers.fingerprint(store.path) == before
@@ -559,7 +665,9 @@ def test_damaged_distances_are_never_planned_with(store: Store) -> None:
     assert helpers.fingerprint(store.path) == before
 
 
-def test_places_by_other_names(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_by_other_names(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = {"ana": family.paths["ana"]}
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -569,9 +677,13 @@ def test_places_by_other_names(family: Family, tmp_path: Path, monkeypatch: pyte
     assert build_store(".", one, slots=1).plan.num_slots == 1  # a store is changed in place
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(StoreError, match=r"^\.: the directory you are in cannot become a store; name one in it"):
+    with pytest.raises(
+        StoreError, match=r"^\.: the directory you are in cannot become a store; name one in it"
+    ):
         build_store(".", one)
-    with pytest.raises(StoreError, match=r"here: the directory you are in cannot be replaced; .* \./ana"):
+    with pytest.raises(
+        StoreError, match=r"here: the directory you are in cannot be replaced; .* \./ana"
+    ):
         Store.open(tmp_path / "real").export("ana", ".")
     assert list(Path(".").iterdir()) == []
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["here", "link", "real"]

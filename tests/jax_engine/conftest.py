@@ -22,13 +22,21 @@ class SwitchFamily:
 
 def save_family(root: Path, models: list[switch_models.Model]) -> SwitchFamily:
     names = ("base", "ana", "bob")[: len(models)]
-    return SwitchFamily({n: helpers.save(m, root / n) for n, m in zip(names, models, strict=True)}, models)
+    return SwitchFamily(
+        {n: helpers.save(m, root / n) for n, m in zip(names, models, strict=True)}, models
+    )
 
 
 @pytest.fixture(scope="session")
 def switch_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
-    """base, ana and bob: 4 layers a side, every second sparse with 4 experts, vocabulary 96, float32."""
-    sizes = {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
+    """base, ana and bob: 4 layers a side, every second sparse with 4 experts, vocabulary 96,
+    float32."""
+    sizes = {
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 2,
+    }
     base = switch_models.random_switch(0, **sizes)
     models = [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)]
     return save_family(tmp_path_factory.mktemp("switch"), models)

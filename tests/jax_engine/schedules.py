@@ -1,4 +1,5 @@
-"""Random schedules of sequences through a backend: they join, wait, are read in pieces, put off and begun again."""
+"""Random schedules of sequences through a backend: they join, wait, are read in pieces, put off and
+begun again."""
 
 from __future__ import annotations
 
@@ -52,7 +53,11 @@ def advance(backend: Backend, chosen: Sequence[tuple[Asked, int]]) -> dict[str, 
             assert step.token_ids[i] == -1 and step.logits[i] is None
             continue
         values = step.logits[i]
-        assert values is not None and values.dtype == np.float32 and int(values.argmax()) == step.token_ids[i]
+        assert (
+            values is not None
+            and values.dtype == np.float32
+            and int(values.argmax()) == step.token_ids[i]
+        )
         asked.answer.append(int(step.token_ids[i]))
         asked.logits.append(values)
     return step.reconfiguration_s
@@ -71,7 +76,9 @@ def alone(backend: Backend, requests: Sequence[Asked]) -> list[Asked]:
     return found
 
 
-def run(backend: Backend, requests: Sequence[Asked], seed: int, most_tenants: int | None = None) -> int:
+def run(
+    backend: Backend, requests: Sequence[Asked], seed: int, most_tenants: int | None = None
+) -> int:
     """Answer requests in a random order. Returns how many were put off and begun again."""
     rng = random.Random(seed)
     put_off = 0
@@ -99,13 +106,19 @@ def run(backend: Backend, requests: Sequence[Asked], seed: int, most_tenants: in
     return put_off
 
 
-def requests_of(names: Sequence[str], seed: int, count: int, longest: int = 40, answer: int = 8) -> list[Asked]:
+def requests_of(
+    names: Sequence[str], seed: int, count: int, longest: int = 40, answer: int = 8
+) -> list[Asked]:
     rng = np.random.default_rng(seed)
 
     def ids(n: int) -> Any:
         return rng.integers(3, 96, n).tolist()
 
     return [
-        Asked(names[int(rng.integers(len(names)))], ids(int(rng.integers(1, longest))), int(rng.integers(1, answer)))
+        Asked(
+            names[int(rng.integers(len(names)))],
+            ids(int(rng.integers(1, longest))),
+            int(rng.integers(1, answer)),
+        )
         for _ in range(count)
     ]

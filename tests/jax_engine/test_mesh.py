@@ -39,20 +39,31 @@ def test_equal_to_hugging_face_and_to_one_device(
         for i in (0, 2):
             name = engine.tenants[i]
             found = engine.logits(name, ids, answers, mask)
-            assert_close(found, hf_logits(oracle(switch_family.models, i, store.plan), ids, answers, mask))
+            assert_close(
+                found, hf_logits(oracle(switch_family.models, i, store.plan), ids, answers, mask)
+            )
             assert_close(found, alone.logits(name, ids, answers, mask), tolerance=2e-5)
             for ours, theirs in zip(
-                *(e.generate_batch([(name, r) for r in rows], FREE) for e in (engine, alone)), strict=True
+                *(e.generate_batch([(name, r) for r in rows], FREE) for e in (engine, alone)),
+                strict=True,
             ):
                 assert ours.token_ids == theirs.token_ids
-                assert (ours.timings.hits, ours.timings.misses) == (theirs.timings.hits, theirs.timings.misses)
+                assert (ours.timings.hits, ours.timings.misses) == (
+                    theirs.timings.hits,
+                    theirs.timings.misses,
+                )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", rest_slow([(2, 4), (1, 4), (4, 2)]), ids=str)
-def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int]) -> None:
-    """Each device holds its share of the slots, and the compiled step moves no array of an expert's size."""
-    with load_engine(build_round_robin(tmp_path / "store", switch_family.paths), mesh=mesh) as engine:
+def test_experts_stay_sharded(
+    switch_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int]
+) -> None:
+    """Each device holds its share of the slots, and the compiled step moves no array of an expert's
+    size."""
+    with load_engine(
+        build_round_robin(tmp_path / "store", switch_family.paths), mesh=mesh
+    ) as engine:
         backend = backend_of(engine)
         for leaf in backend.loaded.pool.leaves:
             assert leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] // mesh[1]
@@ -60,7 +71,10 @@ def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh:
         text = lowered.compile().as_text()
         spec = engine.store.experts
         weights = spec.hidden_size * spec.intermediate_size
-        moved = re.findall(r"= \S*?f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute|all-reduce)\(", text)
+        moved = re.findall(
+            r"= \S*?f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute|all-reduce)\(",
+            text,
+        )
         assert any(kind == "all-reduce" for _, kind in moved)  # the sum over the axis of experts
         assert all(np.prod([int(n) for n in shape.split(",") if n]) < weights for shape, _ in moved)
         # What a device computes with has the local number of slots.
@@ -71,7 +85,9 @@ def test_experts_stay_sharded(switch_family: SwitchFamily, tmp_path: Path, mesh:
 
 @pytest.mark.slow
 def test_switching_on_a_mesh_compiles_nothing(switch_family: SwitchFamily, tmp_path: Path) -> None:
-    with load_engine(build_round_robin(tmp_path / "store", switch_family.paths), mesh=(2, 4)) as engine:
+    with load_engine(
+        build_round_robin(tmp_path / "store", switch_family.paths), mesh=(2, 4)
+    ) as engine:
         engine.generate("base", [5, 6, 7], FREE)
         before = engine.stats()["compilations"]
         for name in ("ana", "bob", "base"):

@@ -1,5 +1,5 @@
-"""Our own CPU kernels for JAX: right at every shape, the same bits whatever else is computed, refused or rebuilt where
-they cannot be trusted."""
+"""Our own CPU kernels for JAX: right at every shape, the same bits whatever else is computed,
+refused or rebuilt where they cannot be trusted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,14 @@ def packed_as(weight: np.ndarray, dtype: Any) -> Any:
     return native.pack(jnp.asarray(weight, dtype))
 
 
-def make_pool(seed: int, num_slots: int, K: int, I: int, N: int, gated: bool) -> list[list[np.ndarray]]:  # noqa: E741
+def make_pool(
+    seed: int,
+    num_slots: int,
+    K: int,
+    I: int,  # noqa: E741
+    N: int,
+    gated: bool,
+) -> list[list[np.ndarray]]:
     shapes = [(I, K)] * (2 if gated else 1) + [(N, I)]
     return [
         [noise(seed + 10 * s + p, *shape) * shape[1] ** -0.5 for p, shape in enumerate(shapes)]
@@ -69,7 +76,9 @@ def pack_pool(pool: list[list[np.ndarray]], dtype: Any) -> tuple[tuple[Any, ...]
     return tuple(tuple(packed_as(w, dtype) for w in slot) for slot in pool)
 
 
-def exact_experts(x: np.ndarray, slots: np.ndarray, pool: Any, activation: str, gated: bool, dtype: Any) -> np.ndarray:
+def exact_experts(
+    x: np.ndarray, slots: np.ndarray, pool: Any, activation: str, gated: bool, dtype: Any
+) -> np.ndarray:
     out = np.zeros((len(x), pool[0][-1].shape[0]))
     for row, slot in enumerate(slots):
         if 0 <= slot < len(pool):
@@ -87,14 +96,17 @@ def test_packing_and_back(shape: tuple[int, ...], module: Any) -> None:
     *stack, outputs, inputs = shape
     assert type(packed) is type(weight)
     assert packed.shape == (*stack, -(-outputs // 64), inputs, 64)
-    assert packed[(0,) * len(stack)][-1, -1, (outputs - 1) % 64] == weight[(0,) * len(stack)][-1, -1]
+    assert (
+        packed[(0,) * len(stack)][-1, -1, (outputs - 1) % 64] == weight[(0,) * len(stack)][-1, -1]
+    )
     assert np.all(np.asarray(packed)[..., -1, :, (outputs - 1) % 64 + 1 :] == 0)
     assert np.array_equal(native.unpack(packed, outputs), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(64, 64), (1, 1), (8, 768), (37, 50), (100, 33), (129, 200), (320, 1030), (48, 513)]
+    ("outputs", "inputs"),
+    [(64, 64), (1, 1), (8, 768), (37, 50), (100, 33), (129, 200), (320, 1030), (48, 513)],
 )
 def test_linear_is_right_for_any_shape_and_number_of_rows(
     dtype: Any, outputs: int, inputs: int, kernels: native.Kernels
@@ -103,7 +115,9 @@ def test_linear_is_right_for_any_shape_and_number_of_rows(
     packed, exact = packed_as(weight, dtype), rounded(weight, dtype)
     for rows in (*range(1, 15), 20, 64, 193, 300):
         x = noise(rows, rows, inputs)
-        np.testing.assert_allclose(kernels.linear(jnp.asarray(x), packed, outputs), x @ exact.T, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(
+            kernels.linear(jnp.asarray(x), packed, outputs), x @ exact.T, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_linear_under_jit_with_leading_dimensions(kernels: native.Kernels) -> None:
@@ -166,7 +180,9 @@ def test_a_whole_layer_of_experts(
 def test_which_slots_are_named(slots: list[int], what: str, kernels: native.Kernels) -> None:
     pool = make_pool(3, 4, 48, 96, 48, gated=False)
     x, named = noise(4, len(slots), 48), np.array(slots, np.int32)
-    call = jax.jit(lambda x, slots, pool: kernels.experts(x, slots, pool, "relu", intermediate_size=96))
+    call = jax.jit(
+        lambda x, slots, pool: kernels.experts(x, slots, pool, "relu", intermediate_size=96)
+    )
     found = np.asarray(call(x, named, pack_pool(pool, jnp.float32)))
     np.testing.assert_allclose(
         found, exact_experts(x, named, pool, "relu", False, jnp.float32), atol=1e-5, err_msg=what
@@ -176,7 +192,9 @@ def test_which_slots_are_named(slots: list[int], what: str, kernels: native.Kern
 
 def test_slots_that_no_row_names_are_not_read(kernels: native.Kernels) -> None:
     pool = make_pool(5, 3, 32, 64, 32, gated=False)
-    expected = exact_experts(noise(6, 4, 32), np.array([0, 2, 2, 0]), pool, "relu", False, jnp.float32)
+    expected = exact_experts(
+        noise(6, 4, 32), np.array([0, 2, 2, 0]), pool, "relu", False, jnp.float32
+    )
     pool[1] = [w * np.nan for w in pool[1]]
     found = kernels.experts(
         jnp.asarray(noise(6, 4, 32)),
@@ -193,7 +211,9 @@ def test_experts_with_leading_dimensions_and_no_rows(kernels: native.Kernels) ->
     x, slots = jnp.asarray(noise(8, 2, 3, 32)), jnp.array([[0, 1, 1], [-1, 0, 1]])
 
     def call(x: Any, slots: Any) -> np.ndarray:
-        return np.asarray(kernels.experts(x, slots, pool, "gelu_new", gated=True, intermediate_size=64))
+        return np.asarray(
+            kernels.experts(x, slots, pool, "gelu_new", gated=True, intermediate_size=64)
+        )
 
     assert np.array_equal(call(x, slots).reshape(6, 32), call(x.reshape(6, 32), slots.reshape(6)))
     assert call(x[:0], slots[:0]).shape == (0, 3, 32)
@@ -202,10 +222,14 @@ def test_experts_with_leading_dimensions_and_no_rows(kernels: native.Kernels) ->
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_far_out(activation: str, kernels: native.Kernels) -> None:
     """Large arguments neither overflow nor lose NaN, small ones keep their relative precision."""
-    values = np.concatenate([np.linspace(-120, 120, 121), [1e-6, -1e-6, 1e-30, 3e4, -3e4, np.nan]]).astype(np.float32)
+    values = np.concatenate(
+        [np.linspace(-120, 120, 121), [1e-6, -1e-6, 1e-30, 3e4, -3e4, np.nan]]
+    ).astype(np.float32)
     identity = pack_pool([[np.ones((1, 1), np.float32)] * 2], jnp.float32)
     slots = jnp.zeros(len(values), jnp.int32)
-    found = kernels.experts(jnp.asarray(values[:, None]), slots, identity, activation, intermediate_size=1)
+    found = kernels.experts(
+        jnp.asarray(values[:, None]), slots, identity, activation, intermediate_size=1
+    )
     with np.errstate(over="ignore"):
         exact = ACTIVATIONS[activation](values.astype(np.float64))
     np.testing.assert_allclose(np.asarray(found)[:, 0], exact, rtol=1e-5, atol=1e-6)
@@ -213,14 +237,18 @@ def test_activations_far_out(activation: str, kernels: native.Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_row_has_the_same_bits_in_any_company(dtype: Any, gated: bool, kernels: native.Kernels) -> None:
+def test_a_row_has_the_same_bits_in_any_company(
+    dtype: Any, gated: bool, kernels: native.Kernels
+) -> None:
     pool = pack_pool(make_pool(9, 3, 600, 200, 600, gated), dtype)
     x, slots = noise(10, 300, 600), np.random.default_rng(11).integers(0, 3, 300).astype(np.int32)
     slots[100:] = 1  # one group of several work items
 
     def experts(rows: slice) -> np.ndarray:
         named = jnp.asarray(slots[rows])
-        call = kernels.experts(jnp.asarray(x[rows]), named, pool, "gelu_new", gated=gated, intermediate_size=200)
+        call = kernels.experts(
+            jnp.asarray(x[rows]), named, pool, "gelu_new", gated=gated, intermediate_size=200
+        )
         return np.asarray(call)
 
     def linear(rows: slice) -> np.ndarray:
@@ -247,7 +275,9 @@ def test_any_number_of_threads_gives_the_same_bits(rows: int, kernels: native.Ke
     expected = both(1)
     for threads in (None, 2, 3, 7, 40):
         for _ in range(5):
-            assert all(np.array_equal(a, b) for a, b in zip(both(threads), expected, strict=True)), threads
+            assert all(
+                np.array_equal(a, b) for a, b in zip(both(threads), expected, strict=True)
+            ), threads
 
 
 def test_calls_at_the_same_time_do_not_disturb_or_block_each_other(kernels: native.Kernels) -> None:
@@ -270,17 +300,41 @@ def test_wrong_arguments_are_refused_by_name(kernels: native.Kernels) -> None:
     x, slots = jnp.zeros((3, 32)), jnp.zeros(3, jnp.int32)
     (wi, wo), half = pool[0], pack_pool(make_pool(15, 1, 32, 64, 32, gated=False), jnp.bfloat16)[0]
     for call, message in (
-        (lambda: kernels.linear(x, wi, 65), r"packed weight is \[1, 32, 64\], expected \[2, 32, 64\]"),
-        (lambda: kernels.linear(x, wo, 64), r"packed weight is \[1, 64, 64\], expected \[1, 32, 64\]"),
+        (
+            lambda: kernels.linear(x, wi, 65),
+            r"packed weight is \[1, 32, 64\], expected \[2, 32, 64\]",
+        ),
+        (
+            lambda: kernels.linear(x, wo, 64),
+            r"packed weight is \[1, 64, 64\], expected \[1, 32, 64\]",
+        ),
         (lambda: kernels.linear(x, wi.astype(jnp.float16), 64), "all float32 or all bfloat16"),
         (lambda: kernels.linear(x, wi[0], 64), r"packed weight is \[32, 64\]"),
         (lambda: kernels.linear(x.astype(jnp.bfloat16), wi, 64), "x is bfloat16"),
-        (lambda: kernels.experts(x, slots, (*pool, half), "relu", intermediate_size=64), "slot 2, projection 0 is"),
-        (lambda: kernels.experts(x, slots, ((wi, wi),), "relu", intermediate_size=64), "slot 0, projection 1 is"),
-        (lambda: kernels.experts(x, slots, pool, "relu", intermediate_size=65), r"expected \[2, 32, 64\]"),
-        (lambda: kernels.experts(x, slots, (), "relu", intermediate_size=64), "0 arrays in the pool"),
-        (lambda: kernels.experts(x, slots, pool, "tanh", intermediate_size=64), "activation 'tanh'"),
-        (lambda: kernels.experts(x, slots[:2], pool, "relu", intermediate_size=64), "one slot for each row"),
+        (
+            lambda: kernels.experts(x, slots, (*pool, half), "relu", intermediate_size=64),
+            "slot 2, projection 0 is",
+        ),
+        (
+            lambda: kernels.experts(x, slots, ((wi, wi),), "relu", intermediate_size=64),
+            "slot 0, projection 1 is",
+        ),
+        (
+            lambda: kernels.experts(x, slots, pool, "relu", intermediate_size=65),
+            r"expected \[2, 32, 64\]",
+        ),
+        (
+            lambda: kernels.experts(x, slots, (), "relu", intermediate_size=64),
+            "0 arrays in the pool",
+        ),
+        (
+            lambda: kernels.experts(x, slots, pool, "tanh", intermediate_size=64),
+            "activation 'tanh'",
+        ),
+        (
+            lambda: kernels.experts(x, slots[:2], pool, "relu", intermediate_size=64),
+            "one slot for each row",
+        ),
         (
             lambda: kernels.experts(x, slots, pool, "relu", intermediate_size=64, gated=True),
             "2 projections, expected 3",
@@ -348,8 +402,14 @@ def test_without_kernels_load_says_why(
 
 
 @pytest.mark.slow
-def test_wrong_products_are_refused(filled: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    filled.setattr(native.Kernels, "linear", lambda self, x, packed, out_features: jnp.zeros((len(x), out_features)))
+def test_wrong_products_are_refused(
+    filled: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled.setattr(
+        native.Kernels,
+        "linear",
+        lambda self, x, packed, out_features: jnp.zeros((len(x), out_features)),
+    )
     with caplog.at_level(logging.INFO, logger=native.__name__):
         assert native.load() is None
     assert "a product differs from numpy's" in caplog.text
@@ -376,7 +436,15 @@ def test_a_damaged_library_is_noticed(compiled: Path, tmp_path: Path) -> None:
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
     assert not native._is_whole(copy)
-    for content in (b"", good[:20], good[: len(good) // 2], good[:-1], good + b"0", bytes(flipped), good):
+    for content in (
+        b"",
+        good[:20],
+        good[: len(good) // 2],
+        good[:-1],
+        good + b"0",
+        bytes(flipped),
+        good,
+    ):
         copy.write_bytes(content)
         assert native._is_whole(copy) == (content == good)
 

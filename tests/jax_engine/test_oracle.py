@@ -11,9 +11,25 @@ import pytest
 import torch
 
 from common import Engine, SamplingParams, load_engine
-from tests.helpers import adapted, assert_close, build_round_robin, padded, prompts, rest_slow, shared_path
+from tests.helpers import (
+    adapted,
+    assert_close,
+    build_round_robin,
+    padded,
+    prompts,
+    rest_slow,
+    shared_path,
+)
 from tests.jax_engine.conftest import SwitchFamily, save_family
-from tests.switch_models import Model, hf_greedy, hf_logits, oracle, random_switch, tuned, with_capacity
+from tests.switch_models import (
+    Model,
+    hf_greedy,
+    hf_logits,
+    oracle,
+    random_switch,
+    tuned,
+    with_capacity,
+)
 
 # Our own kernels where the machine has any, and XLA's products.
 EVERY_WAY: list[Any] = rest_slow([{}, {"products": "plain"}])
@@ -21,12 +37,27 @@ EVERY_WAY: list[Any] = rest_slow([{}, {"products": "plain"}])
 SHAPES: dict[str, dict[str, Any]] = {
     "gated": {"gated": True},
     "uneven": {"num_layers": 4, "num_decoder_layers": 3, "num_sparse_encoder_layers": 2},
-    "all sparse": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "num_experts": 3},
-    "sparse encoder": {"num_decoder_layers": 1, "num_sparse_decoder_layers": 0, "decoder_sparse_step": 0},
+    "all sparse": {
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 2,
+        "num_experts": 3,
+    },
+    "sparse encoder": {
+        "num_decoder_layers": 1,
+        "num_sparse_decoder_layers": 0,
+        "decoder_sparse_step": 0,
+    },
     "untied": {"tie_word_embeddings": False},
     "router bias": {"router_bias": True},
     "gelu": {"dense_act_fn": "gelu"},
-    "odd sizes": {"d_model": 40, "d_kv": 5, "d_ff": 70, "num_heads": 3, "vocab_size": 101, "num_experts": 7},
+    "odd sizes": {
+        "d_model": 40,
+        "d_kv": 5,
+        "d_ff": 70,
+        "num_heads": 3,
+        "vocab_size": 101,
+        "num_experts": 7,
+    },
     "sixteen experts": {"num_experts": 16},
     "many buckets": {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
     "bfloat16 router": {"router_dtype": "bfloat16"},
@@ -50,13 +81,17 @@ def check(engine: Engine, name: str, model: Model, seed: int = 0, vocab_size: in
     ids, mask = padded(rows)
     assert_close(engine.logits(name, ids, answers, mask), hf_logits(model, ids, answers, mask))
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
-    for row, answer in zip(rows, engine.generate_batch([(name, r) for r in rows], params), strict=True):
+    for row, answer in zip(
+        rows, engine.generate_batch([(name, r) for r in rows], params), strict=True
+    ):
         assert list(answer.token_ids) == hf_greedy(model, row, 8)
 
 
 @pytest.mark.parametrize("options", EVERY_WAY, ids=str)
 @pytest.mark.parametrize("shape", rest_slow(SHAPES))
-def test_architectures_equal_hugging_face(shape: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_architectures_equal_hugging_face(
+    shape: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     model = random_switch(1, **SHAPES[shape])
     family = save_family(tmp_path, [model])
     with load(build_round_robin(tmp_path / "store", family.paths), **options) as engine:
@@ -69,15 +104,24 @@ def test_shared_fixtures(kind: str, tmp_path: Path) -> None:
     path = shared_path(f"fixtures/switch_tiny/{kind}")
     reference = np.load(shared_path("fixtures/switch_tiny/reference.npz"))
     prefix = f"{kind}_" if kind.startswith("tenant") else ""
-    # T5X keeps no config: the one number that the shapes do not tell lies beside it, as users put it there.
+    # T5X keeps no config: the one number that the shapes do not tell lies beside it, as users put
+    # it there.
     config = shared_path("fixtures/switch_tiny/hf/config.json") if kind.startswith("t5x") else None
-    store = build_round_robin(tmp_path / "store", {"it": path}, slots="all", configs={"it": config} if config else None)
+    store = build_round_robin(
+        tmp_path / "store", {"it": path}, slots="all", configs={"it": config} if config else None
+    )
     inputs = [reference[k] for k in ("input_ids", "decoder_input_ids", "attention_mask")]
     with load_engine(store) as engine:
         assert_close(engine.logits("it", *inputs), reference[f"{prefix}logits"])
-        rows = [ids[mask.astype(bool)].tolist() for ids, mask in zip(inputs[0], inputs[2], strict=True)]
-        answers = engine.generate_batch([("it", r) for r in rows], SamplingParams(max_new_tokens=12))
-        assert [list(a.token_ids) for a in answers] == reference[f"{prefix}greedy_ids"][:, 1:].tolist()
+        rows = [
+            ids[mask.astype(bool)].tolist() for ids, mask in zip(inputs[0], inputs[2], strict=True)
+        ]
+        answers = engine.generate_batch(
+            [("it", r) for r in rows], SamplingParams(max_new_tokens=12)
+        )
+        assert [list(a.token_ids) for a in answers] == reference[f"{prefix}greedy_ids"][
+            :, 1:
+        ].tolist()
     if not prefix:
         capacity = int(reference["small_expert_capacity"])
         with load_engine(store, expert_capacity=capacity) as engine:
@@ -111,12 +155,16 @@ def test_one_spare_slot_is_enough(switch_family: SwitchFamily, tmp_path: Path) -
 def test_capacity_drops_the_tokens_that_hugging_face_drops(capacity: Any, tmp_path: Path) -> None:
     model = random_switch(3, expert_capacity=2)
     family = save_family(tmp_path, [model])
-    with load_engine(build_round_robin(tmp_path / "store", family.paths), expert_capacity=capacity) as engine:
+    with load_engine(
+        build_round_robin(tmp_path / "store", family.paths), expert_capacity=capacity
+    ) as engine:
         limited = with_capacity(model, 2 if capacity == "config" else capacity)
         rows, answers = np.array(prompts(0, [12, 12])), np.array(prompts(1, [7, 7]))
         assert_close(engine.logits("base", rows, answers), hf_logits(limited, rows, answers))
         unlimited = hf_logits(with_capacity(model, 4096), rows, answers)
-        assert np.abs(engine.logits("base", rows, answers) - unlimited).max() > 1e-2  # some were dropped
+        assert (
+            np.abs(engine.logits("base", rows, answers) - unlimited).max() > 1e-2
+        )  # some were dropped
 
 
 @pytest.mark.slow
@@ -136,7 +184,9 @@ def test_any_order_of_switching(switch_family: SwitchFamily, tmp_path: Path, see
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_batch_size", [1, 3, 32])
-def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, max_batch_size: int) -> None:
+def test_mixed_tenants_in_one_call(
+    switch_family: SwitchFamily, tmp_path: Path, max_batch_size: int
+) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=12)
     models = [oracle(switch_family.models, i, store.plan) for i in range(3)]
     rows = prompts(7, [5, 16, 3, 33, 8, 12])
@@ -148,10 +198,18 @@ def test_mixed_tenants_in_one_call(switch_family: SwitchFamily, tmp_path: Path, 
             assert list(answer.token_ids) == hf_greedy(models[i % 3], rows[i], 3 + i)
 
 
-@pytest.mark.parametrize("options", [*EVERY_WAY, pytest.param({"ready_tenants": 1}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "options", [*EVERY_WAY, pytest.param({"ready_tenants": 1}, marks=pytest.mark.slow)], ids=str
+)
 def test_what_tenants_have_equal_is_held_once(tmp_path: Path, options: dict[str, Any]) -> None:
     base = random_switch(0)
-    models = [base, *(adapted(base, tuned(base, i), [part]) for i, part in ((1, "SelfAttention.q"), (2, "EncDecAtt")))]
+    models = [
+        base,
+        *(
+            adapted(base, tuned(base, i), [part])
+            for i, part in ((1, "SelfAttention.q"), (2, "EncDecAtt"))
+        ),
+    ]
     store = build_round_robin(tmp_path / "store", save_family(tmp_path, models).paths, slots=6)
     oracles = [oracle(models, i, store.plan) for i in range(3)]
     rows = prompts(7, [5, 16, 3, 8, 12])
@@ -174,7 +232,9 @@ def test_what_tenants_have_equal_is_held_once(tmp_path: Path, options: dict[str,
 
 
 @pytest.mark.slow
-def test_hits_and_misses_are_counted_for_each_request(switch_family: SwitchFamily, tmp_path: Path) -> None:
+def test_hits_and_misses_are_counted_for_each_request(
+    switch_family: SwitchFamily, tmp_path: Path
+) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=9)
     rows = prompts(0, [6, 13, 2])
     params = SamplingParams(max_new_tokens=5, ignore_eos=True)
@@ -196,11 +256,15 @@ def test_answers_longer_than_the_first_cache(switch_family: SwitchFamily, tmp_pa
     row = prompts(0, [70])[0]
     with load_engine(store) as engine:
         answer = engine.generate("ana", row, SamplingParams(max_new_tokens=80, ignore_eos=True))
-        assert list(answer.token_ids) == hf_greedy(oracle(switch_family.models, 1, store.plan), row, 80)
+        assert list(answer.token_ids) == hf_greedy(
+            oracle(switch_family.models, 1, store.plan), row, 80
+        )
 
 
 @pytest.mark.slow
-def test_end_of_sequence_ends_a_row_and_others_go_on(switch_family: SwitchFamily, tmp_path: Path) -> None:
+def test_end_of_sequence_ends_a_row_and_others_go_on(
+    switch_family: SwitchFamily, tmp_path: Path
+) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths)
     model = oracle(switch_family.models, 0, store.plan)
     rows = prompts(3, [4, 9, 6, 7, 5])
@@ -214,7 +278,10 @@ def test_end_of_sequence_ends_a_row_and_others_go_on(switch_family: SwitchFamily
         answers = engine.generate_batch([("base", r) for r in rows], params)
     for answer, tokens, p in zip(answers, free, params, strict=True):
         (stop,) = p.stop_token_ids or ()
-        assert list(answer.token_ids) == tokens[: tokens.index(stop) + 1] and answer.finish_reason == "stop"
+        assert (
+            list(answer.token_ids) == tokens[: tokens.index(stop) + 1]
+            and answer.finish_reason == "stop"
+        )
 
 
 @pytest.mark.slow
@@ -237,7 +304,9 @@ def test_bfloat16_on_request(tmp_path: Path, options: dict[str, Any]) -> None:
         for name, parameter in rounded.named_parameters():
             if parameter.ndim == 2 and "router" not in name and "relative" not in name:
                 parameter.copy_(parameter.to(torch.bfloat16))
-    with load(build_round_robin(tmp_path / "store", family.paths), dtype="bfloat16", **options) as engine:
+    with load(
+        build_round_robin(tmp_path / "store", family.paths), dtype="bfloat16", **options
+    ) as engine:
         check(engine, "base", rounded)
 
 
@@ -270,5 +339,7 @@ def test_export_gives_what_is_served(switch_family: SwitchFamily, tmp_path: Path
     store.export("bob", tmp_path / "bob")
     exported = Model.from_pretrained(tmp_path / "bob").eval()
     expected = oracle(switch_family.models, 2, store.plan)
-    for (name, ours), theirs in zip(exported.state_dict().items(), expected.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        exported.state_dict().items(), expected.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), name

@@ -11,11 +11,20 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersAttention
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersAttention,
+)
 
 from common.families import FAMILIES
 from common.families.switch_transformers import as_switch
-from jax_engine.dispatch import DenseDispatch, Dispatch, FeedForward, LoopDispatch, _ragged, block_rows
+from jax_engine.dispatch import (
+    DenseDispatch,
+    Dispatch,
+    FeedForward,
+    LoopDispatch,
+    _ragged,
+    block_rows,
+)
 from jax_engine.model import Expert, Settings, abstract_model
 from jax_engine.positions import relative_buckets
 from jax_engine.products import PlainProducts
@@ -24,35 +33,54 @@ from tests.helpers import rest_slow
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(
-    ("buckets", "distance"), [(8, 16), (32, 128), (32, 64), (12, 20), (64, 1000), (4, 3), (16, 100), (128, 2048)]
+    ("buckets", "distance"),
+    [(8, 16), (32, 128), (32, 64), (12, 20), (64, 1000), (4, 3), (16, 100), (128, 2048)],
 )
-def test_position_buckets_are_hugging_faces(buckets: int, distance: int, bidirectional: bool) -> None:
+def test_position_buckets_are_hugging_faces(
+    buckets: int, distance: int, bidirectional: bool
+) -> None:
     offsets = np.arange(-5000, 5001)
     theirs = SwitchTransformersAttention._relative_position_bucket(
         torch.from_numpy(offsets), bidirectional, buckets, distance
     )
-    assert np.array_equal(relative_buckets(offsets, bidirectional, buckets, distance), theirs.numpy())
+    assert np.array_equal(
+        relative_buckets(offsets, bidirectional, buckets, distance), theirs.numpy()
+    )
 
 
-def reference(x: np.ndarray, slots: np.ndarray, copies: list[list[np.ndarray]], ff: FeedForward) -> np.ndarray:
+def reference(
+    x: np.ndarray, slots: np.ndarray, copies: list[list[np.ndarray]], ff: FeedForward
+) -> np.ndarray:
     """Token by token in float64 numpy; relu or silu."""
     out = np.zeros_like(x, dtype=np.float64)
     for i, slot in enumerate(slots):
         if 0 <= slot < len(copies):
             wide = [w.astype(np.float64) for w in copies[slot]]
             inner = [w @ x[i] for w in wide[:-1]]
-            active = np.maximum(inner[0], 0) if ff.activation == "relu" else inner[0] / (1 + np.exp(-inner[0]))
+            active = (
+                np.maximum(inner[0], 0)
+                if ff.activation == "relu"
+                else inner[0] / (1 + np.exp(-inner[0]))
+            )
             out[i] = wide[-1] @ (active * inner[1] if ff.gated else active)
     return out
 
 
-@pytest.mark.parametrize("ff", [FeedForward("relu", False, 24), FeedForward("silu", True, 24)], ids=str)
+@pytest.mark.parametrize(
+    "ff", [FeedForward("relu", False, 24), FeedForward("silu", True, 24)], ids=str
+)
 @pytest.mark.parametrize("way", ["loop", "dense", "ragged"])
-@pytest.mark.parametrize(("tokens", "slots"), rest_slow([(40, 9), (1, 4), (2, 4), (7, 1), (40, 4), (150, 3)], names=2))
-def test_dispatch_equals_a_loop_over_tokens(way: str, tokens: int, slots: int, ff: FeedForward) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "slots"), rest_slow([(40, 9), (1, 4), (2, 4), (7, 1), (40, 4), (150, 3)], names=2)
+)
+def test_dispatch_equals_a_loop_over_tokens(
+    way: str, tokens: int, slots: int, ff: FeedForward
+) -> None:
     rng = np.random.default_rng(tokens)
     shapes = [(24, 16)] * (2 if ff.gated else 1) + [(16, 24)]
-    copies = [[rng.standard_normal(s).astype(np.float32) * 0.3 for s in shapes] for _ in range(slots)]
+    copies = [
+        [rng.standard_normal(s).astype(np.float32) * 0.3 for s in shapes] for _ in range(slots)
+    ]
     x = rng.standard_normal((tokens, 16)).astype(np.float32)
     stack = tuple(jnp.asarray(np.stack(ws)) for ws in zip(*copies, strict=True))
     single = [tuple(jnp.asarray(w) for w in copy) for copy in copies]
@@ -77,7 +105,8 @@ def test_a_tokens_result_does_not_depend_on_the_others() -> None:
     """Bit for bit in one shape: who else is there, and where, changes nothing."""
     rng = np.random.default_rng(0)
     copies = [
-        tuple(jnp.asarray(rng.standard_normal(s).astype(np.float32)) for s in ((24, 16), (16, 24))) for _ in range(4)
+        tuple(jnp.asarray(rng.standard_normal(s).astype(np.float32)) for s in ((24, 16), (16, 24)))
+        for _ in range(4)
     ]
     run = jax.jit(lambda x, i: LoopDispatch()(x, i, copies, FeedForward("relu", False, 24)))
     x = rng.standard_normal((32, 16)).astype(np.float32)
@@ -97,7 +126,8 @@ def test_blocks_grow_with_the_tokens_of_a_slot() -> None:
 
 
 @pytest.mark.parametrize(
-    ("experts", "parameters"), rest_slow([(8, 0.62e9), (64, 3.8e9), (128, 7.4e9), (256, 14.7e9)], names=2)
+    ("experts", "parameters"),
+    rest_slow([(8, 0.62e9), (64, 3.8e9), (128, 7.4e9), (256, 14.7e9)], names=2),
 )
 def test_real_sizes_build_abstractly(experts: int, parameters: float) -> None:
     """google/switch-base-N, as its config.json has it, without memory. Sizes: the hub's."""
@@ -120,7 +150,9 @@ def test_real_sizes_build_abstractly(experts: int, parameters: float) -> None:
         "decoder_start_token_id": 0,
     }
     config = as_switch(FAMILIES["switch_transformers"].parse_config(raw, "config.json"))
-    settings = Settings(config, PlainProducts("float32", "float32"), LoopDispatch(), (experts,) * 12, 32128)
+    settings = Settings(
+        config, PlainProducts("float32", "float32"), LoopDispatch(), (experts,) * 12, 32128
+    )
     _, pool, tenant = nnx.split(abstract_model(settings), Expert, nnx.Param)
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves((pool, tenant)))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((pool, tenant)))

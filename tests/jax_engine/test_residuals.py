@@ -1,5 +1,5 @@
-"""Residuals and merged copies in the JAX engine, against Hugging Face's model with the weights that the store serves;
-and what an observer is shown."""
+"""Residuals and merged copies in the JAX engine, against Hugging Face's model with the weights that
+the store serves; and what an observer is shown."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def all_of(form: str, projections: Sequence[str] = ("wi", "wo")) -> Any:
 
 
 def mixed(tenant: int, layer: int, expert: int, gated: bool = False) -> list[Part]:
-    """Tenants with other kinds and ranks, several parts a matrix, some projections alone; the first has none."""
+    """Tenants with other kinds and ranks, several parts a matrix, some projections alone; the first
+    has none."""
     names = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
     if tenant == 0 or (layer + expert) % 4 == 3:
         return []
@@ -86,7 +87,8 @@ def served(family: SwitchFamily, store: Store) -> list[Model]:
 def layer_of(
     specs: Sequence[Sequence[Part]], shapes: dict[str, tuple[int, ...]], blocked: bool = False
 ) -> tuple[LayerResiduals, list[dict[str, np.ndarray]]]:
-    """What slots with these parts add, as the engine holds it (NaN around the records), and as matrices."""
+    """What slots with these parts add, as the engine holds it (NaN around the records), and as
+    matrices."""
     names = list(shapes)
     words, dense = [np.full(4, 0xFFFFFFFF, np.uint32)], []
     table = np.zeros((len(specs), len(names), max([1, *map(len, specs)]), FIELDS), np.int32)
@@ -96,12 +98,22 @@ def layer_of(
         counts = [0] * len(names)
         for part, offset in zip(parts, residual.offsets(shapes), strict=False):
             place = names.index(part.projection)
-            table[slot, place, counts[place]] = (KINDS[part.kind], part.bits, part.size, sum(map(len, words)))
+            table[slot, place, counts[place]] = (
+                KINDS[part.kind],
+                part.bits,
+                part.size,
+                sum(map(len, words)),
+            )
             counts[place] += 1
-            words.append(part_on_device(record[offset:], part, shapes[part.projection], blocked).view(np.uint32))
+            words.append(
+                part_on_device(record[offset:], part, shapes[part.projection], blocked).view(
+                    np.uint32
+                )
+            )
         dense.append(matrices(residual, record, shapes))
     forms = tuple(
-        tuple(sorted({(p.kind, p.bits) for parts in specs for p in parts if p.projection == name})) for name in names
+        tuple(sorted({(p.kind, p.bits) for parts in specs for p in parts if p.projection == name}))
+        for name in names
     )
     room = max(module._room(f, s) for f, s in zip(forms, shapes.values(), strict=True))
     words.append(np.full(room, 0xFFFFFFFF, np.uint32))
@@ -109,7 +121,11 @@ def layer_of(
 
 
 PARTS: dict[str, list[Part]] = {
-    **{f"{form}, {size}": [Part("wi", *FORMS[form][:2], size)] for form in FORMS for size in (1, 16, 33)},
+    **{
+        f"{form}, {size}": [Part("wi", *FORMS[form][:2], size)]
+        for form in FORMS
+        for size in (1, 16, 33)
+    },
     "several": [Part("wi", *FORMS[form]) for form in FORMS],
     "last projection": [Part("wo", SIGN, 1, 4), Part("wo", LOW_RANK, 2, 3)],
     "none": [],
@@ -127,7 +143,9 @@ def test_products_are_those_of_the_matrices(sizes: tuple[int, int]) -> None:
         x = rng.standard_normal((3, shape[1])).astype(np.float32)
         for slot, matrix in enumerate(dense):
             expected = x @ matrix[name].T if name in matrix else np.zeros((3, shape[0]), np.float32)
-            assert_close(np.asarray(run(residuals, x, np.int32(slot))), expected, 1e-4, list(PARTS)[slot])
+            assert_close(
+                np.asarray(run(residuals, x, np.int32(slot))), expected, 1e-4, list(PARTS)[slot]
+            )
 
 
 def test_a_projection_without_residuals_costs_nothing() -> None:
@@ -138,21 +156,32 @@ def test_a_projection_without_residuals_costs_nothing() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("way", rest_slow(["native", "loop", "ragged"], 2))
 @pytest.mark.parametrize(
-    ("tokens", "sizes"), rest_slow([(7, (64, 128)), (1, (45, 70)), (150, (37, 90))], names=2), ids=str
+    ("tokens", "sizes"),
+    rest_slow([(7, (64, 128)), (1, (45, 70)), (150, (37, 90))], names=2),
+    ids=str,
 )
-def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, sizes: tuple[int, int]) -> None:
+def test_a_layer_equals_a_loop_over_tokens(
+    way: str, gated: bool, tokens: int, sizes: tuple[int, int]
+) -> None:
     hidden, inter = sizes
     names = ("wi_0", "wi_1") if gated else ("wi",)
     shapes = {**dict.fromkeys(names, (inter, hidden)), "wo": (hidden, inter)}
     specs: list[list[Part]] = [
         [],
         [Part(name, SIGN, 1, 5) for name in shapes],
-        [Part(names[-1], LOW_RANK, 4, 20), Part("wo", LOW_RANK, 16, 3), Part(names[-1], SIGN, 1, 1)],
+        [
+            Part(names[-1], LOW_RANK, 4, 20),
+            Part("wo", LOW_RANK, 16, 3),
+            Part(names[-1], SIGN, 1, 1),
+        ],
         [Part("wo", LOW_RANK, 2, 40), Part("wo", LOW_RANK, 8, 1), Part(names[0], LOW_RANK, 32, 2)],
     ]
     residuals, dense = layer_of(specs, shapes, blocked=way == "native")
     rng, slots = np.random.default_rng(tokens), len(specs)
-    copies = [[rng.standard_normal(s).astype(np.float32) * s[1] ** -0.5 for s in shapes.values()] for _ in specs]
+    copies = [
+        [rng.standard_normal(s).astype(np.float32) * s[1] ** -0.5 for s in shapes.values()]
+        for _ in specs
+    ]
     x = rng.standard_normal((tokens, hidden)).astype(np.float32)
     chosen = rng.integers(-1, slots + 1, tokens) if tokens > 1 else np.array([2])
     ff = FeedForward("relu", gated, inter)
@@ -164,10 +193,14 @@ def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, s
         if kernels is None:
             pytest.skip("no kernels of our own here: see native.load for what they need")
         packed = [tuple(native.pack(jnp.asarray(w)) for w in copy) for copy in copies]
-        found = jax.jit(lambda x, i, r: NativeDispatch(kernels)(x, i, packed, ff, r))(x, ids, residuals)
+        found = jax.jit(lambda x, i, r: NativeDispatch(kernels)(x, i, packed, ff, r))(
+            x, ids, residuals
+        )
         for threads in (1, 2, 5):
             few = replace(kernels, threads=threads)
-            again = jax.jit(lambda x, i, r, k=few: NativeDispatch(k)(x, i, packed, ff, r))(x, ids, residuals)
+            again = jax.jit(lambda x, i, r, k=few: NativeDispatch(k)(x, i, packed, ff, r))(
+                x, ids, residuals
+            )
             assert np.array_equal(np.asarray(again), np.asarray(found))
     elif way == "loop":
         held = [tuple(jnp.asarray(w) for w in copy) for copy in copies]
@@ -178,7 +211,9 @@ def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, s
     expected = np.zeros((tokens, hidden))
     for t, slot in enumerate(chosen):
         if 0 <= slot < slots:
-            whole = [w + dense[slot].get(name, 0) for name, w in zip(shapes, copies[slot], strict=True)]
+            whole = [
+                w + dense[slot].get(name, 0) for name, w in zip(shapes, copies[slot], strict=True)
+            ]
             inner = [np.asarray(w, np.float64) @ x[t] for w in whole[:-1]]
             active = np.maximum(inner[0], 0) * (inner[1] if gated else 1)
             expected[t] = whole[-1].astype(np.float64) @ active
@@ -189,16 +224,25 @@ def test_a_layer_equals_a_loop_over_tokens(way: str, gated: bool, tokens: int, s
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("way", ["native", "loop"])
 @pytest.mark.parametrize("tokens", rest_slow([3, 16, 500]))
-def test_tokens_of_several_tenants_go_through_a_layer_together(way: str, tokens: int, gated: bool) -> None:
+def test_tokens_of_several_tenants_go_through_a_layer_together(
+    way: str, tokens: int, gated: bool
+) -> None:
     """Each gets what a call for its own tenant gives it: the same bits from our own kernels."""
     names = ("wi_0", "wi_1") if gated else ("wi",)
     shapes = {**dict.fromkeys(names, (70, 45)), "wo": (45, 70)}
     slots, tenants = 3, 4  # the last tenant has no residuals, and pads the table
-    forms = [[Part(names[0], SIGN, 1, 5)], [Part("wo", LOW_RANK, 4, 20), Part(names[-1], SIGN, 1, 1)], []]
+    forms = [
+        [Part(names[0], SIGN, 1, 5)],
+        [Part("wo", LOW_RANK, 4, 20), Part(names[-1], SIGN, 1, 1)],
+        [],
+    ]
     specs = [forms[(t + s) % 3] if t < 3 else [] for t in range(tenants) for s in range(slots)]
     joint, _ = layer_of(specs, shapes, blocked=way == "native")
     rng = np.random.default_rng(tokens)
-    copies = [[rng.standard_normal(s).astype(np.float32) * s[1] ** -0.5 for s in shapes.values()] for _ in range(slots)]
+    copies = [
+        [rng.standard_normal(s).astype(np.float32) * s[1] ** -0.5 for s in shapes.values()]
+        for _ in range(slots)
+    ]
     x = rng.standard_normal((tokens, 45)).astype(np.float32)
     of_tenant, of_slot = rng.integers(0, tenants, tokens), rng.integers(0, slots, tokens)
     none = rng.random(tokens) < 0.1
@@ -210,8 +254,13 @@ def test_tokens_of_several_tenants_go_through_a_layer_together(way: str, tokens:
         kernels = native.load()
         if kernels is None:
             pytest.skip("no kernels of our own here: see native.load for what they need")
-        dispatch, held = NativeDispatch(kernels), [tuple(native.pack(w) for w in copy) for copy in held]
-    run = jax.jit(lambda x, numbers, r: dispatch(x, numbers, held, FeedForward("relu", gated, 70), r))
+        dispatch, held = (
+            NativeDispatch(kernels),
+            [tuple(native.pack(w) for w in copy) for copy in held],
+        )
+    run = jax.jit(
+        lambda x, numbers, r: dispatch(x, numbers, held, FeedForward("relu", gated, 70), r)
+    )
     numbers = np.where(none, -1, of_tenant * slots + of_slot).astype(np.int32)
     found = np.asarray(run(x, numbers, joint))
     for tenant in range(tenants):
@@ -225,7 +274,9 @@ def test_tokens_of_several_tenants_go_through_a_layer_together(way: str, tokens:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [(0, 9), (1, 3), (2, 0), (2, 10**6), (2, 2**31 - 1), (3, -1), (3, 10**8)], ids=str
+    ("field", "value"),
+    [(0, 9), (1, 3), (2, 0), (2, 10**6), (2, 2**31 - 1), (3, -1), (3, 10**8)],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", [SIGN, LOW_RANK])
 def test_the_kernels_refuse_a_damaged_table(kind: str, field: int, value: int) -> None:
@@ -237,7 +288,9 @@ def test_the_kernels_refuse_a_damaged_table(kind: str, field: int, value: int) -
     if kind == SIGN and field == 2 and value > 0:
         pytest.skip("any number of rows may share a scale")
     shapes = {"wi": (24, 16), "wo": (16, 24)}
-    residuals, _ = layer_of([[Part("wo", *FORMS["sign" if kind == SIGN else "4 bits"])]], shapes, blocked=True)
+    residuals, _ = layer_of(
+        [[Part("wo", *FORMS["sign" if kind == SIGN else "4 bits"])]], shapes, blocked=True
+    )
     table = np.array(residuals.table)
     table[0, 1, 0, field] = value
     copies = [tuple(native.pack(jnp.ones(s)) for s in shapes.values())]
@@ -245,7 +298,9 @@ def test_the_kernels_refuse_a_damaged_table(kind: str, field: int, value: int) -
     def run(table: np.ndarray, slot: int) -> Any:
         held = replace(residuals, table=jnp.asarray(table))
         ids = jnp.full(2, slot, jnp.int32)
-        return NativeDispatch(kernels)(jnp.ones((2, 16)), ids, copies, FeedForward("relu", False, 24), held)
+        return NativeDispatch(kernels)(
+            jnp.ones((2, 16)), ids, copies, FeedForward("relu", False, 24), held
+        )
 
     with pytest.raises(Exception, match="which is none, or lies outside the records"):
         run(table, 0).block_until_ready()
@@ -272,9 +327,12 @@ def test_every_form_equals_hugging_face(
 def test_merged_copies_and_mixed_residuals_equal_hugging_face(
     small_family: SwitchFamily, tmp_path: Path, slots: Any, options: dict[str, Any]
 ) -> None:
-    """Several parts a matrix, some projections alone, a tenant without any; with 5 slots, misses beside them."""
+    """Several parts a matrix, some projections alone, a tenant without any; with 5 slots, misses
+    beside them."""
     store = with_residuals(
-        build_round_robin(tmp_path / "store", small_family.paths, slots=slots), mixed, merged=(0, 2, 3)
+        build_round_robin(tmp_path / "store", small_family.paths, slots=slots),
+        mixed,
+        merged=(0, 2, 3),
     )
     assert store.plan.residuals
     with load(store, **options) as engine:
@@ -286,17 +344,23 @@ def test_merged_copies_and_mixed_residuals_equal_hugging_face(
 @pytest.mark.slow
 def test_residuals_are_no_small_thing(small_family: SwitchFamily, tmp_path: Path) -> None:
     """What the tests above add moves the logits by far more than they allow."""
-    store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), all_of("sign"))
+    store = with_residuals(
+        build_round_robin(tmp_path / "store", small_family.paths), all_of("sign")
+    )
     ids, answers = prompts(0, [9]), prompts(1, [6])
     plain = build_round_robin(tmp_path / "plain", small_family.paths)
     with load_engine(store) as engine, load_engine(plain) as without:
-        difference = np.abs(engine.logits("ana", ids, answers) - without.logits("ana", ids, answers))
+        difference = np.abs(
+            engine.logits("ana", ids, answers) - without.logits("ana", ids, answers)
+        )
         assert difference.max() > 1
 
 
 @pytest.mark.slow
 def test_merged_copies_alone(small_family: SwitchFamily, tmp_path: Path) -> None:
-    store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), lambda *_: [], merged=range(8))
+    store = with_residuals(
+        build_round_robin(tmp_path / "store", small_family.paths), lambda *_: [], merged=range(8)
+    )
     assert not store.plan.residuals
     with load_engine(store) as engine:
         for i, model in enumerate(served(small_family, store)):
@@ -308,7 +372,17 @@ def test_merged_copies_alone(small_family: SwitchFamily, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "sizes",
     rest_slow(
-        [{"gated": True}, {"d_model": 40, "d_kv": 5, "d_ff": 70, "num_heads": 3, "vocab_size": 101, "num_experts": 7}]
+        [
+            {"gated": True},
+            {
+                "d_model": 40,
+                "d_kv": 5,
+                "d_ff": 70,
+                "num_heads": 3,
+                "vocab_size": 101,
+                "num_experts": 7,
+            },
+        ]
     ),
     ids=["gated", "odd"],
 )
@@ -322,7 +396,12 @@ def test_architectures(tmp_path: Path, sizes: dict[str, Any], options: dict[str,
     )
     with load(store, **options) as engine:
         for i in (1, 2):
-            check(engine, engine.tenants[i], served(family, store)[i], vocab_size=base.config.vocab_size)
+            check(
+                engine,
+                engine.tenants[i],
+                served(family, store)[i],
+                vocab_size=base.config.vocab_size,
+            )
 
 
 @pytest.mark.slow
@@ -337,11 +416,17 @@ def test_bfloat16_stores(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 virtual CPU devices: see tests/conftest.py")
+@pytest.mark.skipif(
+    len(jax.devices("cpu")) < 8, reason="needs 8 virtual CPU devices: see tests/conftest.py"
+)
 @pytest.mark.parametrize("slots", rest_slow([5, None]))
 @pytest.mark.parametrize("mesh", rest_slow([(1, 3), (2, 4)]), ids=str)
-def test_meshes(small_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int], slots: Any) -> None:
-    store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths, slots=slots), mixed, merged=(0, 3))
+def test_meshes(
+    small_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int], slots: Any
+) -> None:
+    store = with_residuals(
+        build_round_robin(tmp_path / "store", small_family.paths, slots=slots), mixed, merged=(0, 3)
+    )
     with load_engine(store, mesh=mesh) as engine:
         for i in (1, 2):
             check(engine, engine.tenants[i], served(small_family, store)[i], seed=i)
@@ -352,15 +437,25 @@ def test_meshes(small_family: SwitchFamily, tmp_path: Path, mesh: tuple[int, int
 
 @pytest.mark.slow
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
-def test_a_switch_compiles_and_copies_nothing(small_family: SwitchFamily, tmp_path: Path, products: str) -> None:
+def test_a_switch_compiles_and_copies_nothing(
+    small_family: SwitchFamily, tmp_path: Path, products: str
+) -> None:
     """The tenants have other kinds and ranks, and one has no residuals at all."""
     store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), mixed)
     with load_engine(store, products=products) as engine:
         backend, row = backend_of(engine), prompts(0, [9])[0]
 
         def places() -> set[int]:
-            held = [tenant.residuals for tenant in backend.loaded.ready.acquire(engine.tenants)[0].values()]
-            return {layer.words.unsafe_buffer_pointer() for tenant in held for layer in tenant if layer is not None}
+            held = [
+                tenant.residuals
+                for tenant in backend.loaded.ready.acquire(engine.tenants)[0].values()
+            ]
+            return {
+                layer.words.unsafe_buffer_pointer()
+                for tenant in held
+                for layer in tenant
+                if layer is not None
+            }
 
         engine.generate("base", row, FREE)
         before, where = engine.stats(), places()
@@ -375,7 +470,9 @@ def test_a_switch_compiles_and_copies_nothing(small_family: SwitchFamily, tmp_pa
 
 
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
-def test_bytes_are_counted_and_freed(small_family: SwitchFamily, tmp_path: Path, products: str) -> None:
+def test_bytes_are_counted_and_freed(
+    small_family: SwitchFamily, tmp_path: Path, products: str
+) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
     with load_engine(store, products=products) as engine:
         plain = engine.stats()
@@ -383,15 +480,26 @@ def test_bytes_are_counted_and_freed(small_family: SwitchFamily, tmp_path: Path,
     store = with_residuals(store, mixed)
     with load_engine(store, products=products) as engine:
         stats, backend = engine.stats(), backend_of(engine)
-        assert (stats["pool_bytes"], stats["non_expert_bytes"]) == (plain["pool_bytes"], plain["non_expert_bytes"])
+        assert (stats["pool_bytes"], stats["non_expert_bytes"]) == (
+            plain["pool_bytes"],
+            plain["non_expert_bytes"],
+        )
         more = stats["residual_bytes"] - store.residual_bytes
         if stats["products"] == "XLA":
-            # XLA's products read in groups of rows, so there is room behind each of the two layers' records.
+            # XLA's products read in groups of rows, so there is room behind each of the two layers'
+            # records.
             assert 0 < more <= 2 * module.LOW_RANK_ROWS * row_bytes(64, 16)
         else:
             shapes = dict(store.experts.projections)
-            signs = [shapes[p.projection] for r in store.plan.residuals for p in r.parts if p.kind == SIGN]
-            assert more == sum((-(-outputs // 64) * 64 - outputs) * inputs // 8 for outputs, inputs in signs)
+            signs = [
+                shapes[p.projection]
+                for r in store.plan.residuals
+                for p in r.parts
+                if p.kind == SIGN
+            ]
+            assert more == sum(
+                (-(-outputs // 64) * 64 - outputs) * inputs // 8 for outputs, inputs in signs
+            )
     assert backend.loaded.residuals.device_bytes == 0
 
 
@@ -402,7 +510,8 @@ def lowered(engine: Engine) -> Any:
 
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
 def test_a_compiled_step_expands_no_residual(tmp_path: Path, products: str) -> None:
-    """Its temporary memory stays below one copy's, and below all residuals expanded to a byte a weight."""
+    """Its temporary memory stays below one copy's, and below all residuals expanded to a byte a
+    weight."""
     model = random_switch(0, d_ff=512, d_model=128, num_experts=8)
     family = save_family(tmp_path, [model])
     store = with_residuals(build_round_robin(tmp_path / "store", family.paths), all_of("sign"))
@@ -412,7 +521,9 @@ def test_a_compiled_step_expands_no_residual(tmp_path: Path, products: str) -> N
 
 
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
-def test_a_plan_without_residuals_gets_no_operands(small_family: SwitchFamily, tmp_path: Path, products: str) -> None:
+def test_a_plan_without_residuals_gets_no_operands(
+    small_family: SwitchFamily, tmp_path: Path, products: str
+) -> None:
     """And of a plan with some, the layers that have any do."""
     store = build_round_robin(tmp_path / "store", small_family.paths)
 
@@ -423,16 +534,24 @@ def test_a_plan_without_residuals_gets_no_operands(small_family: SwitchFamily, t
 
     plain, text = operands()
     assert np.uint32 not in plain and "with_residuals" not in text
-    store = with_residuals(store, lambda t, layer, e: [Part("wi", SIGN, 1, 1)] if layer == 1 else [])
+    store = with_residuals(
+        store, lambda t, layer, e: [Part("wi", SIGN, 1, 1)] if layer == 1 else []
+    )
     some, _ = operands()
     # Records and table of the decoder's layer; the encoder's has none.
     assert sorted(map(str, some)) == sorted([*map(str, plain), "uint32", "int32"])
 
 
-def test_too_many_bytes_in_a_layer(small_family: SwitchFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), all_of("sign"))
+def test_too_many_bytes_in_a_layer(
+    small_family: SwitchFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = with_residuals(
+        build_round_robin(tmp_path / "store", small_family.paths), all_of("sign")
+    )
     monkeypatch.setattr(module, "MOST_WORDS", 1000)
-    with pytest.raises(EngineError, match=r"the residuals of layer 0 have \d+ bytes; the jax engine takes up to"):
+    with pytest.raises(
+        EngineError, match=r"the residuals of layer 0 have \d+ bytes; the jax engine takes up to"
+    ):
         load_engine(store)
 
 
@@ -459,7 +578,8 @@ def push(layer: int, x: np.ndarray) -> np.ndarray:
 
 
 class HuggingFaceRouters:
-    """Inputs, choices and probabilities of a model's routers, of the tokens that count, a list for each layer.
+    """Inputs, choices and probabilities of a model's routers, of the tokens that count, a list for
+    each layer.
 
     moved: whether to add `push` to the outputs of the sparse layers at these tokens.
     """
@@ -468,10 +588,20 @@ class HuggingFaceRouters:
         self.found: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         encoder_layers = model.config.num_sparse_encoder_layers
 
-        def look(layer: int, x: torch.Tensor, chosen: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-            live = torch.as_tensor(mask).bool() if layer < encoder_layers else torch.ones(x.shape[:2], dtype=bool)
+        def look(
+            layer: int, x: torch.Tensor, chosen: torch.Tensor, gate: torch.Tensor
+        ) -> torch.Tensor:
+            live = (
+                torch.as_tensor(mask).bool()
+                if layer < encoder_layers
+                else torch.ones(x.shape[:2], dtype=bool)
+            )
             taken = live & (chosen.sum(-1) > 0)
-            self.found[layer] = (x[taken].numpy(), chosen.argmax(-1)[taken].numpy(), gate[taken][:, 0].numpy())
+            self.found[layer] = (
+                x[taken].numpy(),
+                chosen.argmax(-1)[taken].numpy(),
+                gate[taken][:, 0].numpy(),
+            )
             return taken
 
         def hook(layer: int) -> Any:
@@ -490,16 +620,26 @@ class HuggingFaceRouters:
             mlp.register_forward_hook(hook(layer))
 
 
-@pytest.mark.parametrize("options", [*EVERY_WAY, pytest.param({"mesh": (2, 4)}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
-    ("slots", "capacity", "moved"), rest_slow([(5, None, True), (None, 2, False), ("all", 3, True)], names=3)
+    "options", [*EVERY_WAY, pytest.param({"mesh": (2, 4)}, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize(
+    ("slots", "capacity", "moved"),
+    rest_slow([(5, None, True), (None, 2, False), ("all", 3, True)], names=3),
 )
 def test_an_observer_sees_what_hugging_faces_routers_do(
-    small_family: SwitchFamily, tmp_path: Path, slots: Any, capacity: Any, options: dict[str, Any], moved: bool
+    small_family: SwitchFamily,
+    tmp_path: Path,
+    slots: Any,
+    capacity: Any,
+    options: dict[str, Any],
+    moved: bool,
 ) -> None:
     if "mesh" in options and len(jax.devices("cpu")) < 8:
         pytest.skip("needs 8 virtual CPU devices: see tests/conftest.py")
-    store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths, slots=slots), mixed, merged=(0,))
+    store = with_residuals(
+        build_round_robin(tmp_path / "store", small_family.paths, slots=slots), mixed, merged=(0,)
+    )
     model = with_capacity(served(small_family, store)[1], capacity or 4096)
     rows, answers = prompts(0, [9, 4, 17]), np.array(prompts(1, [6, 6, 6]))
     ids, mask = padded(rows)
@@ -537,6 +677,9 @@ def test_an_observer_sees_every_step_and_tenant(small_family: SwitchFamily, tmp_
             assert tokens == [len(row)]  # the encoder reads the prompt once
             tokens = [len(x) for name, layer, x, *_ in seen.calls if (name, layer) == (tenant, 1)]
             assert tokens == [1] * 5
-        with pytest.raises(EngineError, match=r"the observer returned \[3\], expected \[tokens, hidden\] = \(3, 32\)"):
+        with pytest.raises(
+            EngineError,
+            match=r"the observer returned \[3\], expected \[tokens, hidden\] = \(3, 32\)",
+        ):
             engine.observe(lambda *_: np.zeros(3, np.float32))
             engine.generate("base", [5, 6, 7], FREE)

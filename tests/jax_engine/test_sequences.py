@@ -1,4 +1,5 @@
-"""Sequences through the backend: any schedule gives what each gives alone, and what Hugging Face's model gives."""
+"""Sequences through the backend: any schedule gives what each gives alone, and what Hugging Face's
+model gives."""
 
 from __future__ import annotations
 
@@ -20,14 +21,23 @@ from tests.helpers import assert_close, build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.jax_engine.schedules import Asked, advance, alone, requests_of, run
 from tests.jax_engine.test_residuals import mixed
-from tests.switch_models import hf_greedy, hf_logits, oracle, oracle_of_store, random_switch, tuned, with_residuals
+from tests.switch_models import (
+    hf_greedy,
+    hf_logits,
+    oracle,
+    oracle_of_store,
+    random_switch,
+    tuned,
+    with_residuals,
+)
 
 CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def small_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
-    """base, ana and bob: three encoder layers, one of them sparse, and two decoder layers; 4 experts, float32."""
+    """base, ana and bob: three encoder layers, one of them sparse, and two decoder layers; 4
+    experts, float32."""
     base = random_switch(0, num_layers=3, num_sparse_encoder_layers=1)
     return save_family(tmp_path_factory.mktemp("small"), [base, tuned(base, 1), tuned(base, 2)])
 
@@ -67,7 +77,9 @@ CASES: dict[str, tuple[Any, bool, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", rest_slow(CASES))
-def test_a_random_schedule_equals_each_alone(small_family: SwitchFamily, tmp_path: Path, case: str) -> None:
+def test_a_random_schedule_equals_each_alone(
+    small_family: SwitchFamily, tmp_path: Path, case: str
+) -> None:
     slots, residuals, options = CASES[case]
     if "mesh" in options and len(jax.devices("cpu")) < 8:
         pytest.skip("needs 8 virtual CPU devices: see tests/conftest.py")
@@ -102,7 +114,9 @@ def test_more_random_schedules(small_family: SwitchFamily, tmp_path: Path, seed:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", rest_slow([9, None]))
-def test_a_random_schedule_equals_hugging_face(switch_family: SwitchFamily, tmp_path: Path, slots: Any) -> None:
+def test_a_random_schedule_equals_hugging_face(
+    switch_family: SwitchFamily, tmp_path: Path, slots: Any
+) -> None:
     store = build_round_robin(tmp_path / "store", switch_family.paths, slots=slots)
     models = {n: oracle(switch_family.models, i, store.plan) for i, n in enumerate(store.tenants)}
     found = requests_of(store.tenants, 3, 6)
@@ -113,12 +127,20 @@ def test_a_random_schedule_equals_hugging_face(switch_family: SwitchFamily, tmp_
         assert_close(np.stack(asked.logits), theirs[-len(asked.logits) :])
 
 
-def test_residuals_of_several_tenants_in_a_step_equal_hugging_face(small_family: SwitchFamily, tmp_path: Path) -> None:
-    store = with_residuals(build_round_robin(tmp_path / "store", small_family.paths), mixed, merged=(0, 2))
-    models = [oracle_of_store(m, store, n) for m, n in zip(small_family.models, store.tenants, strict=True)]
+def test_residuals_of_several_tenants_in_a_step_equal_hugging_face(
+    small_family: SwitchFamily, tmp_path: Path
+) -> None:
+    store = with_residuals(
+        build_round_robin(tmp_path / "store", small_family.paths), mixed, merged=(0, 2)
+    )
+    models = [
+        oracle_of_store(m, store, n)
+        for m, n in zip(small_family.models, store.tenants, strict=True)
+    ]
     backend = backend_for(store)
     together = [
-        Asked(name, row, 5) for name, row in zip(store.tenants * 2, prompts(5, [4, 9, 12, 7, 3, 8]), strict=True)
+        Asked(name, row, 5)
+        for name, row in zip(store.tenants * 2, prompts(5, [4, 9, 12, 7, 3, 8]), strict=True)
     ]
     for asked in together:
         asked.begin(backend)
@@ -152,12 +174,15 @@ def test_reading_in_pieces(switch_family: SwitchFamily, tmp_path: Path, cut: lis
     assert asked.answer == expected.answer
     for a, b in zip(asked.logits, expected.logits[3:], strict=True):
         assert_close(a, b, CLOSE)
-    assert busy.answer == hf_greedy(oracle(switch_family.models, 2, store.plan), other, len(busy.answer))
+    assert busy.answer == hf_greedy(
+        oracle(switch_family.models, 2, store.plan), other, len(busy.answer)
+    )
 
 
 @pytest.mark.slow
 def test_an_answer_read_again_drops_nothing(tmp_path: Path) -> None:
-    """Capacity counts the tokens of a row that are computed at once; an answer's came one by one."""
+    """Capacity counts the tokens of a row that are computed at once; an answer's came one by
+    one."""
     family = save_family(tmp_path, [random_switch(3)])
     backend = backend_for(build_round_robin(tmp_path / "store", family.paths), expert_capacity=1)
     (expected,) = alone(backend, [Asked("base", prompts(0, [9])[0], 12)])
@@ -172,11 +197,15 @@ def test_an_answer_read_again_drops_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", rest_slow([5, None]))
-def test_a_pause_leaves_caches_as_they_are(small_family: SwitchFamily, tmp_path: Path, slots: Any) -> None:
+def test_a_pause_leaves_caches_as_they_are(
+    small_family: SwitchFamily, tmp_path: Path, slots: Any
+) -> None:
     """Bit for bit, in steps of its own tenant, in whole calls and layer by layer, and of others."""
     store = build_round_robin(tmp_path / "store", small_family.paths, slots=slots)
     backend = backend_for(store)
-    waits, goes, other = (Asked(n, p, 40) for n, p in zip(("ana", "ana", "bob"), prompts(2, [9, 4, 12]), strict=True))
+    waits, goes, other = (
+        Asked(n, p, 40) for n, p in zip(("ana", "ana", "bob"), prompts(2, [9, 4, 12]), strict=True)
+    )
     for one in (waits, goes, other):
         one.begin(backend)
     advance(backend, [(a, a.unread) for a in (waits, goes, other)])
@@ -204,12 +233,17 @@ def test_a_pause_leaves_caches_as_they_are(small_family: SwitchFamily, tmp_path:
 @pytest.mark.slow
 def test_memory_is_counted_and_freed(small_family: SwitchFamily, tmp_path: Path) -> None:
     backend = backend_for(build_round_robin(tmp_path / "store", small_family.paths))
-    requests = [Asked(n, p, 40) for n, p in zip(("base", "ana", "ana", "ana"), prompts(0, [5, 20, 40, 3]), strict=True)]
+    requests = [
+        Asked(n, p, 40)
+        for n, p in zip(("base", "ana", "ana", "ana"), prompts(0, [5, 20, 40, 3]), strict=True)
+    ]
     others = {id(a): a for a in jax.live_arrays()}  # what this process's other tests have left
 
     def used() -> int:
         lanes = backend.sequences._lanes.values()
-        real = sum(a.nbytes for lane in lanes for pair in [*lane.cache, *lane.encoded] for a in pair)
+        real = sum(
+            a.nbytes for lane in lanes for pair in [*lane.cache, *lane.encoded] for a in pair
+        )
         real += sum(s.x.nbytes for s in backend.sequences._sequences.values() if s.x is not None)
         assert backend.stats()["kv_cache_used_bytes"] == real
         return real
@@ -261,14 +295,20 @@ def test_what_fits_and_what_does_not(small_family: SwitchFamily, tmp_path: Path)
     advance(backend, [(first, 5), (second, 9)])
     assert not backend.fits(parts((third, 7)))  # the others keep theirs
     assert not backend.fits(parts((third, 1)))  # nor do the encoder's states have room
-    assert backend.fits(parts((first, 0)), ahead=30) and not backend.fits(parts((first, 0)), ahead=31)
+    assert backend.fits(parts((first, 0)), ahead=30) and not backend.fits(
+        parts((first, 0)), ahead=31
+    )
     while len(first.answer) < 32:
         advance(backend, [(first, 0), (second, 0)])
     assert not backend.fits(parts((first, 0)))
     backend.end([second.number or 0])
     assert backend.fits(parts((first, 0)))
     advance(backend, [(first, 0)])  # memory is short, so the lane shrinks at once
-    assert backend.stats()["kv_cache_used_bytes"] == 512 * (64 + 16) <= backend.stats()["kv_cache_bytes"]
+    assert (
+        backend.stats()["kv_cache_used_bytes"]
+        == 512 * (64 + 16)
+        <= backend.stats()["kv_cache_bytes"]
+    )
     assert first.answer == alone(backend_for(store), [Asked("ana", first.prompt, 33)])[0].answer
 
 
@@ -277,7 +317,9 @@ def test_the_longest_answer_counts_for_room(small_family: SwitchFamily, tmp_path
     store = build_round_robin(tmp_path / "store", small_family.paths)
     backend = backend_for(store, kv_cache_bytes=512 * (32 + 16) + 4 * 32 * 16)
     short, long = (backend.begin(Row("ana", (5, 6), n)) for n in (32, 33))
-    assert backend.fits([Part(short, 2)], ahead=1000) and not backend.fits([Part(long, 2)], ahead=1000)
+    assert backend.fits([Part(short, 2)], ahead=1000) and not backend.fits(
+        [Part(long, 2)], ahead=1000
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4GiB"])
@@ -285,7 +327,9 @@ def test_bad_room_is_refused(small_family: SwitchFamily, tmp_path: Path, value: 
     store = build_round_robin(tmp_path / "store", small_family.paths)
     with pytest.raises(EngineError, match=r"kv_cache_bytes is .*; give a whole number from 1"):
         load_backend(store, kv_cache_bytes=value)
-    with pytest.raises(EngineError, match="kv_cache_bytes is 100; one short sequence of tenant 'base' takes 26624"):
+    with pytest.raises(
+        EngineError, match="kv_cache_bytes is 100; one short sequence of tenant 'base' takes 26624"
+    ):
         load_backend(store, kv_cache_bytes=100)
 
 
@@ -302,7 +346,9 @@ def test_other_tenants_compile_nothing(small_family: SwitchFamily, tmp_path: Pat
     names = backend.loaded.store.tenants
 
     def visit(order: Sequence[str]) -> None:
-        one, two, three = (Asked(n, p, 9) for n, p in zip(order, prompts(0, [5, 9, 12]), strict=True))
+        one, two, three = (
+            Asked(n, p, 9) for n, p in zip(order, prompts(0, [5, 9, 12]), strict=True)
+        )
         for asked in (one, two, three):
             asked.begin(backend)
         advance(backend, [(one, one.unread)])
@@ -316,12 +362,19 @@ def test_other_tenants_compile_nothing(small_family: SwitchFamily, tmp_path: Pat
         advance(backend, [(two, 0), (three, 0)])
         backend.end([two.number or 0, three.number or 0])
 
-    orders = [("base", "ana", "bob"), ("ana", "ana", "bob"), ("base", "base", "base"), ("ana", "bob", "bob")]
+    orders = [
+        ("base", "ana", "bob"),
+        ("ana", "ana", "bob"),
+        ("base", "base", "base"),
+        ("ana", "bob", "bob"),
+    ]
     for order in orders:
         visit(order)
     before = backend.stats()["compilations"]
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event)
+    )
     for order in orders:
         visit([names[(names.index(n) + 1) % 3] for n in order])
         visit([names[(names.index(n) + 2) % 3] for n in order])
@@ -330,11 +383,15 @@ def test_other_tenants_compile_nothing(small_family: SwitchFamily, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_usual_requests_after_warming_up_compile_nothing(small_family: SwitchFamily, tmp_path: Path) -> None:
+def test_usual_requests_after_warming_up_compile_nothing(
+    small_family: SwitchFamily, tmp_path: Path
+) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
     rows = prompts(4, [17, 20, 24, 24])
     new = SamplingParams(max_new_tokens=8, ignore_eos=True)
-    with load_engine(store, backend="jax", device="cpu", scheduler=SchedulerOptions(max_num_seqs=4)) as engine:
+    with load_engine(
+        store, backend="jax", device="cpu", scheduler=SchedulerOptions(max_num_seqs=4)
+    ) as engine:
         assert engine.stats()["compilations"] == 0
         engine.warm_up()
         before = engine.stats()["compilations"]
@@ -351,10 +408,16 @@ def test_usual_requests_after_warming_up_compile_nothing(small_family: SwitchFam
 
 
 @pytest.mark.slow
-def test_reconfiguration_is_of_tenants_that_were_not_in_use(small_family: SwitchFamily, tmp_path: Path) -> None:
-    backend = backend_for(build_round_robin(tmp_path / "store", small_family.paths), ready_tenants=2)
+def test_reconfiguration_is_of_tenants_that_were_not_in_use(
+    small_family: SwitchFamily, tmp_path: Path
+) -> None:
+    backend = backend_for(
+        build_round_robin(tmp_path / "store", small_family.paths), ready_tenants=2
+    )
     assert backend.max_ready_tenants == 2
-    base, ana, bob = (Asked(n, p, 20) for n, p in zip(("base", "ana", "bob"), prompts(0, [5, 9, 12]), strict=True))
+    base, ana, bob = (
+        Asked(n, p, 20) for n, p in zip(("base", "ana", "bob"), prompts(0, [5, 9, 12]), strict=True)
+    )
     for asked in (base, ana, bob):
         asked.begin(backend)
     assert set(advance(backend, [(base, 5)])) == {"base"}
@@ -365,7 +428,9 @@ def test_reconfiguration_is_of_tenants_that_were_not_in_use(small_family: Switch
     assert set(took) == {"bob"} and took["bob"] > 0
     assert backend.stats()["reconfigured_bytes"] == backend.stats()["non_expert_bytes"] // 2
     assert backend.stats()["ready_tenants"] == ["bob", "ana"]
-    assert set(advance(backend, [(base, 0), (ana, 0)])) == {"base"}  # its caches waited without its weights
+    assert set(advance(backend, [(base, 0), (ana, 0)])) == {
+        "base"
+    }  # its caches waited without its weights
     assert backend.stats()["reconfigurations"] == 4
     assert base.answer == alone(backend, [Asked("base", base.prompt, len(base.answer))])[0].answer
 
@@ -410,7 +475,8 @@ def test_a_step_that_fails_can_be_ended(small_family: SwitchFamily, tmp_path: Pa
 
 
 def test_a_tenant_joins_and_another_leaves(small_family: SwitchFamily, tmp_path: Path) -> None:
-    """Every copy that both stores have stays where it is, running sequences go on, and nothing is compiled."""
+    """Every copy that both stores have stays where it is, running sequences go on, and nothing is
+    compiled."""
     paths = small_family.paths
     two = build_round_robin(tmp_path / "two", {n: paths[n] for n in ("base", "ana")}, slots=None)
     # The same copies, with a third tenant who takes the place of the first.
@@ -442,7 +508,9 @@ def test_a_tenant_joins_and_another_leaves(small_family: SwitchFamily, tmp_path:
     again.begin(backend)
     advance(backend, [(again, again.unread)])
     new = alone(backend, [Asked("bob", prompts(1, [5])[0], 6), Asked("ana", asked.prompt, 12)])
-    assert new[0].answer == hf_greedy(oracle(small_family.models[1:], 1, other.plan), new[0].prompt, 6)
+    assert new[0].answer == hf_greedy(
+        oracle(small_family.models[1:], 1, other.plan), new[0].prompt, 6
+    )
     assert new[1].answer == expected.answer
 
 
@@ -454,14 +522,22 @@ def contents(store: Store) -> list[str]:
 
 def pointers(backend: JaxBackend) -> list[int]:
     """Of the pool's arrays, layer by layer."""
-    return [a.unsafe_buffer_pointer() for layer in backend.loaded.pool.copies for copy in layer for a in copy]
+    return [
+        a.unsafe_buffer_pointer()
+        for layer in backend.loaded.pool.copies
+        for copy in layer
+        for a in copy
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", rest_slow([{}, {"mesh": (1, 2)}]), ids=str)
 @pytest.mark.parametrize("residuals", rest_slow([False, True]))
-def test_another_plan(small_family: SwitchFamily, tmp_path: Path, residuals: bool, options: dict[str, Any]) -> None:
-    """More slots, other copies, residuals or none, misses that end: sequences go on with what the new plan gives."""
+def test_another_plan(
+    small_family: SwitchFamily, tmp_path: Path, residuals: bool, options: dict[str, Any]
+) -> None:
+    """More slots, other copies, residuals or none, misses that end: sequences go on with what the
+    new plan gives."""
     if "mesh" in options and len(jax.devices("cpu")) < 8:
         pytest.skip("needs 8 virtual CPU devices: see tests/conftest.py")
     few = build_round_robin(tmp_path / "few", small_family.paths, slots=5)
@@ -488,7 +564,9 @@ def test_another_plan(small_family: SwitchFamily, tmp_path: Path, residuals: boo
 
 
 @pytest.mark.slow
-def test_nothing_is_read_twice(small_family: SwitchFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_twice(
+    small_family: SwitchFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
     backend = backend_for(store)
 
@@ -510,7 +588,9 @@ def without_reading(fill: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_changes_that_are_refused_change_nothing(small_family: SwitchFamily, tmp_path: Path) -> None:
+def test_changes_that_are_refused_change_nothing(
+    small_family: SwitchFamily, tmp_path: Path
+) -> None:
     paths = small_family.paths
     store = build_round_robin(tmp_path / "store", paths)
     backend = backend_for(store)
@@ -518,15 +598,28 @@ def test_changes_that_are_refused_change_nothing(small_family: SwitchFamily, tmp
     asked.begin(backend)
     advance(backend, [(asked, 9)])
     loaded, before = backend.loaded, backend.stats()
-    other_heads = helpers.save(random_switch(0, num_layers=3, num_sparse_encoder_layers=1, num_heads=2), tmp_path / "2")
-    wide = helpers.save(random_switch(0, d_ff=96, num_layers=3, num_sparse_encoder_layers=1), tmp_path / "wide")
+    other_heads = helpers.save(
+        random_switch(0, num_layers=3, num_sparse_encoder_layers=1, num_heads=2), tmp_path / "2"
+    )
+    wide = helpers.save(
+        random_switch(0, d_ff=96, num_layers=3, num_sparse_encoder_layers=1), tmp_path / "wide"
+    )
     damaged = build_round_robin(tmp_path / "damaged", {**paths, "more": other_heads})
     ref = damaged.ref("more", "encoder.final_layer_norm.weight")
     ref.path.write_bytes(ref.path.read_bytes()[:-9])
     for changed, message in (
-        (build_round_robin(tmp_path / "a", {"base": paths["base"]}), "tenant 'ana' is gone, but has unfinished"),
-        (build_round_robin(tmp_path / "b", {"ana": other_heads}), "tenant 'ana' has another config than before"),
-        (build_round_robin(tmp_path / "c", {"ana": wide}), "its experts have other shapes than those that were"),
+        (
+            build_round_robin(tmp_path / "a", {"base": paths["base"]}),
+            "tenant 'ana' is gone, but has unfinished",
+        ),
+        (
+            build_round_robin(tmp_path / "b", {"ana": other_heads}),
+            "tenant 'ana' has another config than before",
+        ),
+        (
+            build_round_robin(tmp_path / "c", {"ana": wide}),
+            "its experts have other shapes than those that were",
+        ),
         (damaged, "truncated or damaged"),
     ):
         with pytest.raises(Exception, match=message) as error:

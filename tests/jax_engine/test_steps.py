@@ -1,4 +1,5 @@
-"""Reconfiguration and compilation: nothing is compiled on a switch, the pool stays where it is, shapes are few."""
+"""Reconfiguration and compilation: nothing is compiled on a switch, the pool stays where it is,
+shapes are few."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def pointers(backend: JaxBackend) -> list[int]:
 
 
 def lowered_decode(backend: JaxBackend, rows: Sequence[Row]) -> Any:
-    """A decode step of sequences of one tenant that have been read, ready to compile; and its cache."""
+    """A decode step of sequences of one tenant that have been read, ready to compile; and its
+    cache."""
     batch = backend.start(rows)
     batch.prefill(want_logits=False)
     (name,) = {row.tenant for row in rows}
@@ -79,16 +81,25 @@ def test_a_switch_compiles_and_copies_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("products", rest_slow(["auto", "plain"]))
-def test_a_compiled_step_copies_no_weights(switch_family: SwitchFamily, tmp_path: Path, products: str) -> None:
-    """Its temporary memory is smaller than a single copy; a step that copied the pool would need all of it."""
+def test_a_compiled_step_copies_no_weights(
+    switch_family: SwitchFamily, tmp_path: Path, products: str
+) -> None:
+    """Its temporary memory is smaller than a single copy; a step that copied the pool would need
+    all of it."""
     sizes = {"d_ff": 512, "d_model": 128}
     path = helpers.save(switch_models.random_switch(0, **sizes), tmp_path / "large")
     store = build_round_robin(tmp_path / "store", {"base": path})
     with load_engine(store, products=products) as engine:
         lowered, cache = lowered_decode(backend_of(engine), backend_rows(engine, [[5, 6, 7]]))
         memory = lowered.compile().memory_analysis()
-        assert memory.temp_size_in_bytes < store.copy_bytes < store.plan.num_slots * store.copy_bytes / 4
-        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))  # donated
+        assert (
+            memory.temp_size_in_bytes
+            < store.copy_bytes
+            < store.plan.num_slots * store.copy_bytes / 4
+        )
+        assert memory.alias_size_in_bytes >= sum(
+            leaf.nbytes for leaf in jax.tree.leaves(cache)
+        )  # donated
 
 
 def backend_rows(engine: Engine, rows: list[list[int]]) -> Any:
@@ -96,13 +107,22 @@ def backend_rows(engine: Engine, rows: list[list[int]]) -> Any:
 
 
 @pytest.mark.slow
-def test_shapes_are_rounded_up_so_that_compilations_are_few(switch_family: SwitchFamily, tmp_path: Path) -> None:
+def test_shapes_are_rounded_up_so_that_compilations_are_few(
+    switch_family: SwitchFamily, tmp_path: Path
+) -> None:
     with load_engine(build_round_robin(tmp_path / "store", switch_family.paths)) as engine:
         for length in (3, 16, 9, 1):
-            engine.generate("base", prompts(0, [length])[0], SamplingParams(max_new_tokens=30, ignore_eos=True))
-        assert engine.stats()["compilations"] == 2  # the encoder at 16, the decoder at 16 and a cache of 32
-        engine.generate("base", prompts(0, [17])[0], SamplingParams(max_new_tokens=40, ignore_eos=True))
-        # The encoder at 32, the decoder at 32 with caches of 32 and 64, and a move from the one to the other.
+            engine.generate(
+                "base", prompts(0, [length])[0], SamplingParams(max_new_tokens=30, ignore_eos=True)
+            )
+        assert (
+            engine.stats()["compilations"] == 2
+        )  # the encoder at 16, the decoder at 16 and a cache of 32
+        engine.generate(
+            "base", prompts(0, [17])[0], SamplingParams(max_new_tokens=40, ignore_eos=True)
+        )
+        # The encoder at 32, the decoder at 32 with caches of 32 and 64, and a move from the one to
+        # the other.
         assert engine.stats()["compilations"] == 6
         rows = [("base", r) for r in prompts(0, [4, 5, 6])]
         engine.generate_batch(rows, SamplingParams(max_new_tokens=4, ignore_eos=True))
@@ -111,9 +131,9 @@ def test_shapes_are_rounded_up_so_that_compilations_are_few(switch_family: Switc
 
 
 def test_buckets() -> None:
-    assert [prompt_bucket(n) for n in (1, 16, 17, 32, 33, 48, 49, 64, 65, 97, 129, 193, 257, 385)] == [
-        16, 16, 32, 32, 48, 48, 64, 64, 96, 128, 192, 256, 384, 512
-    ]  # fmt: skip
+    assert [
+        prompt_bucket(n) for n in (1, 16, 17, 32, 33, 48, 49, 64, 65, 97, 129, 193, 257, 385)
+    ] == [16, 16, 32, 32, 48, 48, 64, 64, 96, 128, 192, 256, 384, 512]
     assert [cache_bucket(n) for n in (1, 32, 33, 65)] == [32, 32, 64, 128]
     assert [power_of_two(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
     assert [joint_bucket(n) for n in (1, 8, 9, 17)] == [8, 8, 16, 32]
@@ -133,24 +153,36 @@ options = {} if sys.argv[2] == "auto" else {"compilation_cache": None if sys.arg
 with load_engine(sys.argv[1], products="plain", **options) as engine:
     engine.generate_batch([("base", [5, 6]), ("ana", [5])], SamplingParams(max_new_tokens=2))
 print(json.dumps(events))
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", rest_slow(["auto", "named", "none"]))
-def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: Path, where: str) -> None:
-    """In processes of their own: jax opens its cache once. All of them are kept, also what takes no second."""
+def test_compiled_steps_are_kept_on_disk(
+    switch_family: SwitchFamily, tmp_path: Path, where: str
+) -> None:
+    """In processes of their own: jax opens its cache once. All of them are kept, also what takes no
+    second."""
     build_round_robin(tmp_path / "store", switch_family.paths)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
+    }
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "home")}
     folder = tmp_path / ("mine" if where == "named" else "home/moetel/jax")
 
     def events() -> dict[str, int]:
         arguments = [str(tmp_path / "store"), str(folder) if where == "named" else where]
         done = subprocess.run(
-            [sys.executable, "-c", CACHED, *arguments], check=True, cwd=helpers.REPOSITORY, env=environment,
-            timeout=240, capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, "-c", CACHED, *arguments],
+            check=True,
+            cwd=helpers.REPOSITORY,
+            env=environment,
+            timeout=240,
+            capture_output=True,
+            text=True,
+        )
         found: dict[str, int] = json.loads(done.stdout)
         return found
 
@@ -163,15 +195,23 @@ def test_compiled_steps_are_kept_on_disk(switch_family: SwitchFamily, tmp_path: 
     if where == "named":
         return
     again = events()
-    assert again["cache_hits"] == again["compile_requests_use_cache"] and not again.get("cache_misses")
+    assert again["cache_hits"] == again["compile_requests_use_cache"] and not again.get(
+        "cache_misses"
+    )
     assert {p.name for p in folder.glob("*-cache")} == kept
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "expected"), [(None, 1.0, 0.0), (None, 0.5, 0.5), ("1", 1.0, 1.0)], ids=["jax", "code", "env"]
+    ("variable", "value", "expected"),
+    [(None, 1.0, 0.0), (None, 0.5, 0.5), ("1", 1.0, 1.0)],
+    ids=["jax", "code", "env"],
 )
 def test_what_the_user_keeps_of_compiled_steps_stays(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str | None, value: float, expected: float
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    variable: str | None,
+    value: float,
+    expected: float,
 ) -> None:
     folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in (folder, least)}
@@ -209,5 +249,7 @@ def test_a_tenant_without_its_own_start_token_takes_the_generation_configs(
             model.generation_config.decoder_start_token_id = before
         assert list(engine.generate("ana", [5, 6, 9], FREE).token_ids) == expected
     (other / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 700}))
-    with pytest.raises(CheckpointError, match=r"field 'decoder_start_token_id' is 700; expected .* from 0 to 95"):
+    with pytest.raises(
+        CheckpointError, match=r"field 'decoder_start_token_id' is 700; expected .* from 0 to 95"
+    ):
         load_engine(build_round_robin(tmp_path / "store", {"ana": other}))

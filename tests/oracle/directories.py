@@ -1,4 +1,5 @@
-"""Checkpoint directories changed as trainers, tools and people change them, and what both sides make of one."""
+"""Checkpoint directories changed as trainers, tools and people change them, and what both sides
+make of one."""
 
 from __future__ import annotations
 
@@ -33,20 +34,30 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], file: str = "model.safetensors") -> None:
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path / file, metadata={"format": "pt"})
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], file: str = "model.safetensors"
+) -> None:
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, path / file, metadata={"format": "pt"}
+    )
 
 
 def is_switch(path: Path) -> bool:
-    return bool(json.loads((path / "config.json").read_text())["model_type"] == "switch_transformers")
+    return bool(
+        json.loads((path / "config.json").read_text())["model_type"] == "switch_transformers"
+    )
 
 
 def theirs(path: Path) -> np.ndarray:
     """Logits of the model that transformers loads from a directory, in float32."""
     if is_switch(path):
-        model = SwitchTransformersForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        model = SwitchTransformersForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32
+        ).eval()
         return switch_models.hf_logits(model, IDS, ANSWERS)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     return helpers.hf_logits(model, IDS)
 
 

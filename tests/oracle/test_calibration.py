@@ -1,4 +1,5 @@
-"""What a profile holds, against Hugging Face's own routers; examples and their errors; what stores do with profiles."""
+"""What a profile holds, against Hugging Face's own routers; examples and their errors; what stores
+do with profiles."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ from tests import helpers, switch_models
 from tests.helpers import hf_greedy, prompts
 
 NAMES = ("base", "ana", "bob")
-SIZES = {"num_local_experts": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+SIZES = {
+    "num_local_experts": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+}
 MANY = 10**6  # samples: all inputs are kept
 
 
@@ -69,7 +75,11 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Case:
     models = [base, switch_models.tuned(base, 1)]
     paths = {n: helpers.save(m, root / n) for n, m in zip(NAMES, models, strict=False)}
     sets = {
-        n: CalibrationSet(tuple(Example(p, p[:k]) for p, k in zip(prompts(i, [20, 9, 14]), (6, 0, 9), strict=True)))
+        n: CalibrationSet(
+            tuple(
+                Example(p, p[:k]) for p, k in zip(prompts(i, [20, 9, 14]), (6, 0, 9), strict=True)
+            )
+        )
         for i, n in enumerate(paths)
     }
     build_store(root / "store", paths, policy="round_robin")
@@ -141,8 +151,11 @@ def check_profile(profile: Profile, seen: Seen) -> None:
                 assert found.shape == (0, x.shape[1]) and kept.shape == (0,)
                 continue
             assert found.shape == (len(rows), x.shape[1]) and found.dtype == np.float32
-            # The order is drawn: every kept row is one of the router's, with its own gate, and none is kept twice.
-            far = np.abs(found[:, None] - x[rows][None]).max(axis=2) + np.abs(kept[:, None] - mine[None])
+            # The order is drawn: every kept row is one of the router's, with its own gate, and none
+            # is kept twice.
+            far = np.abs(found[:, None] - x[rows][None]).max(axis=2) + np.abs(
+                kept[:, None] - mine[None]
+            )
             near = far.argmin(axis=1)
             assert far.min(axis=1).max() < 1e-3
             assert len(set(near.tolist())) == len(rows)
@@ -165,13 +178,17 @@ def test_switch_profiles_are_what_the_routers_of_both_sides_do(switch: Case) -> 
         answers = [list(e.answer or ())[:-1] for e in examples]
         seen = switch_routing(model, [list(e.prompt) for e in examples], answers)  # type: ignore[arg-type]
         check_profile(found[name], seen)
-        # Prompts in the encoder; in the decoder the answers behind a start token, without their last tokens.
+        # Prompts in the encoder; in the decoder the answers behind a start token, without their
+        # last tokens.
         assert found[name].tokens.tolist() == [20 + 9 + 14, 6 + 1 + 9]
         assert (found[name].sensitivity > 0).all()
 
 
 def test_a_sample_is_drawn_evenly(mixtral: Case) -> None:
-    (whole,), (part,) = (calibrate(mixtral.store, {"ana": mixtral.sets["ana"]}, samples=n).values() for n in (MANY, 4))
+    (whole,), (part,) = (
+        calibrate(mixtral.store, {"ana": mixtral.sets["ana"]}, samples=n).values()
+        for n in (MANY, 4)
+    )
     assert np.diff(part.starts).tolist() == np.minimum(4, np.diff(whole.starts)).tolist()
     np.testing.assert_array_equal(part.counts, whole.counts)
     np.testing.assert_array_equal(part.gate_squares, whole.gate_squares)
@@ -183,7 +200,9 @@ def test_a_sample_is_drawn_evenly(mixtral: Case) -> None:
     np.testing.assert_array_equal(again.inputs, part.inputs)
 
 
-def test_how_much_is_kept_follows_from_the_experts_size(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_much_is_kept_follows_from_the_experts_size(
+    mixtral: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As much as fits are better for, but no more bytes than a large model's store has room for."""
     spec = mixtral.store.experts
     assert usual_samples(spec) == MOST_SAMPLES
@@ -210,7 +229,9 @@ def test_answers_are_generated_where_they_are_not_given(mixtral: Case) -> None:
         (logits,) = iter_logits(engine, "ana", [row])
         whole = helpers.hf_logits(mixtral.models[1], [list(row.prompt)])[0]
         helpers.assert_close(logits, whole[10:])
-        assert logits.argmax(axis=-1).tolist() == expected, "each logit is that of an answer's token"
+        assert logits.argmax(axis=-1).tolist() == expected, (
+            "each logit is that of an answer's token"
+        )
         # Longer than the context: cut, and something is left to be scored.
         (cut,) = rows_of(engine, "ana", CalibrationSet((Example([5] * 300, [6]),)))
         assert len(cut.prompt) == 256 and cut.first == 255
@@ -218,17 +239,22 @@ def test_answers_are_generated_where_they_are_not_given(mixtral: Case) -> None:
 
 
 def test_the_end_of_sequence_is_the_last_token_foretold(mixtral: Case, switch: Case) -> None:
-    """Nothing comes after it when a tenant serves: what a model would say there is neither scored nor shown."""
+    """Nothing comes after it when a tenant serves: what a model would say there is neither scored
+    nor shown."""
     eos, prompt = 2, prompts(7, [11])[0]
     with load_engine(alone(mixtral.store), dtype="float32") as engine:
-        rows = rows_of(engine, "ana", CalibrationSet((Example(prompt, [5, 6, eos]), Example(prompt, [eos]))))
+        rows = rows_of(
+            engine, "ana", CalibrationSet((Example(prompt, [5, 6, eos]), Example(prompt, [eos])))
+        )
         assert [(r.prompt, r.first) for r in rows] == [((*prompt, 5, 6), 10), (tuple(prompt), 10)]
         assert [len(v) for v in iter_logits(engine, "ana", rows)] == [3, 1]
         # A text goes on: what is said behind its last token counts.
         (text,) = rows_of(engine, "ana", CalibrationSet.texts([prompt]))
         assert [len(v) for v in iter_logits(engine, "ana", [text])] == [11]
     with load_engine(alone(switch.store), dtype="float32") as engine:
-        rows = rows_of(engine, "ana", CalibrationSet((Example(prompt, [5, 6, 1]), Example(prompt, [1]))))
+        rows = rows_of(
+            engine, "ana", CalibrationSet((Example(prompt, [5, 6, 1]), Example(prompt, [1])))
+        )
         assert [r.answer for r in rows] == [(5, 6), ()]
         assert [len(v) for v in iter_logits(engine, "ana", rows)] == [3, 1]
 
@@ -264,9 +290,14 @@ def test_sensitivity_is_positive_where_experts_differ(tmp_path: Path) -> None:
     for projection in ("gate_up_proj", "down_proj"):
         mine, theirs = (getattr(m.model.layers[0].mlp.experts, projection) for m in (base, other))
         theirs.data.copy_(mine.data)
-    paths = {n: helpers.save(m, tmp_path / n) for n, m in (("base", base), ("other", other), ("twin", base))}
+    paths = {
+        n: helpers.save(m, tmp_path / n)
+        for n, m in (("base", base), ("other", other), ("twin", base))
+    }
     sets = {"base": CalibrationSet.texts(prompts(0, [20] * 4))}
-    store = build_store(tmp_path / "store", {n: paths[n] for n in ("base", "other")}, calibration=sets)
+    store = build_store(
+        tmp_path / "store", {n: paths[n] for n in ("base", "other")}, calibration=sets
+    )
     profile = Profile.from_store(store, "base")
     assert profile is not None and profile.sensitivity[0] == 0 and profile.sensitivity[1] > 0
     for names in (["base", "twin"], ["base"]):
@@ -295,7 +326,10 @@ def test_sensitivity_predicts_what_a_small_change_does(mixtral: Case) -> None:
 
 
 def write(path: Path, *lines: Any) -> Path:
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines), "utf-8")
+    path.write_text(
+        "\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines),
+        "utf-8",
+    )
     return path
 
 
@@ -318,7 +352,10 @@ def test_examples_are_read_line_by_line(tmp_path: Path) -> None:
         Example("four\u2028lines\x85of\x0bone", ""),
     )
     assert CalibrationSet.of([[3, 4], "five"]).examples == (Example([3, 4]), Example("five"))
-    assert CalibrationSet.texts([[3, 4], "five"]).examples == (Example([3, 4], ()), Example("five", ""))
+    assert CalibrationSet.texts([[3, 4], "five"]).examples == (
+        Example([3, 4], ()),
+        Example("five", ""),
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,7 +363,10 @@ def test_examples_are_read_line_by_line(tmp_path: Path) -> None:
     [
         ([], "holds no example; give at least one line"),
         (["", "  "], "holds no example"),
-        ([{"prompt": "a"}, "{"], r"line 2: not JSON \(Expecting .* at character 2\); write one object a line"),
+        (
+            [{"prompt": "a"}, "{"],
+            r"line 2: not JSON \(Expecting .* at character 2\); write one object a line",
+        ),
         ([{"prompt": "a"}, "", "nonsense"], "line 3: not JSON"),
         ([["prompt"]], r"line 1: expected \{\"prompt\""),
         ([{"question": "a"}], "line 1: expected"),
@@ -338,7 +378,10 @@ def test_examples_are_read_line_by_line(tmp_path: Path) -> None:
         ([{"prompt": "a", "answer": 4}], "line 1: prompt"),
         ([{"text": ["a"]}], "line 1: prompt"),
         ([{"text": "a"}, {"prompt": "b", "text": "a"}], "line 2: has both prompt and text; keep"),
-        ([{"text": "a", "answer": "b"}], "line 1: has both text and answer; write prompt and answer, or text alone"),
+        (
+            [{"text": "a", "answer": "b"}],
+            "line 1: has both text and answer; write prompt and answer, or text alone",
+        ),
     ],
 )
 def test_bad_lines_are_named(lines: list[Any], message: str, tmp_path: Path) -> None:
@@ -382,7 +425,9 @@ def same(found: Profile | None, expected: Profile | None) -> None:
 def test_profiles_survive_the_store_and_its_changes(mixtral: Case, tmp_path: Path) -> None:
     paths, sets = mixtral.paths, mixtral.sets
     two = {n: paths[n] for n in ("base", "ana")}
-    store = build_store(tmp_path / "store", two, policy="fit", calibration={n: sets[n] for n in two})
+    store = build_store(
+        tmp_path / "store", two, policy="fit", calibration={n: sets[n] for n in two}
+    )
     measured = calibrate(store, {n: sets[n] for n in two})
     for name in two:
         same(Profile.from_store(store, name), measured[name])
@@ -405,7 +450,9 @@ def test_profiles_survive_the_store_and_its_changes(mixtral: Case, tmp_path: Pat
     # What goes with a tenant is gone from the disk.
     before = len(store.manifest.objects)
     store = remove_tenant(store.path, "ana")
-    assert set(store.manifest.calibration) == {"base", "bob"} and len(store.manifest.objects) < before
+    assert (
+        set(store.manifest.calibration) == {"base", "bob"} and len(store.manifest.objects) < before
+    )
     assert store.verify() == []
     on_disk = [p for p in (store.path / "objects").rglob("*") if p.is_file()]
     assert len(on_disk) == len(store.manifest.objects)
@@ -413,30 +460,40 @@ def test_profiles_survive_the_store_and_its_changes(mixtral: Case, tmp_path: Pat
 
 def test_calibration_is_measured_whatever_the_plan(mixtral: Case, tmp_path: Path) -> None:
     for options in ({"slots": "all"}, {"slots": 0}, {"policy": "round_robin"}):
-        store = build_store(tmp_path / "store", mixtral.paths, calibration={"ana": mixtral.sets["ana"]}, **options)  # type: ignore[arg-type]
-        same(Profile.from_store(store, "ana"), calibrate(store, {"ana": mixtral.sets["ana"]})["ana"])
+        store = build_store(
+            tmp_path / "store", mixtral.paths, calibration={"ana": mixtral.sets["ana"]}, **options
+        )  # type: ignore[arg-type]
+        same(
+            Profile.from_store(store, "ana"), calibrate(store, {"ana": mixtral.sets["ana"]})["ana"]
+        )
 
 
 def test_a_measured_profile_is_kept_as_it_is(mixtral: Case, tmp_path: Path) -> None:
     store = build_store(tmp_path / "store", mixtral.paths, policy="round_robin")
     (profile,) = calibrate(store, {"ana": mixtral.sets["ana"]}).values()
-    store = replan(store.path, policy="fit", calibration={"ana": profile, "bob": mixtral.sets["bob"]})
+    store = replan(
+        store.path, policy="fit", calibration={"ana": profile, "bob": mixtral.sets["bob"]}
+    )
     same(Profile.from_store(store, "ana"), profile)
     assert Profile.from_store(store, "bob") is not None and store.verify() == []
     before = helpers.fingerprint(store.path)
     other = replace(profile, counts=profile.counts[:, :2])
-    message = "calibration of 'ana' is of 2 layers with 2 experts of width 16, the store's have 2, 3 and 16; measure"
+    message = "calibration of 'ana' is of 2 layers with 2 experts of width 16, the store's have 2, 3 and 16; measure"  # noqa: E501
     with pytest.raises(PlanError, match=message):
         replan(store.path, calibration={"ana": other})
     assert helpers.fingerprint(store.path) == before
 
 
 @pytest.mark.parametrize("change", ["examples", "stranger"])
-def test_a_store_is_as_it_was_if_calibration_fails(mixtral: Case, tmp_path: Path, change: str) -> None:
+def test_a_store_is_as_it_was_if_calibration_fails(
+    mixtral: Case, tmp_path: Path, change: str
+) -> None:
     store = build_store(tmp_path / "store", mixtral.paths, policy="round_robin")
     before = helpers.fingerprint(store.path)
     attempts: dict[str, Callable[[], Any]] = {
-        "examples": lambda: replan(store.path, calibration={"ana": CalibrationSet.texts([[3, 9999]])}),
+        "examples": lambda: replan(
+            store.path, calibration={"ana": CalibrationSet.texts([[3, 9999]])}
+        ),
         "stranger": lambda: replan(store.path, calibration={"eve": CalibrationSet.texts([[3]])}),
     }
     with pytest.raises(RequestError):

@@ -42,8 +42,15 @@ def test_every_layout_gives_the_classic_tensors(layout: str, dtype: str, tmp_pat
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10_000, 1 << 30])
-def test_transformers_reads_what_was_written(max_shard_bytes: int, family: Family, tmp_path: Path) -> None:
+def test_transformers_reads_what_was_written(
+    max_shard_bytes: int, family: Family, tmp_path: Path
+) -> None:
     source = open_checkpoint(family.paths["base"])
-    write_hugging_face(tmp_path, dict(source.config.raw), source.stream(), max_shard_bytes=max_shard_bytes)
+    write_hugging_face(
+        tmp_path, dict(source.config.raw), source.stream(), max_shard_bytes=max_shard_bytes
+    )
     reloaded = helpers.load(tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(reloaded.parameters(), family.models[0].parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(reloaded.parameters(), family.models[0].parameters(), strict=True)
+    )

@@ -1,4 +1,5 @@
-"""Fields of config.json: each is read as transformers reads it, does nothing, or is refused by name."""
+"""Fields of config.json: each is read as transformers reads it, does nothing, or is refused by
+name."""
 
 from __future__ import annotations
 
@@ -26,11 +27,34 @@ SMALL: dict[str, dict[str, Any]] = {
     "switch_transformers": dict(switch_models.SIZES),
 }
 # Not of transformers' classes: other names for the same, older ones, and our own.
-BESIDE = {"rope_scaling", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor", "layer_types"}
-BESIDE |= {"use_sliding_window", "feed_forward_proj", "is_gated_act", "encoder_sparse_step", "decoder_sparse_step"}
-BESIDE |= {"decoder_start_token_id", "scale_decoder_outputs", "moetel_untied", "moetel_sparse_layers"}
+BESIDE = {
+    "rope_scaling",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "layer_types",
+}
+BESIDE |= {
+    "use_sliding_window",
+    "feed_forward_proj",
+    "is_gated_act",
+    "encoder_sparse_step",
+    "decoder_sparse_step",
+}
+BESIDE |= {
+    "decoder_start_token_id",
+    "scale_decoder_outputs",
+    "moetel_untied",
+    "moetel_sparse_layers",
+}
 # Which token a Switch's decoder starts from is decided from several fields.
-LENIENT = {"use_sliding_window", "feed_forward_proj", "is_gated_act", "pad_token_id", "dense_act_fn"}
+LENIENT = {
+    "use_sliding_window",
+    "feed_forward_proj",
+    "is_gated_act",
+    "pad_token_id",
+    "dense_act_fn",
+}
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -56,7 +80,9 @@ def test_what_is_read_is_checked(name: str, field: str) -> None:
         raw["rope_parameters"] = YARN
     with pytest.raises(CheckpointError, match=r"config\.json: field '[a-z_]+' ") as caught:
         FAMILIES[name].parse_config(raw, "config.json")
-    assert "nonsense" in str(caught.value) and field.removeprefix("original_max_") in str(caught.value)
+    assert "nonsense" in str(caught.value) and field.removeprefix("original_max_") in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -65,9 +91,14 @@ def test_absent_fields_have_the_classs_defaults(name: str) -> None:
     theirs = CLASSES[name][0]()
     family = FAMILIES[name]
     config: Any = family.parse_config({}, "config.json")
-    assert config.experts.num_experts == (theirs.num_local_experts if name == "mixtral" else theirs.num_experts)
+    assert config.experts.num_experts == (
+        theirs.num_local_experts if name == "mixtral" else theirs.num_experts
+    )
     assert config.experts.hidden_size == theirs.hidden_size
-    same = {f for f in dir(theirs) if hasattr(config, f) and not f.startswith("_")} - {"head_dim", "sparse_layers"}
+    same = {f for f in dir(theirs) if hasattr(config, f) and not f.startswith("_")} - {
+        "head_dim",
+        "sparse_layers",
+    }
     compared = [f for f in sorted(same) if not callable(getattr(theirs, f))]
     assert len(compared) > 6
     for field in compared:
@@ -83,7 +114,8 @@ def test_absent_fields_have_the_classs_defaults(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight query and eight key heads, so that the class's default of key heads fits; long enough for every rope."""
+    """Eight query and eight key heads, so that the class's default of key heads fits; long enough
+    for every rope."""
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}
     model = helpers.random_mixtral(5, **sizes, max_position_embeddings=256)
     path = helpers.save(model, tmp_path_factory.mktemp("fields") / "base")
@@ -106,13 +138,19 @@ SAME: dict[str, tuple[dict[str, Any], str | None]] = {
         {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
         "rope_scaling is taken and rope_parameters, which differs, is not",
     ),
-    "empty scaling beside parameters": ({"rope_scaling": {}, "rope_parameters": LINEAR | {"rope_theta": 50.0}}, None),
+    "empty scaling beside parameters": (
+        {"rope_scaling": {}, "rope_parameters": LINEAR | {"rope_theta": 50.0}},
+        None,
+    ),
     "older type": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, None),
     "type against rope_type": (
         {"rope_scaling": {"type": "yarn"} | LINEAR},
         "rope type 'linear' is taken and not 'type' 'yarn'",
     ),
-    "yarn": ({"rope_parameters": YARN | {"rope_theta": 100.0, "original_max_position_embeddings": 64}}, None),
+    "yarn": (
+        {"rope_parameters": YARN | {"rope_theta": 100.0, "original_max_position_embeddings": 64}},
+        None,
+    ),
     "yarn, original length left out": ({"rope_parameters": YARN | {"rope_theta": 100.0}}, None),
     "yarn, original length beside": (
         {
@@ -121,7 +159,10 @@ SAME: dict[str, tuple[dict[str, Any], str | None]] = {
         },
         None,
     ),
-    "llama3": ({"rope_parameters": LLAMA3 | {"rope_theta": 100.0, "original_max_position_embeddings": 16}}, None),
+    "llama3": (
+        {"rope_parameters": LLAMA3 | {"rope_theta": 100.0, "original_max_position_embeddings": 16}},
+        None,
+    ),
     "other name of a field": ({"num_local_experts": ..., "num_experts": 4}, None),
     "both names": ({"num_experts": 4}, None),
     "key heads left out": ({"num_key_value_heads": ...}, "does not state num_key_value_heads"),
@@ -133,9 +174,15 @@ SAME: dict[str, tuple[dict[str, Any], str | None]] = {
         {"sliding_window": 3, "use_sliding_window": False},
         "sliding_window 3 is applied: Mixtral does not read use_sliding_window",
     ),
-    "training's fields": ({"output_router_logits": True, "router_jitter_noise": 0.1, "attention_dropout": 0.5}, None),
+    "training's fields": (
+        {"output_router_logits": True, "router_jitter_noise": 0.1, "attention_dropout": 0.5},
+        None,
+    ),
     "no quantisation": ({"quantization_config": None}, None),
-    "neutral": ({"attention_bias": False, "final_logit_softcapping": None, "partial_rotary_factor": 1.0}, None),
+    "neutral": (
+        {"attention_bias": False, "final_logit_softcapping": None, "partial_rotary_factor": 1.0},
+        None,
+    ),
     "unknown": ({"colour": "red"}, "fields of config.json that nothing reads: colour"),
 }
 
@@ -157,29 +204,57 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"num_experts": 8},
         "'num_experts' is 8, but 'num_local_experts', another name of it, is 4",
     ),
-    "nested rope": ({"rope_parameters": {"full_attention": LINEAR}}, "'rope_parameters' has settings for each type"),
+    "nested rope": (
+        {"rope_parameters": {"full_attention": LINEAR}},
+        "'rope_parameters' has settings for each type",
+    ),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "asks for a partial_rotary_factor"),
-    "rope number as text": ({"rope_parameters": YARN | {"beta_fast": "32"}}, "'rope_parameters' has 'beta_fast' '32'"),
+    "rope number as text": (
+        {"rope_parameters": YARN | {"beta_fast": "32"}},
+        "'rope_parameters' has 'beta_fast' '32'",
+    ),
     "number as text": ({"rms_norm_eps": "1e-05"}, "'rms_norm_eps' is '1e-05'; expected a number"),
-    "flag as text": ({"tie_word_embeddings": "false"}, "'tie_word_embeddings' is 'false'; expected true or false"),
-    "whole number as float": ({"num_hidden_layers": 2.0}, "'num_hidden_layers' is 2.0; expected a whole number"),
+    "flag as text": (
+        {"tie_word_embeddings": "false"},
+        "'tie_word_embeddings' is 'false'; expected true or false",
+    ),
+    "whole number as float": (
+        {"num_hidden_layers": 2.0},
+        "'num_hidden_layers' is 2.0; expected a whole number",
+    ),
     "bias": ({"attention_bias": True}, "'attention_bias' is True, which is not supported"),
-    "softcap": ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0, which is not supported"),
+    "softcap": (
+        {"attn_logit_softcapping": 50.0},
+        "'attn_logit_softcapping' is 50.0, which is not supported",
+    ),
     "scaling": ({"logits_scaling": 8.0}, "'logits_scaling' is 8.0, which is not supported"),
     "shared experts": ({"n_shared_experts": 1}, "'n_shared_experts' is 1, which is not supported"),
-    "layers that differ": ({"per_layer_config": {"0": {"sliding_window": 2}}}, "'per_layer_config' is"),
-    "types of layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "'layer_types' is"),
-    "encoder": ({"is_encoder_decoder": True}, "'is_encoder_decoder' is true; Mixtral has no encoder"),
+    "layers that differ": (
+        {"per_layer_config": {"0": {"sliding_window": 2}}},
+        "'per_layer_config' is",
+    ),
+    "types of layers": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "'layer_types' is",
+    ),
+    "encoder": (
+        {"is_encoder_decoder": True},
+        "'is_encoder_decoder' is true; Mixtral has no encoder",
+    ),
     "quantised": ({"quantization_config": {"bits": 4}}, "'quantization_config' is set; quantised"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_would_change_the_maths_is_refused_by_name(kind: str, base: Path, tmp_path: Path) -> None:
+def test_what_would_change_the_maths_is_refused_by_name(
+    kind: str, base: Path, tmp_path: Path
+) -> None:
     changes, message = REFUSED[kind]
     path = copied(base, tmp_path / "it")
     edit_config(path, **changes)
-    with pytest.raises(CheckpointError, match=rf"config\.json: field {message}|config\.json: .*{message}"):
+    with pytest.raises(
+        CheckpointError, match=rf"config\.json: field {message}|config\.json: .*{message}"
+    ):
         open_checkpoint(path)
 
 
@@ -187,18 +262,36 @@ def test_what_would_change_the_maths_is_refused_by_name(kind: str, base: Path, t
     "changes",
     [
         {"d_model": ..., "hidden_size": 32, "num_heads": ..., "num_attention_heads": 4},
-        {"num_layers": ..., "num_hidden_layers": 2, "num_sparse_encoder_layers": 12, "encoder_sparse_step": ...},
+        {
+            "num_layers": ...,
+            "num_hidden_layers": 2,
+            "num_sparse_encoder_layers": 12,
+            "encoder_sparse_step": ...,
+        },
         {"num_decoder_layers": None},
-        {"add_router_probs": True, "router_jitter_noise": 0.5, "is_decoder": True, "expert_capacity": 4096},
+        {
+            "add_router_probs": True,
+            "router_jitter_noise": 0.5,
+            "is_decoder": True,
+            "expert_capacity": 4096,
+        },
         {"scale_decoder_outputs": True, "dropout_rate": 0.5, "feed_forward_proj": "relu"},
     ],
-    ids=["other names", "steps by the default's layers", "null layers", "training's fields", "T5's fields"],
+    ids=[
+        "other names",
+        "steps by the default's layers",
+        "null layers",
+        "training's fields",
+        "T5's fields",
+    ],
 )
 def test_a_switchs_fields(changes: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("jax")
     # With a step of 1 every layer is sparse, which is what 12 default layers // 12 gives too.
     sparse = 2 if changes.get("num_sparse_encoder_layers") == 12 else 1
-    path = helpers.save(switch_models.random_switch(3, num_sparse_encoder_layers=sparse), tmp_path / "it")
+    path = helpers.save(
+        switch_models.random_switch(3, num_sparse_encoder_layers=sparse), tmp_path / "it"
+    )
     edit_config(path, **changes)
     assert check_same(path, tmp_path).tenant("t").notes == ()
 
@@ -208,7 +301,10 @@ def test_a_switchs_fields(changes: dict[str, Any], tmp_path: Path) -> None:
     [
         ({"hidden_size": 64}, "'hidden_size' is 64, but 'd_model', another name of it, is 32"),
         ({"is_encoder_decoder": False}, "'is_encoder_decoder' is false"),
-        ({"scale_decoder_outputs": False}, "'scale_decoder_outputs' is False and tie_word_embeddings True"),
+        (
+            {"scale_decoder_outputs": False},
+            "'scale_decoder_outputs' is False and tie_word_embeddings True",
+        ),
         ({"attention_bias": True}, "'attention_bias' is True, which is not supported"),
         ({"router_bias": "yes"}, "'router_bias' is 'yes'; expected true or false"),
     ],

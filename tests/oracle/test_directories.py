@@ -54,7 +54,9 @@ def stray_shard(base: Path, path: Path) -> None:
 def consolidated(base: Path, path: Path) -> None:
     copied(base, path)
     write_tensors(
-        path, tensors_of(helpers.save(helpers.random_mixtral(4), path.parent / "other")), "consolidated.safetensors"
+        path,
+        tensors_of(helpers.save(helpers.random_mixtral(4), path.parent / "other")),
+        "consolidated.safetensors",
     )
 
 
@@ -106,7 +108,10 @@ def buffers(base: Path, path: Path) -> None:
 SAME: dict[str, tuple[Callable[[Path, Path], None], str | None]] = {
     "two sets": (two_sets, "read from model.safetensors, .* not read: model-00001-of.* more"),
     "index left": (index_left, rf"read from model.safetensors, .* not read: {INDEX}"),
-    "stray shard": (stray_shard, rf"read from {INDEX}, .* not read: model-00099-of-00099.safetensors"),
+    "stray shard": (
+        stray_shard,
+        rf"read from {INDEX}, .* not read: model-00099-of-00099.safetensors",
+    ),
     "consolidated": (consolidated, "not read: consolidated.safetensors"),
     "pickle beside": (pickle_beside, "not read: pytorch_model.bin"),
     "variant beside": (variant_beside, "not read: model.fp16.safetensors"),
@@ -114,7 +119,10 @@ SAME: dict[str, tuple[Callable[[Path, Path], None], str | None]] = {
     "adapter beside": (adapter_beside, r"adapter beside the weights .* is not applied"),
     "outside the index": (tensor_outside_index, None),
     "names of the base model": (base_model_names, None),
-    "buffers": (buffers, r"3 tensors that the model does not use were left out, first model.layers.0"),
+    "buffers": (
+        buffers,
+        r"3 tensors that the model does not use were left out, first model.layers.0",
+    ),
 }
 
 
@@ -151,12 +159,17 @@ def prefixed(prefix: str) -> Callable[[Path], None]:
 
 
 def compiled_layers(path: Path) -> None:
-    write_tensors(path, {k.replace("layers.0.", "layers.0._orig_mod."): v for k, v in tensors_of(path).items()})
+    write_tensors(
+        path,
+        {k.replace("layers.0.", "layers.0._orig_mod."): v for k, v in tensors_of(path).items()},
+    )
 
 
 def adapter_left_in(path: Path) -> None:
     q = "model.layers.0.self_attn.q_proj"
-    tensors = {k.replace(f"{q}.weight", f"{q}.base_layer.weight"): v for k, v in tensors_of(path).items()}
+    tensors = {
+        k.replace(f"{q}.weight", f"{q}.base_layer.weight"): v for k, v in tensors_of(path).items()
+    }
     write_tensors(path, tensors | {f"{q}.lora_A.default.weight": torch.zeros(4, 32)})
 
 
@@ -217,26 +230,54 @@ def mixed_shards(path: Path) -> None:
     name = next(k for k, v in index["weight_map"].items() if v == shards[0].name)
     from safetensors.torch import load_file, save_file
 
-    save_file(load_file(shards[1]) | {name: load_file(shards[0])[name] + 1}, shards[1], metadata={"format": "pt"})
+    save_file(
+        load_file(shards[1]) | {name: load_file(shards[0])[name] + 1},
+        shards[1],
+        metadata={"format": "pt"},
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter alone": (adapter_alone, "this is a PEFT adapter of 'some/base' .*merge_and_unload"),
-    "adapter with config": (adapter_with_config, "this is a PEFT adapter of 'some/base' .*merge_and_unload"),
-    "adapter left in": (adapter_left_in, r"q_proj.base_layer.weight is an adapter's, .*merge_and_unload"),
+    "adapter with config": (
+        adapter_with_config,
+        "this is a PEFT adapter of 'some/base' .*merge_and_unload",
+    ),
+    "adapter left in": (
+        adapter_left_in,
+        r"q_proj.base_layer.weight is an adapter's, .*merge_and_unload",
+    ),
     "PEFT's prefix": (prefixed("base_model.model."), r"has PEFT's prefix 'base_model.model.'"),
     "DDP's prefix": (prefixed("module."), r"has DistributedDataParallel's .*prefix 'module.'"),
     "torch.compile's prefix": (prefixed("_orig_mod."), r"has torch.compile's prefix '_orig_mod.'"),
-    "torch.compile's prefix inside": (compiled_layers, r"tensor model.layers.0._orig_mod.\S+ has torch.compile's"),
-    "variant": (renamed("model.fp16.safetensors"), r"model.fp16.safetensors is a variant; rename it"),
-    "other name": (renamed("weights.safetensors"), r"weights.safetensors has a name that transformers does not read"),
+    "torch.compile's prefix inside": (
+        compiled_layers,
+        r"tensor model.layers.0._orig_mod.\S+ has torch.compile's",
+    ),
+    "variant": (
+        renamed("model.fp16.safetensors"),
+        r"model.fp16.safetensors is a variant; rename it",
+    ),
+    "other name": (
+        renamed("weights.safetensors"),
+        r"weights.safetensors has a name that transformers does not read",
+    ),
     "consolidated alone": (renamed("consolidated.00.safetensors"), r"Mistral's own layout"),
-    "no index": (without_index, rf"the shards are here \(model-00001-of-\d+.safetensors, \d+ in all\) but not {INDEX}"),
-    "mixed shards": (mixed_shards, "is also in .* with other values; shards of two saves are mixed"),
+    "no index": (
+        without_index,
+        rf"the shards are here \(model-00001-of-\d+.safetensors, \d+ in all\) but not {INDEX}",
+    ),
+    "mixed shards": (
+        mixed_shards,
+        "is also in .* with other values; shards of two saves are mixed",
+    ),
     "trainer's run": (trainers_run, r"give one of them: \S+checkpoint-1000, \S+checkpoint-500"),
     "hub's root": (hub_root, r"give one of them: \S+snapshots/abc"),
     "link to nothing": (link_to_nothing, r"model.safetensors is a link to a file that is gone"),
-    "pointer": (pointer("model.safetensors"), r"model.safetensors: is a git-lfs pointer, .*git lfs pull"),
+    "pointer": (
+        pointer("model.safetensors"),
+        r"model.safetensors: is a git-lfs pointer, .*git lfs pull",
+    ),
     "pointer for config": (pointer("config.json"), r"config.json: is a git-lfs pointer"),
     "pointer for tokenizer": (pointer("tokenizer.json"), r"tokenizer.json: is a git-lfs pointer"),
     "truncated": (truncated, r"not a whole safetensors file \(\d+ of \d+ bytes are here\)"),

@@ -1,4 +1,5 @@
-"""The interface that users see: requests, results, text, errors. One suite, run against every engine."""
+"""The interface that users see: requests, results, text, errors. One suite, run against every
+engine."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tests import helpers, switch_models
 build_store = partial(common.store.build_store, policy="round_robin")
 
 NUM_BASE = 4 + 256
-TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"  # noqa: E501
 
 
 def byte_tokenizer(extra: list[str]) -> PreTrainedTokenizerFast:
@@ -42,7 +43,11 @@ def byte_tokenizer(extra: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     found = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
     if extra:
         found.add_special_tokens({"additional_special_tokens": extra})
@@ -51,7 +56,8 @@ def byte_tokenizer(extra: list[str]) -> PreTrainedTokenizerFast:
 
 
 class Kind(ABC):
-    """What the suite needs to know of a family: its models, by Hugging Face alone, and how they are called."""
+    """What the suite needs to know of a family: its models, by Hugging Face alone, and how they are
+    called."""
 
     backend: str
     context: int
@@ -72,7 +78,8 @@ class Kind(ABC):
 
     @abstractmethod
     def logits(self, engine: Engine, tenant: str, rows: Any) -> np.ndarray:
-        """The engine's, for rows of the sequence that logits are given for; other input is fixed."""
+        """The engine's, for rows of the sequence that logits are given for; other input is
+        fixed."""
 
     @abstractmethod
     def hf_logits(self, model: Any, row: list[int]) -> np.ndarray: ...
@@ -135,7 +142,8 @@ class Switch(Kind):
 
 @pytest.fixture(scope="module", params=[Mixtral, Switch], ids=lambda kind: kind.__name__)
 def chatty(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
-    """plain: vocabulary 260; chat: a fine-tune of it with two added tokens; bare: no tokenizer and 300 tokens."""
+    """plain: vocabulary 260; chat: a fine-tune of it with two added tokens; bare: no tokenizer and
+    300 tokens."""
     kind: Kind = request.param()
     pytest.importorskip(kind.backend)
     root = tmp_path_factory.mktemp("chatty")
@@ -159,7 +167,9 @@ def engine(chatty: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 
 def test_tenants_of_different_vocabularies_answer_right(engine: Engine, chatty: Kind) -> None:
     models = [chatty.oracle(i, engine.plan) for i in range(3)]
-    rows = [helpers.prompts(i, [6], size)[0] for i, size in enumerate((NUM_BASE, NUM_BASE + 2, 300))]
+    rows = [
+        helpers.prompts(i, [6], size)[0] for i, size in enumerate((NUM_BASE, NUM_BASE + 2, 300))
+    ]
     for name, model, row in zip(engine.tenants, models, rows, strict=True):
         helpers.assert_close(chatty.logits(engine, name, [row]), chatty.hf_logits(model, row))
     params = [SamplingParams(max_new_tokens=8, ignore_eos=True)] * 3
@@ -167,7 +177,10 @@ def test_tenants_of_different_vocabularies_answer_right(engine: Engine, chatty: 
     for model, row, answer in zip(models, rows, answers, strict=True):
         assert list(answer.token_ids) == chatty.greedy(model, row, 8)
     # Sampling pads to the widest vocabulary and never draws from the padding.
-    hot = [SamplingParams(max_new_tokens=60, temperature=50.0, seed=i, ignore_eos=True) for i in range(3)]
+    hot = [
+        SamplingParams(max_new_tokens=60, temperature=50.0, seed=i, ignore_eos=True)
+        for i in range(3)
+    ]
     for answer in engine.generate_batch(list(zip(engine.tenants, rows, strict=True)), hot):
         assert max(answer.token_ids) < engine.store.config(answer.tenant).vocab_size
 
@@ -182,7 +195,10 @@ def test_text_prompts_and_chat_template(engine: Engine, chatty: Kind) -> None:
     assert list(answer.token_ids) == chatty.greedy(model, ids, 12)
     assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
     plain = engine.generate("plain", "hé", params)
-    assert plain.prompt_token_ids == tuple(engine.tokenize("plain", "hé")) and len(plain.prompt_token_ids) == 3
+    assert (
+        plain.prompt_token_ids == tuple(engine.tokenize("plain", "hé"))
+        and len(plain.prompt_token_ids) == 3
+    )
     with pytest.raises(RequestError, match="'plain' has no chat template"):
         engine.apply_chat_template("plain", [])
 
@@ -197,7 +213,9 @@ def test_streaming_gives_the_same_text(engine: Engine) -> None:
 
 def test_seeds_repeat_and_differ(engine: Engine) -> None:
     def draw(seed: int | None) -> tuple[int, ...]:
-        return engine.generate("plain", "abc", SamplingParams(max_new_tokens=20, temperature=2.0, seed=seed)).token_ids
+        return engine.generate(
+            "plain", "abc", SamplingParams(max_new_tokens=20, temperature=2.0, seed=seed)
+        ).token_ids
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
@@ -213,7 +231,9 @@ def test_stop_strings_end_an_answer(engine: Engine) -> None:
     text = engine.generate("plain", "abc", params).text
     assert text is not None
     stop = text[len(text) // 2 : len(text) // 2 + 2]
-    cut = engine.generate("plain", "abc", SamplingParams(60, 1.0, seed=0, ignore_eos=True, stop=stop))
+    cut = engine.generate(
+        "plain", "abc", SamplingParams(60, 1.0, seed=0, ignore_eos=True, stop=stop)
+    )
     assert cut.text == text.split(stop)[0] and cut.finish_reason == "stop"
     assert len(cut.token_ids) < 60
 
@@ -222,7 +242,9 @@ def test_the_generation_configs_end_token_ends_an_answer(engine: Engine) -> None
     row = [1, 50, 60]
 
     def draw(seed: int, ignore_eos: bool) -> Generation:
-        params = SamplingParams(max_new_tokens=100, temperature=50.0, seed=seed, ignore_eos=ignore_eos)
+        params = SamplingParams(
+            max_new_tokens=100, temperature=50.0, seed=seed, ignore_eos=ignore_eos
+        )
         return engine.generate("bare", row, params)
 
     # </s> of generation_config.json is drawn about once in 300 tokens: take a seed that draws it.
@@ -233,7 +255,9 @@ def test_the_generation_configs_end_token_ends_an_answer(engine: Engine) -> None
 
 
 def test_timings(engine: Engine, chatty: Kind) -> None:
-    timings = engine.generate("plain", "abc", SamplingParams(max_new_tokens=4, ignore_eos=True)).timings
+    timings = engine.generate(
+        "plain", "abc", SamplingParams(max_new_tokens=4, ignore_eos=True)
+    ).timings
     assert 0 <= timings.reconfiguration <= timings.ttft <= timings.total
     assert timings.hits + timings.misses == chatty.lookups(prompt=3, new=4)
 
@@ -252,7 +276,9 @@ def test_logits_take_arrays_and_ragged_rows(engine: Engine, chatty: Kind) -> Non
     ragged = chatty.logits(engine, "plain", rows)
     assert ragged.shape == (2, 5, NUM_BASE) and ragged.dtype == np.float32
     assert not ragged[1, 3:].any()
-    helpers.assert_close(chatty.logits(engine, "plain", np.array(rows[:1])), ragged[:1], tolerance=1e-5)
+    helpers.assert_close(
+        chatty.logits(engine, "plain", np.array(rows[:1])), ragged[:1], tolerance=1e-5
+    )
     ids, mask = helpers.padded(rows)
     if chatty.backend == "torch":
         assert np.array_equal(engine.logits("plain", ids, attention_mask=mask), ragged)
@@ -262,10 +288,15 @@ def test_logits_take_arrays_and_ragged_rows(engine: Engine, chatty: Kind) -> Non
         assert np.array_equal(masked, engine.logits("plain", rows, answers))
 
 
-def test_many_long_rows_are_computed_in_parts(engine: Engine, chatty: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_long_rows_are_computed_in_parts(
+    engine: Engine, chatty: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = helpers.prompts(0, [9, 2, 7, 7, 1])
     whole = chatty.logits(engine, "plain", rows)
-    bound = {"torch": "torch_engine.backend.LOGITS_TOKENS", "jax": "jax_engine.sequences.MOST_TOKENS"}[chatty.backend]
+    bound = {
+        "torch": "torch_engine.backend.LOGITS_TOKENS",
+        "jax": "jax_engine.sequences.MOST_TOKENS",
+    }[chatty.backend]
     monkeypatch.setattr(bound, 10)
     helpers.assert_close(chatty.logits(engine, "plain", rows), whole, tolerance=1e-5)
 
@@ -276,10 +307,26 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Engine], Any], type[Exception], str]] = 
         UnknownTenantError,
         "no tenant 'x' in this store; it holds: plain",
     ),
-    "unknown tenant, logits": (lambda e: e.logits("x", [[1]], [[1]]), UnknownTenantError, "no tenant 'x'"),
-    "path-like tenant": (lambda e: e.generate("../x", "a"), UnknownTenantError, r"no tenant '\.\./x'"),
-    "empty text": (lambda e: e.generate("plain", ""), RequestError, "the prompt is empty; give some text"),
-    "empty ids": (lambda e: e.generate("plain", []), RequestError, "the prompt is empty; give at least one token"),
+    "unknown tenant, logits": (
+        lambda e: e.logits("x", [[1]], [[1]]),
+        UnknownTenantError,
+        "no tenant 'x'",
+    ),
+    "path-like tenant": (
+        lambda e: e.generate("../x", "a"),
+        UnknownTenantError,
+        r"no tenant '\.\./x'",
+    ),
+    "empty text": (
+        lambda e: e.generate("plain", ""),
+        RequestError,
+        "the prompt is empty; give some text",
+    ),
+    "empty ids": (
+        lambda e: e.generate("plain", []),
+        RequestError,
+        "the prompt is empty; give at least one token",
+    ),
     "no prompt": (
         lambda e: e.generate("plain", None),  # type: ignore[arg-type]
         RequestError,
@@ -293,15 +340,24 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Engine], Any], type[Exception], str]] = 
     "id too large": (
         lambda e: e.generate("plain", [1, NUM_BASE]),
         RequestError,
-        rf"the prompt\[1\] is {NUM_BASE}, outside the vocabulary of tenant 'plain' \(0\.\.{NUM_BASE - 1}\)",
+        rf"the prompt\[1\] is {NUM_BASE}, outside the vocabulary of tenant 'plain' "
+        rf"\(0\.\.{NUM_BASE - 1}\)",
     ),
     "id of another tenant": (
         lambda e: e.generate_batch([("chat", [261]), ("plain", [261])]),
         RequestError,
         "261, outside",
     ),
-    "negative id": (lambda e: e.generate("plain", [-1]), RequestError, r"the prompt\[0\] is -1, outside"),
-    "float id": (lambda e: e.generate("plain", [1.5]), RequestError, "is 1.5; token ids are whole numbers"),
+    "negative id": (
+        lambda e: e.generate("plain", [-1]),
+        RequestError,
+        r"the prompt\[0\] is -1, outside",
+    ),
+    "float id": (
+        lambda e: e.generate("plain", [1.5]),
+        RequestError,
+        "is 1.5; token ids are whole numbers",
+    ),
     "text without tokenizer": (
         lambda e: e.generate("bare", "a"),
         RequestError,
@@ -312,14 +368,26 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Engine], Any], type[Exception], str]] = 
         RequestError,
         "stop strings cannot be found; use stop_token_ids",
     ),
-    "stream without tokenizer": (lambda e: e.stream("bare", [5]), RequestError, "no text to stream; use generate"),
+    "stream without tokenizer": (
+        lambda e: e.stream("bare", [5]),
+        RequestError,
+        "no text to stream; use generate",
+    ),
     "params do not match": (
         lambda e: e.generate_batch([("plain", "a")], [SamplingParams()] * 2),
         RequestError,
         "2 sampling params for 1 requests",
     ),
-    "logits of nothing": (lambda e: either(e, []), RequestError, r"input_ids must be \[batch, seq\]"),
-    "logits of one row": (lambda e: either(e, [1, 2]), RequestError, r"input_ids must be \[batch, seq\]"),
+    "logits of nothing": (
+        lambda e: either(e, []),
+        RequestError,
+        r"input_ids must be \[batch, seq\]",
+    ),
+    "logits of one row": (
+        lambda e: either(e, [1, 2]),
+        RequestError,
+        r"input_ids must be \[batch, seq\]",
+    ),
     "logits of an empty row": (lambda e: either(e, [[1], []]), RequestError, "input_ids is empty"),
     "mask of another shape": (
         lambda e: either(e, [[1, 2]], attention_mask=[[1]]),
@@ -332,7 +400,9 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Engine], Any], type[Exception], str]] = 
         "attention_mask has a gap",
     ),
     "decoder ids wrongly there or absent": (
-        lambda e: e.logits("plain", [[1]], None if e.store.config("plain").is_encoder_decoder else [[1]]),
+        lambda e: e.logits(
+            "plain", [[1]], None if e.store.config("plain").is_encoder_decoder else [[1]]
+        ),
         RequestError,
         "reads input_ids alone; give what|needs decoder_input_ids as well; give what",
     ),
@@ -366,7 +436,10 @@ BAD_OPTIONS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"experts": "magic"}, "experts is 'magic'"),
     ],
     "jax": [
-        ({"backend": "torch"}, "backend 'torch' does not serve family 'switch_transformers'; use 'jax'"),
+        (
+            {"backend": "torch"},
+            "backend 'torch' does not serve family 'switch_transformers'; use 'jax'",
+        ),
         ({"device": "tpu9"}, "device is 'tpu9'; choose one of auto, cpu"),
         ({"device": "tpu"}, "device 'tpu' is not there .*; use auto or cpu"),
         ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto, float32"),
@@ -400,10 +473,14 @@ def test_bad_options_are_refused(
         load_engine(engine.store, **options)
 
 
-def test_a_missing_framework_is_named(engine: Engine, chatty: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_framework_is_named(
+    engine: Engine, chatty: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = chatty.backend
     monkeypatch.setitem(sys.modules, f"{name}_engine.backend", None)  # an import of it fails now
-    with pytest.raises(EngineError, match=rf"the {name} backend is not installed .*pip install 'moetel\[{name}\]'"):
+    with pytest.raises(
+        EngineError, match=rf"the {name} backend is not installed .*pip install 'moetel\[{name}\]'"
+    ):
         load_engine(engine.store)
 
 
@@ -411,7 +488,11 @@ def test_a_closed_engine_says_so(chatty: Kind, tmp_path: Path) -> None:
     engine = load_engine(build_store(tmp_path / "store", chatty.paths))
     engine.close()
     engine.close()
-    for call in (lambda: engine.generate("bare", [1]), lambda: chatty.logits(engine, "bare", [[1]]), engine.stats):
+    for call in (
+        lambda: engine.generate("bare", [1]),
+        lambda: chatty.logits(engine, "bare", [[1]]),
+        engine.stats,
+    ):
         with pytest.raises(EngineError, match="this engine is closed; load it again"):
             call()
 

@@ -1,4 +1,5 @@
-"""Experts in numpy against transformers' own modules, and the activation's slope against torch's autograd."""
+"""Experts in numpy against transformers' own modules, and the activation's slope against torch's
+autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import torch
 from transformers import MixtralConfig, SwitchTransformersConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersDenseActDense
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersDenseActDense,
+)
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
@@ -50,9 +53,15 @@ def test_mixtral(activation: str) -> None:
         with torch.no_grad():
             expected = module(x, chosen, torch.ones(len(x), 1)).numpy()
         fused = module.gate_up_proj[expert].detach().numpy()
-        weights = {"w1": fused[:size], "w3": fused[size:], "w2": module.down_proj[expert].detach().numpy()}
+        weights = {
+            "w1": fused[:size],
+            "w3": fused[size:],
+            "w2": module.down_proj[expert].detach().numpy(),
+        }
         assert_close(forward(spec, x.numpy(), weights), expected)
-        np.testing.assert_allclose(inner(spec, x.numpy(), weights) @ weights["w2"].T, expected, atol=1e-4)
+        np.testing.assert_allclose(
+            inner(spec, x.numpy(), weights) @ weights["w2"].T, expected, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("activation", KINDS)
@@ -70,7 +79,9 @@ def test_switch(activation: str) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_gated_switch(activation: str) -> None:
     proj = f"gated-{activation}"
-    module = T5DenseGatedActDense(T5Config(d_model=32, d_ff=64, feed_forward_proj=proj, dropout_rate=0.0)).eval()
+    module = T5DenseGatedActDense(
+        T5Config(d_model=32, d_ff=64, feed_forward_proj=proj, dropout_rate=0.0)
+    ).eval()
     spec, x = switch_spec(feed_forward_proj=proj, is_gated_act=True), inputs(32)
     assert inputs_and_output(spec) == (("wi_0", "wi_1"), "wo")
     weights = {n: getattr(module, n).weight.detach().numpy() for n in ("wi_0", "wi_1", "wo")}

@@ -22,7 +22,9 @@ from tests.conftest import Family
 
 
 @pytest.fixture(scope="module")
-def newcomer(family: Family, tmp_path_factory: pytest.TempPathFactory) -> tuple[MixtralForCausalLM, Path]:
+def newcomer(
+    family: Family, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[MixtralForCausalLM, Path]:
     """A fourth tenant of the family, nearest to ana."""
     model = helpers.tuned(family.models[1], 7, 0.02)
     return model, helpers.save(model, tmp_path_factory.mktemp("newcomer") / "cy")
@@ -35,7 +37,9 @@ def test_a_tenant_beside_the_papers_plan_answers_right(
     grown = extend_store(store.path, "cy", newcomer[1], extra=0.2)
     rows = helpers.prompts(3, [9])
     with load_engine(grown, spare_slots=2) as engine:
-        expected = helpers.hf_logits(helpers.oracle_of_store(grown, [*family.models, newcomer[0]], 3), rows)
+        expected = helpers.hf_logits(
+            helpers.oracle_of_store(grown, [*family.models, newcomer[0]], 3), rows
+        )
         helpers.assert_close(engine.logits("cy", rows), expected)
 
 
@@ -43,7 +47,9 @@ def test_a_tenant_beside_the_papers_plan_answers_right(
 def test_what_was_measured_and_asked_of_others_stays(
     family: Family, newcomer: tuple[Any, Path], tmp_path: Path
 ) -> None:
-    examples = {n: CalibrationSet.texts(helpers.prompts(i, [20] * 4)) for i, n in enumerate(("base", "bob"))}
+    examples = {
+        n: CalibrationSet.texts(helpers.prompts(i, [20] * 4)) for i, n in enumerate(("base", "bob"))
+    }
     traffic = {"ana": 3.0, "bob": 2.0}
     store = build_store(tmp_path / "store", family.paths, calibration=examples, traffic=traffic)
     assert store.manifest.prediction is not None and store.manifest.prediction["unit"] == "nats"
@@ -59,13 +65,21 @@ def test_what_was_measured_and_asked_of_others_stays(
     check(shrunk)
     assert shrunk.manifest.calibration == {"base": store.manifest.calibration["base"]}
     assert shrunk.manifest.provenance["settings"]["traffic"] == {"ana": 3.0}
-    assert shrunk.manifest.prediction == {"losses": [old[0], old[1], None], "unit": "nats", "bound": None}
+    assert shrunk.manifest.prediction == {
+        "losses": [old[0], old[1], None],
+        "unit": "nats",
+        "bound": None,
+    }
     again = replan(store.path)
     assert again.manifest.provenance["settings"]["traffic"] == {"ana": 3.0}
     # A plan that is given is for all tenants.
     extend_store(store.path, "bob", family.paths["bob"])
     plan = replace(
-        again.plan, tenants=(*again.plan.tenants, "bob"), residuals=(), copies=(), serving=np.full((4, 2, 4), MISS)
+        again.plan,
+        tenants=(*again.plan.tenants, "bob"),
+        residuals=(),
+        copies=(),
+        serving=np.full((4, 2, 4), MISS),
     )
     assert BESIDE not in set_plan(store.path, plan).manifest.provenance
 
@@ -77,7 +91,10 @@ def test_switch_tenants_come_and_go(tmp_path: Path) -> None:
     store = build_store(tmp_path / "store", {"a": paths[0], "b": paths[1]})
     before = served(store, "b")
     grown = extend_store(store.path, "c", paths[2], extra=0.2)
-    bare = squared(own(grown, "c"), [_copy(grown, "c", i, e) for i, e in np.ndindex(*grown.plan.serving.shape[1:])])
+    bare = squared(
+        own(grown, "c"),
+        [_copy(grown, "c", i, e) for i, e in np.ndindex(*grown.plan.serving.shape[1:])],
+    )
     assert squared(own(grown, "c"), served(grown, "c")) < 0.8 * bare
     shrunk = remove_tenant(store.path, "a", keep_plan=True)
     check(shrunk)

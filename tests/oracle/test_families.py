@@ -1,4 +1,5 @@
-"""One core for both families: one rule gives the plan, whichever engine asks, and whatever format a tenant came in."""
+"""One core for both families: one rule gives the plan, whichever engine asks, and whatever format a
+tenant came in."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ build_store = partial(common.store.build_store, policy="round_robin")
 
 def mixtral_expert(model: Any, layer: int, expert: int) -> torch.Tensor:
     experts = model.model.layers[layer].mlp.experts
-    return torch.cat([experts.gate_up_proj[expert].flatten(), experts.down_proj[expert].flatten()]).double()
+    return torch.cat(
+        [experts.gate_up_proj[expert].flatten(), experts.down_proj[expert].flatten()]
+    ).double()
 
 
 def switch_expert(model: Any, layer: int, expert: int) -> torch.Tensor:
@@ -30,7 +33,10 @@ def switch_expert(model: Any, layer: int, expert: int) -> torch.Tensor:
     return torch.cat([p.flatten() for p in found.parameters()]).double()
 
 
-CASES: dict[str, tuple[Callable[[int], Any], Callable[[Any, int], Any], Callable[[Any, int, int], torch.Tensor]]] = {
+CASES: dict[
+    str,
+    tuple[Callable[[int], Any], Callable[[Any, int], Any], Callable[[Any, int, int], torch.Tensor]],
+] = {
     "torch": (helpers.random_mixtral, helpers.tuned, mixtral_expert),
     "jax": (switch_models.random_switch, switch_models.tuned, switch_expert),
 }
@@ -38,8 +44,11 @@ CASES: dict[str, tuple[Callable[[int], Any], Callable[[Any, int], Any], Callable
 
 @pytest.mark.parametrize("slots", [None, 5])
 @pytest.mark.parametrize("backend", CASES)
-def test_the_plan_is_the_papers_rule_on_hugging_faces_weights(backend: str, slots: Any, tmp_path: Path) -> None:
-    """Algorithm 1 of arXiv 2505.06481, written here a second time: positions by distance, owners in turn."""
+def test_the_plan_is_the_papers_rule_on_hugging_faces_weights(
+    backend: str, slots: Any, tmp_path: Path
+) -> None:
+    """Algorithm 1 of arXiv 2505.06481, written here a second time: positions by distance, owners in
+    turn."""
     pytest.importorskip(backend)
     make, tune, weights = CASES[backend]
     base = make(0)
@@ -52,7 +61,9 @@ def test_the_plan_is_the_papers_rule_on_hugging_faces_weights(backend: str, slot
         for layer in range(layers):
             for expert in range(experts):
                 flat = [weights(m, layer, expert) for m in models]
-                distance[layer, expert] = sum(float((a - b).norm()) for i, a in enumerate(flat) for b in flat[i + 1 :])
+                distance[layer, expert] = sum(
+                    float((a - b).norm()) for i, a in enumerate(flat) for b in flat[i + 1 :]
+                )
     expected = np.full(layers * experts, -1)
     for turn, position in enumerate(np.argsort(distance.reshape(-1), kind="stable")[:slots]):
         expected[position] = turn % 3
@@ -70,13 +81,20 @@ def test_a_t5x_and_a_hugging_face_directory_give_one_store(tmp_path: Path) -> No
         {"base": folder / "t5x" / "checkpoint_1000"} | others,
         configs={"base": folder / "hf" / "config.json"},
     )
-    assert [dict(t.tensors) for t in plain.manifest.tenants] == [dict(t.tensors) for t in t5x.manifest.tenants]
+    assert [dict(t.tensors) for t in plain.manifest.tenants] == [
+        dict(t.tensors) for t in t5x.manifest.tenants
+    ]
     assert plain.manifest.objects == t5x.manifest.objects
-    assert np.array_equal(plain.plan.serving, t5x.plan.serving) and plain.plan.copies == t5x.plan.copies
+    assert (
+        np.array_equal(plain.plan.serving, t5x.plan.serving)
+        and plain.plan.copies == t5x.plan.copies
+    )
     assert np.array_equal(plain.distances.matrix, t5x.distances.matrix)
 
 
 def test_what_t5x_does_not_say_is_said(tmp_path: Path) -> None:
     pytest.importorskip("tensorstore")
-    store = build_store(tmp_path / "store", {"base": shared_path("fixtures/switch_tiny/t5x/checkpoint_1000")})
+    store = build_store(
+        tmp_path / "store", {"base": shared_path("fixtures/switch_tiny/t5x/checkpoint_1000")}
+    )
     assert any("relative_attention_max_distance" in note for note in store.tenant("base").notes)

@@ -1,4 +1,5 @@
-"""Kinds of fine-tunes: models changed with torch as trainers change them, and what `moetel inspect` calls them."""
+"""Kinds of fine-tunes: models changed with torch as trainers change them, and what `moetel inspect`
+calls them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def changed(model: Any, parts: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy in which `change` is added to every matrix whose name holds `parts`, in float32, and then rounded."""
+    """A copy in which `change` is added to every matrix whose name holds `parts`, in float32, and
+    then rounded."""
     found = copy.deepcopy(model)
     with torch.no_grad():
         for name, value in found.named_parameters():
@@ -28,8 +30,11 @@ def changed(model: Any, parts: str, change: Callable[[torch.Tensor], torch.Tenso
     return found
 
 
-def low_rank(rank: int, size: float, experts: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Products of random factors, one an expert for tensors of several; the first `experts` of them alone."""
+def low_rank(
+    rank: int, size: float, experts: int | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Products of random factors, one an expert for tensors of several; the first `experts` of them
+    alone."""
     generator = torch.Generator().manual_seed(7)
 
     def change(value: torch.Tensor) -> torch.Tensor:
@@ -62,9 +67,12 @@ def stored(models: dict[str, Any], work: Path) -> Store:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_each_kind_is_told(dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_kind_is_told(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = helpers.random_mixtral(1, **SIZES).to(dtype)
-    # Gate and up lie in one tensor of transformers', so that a rank there is their sum's bound, not each one's.
+    # Gate and up lie in one tensor of transformers', so that a rank there is their sum's bound, not
+    # each one's.
     made = {
         "first": first,
         "same": first,
@@ -115,7 +123,9 @@ def test_types_that_a_store_widened(tmp_path: Path) -> None:
     assert str(kind_of(store, "wide", "first")) == "full"
 
 
-def test_equal_tenants_cost_no_reading_and_others_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_tenants_cost_no_reading_and_others_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = helpers.random_mixtral(1, num_local_experts=8)
     models = {
         "first": first,
@@ -127,14 +137,18 @@ def test_equal_tenants_cost_no_reading_and_others_a_sample(tmp_path: Path, monke
     from common.checkpoints import TensorRef
 
     before = TensorRef.map
-    monkeypatch.setattr(TensorRef, "map", lambda ref: (mapped.append(ref.path.name), before(ref))[1])
+    monkeypatch.setattr(
+        TensorRef, "map", lambda ref: (mapped.append(ref.path.name), before(ref))[1]
+    )
     assert str(kind_of(store, "attention", "first")) == "attention only" and not mapped
     assert kind_of(store, "lora", "first").rank == 2
     assert 0 < len(mapped) <= 2 * SAMPLED_EXPERTS * len(store.experts.projections)
 
 
 def test_rows_of_large_matrices_are_a_sample(tmp_path: Path) -> None:
-    first = helpers.random_mixtral(1, hidden_size=32, intermediate_size=2 * SAMPLED_ROWS + 5, num_hidden_layers=1)
+    first = helpers.random_mixtral(
+        1, hidden_size=32, intermediate_size=2 * SAMPLED_ROWS + 5, num_hidden_layers=1
+    )
     tuned = changed(first, ".mlp.experts.gate_up_proj", low_rank(3, 0.1))
     models = {"first": first, "lora": tuned, "full": changed(first, ".", dense(0.05))}
     store = stored(models, tmp_path)
@@ -146,6 +160,8 @@ def test_damage_is_left_to_verify(tmp_path: Path) -> None:
     first = helpers.random_mixtral(1)
     models = {"first": first, "lora": changed(first, ".mlp.experts.down_proj", low_rank(2, 0.1))}
     store = stored(models, tmp_path)
-    for refs in (store.copy_refs("lora", layer, expert) for layer in range(2) for expert in range(4)):
+    for refs in (
+        store.copy_refs("lora", layer, expert) for layer in range(2) for expert in range(4)
+    ):
         refs["w2"].path.write_bytes(b"")
     assert str(kind_of(store, "lora", "first")) == "full"

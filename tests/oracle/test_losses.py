@@ -1,4 +1,5 @@
-"""Predicted losses against what experts do on the samples, and the scales of what was not sampled."""
+"""Predicted losses against what experts do on the samples, and the scales of what was not
+sampled."""
 
 from __future__ import annotations
 
@@ -13,14 +14,25 @@ from common import Store, build_store
 from common.calibration import CalibrationSet, Profile
 from common.dtypes import to_float32
 from common.experts import forward
-from common.losses import Losses, gram_of_distances, losses_of_weights, measure_losses, square_matrices
+from common.losses import (
+    Losses,
+    gram_of_distances,
+    losses_of_weights,
+    measure_losses,
+    square_matrices,
+)
 from common.similarity import Distances
 from common.store import add_tenant
 from tests import helpers
 from tests.helpers import prompts
 
 NAMES = ("base", "ana", "bob")
-SIZES = {"num_local_experts": 3, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2}
+SIZES = {
+    "num_local_experts": 3,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +58,9 @@ def profiles(store: Store) -> dict[str, Profile]:
     return {n: p for n, p in found.items() if p is not None}
 
 
-# Errors of experts are computed in float32, and how a BLAS orders its sums depends on the rows that it is given. Sums
-# that cancel lose up to two digits of the seven. A wrong rule is off by more than a hundredth.
+# Errors of experts are computed in float32, and how a BLAS orders its sums depends on the rows that
+# it is given. Sums that cancel lose up to two digits of the seven. A wrong rule is off by more than
+# a hundredth.
 ROUNDING = 1e-5
 
 
@@ -57,23 +70,38 @@ def own(store: Store, tenant: int, layer: int, expert: int) -> dict[str, np.ndar
 
 
 def true_loss(
-    store: Store, profile: Profile, tenant: int, place: tuple[int, int], weights: dict[str, np.ndarray]
+    store: Store,
+    profile: Profile,
+    tenant: int,
+    place: tuple[int, int],
+    weights: dict[str, np.ndarray],
 ) -> float:
-    """Divergence a token that the tenant is charged with for being served `weights`, in the loss's own words."""
+    """Divergence a token that the tenant is charged with for being served `weights`, in the loss's
+    own words."""
     layer, expert = place
     x, gates = profile.sample(layer, expert)
-    error = forward(store.experts, x, weights) - forward(store.experts, x, own(store, tenant, layer, expert))
+    error = forward(store.experts, x, weights) - forward(
+        store.experts, x, own(store, tenant, layer, expert)
+    )
     squared = gates.astype(np.float64) ** 2
     mean = float(squared @ (error.astype(np.float64) ** 2).sum(axis=1)) / squared.sum()
-    # E[g^2 |error|^2] a token: the mean over what the router sent here, by how much of all gates that was.
-    return mean * profile.gate_squares[layer, expert] / profile.tokens[layer] * profile.sensitivity[layer]
+    # E[g^2 |error|^2] a token: the mean over what the router sent here, by how much of all gates
+    # that was.
+    return (
+        mean
+        * profile.gate_squares[layer, expert]
+        / profile.tokens[layer]
+        * profile.sensitivity[layer]
+    )
 
 
 def places(store: Store) -> list[tuple[int, int]]:
     return list(product(range(store.experts.num_layers), range(store.experts.num_experts)))
 
 
-def test_the_loss_of_another_tenants_expert_is_exact(store: Store, profiles: dict[str, Profile]) -> None:
+def test_the_loss_of_another_tenants_expert_is_exact(
+    store: Store, profiles: dict[str, Profile]
+) -> None:
     losses = measure_losses(store, profiles)
     assert losses.measured == NAMES and losses.unit == "nats" and losses.sampled.all()
     single = losses.single()
@@ -90,7 +118,9 @@ def test_the_loss_of_another_tenants_expert_is_exact(store: Store, profiles: dic
         np.testing.assert_allclose(losses.frequency[t].sum(axis=1), store.experts.top_k)
 
 
-def test_the_loss_of_a_mixture_is_near_that_of_the_mixed_weights(store: Store, profiles: dict[str, Profile]) -> None:
+def test_the_loss_of_a_mixture_is_near_that_of_the_mixed_weights(
+    store: Store, profiles: dict[str, Profile]
+) -> None:
     losses = measure_losses(store, profiles)
     rng = np.random.default_rng(0)
     for place in places(store):
@@ -113,7 +143,11 @@ def test_by_weights_the_loss_is_the_squared_distance(store: Store) -> None:
             squared = sum(
                 float(
                     (
-                        sum(w * (m[n].astype(np.float64) - every[t][n]) for w, m in zip(mix, every, strict=True)) ** 2
+                        sum(
+                            w * (m[n].astype(np.float64) - every[t][n])
+                            for w, m in zip(mix, every, strict=True)
+                        )
+                        ** 2
                     ).sum()
                 )
                 for n in every[t]
@@ -127,7 +161,9 @@ def test_grams_of_distances_are_products_of_differences() -> None:
     points = rng.standard_normal((4, 9))
     gram = gram_of_distances(((points[:, None] - points) ** 2).sum(axis=2))
     for t, c, d in product(range(4), repeat=3):
-        assert gram[t, c, d] == pytest.approx(float((points[c] - points[t]) @ (points[d] - points[t])), abs=1e-12)
+        assert gram[t, c, d] == pytest.approx(
+            float((points[c] - points[t]) @ (points[d] - points[t])), abs=1e-12
+        )
 
 
 def test_squared_distances_by_position() -> None:
@@ -164,16 +200,21 @@ def without(profile: Profile, layer: int, expert: int) -> Profile:
 
 
 def check_consistent(losses: Losses, store: Store) -> None:
-    """`scale` is what turns squared differences of weights into the loss where nothing was sampled."""
+    """`scale` is what turns squared differences of weights into the loss where nothing was
+    sampled."""
     squared = square_matrices(store.distances)
     single = losses.single()
     for t, layer, expert in np.argwhere(~losses.sampled):
         np.testing.assert_allclose(
-            single[t, layer, expert], losses.scale[t, layer, expert] * squared[layer, expert, t], rtol=1e-9
+            single[t, layer, expert],
+            losses.scale[t, layer, expert] * squared[layer, expert, t],
+            rtol=1e-9,
         )
 
 
-def test_an_expert_that_was_never_picked_counts_as_picked_once(store: Store, profiles: dict[str, Profile]) -> None:
+def test_an_expert_that_was_never_picked_counts_as_picked_once(
+    store: Store, profiles: dict[str, Profile]
+) -> None:
     usual = measure_losses(store, profiles)
     made = measure_losses(store, profiles | {"ana": without(profiles["ana"], 1, 2)})
     assert not made.sampled[1, 1, 2] and made.sampled.sum() == made.sampled.size - 1
@@ -188,7 +229,9 @@ def test_an_expert_that_was_never_picked_counts_as_picked_once(store: Store, pro
     assert made.frequency[1, 1, 2] == 0
 
 
-def test_a_tenant_without_calibration_counts_as_the_usual_one(store: Store, profiles: dict[str, Profile]) -> None:
+def test_a_tenant_without_calibration_counts_as_the_usual_one(
+    store: Store, profiles: dict[str, Profile]
+) -> None:
     usual = measure_losses(store, profiles)
     made = measure_losses(store, {n: p for n, p in profiles.items() if n != "bob"})
     assert made.measured == ("base", "ana") and made.unit == "nats" and not made.sampled[2].any()
@@ -201,7 +244,8 @@ def test_a_tenant_without_calibration_counts_as_the_usual_one(store: Store, prof
 def test_calibration_that_says_nothing_leaves_differences_their_price(
     store: Store, profiles: dict[str, Profile]
 ) -> None:
-    """Samples of experts alone that all tenants have in common: what differs is not free for that."""
+    """Samples of experts alone that all tenants have in common: what differs is not free for
+    that."""
     base = profiles["base"]
     empty = base
     for place in places(store):
@@ -227,10 +271,15 @@ def test_calibration_that_says_nothing_leaves_differences_their_price(
     assert (made.single()[0, 1, :, 1] > 0).all() and (made.single()[2, 1, :, 1] > 0).all()
 
 
-def test_a_layer_without_sensitivity_has_the_usual_one(store: Store, profiles: dict[str, Profile]) -> None:
+def test_a_layer_without_sensitivity_has_the_usual_one(
+    store: Store, profiles: dict[str, Profile]
+) -> None:
     base = profiles["base"]
     unknown = replace(base, sensitivity=np.array([0.0, base.sensitivity[1]]))
-    made, usual = measure_losses(store, profiles | {"base": unknown}), measure_losses(store, profiles)
+    made, usual = (
+        measure_losses(store, profiles | {"base": unknown}),
+        measure_losses(store, profiles),
+    )
     ratio = base.sensitivity[1] / base.sensitivity[0]
     np.testing.assert_allclose(made.gram[0, 0], usual.gram[0, 0] * ratio, rtol=ROUNDING)
     np.testing.assert_allclose(made.gram[0, 1], usual.gram[0, 1], rtol=ROUNDING)
@@ -240,12 +289,16 @@ def test_a_layer_without_sensitivity_has_the_usual_one(store: Store, profiles: d
     for layer in range(2):
         usual_here = np.median([profiles[n].sensitivity[layer] for n in ("ana", "bob")])
         np.testing.assert_allclose(
-            made.gram[0, layer], usual.gram[0, layer] * usual_here / base.sensitivity[layer], rtol=ROUNDING
+            made.gram[0, layer],
+            usual.gram[0, layer] * usual_here / base.sensitivity[layer],
+            rtol=ROUNDING,
         )
     assert made.unit == "nats"
     alone = measure_losses(store, {"base": none})
     assert alone.unit == "squared error"
-    np.testing.assert_allclose(alone.gram[0, 0], usual.gram[0, 0] / base.sensitivity[0], rtol=ROUNDING)
+    np.testing.assert_allclose(
+        alone.gram[0, 0], usual.gram[0, 0] / base.sensitivity[0], rtol=ROUNDING
+    )
 
 
 def test_a_tenant_calibrated_when_it_was_alone(root: Path, tmp_path: Path) -> None:
@@ -254,8 +307,16 @@ def test_a_tenant_calibrated_when_it_was_alone(root: Path, tmp_path: Path) -> No
     store = add_tenant(tmp_path / "store", "ana", root / "ana")
     profile = Profile.from_store(store, "base")
     assert profile is not None and (profile.sensitivity == 0).all() and profile.counts.sum() > 0
-    assert store.manifest.prediction is not None and store.manifest.prediction["unit"] == "squared error"
-    again = add_tenant(tmp_path / "store", "bob", root / "bob", calibration=CalibrationSet.texts(prompts(2, [20] * 3)))
+    assert (
+        store.manifest.prediction is not None
+        and store.manifest.prediction["unit"] == "squared error"
+    )
+    again = add_tenant(
+        tmp_path / "store",
+        "bob",
+        root / "bob",
+        calibration=CalibrationSet.texts(prompts(2, [20] * 3)),
+    )
     assert again.manifest.prediction is not None and again.manifest.prediction["unit"] == "nats"
 
 

@@ -27,7 +27,12 @@ NAMES = ("base", "ana", "bob")
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    sizes = {"num_local_experts": 3, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2}
+    sizes = {
+        "num_local_experts": 3,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 2,
+    }
     base = helpers.random_mixtral(0, **sizes)
     models = [base, *(helpers.tuned(base, seed, 0.03) for seed in (1, 2, 3))]
     return {n: helpers.save(m, root / n) for n, m in zip((*NAMES, "cy"), models, strict=True)}
@@ -99,7 +104,9 @@ def test_what_is_kept_is_what_would_be_measured(built: Path) -> None:
     wanted = fresh.measurements
     assert kept is not None and kept.key == wanted.key and kept.ridge == wanted.ridge is not None
     assert_same_losses(kept.losses, wanted.losses)
-    assert kept.fitted.keys() == wanted.fitted.keys() and kept.spectra.keys() == wanted.spectra.keys()
+    assert (
+        kept.fitted.keys() == wanted.fitted.keys() and kept.spectra.keys() == wanted.spectra.keys()
+    )
     assert kept.fitted and kept.spectra
     for p, losses in wanted.fitted.items():
         np.testing.assert_array_equal(kept.fitted[p], losses)
@@ -108,7 +115,9 @@ def test_what_is_kept_is_what_would_be_measured(built: Path) -> None:
             for x, y in zip(a, b, strict=True):
                 assert (x.shape, x.total, x.sign) == (y.shape, y.total, y.sign)
                 # Where nothing is lacking there is one 0 for all.
-                np.testing.assert_array_equal(x.values, np.pad(y.values, (0, len(x.values) - len(y.values))))
+                np.testing.assert_array_equal(
+                    x.values, np.pad(y.values, (0, len(x.values) - len(y.values)))
+                )
 
 
 @pytest.mark.parametrize("policy", ["residual", "sign", "fit", "merge", "medoid"])
@@ -143,7 +152,9 @@ def test_a_store_is_planned_anew_without_measuring(store: Path) -> None:
 
 
 @pytest.mark.slow
-def test_other_calibration_traffic_or_tenants_are_measured_anew(store: Path, checkpoints: dict[str, Path]) -> None:
+def test_other_calibration_traffic_or_tenants_are_measured_anew(
+    store: Path, checkpoints: dict[str, Path]
+) -> None:
     keys = {Store.open(store).manifest.measurements["key"]}
 
     def check(found: Store) -> None:
@@ -172,15 +183,23 @@ def test_beside_a_plan_they_wait_for_the_tenants_that_they_are_of(
     assert grown.manifest.measurements == before and not grown.verify()
     found, kept = anew(store), Measurements.from_store(grown)
     assert kept is not None and kept.losses.tenants == NAMES
-    assert Planner(grown, profiles_of(grown), known=kept).losses.gram.shape == found.losses.gram.shape
+    assert (
+        Planner(grown, profiles_of(grown), known=kept).losses.gram.shape == found.losses.gram.shape
+    )
     shrunk = remove_tenant(store, "cy", keep_plan=True)
     assert shrunk.manifest.measurements == before and not shrunk.verify()
     request.getfixturevalue("nothing_is_measured")
     assert replan(store, extra=0.2).manifest.measurements == before
 
 
-def test_a_store_without_measurements_is_read(store: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    plain = build_store(tmp_path / "plain", {"base": checkpoints["base"], "ana": checkpoints["ana"]}, policy="medoid")
+def test_a_store_without_measurements_is_read(
+    store: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = build_store(
+        tmp_path / "plain",
+        {"base": checkpoints["base"], "ana": checkpoints["ana"]},
+        policy="medoid",
+    )
     assert plain.manifest.measurements is None and Measurements.from_store(plain) is None
     # Its distances say all that is needed for these; residuals are measured, and kept from then on.
     assert replan(plain.path, policy="merge").manifest.measurements is None

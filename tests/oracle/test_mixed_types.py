@@ -1,4 +1,5 @@
-"""Checkpoints of more than one type: the store's holds them all, and what it serves is transformers' in float32."""
+"""Checkpoints of more than one type: the store's holds them all, and what it serves is
+transformers' in float32."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ TYPES: dict[str, tuple[Callable[[str], torch.dtype], str]] = {
     ),
     "float32 head": (lambda n: torch.float32 if "lm_head" in n else torch.bfloat16, "float32"),
     "first expert in half": (half, "float32"),
-    "bfloat16 and float16": (lambda n: torch.float16 if ".experts.0." in n else torch.bfloat16, "float32"),
+    "bfloat16 and float16": (
+        lambda n: torch.float16 if ".experts.0." in n else torch.bfloat16,
+        "float32",
+    ),
     "bfloat16": (lambda n: torch.bfloat16, "bfloat16"),
     "float16": (lambda n: torch.float16, "float16"),
 }
@@ -47,7 +51,9 @@ def test_nothing_is_rounded_unasked(kind: str, base: Path, tmp_path: Path) -> No
     write_tensors(path, tensors)
     store = check_same(path, tmp_path)
     assert store.dtype == expected
-    said = [note for note in store.tenant("t").notes if "--dtype bfloat16 takes half the memory" in note]
+    said = [
+        note for note in store.tenant("t").notes if "--dtype bfloat16 takes half the memory" in note
+    ]
     assert len(said) == (len({v.dtype for v in tensors.values()}) > 1)
 
 
@@ -56,7 +62,11 @@ def test_tenants_of_two_types(base: Path, tmp_path: Path) -> None:
     write_tensors(path, {n: v.bfloat16() for n, v in tensors_of(base).items()})
     store = build_store(tmp_path / "store", {"a": base, "b": path})
     assert store.dtype == "float32"
-    assert any("holds bfloat16 and float32 without rounding" in note for note in store.tenant("b").notes)
+    assert any(
+        "holds bfloat16 and float32 without rounding" in note for note in store.tenant("b").notes
+    )
     asked = build_store(tmp_path / "asked", {"a": base, "b": path}, dtype="bfloat16")
     assert asked.dtype == "bfloat16"
-    assert any("converted from float32 to bfloat16 (rounded)" in note for note in asked.tenant("a").notes)
+    assert any(
+        "converted from float32 to bfloat16 (rounded)" in note for note in asked.tenant("a").notes
+    )

@@ -1,4 +1,5 @@
-"""Orbax checkpoints: what the library writes we read, what we write the library restores, damage is named."""
+"""Orbax checkpoints: what the library writes we read, what we write the library restores, damage is
+named."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 @pytest.fixture(scope="module")
 def parameters() -> dict[str, np.ndarray]:
     return {
-        n: np.ascontiguousarray(a) for n, a in switch.t5x_parameters(switch.arrays_of(switch.random_switch())).items()
+        n: np.ascontiguousarray(a)
+        for n, a in switch.t5x_parameters(switch.arrays_of(switch.random_switch())).items()
     }
 
 
@@ -56,8 +58,12 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(parameters: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a T5X run saves through Orbax: parameters, step and some optimizer state; without OCDBT."""
-    state = {"step": np.int32(3), "param_states": {"decoder": {"decoder_norm": {"scale": {"v": np.ones(16)}}}}}
+    """What a T5X run saves through Orbax: parameters, step and some optimizer state; without
+    OCDBT."""
+    state = {
+        "step": np.int32(3),
+        "param_states": {"decoder": {"decoder_norm": {"scale": {"v": np.ones(16)}}}},
+    }
     tree = {"target": switch.nested(parameters), "state": state}
     return save(tmp_path_factory.mktemp("saved") / "item", tree, use_ocdbt=False)
 
@@ -98,25 +104,36 @@ def test_places_of_the_parameters(
 
 
 def test_bfloat16(parameters: dict[str, np.ndarray], hf: Path, tmp_path: Path) -> None:
-    tree = {"target": switch.nested({n: a.astype(ml_dtypes.bfloat16) for n, a in parameters.items()})}
+    tree = {
+        "target": switch.nested({n: a.astype(ml_dtypes.bfloat16) for n, a in parameters.items()})
+    }
     found = open_checkpoint(save(tmp_path / "item", tree))
     for name, array in open_checkpoint(hf).stream():
         assert np.array_equal(found.tensors[name].read(), array.astype(ml_dtypes.bfloat16)), name
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_managers_and_runs(named: bool, parameters: dict[str, np.ndarray], hf: Path, tmp_path: Path) -> None:
-    """A manager's directory with one step, its step, and its item; two steps are refused with their names."""
+def test_managers_and_runs(
+    named: bool, parameters: dict[str, np.ndarray], hf: Path, tmp_path: Path
+) -> None:
+    """A manager's directory with one step, its step, and its item; two steps are refused with their
+    names."""
     options = ocp.CheckpointManagerOptions(step_prefix="checkpoint" if named else None)
     with ocp.CheckpointManager(tmp_path, options=options) as manager:
         tree = ocp.args.StandardSave({"target": switch.nested(parameters)})
         for step in (3, 20):
-            args = ocp.args.Composite(state=tree, extra=ocp.args.JsonSave({"a": 1})) if named else tree
+            args = (
+                ocp.args.Composite(state=tree, extra=ocp.args.JsonSave({"a": 1})) if named else tree
+            )
             manager.save(step, args=args)
             manager.wait_until_finished()
             if step == 3:
                 folder = "checkpoint_3" if named else "3"
-                for path in (tmp_path, tmp_path / folder, tmp_path / folder / ("state" if named else "default")):
+                for path in (
+                    tmp_path,
+                    tmp_path / folder,
+                    tmp_path / folder / ("state" if named else "default"),
+                ):
                     assert_same(open_checkpoint(path), open_checkpoint(hf))
     item = "checkpoint_3/state, checkpoint_20/state" if named else "3/default, 20/default"
     with pytest.raises(CheckpointError, match=f"holds 2 checkpoints; give one of them: {item}"):
@@ -153,7 +170,12 @@ def test_small_arrays_in_the_old_index(
     path = shutil.copytree(saved, tmp_path / "item")
     shutil.rmtree(path / "target.encoder.encoder_norm.scale")
     switch.save_index(
-        path, {"target": switch.nested({"encoder.encoder_norm.scale": parameters["encoder.encoder_norm.scale"]})}
+        path,
+        {
+            "target": switch.nested(
+                {"encoder.encoder_norm.scale": parameters["encoder.encoder_norm.scale"]}
+            )
+        },
     )
     assert_same(open_checkpoint(path), open_checkpoint(hf))
 
@@ -177,10 +199,14 @@ def test_orbax_restores_what_we_write(variant: str, tmp_path: Path) -> None:
         assert plain["state"]["step"] == 7
         found = dict(leaves(plain["target"]))
         assert set(found) == set(expected)
-        assert all(found[n].dtype == a.dtype and np.array_equal(found[n], a) for n, a in expected.items())
+        assert all(
+            found[n].dtype == a.dtype and np.array_equal(found[n], a) for n, a in expected.items()
+        )
         # Into what a training program has: shapes, types and devices.
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), plain)
+        wanted = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), plain
+        )
         restored = standard.restore(path, wanted)
         assert all(isinstance(a, jax.Array) for a in jax.tree.leaves(restored))
         for other in (restored, tree.restore(path)):
@@ -192,8 +218,13 @@ def test_written_types_and_chunks(hf: Path, tmp_path: Path) -> None:
     write_orbax(tmp_path, open_checkpoint(hf), dtype="bfloat16")
     (tmp_path / "config.json").write_text((hf / "config.json").read_text())
     with ocp.StandardCheckpointer() as checkpointer:
-        assert checkpointer.restore(tmp_path)["target"]["token_embedder"]["embedding"].dtype == ml_dtypes.bfloat16
-    array = json.loads((tmp_path / "target.encoder.layers_1.mlp.expert.wi.kernel" / ".zarray").read_text())
+        assert (
+            checkpointer.restore(tmp_path)["target"]["token_embedder"]["embedding"].dtype
+            == ml_dtypes.bfloat16
+        )
+    array = json.loads(
+        (tmp_path / "target.encoder.layers_1.mlp.expert.wi.kernel" / ".zarray").read_text()
+    )
     assert array["chunks"] == [1, 16, 24]  # an expert can be read alone
     found = open_checkpoint(tmp_path)
     assert found.dtype == "bfloat16" and found.notes == ()
@@ -236,25 +267,38 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def keep(path: Path, top: str) -> None:
     """Only the entries of the tree below one key."""
-    edit(path, lambda m: m.update(tree_metadata={k: v for k, v in m["tree_metadata"].items() if k.startswith(top)}))
+    edit(
+        path,
+        lambda m: m.update(
+            tree_metadata={k: v for k, v in m["tree_metadata"].items() if k.startswith(top)}
+        ),
+    )
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no metadata": (lambda p: (p / "_METADATA").unlink(), r"no checkpoint recognised here"),
     "no JSON": (lambda p: (p / "_METADATA").write_text("{"), r"_METADATA: cannot be read as JSON"),
-    "no tree": (lambda p: edit(p, lambda m: m.pop("tree_metadata")), r"field 'tree_metadata' is missing"),
+    "no tree": (
+        lambda p: edit(p, lambda m: m.pop("tree_metadata")),
+        r"field 'tree_metadata' is missing",
+    ),
     "entry without keys": (
         lambda p: edit(p, lambda m: m["tree_metadata"].update(bad={"value_metadata": {}})),
         r"_METADATA: entry bad lacks its key",
     ),
-    "optimizer alone": (lambda p: keep(p, "('state'"), r"found state at the top of the tree, no 'target'"),
+    "optimizer alone": (
+        lambda p: keep(p, "('state'"),
+        r"found state at the top of the tree, no 'target'",
+    ),
     "no leaf": (lambda p: keep(p, "nothing"), r"found nothing at the top of the tree"),
     "array missing": (
         lambda p: shutil.rmtree(p / f"target.{WI}"),
         rf"target.{WI}: array target.{WI} cannot be opened \(NOT_FOUND",
     ),
     "parameter lost": (
-        lambda p: edit(p, lambda m: m["tree_metadata"].pop("('target', 'decoder', 'decoder_norm', 'scale')")),
+        lambda p: edit(
+            p, lambda m: m["tree_metadata"].pop("('target', 'decoder', 'decoder_norm', 'scale')")
+        ),
         r"array target.decoder.decoder_norm.scale is missing",
     ),
     "embedding lost": (
@@ -262,7 +306,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"array target.token_embedder.embedding is missing",
     ),
     "name that leads out": (
-        lambda p: edit(p, lambda m: m["tree_metadata"][EMBEDDING]["key_metadata"][2].update(key="../x")),
+        lambda p: edit(
+            p, lambda m: m["tree_metadata"][EMBEDDING]["key_metadata"][2].update(key="../x")
+        ),
         r"array name 'target.token_embedder.../x' is no plain name",
     ),
     "damaged old index": (
@@ -285,20 +331,26 @@ def test_damage_is_refused(kind: str, saved: Path, tmp_path: Path) -> None:
 def test_a_database_without_metadata(parameters: dict[str, np.ndarray], tmp_path: Path) -> None:
     path = save(tmp_path / "item", {"target": switch.nested(parameters)})
     (path / "_METADATA").unlink()
-    with pytest.raises(CheckpointError, match=r"an Orbax checkpoint without _METADATA; it is incomplete"):
+    with pytest.raises(
+        CheckpointError, match=r"an Orbax checkpoint without _METADATA; it is incomplete"
+    ):
         open_checkpoint(path)
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize("lose", [True, False])
-def test_lost_and_damaged_chunks(handler: str, lose: bool, parameters: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_lost_and_damaged_chunks(
+    handler: str, lose: bool, parameters: dict[str, np.ndarray], tmp_path: Path
+) -> None:
     """Data files of OCDBT, chunks of zarr: gone, or cut short."""
     path = save(tmp_path / "item", {"target": switch.nested(parameters)}, **HANDLERS[handler])
     if HANDLERS[handler]["use_ocdbt"]:
         victims = [p for p in path.rglob("d/*") if p.is_file()]
     else:
         victims = [
-            p for p in (path / f"target.{WI}").rglob("*") if p.is_file() and p.name not in (".zarray", "zarr.json")
+            p
+            for p in (path / f"target.{WI}").rglob("*")
+            if p.is_file() and p.name not in (".zarray", "zarr.json")
         ]
     assert victims
     for victim in victims:
@@ -306,7 +358,9 @@ def test_lost_and_damaged_chunks(handler: str, lose: bool, parameters: dict[str,
             victim.unlink()
         else:
             victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=r"array target\.\S+ cannot be (read|opened)") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"array target\.\S+ cannot be (read|opened)"
+    ) as caught:
         for _ in open_checkpoint(path).stream():
             pass
     assert "copy" in str(caught.value)

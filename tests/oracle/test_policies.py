@@ -1,4 +1,5 @@
-"""Every policy on small stores of both families: plans, bytes, predictions, and what engines then answer."""
+"""Every policy on small stores of both families: plans, bytes, predictions, and what engines then
+answer."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ from common.store import replan
 from tests import helpers, switch_models
 from tests.helpers import assert_close, hf_logits, prompts, rest_slow
 
-SIZES = {"num_local_experts": 3, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2}
+SIZES = {
+    "num_local_experts": 3,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 2,
+}
 SWITCH = {"num_experts": 3, "d_model": 24, "d_ff": 40}
 EXTRA = 0.25
 
@@ -70,20 +76,29 @@ def calibration(names: tuple[str, ...] = ("base", "ana", "bob")) -> dict[str, Ca
 def _mixtral(root: Path) -> Case:
     base = helpers.random_mixtral(0, **SIZES)
     models = [base, helpers.tuned(base, 1, 0.03), helpers.tuned(base, 2, 0.03)]
-    paths = {n: helpers.save(m, root / n) for n, m in zip(("base", "ana", "bob"), models, strict=True)}
+    paths = {
+        n: helpers.save(m, root / n) for n, m in zip(("base", "ana", "bob"), models, strict=True)
+    }
     build_store(root / "store", paths, policy="medoid", extra=0, calibration=calibration())
 
     def logits_of(model: Any, rows: list[list[int]]) -> list[np.ndarray]:
         return [hf_logits(model, [row])[0] for row in rows]
 
-    return Case(root / "store", models, logits_of, lambda store, t: helpers.oracle_of_store(store, models, t))
+    return Case(
+        root / "store",
+        models,
+        logits_of,
+        lambda store, t: helpers.oracle_of_store(store, models, t),
+    )
 
 
 def _switch(root: Path, gated: bool) -> Case:
     pytest.importorskip("jax")
     base = switch_models.random_switch(0, gated=gated, **SWITCH)
     models = [base, switch_models.tuned(base, 1, 0.03), switch_models.tuned(base, 2, 0.03)]
-    paths = {n: helpers.save(m, root / n) for n, m in zip(("base", "ana", "bob"), models, strict=True)}
+    paths = {
+        n: helpers.save(m, root / n) for n, m in zip(("base", "ana", "bob"), models, strict=True)
+    }
     sets = {
         n: CalibrationSet(tuple(Example(p, p[:12]) for p in prompts(i, [20] * 40)))
         for i, n in enumerate(("base", "ana", "bob"))
@@ -125,7 +140,9 @@ def check(store: Store, most_bytes: int) -> None:
     prediction = store.manifest.prediction
     assert prediction is not None
     losses = np.array(prediction["losses"])
-    assert losses.shape == (len(store.tenants),) and np.isfinite(losses).all() and (losses >= 0).all()
+    assert (
+        losses.shape == (len(store.tenants),) and np.isfinite(losses).all() and (losses >= 0).all()
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -145,7 +162,9 @@ def test_engines_answer_as_the_plan_says(case: Case, policy: str) -> None:
         assert kinds <= {("sign", 1)} if policy == "sign" else True
         assert kinds <= {("low_rank", 16)} if policy == "low_rank" else True
     for t, found in enumerate(case.served(store)):
-        for values, expected in zip(found, case.logits_of(case.oracle(store, t), rows_of(t)), strict=True):
+        for values, expected in zip(
+            found, case.logits_of(case.oracle(store, t), rows_of(t)), strict=True
+        ):
             assert_close(values, expected, 2e-4)
 
 
@@ -159,13 +178,18 @@ def test_bytes_buy_predicted_and_measured_quality(case: Case) -> None:
     ]:
         store = case.plan(policy, extra=extra)
         assert store.manifest.prediction is not None
-        found[name] = float(np.mean(store.manifest.prediction["losses"])), float(case.divergences(store).mean())
+        found[name] = (
+            float(np.mean(store.manifest.prediction["losses"])),
+            float(case.divergences(store).mean()),
+        )
     for which in (0, 1):
         values = [v[which] for v in found.values()]
-        assert values == sorted(values, reverse=True), f"{('predicted', 'measured')[which]}: {found}"
+        assert values == sorted(values, reverse=True), (
+            f"{('predicted', 'measured')[which]}: {found}"
+        )
         assert values[1] < 0.9 * values[0] and values[3] < 0.5 * values[1]
-    # An estimate to first order: the right size, not the right number. Residuals are judged by the samples that they
-    # were fitted to, so that of few samples too little is predicted.
+    # An estimate to first order: the right size, not the right number. Residuals are judged by the
+    # samples that they were fitted to, so that of few samples too little is predicted.
     for name in ("round robin", "fit"):
         predicted, measured = found[name]
         assert measured / 4 < predicted < measured * 4, f"{name}: {found}"
@@ -177,7 +201,10 @@ def test_everything_that_tenants_have_is_exact(case: Case) -> None:
     assert store.manifest.prediction is not None
     assert max(store.manifest.prediction["losses"]) <= 1e-6
     # All copies of all tenants are the most that can be of use.
-    assert store.plan.num_slots * store.copy_bytes <= 3 * store.experts.num_positions * store.copy_bytes
+    assert (
+        store.plan.num_slots * store.copy_bytes
+        <= 3 * store.experts.num_positions * store.copy_bytes
+    )
     assert case.divergences(store).max() < 1e-6
 
 
@@ -228,7 +255,8 @@ def test_a_replan_has_the_memory_of_the_plan_before(mixtral: Case) -> None:
     mixtral.plan("fit", extra=0.5)
     store = mixtral.plan("medoid")
     assert settings(store) == (None, None, 0.5) and store.extra_bytes == 3 * store.copy_bytes
-    # A policy that cannot use extra bytes takes none, and says so in what the next plan starts from.
+    # A policy that cannot use extra bytes takes none, and says so in what the next plan starts
+    # from.
     store = mixtral.plan("round_robin")
     assert settings(store) == (None, None, None) and store.extra_bytes == 0
     mixtral.plan("medoid", slots=4)
@@ -236,8 +264,12 @@ def test_a_replan_has_the_memory_of_the_plan_before(mixtral: Case) -> None:
     assert settings(mixtral.plan("mean", slots=6)) == (6, None, None)
 
 
-def planner(store: Store, traffic: dict[str, float] | None = None, calibrated: bool = True) -> Planner:
-    profiles = {n: p for n in store.tenants if (p := Profile.from_store(store, n))} if calibrated else {}
+def planner(
+    store: Store, traffic: dict[str, float] | None = None, calibrated: bool = True
+) -> Planner:
+    profiles = (
+        {n: p for n in store.tenants if (p := Profile.from_store(store, n))} if calibrated else {}
+    )
     return Planner(store, profiles, traffic)
 
 
@@ -252,7 +284,9 @@ def test_own_copies_cost_the_sum_of_their_single_losses(case: Case) -> None:
             for t in range(3):
                 for layer in range(outcome.plan.num_layers):
                     for expert in range(outcome.plan.num_experts):
-                        expected[t] += single[t, layer, expert, outcome.plan.weights_of(t, layer, expert)]
+                        expected[t] += single[
+                            t, layer, expert, outcome.plan.weights_of(t, layer, expert)
+                        ]
             np.testing.assert_allclose(outcome.prediction.losses, expected, rtol=1e-9)
             assert not outcome.merged and not outcome.records
 
@@ -288,16 +322,22 @@ def test_what_is_built_is_near_what_was_reckoned(mixtral: Case) -> None:
         for extra in (0.3,):
             reckoned = made.allocator(policy).allocate(int(one_model * (1 + extra))).losses.sum()
             built = made.plan(policy, extra_bytes=int(one_model * extra)).prediction.losses.sum()
-            # What is rounded and fitted to few samples gains less on others than singular values say.
+            # What is rounded and fitted to few samples gains less on others than singular values
+            # say.
             assert built < 2.5 * reckoned
 
 
 @pytest.mark.slow
-def test_large_experts_are_planned_as_small_ones_are(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_experts_are_planned_as_small_ones_are(
+    mixtral: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In single precision, with what signs gain estimated on some rows."""
     store = Store.open(mixtral.path)
     extra = int(0.3 * store.experts.num_positions * store.copy_bytes)
-    expected = {policy: planner(store).plan(policy, extra_bytes=extra).prediction for policy in ("fit", "residual")}
+    expected = {
+        policy: planner(store).plan(policy, extra_bytes=extra).prediction
+        for policy in ("fit", "residual")
+    }
     monkeypatch.setattr("common.dtypes.LARGE", 1)
     monkeypatch.setattr("common.fitting.LARGE", 1)
     monkeypatch.setattr("common.fitting.SIGN_ROWS", 16)
@@ -308,15 +348,19 @@ def test_large_experts_are_planned_as_small_ones_are(mixtral: Case, monkeypatch:
 
 def thinned(profile: Profile, count: int) -> Profile:
     """The same with no more than so many samples of an expert."""
-    rows = [np.arange(a, min(b, a + count)) for a, b in zip(profile.starts, profile.starts[1:], strict=False)]
+    rows = [
+        np.arange(a, min(b, a + count))
+        for a, b in zip(profile.starts, profile.starts[1:], strict=False)
+    ]
     kept = np.concatenate(rows)
     starts = np.cumsum([0, *map(len, rows)])
     return replace(profile, inputs=profile.inputs[kept], gates=profile.gates[kept], starts=starts)
 
 
 def test_fewer_samples_than_inputs_do_not_make_fits_look_perfect(mixtral: Case) -> None:
-    """As of large models, whose experts read thousands of values and are shown hundreds of samples. What a fit has seen
-    it serves with next to no error; that must not keep residuals from being bought."""
+    """As of large models, whose experts read thousands of values and are shown hundreds of samples.
+    What a fit has seen it serves with next to no error; that must not keep residuals from being
+    bought."""
     store = Store.open(mixtral.path)
     whole = {n: p for n in store.tenants if (p := Profile.from_store(store, n))}
     made = Planner(store, {n: thinned(p, 4) for n, p in whole.items()})
@@ -327,19 +371,26 @@ def test_fewer_samples_than_inputs_do_not_make_fits_look_perfect(mixtral: Case) 
     outcome = made.plan("residual", extra_bytes=int(0.3 * one_model))
     shapes = dict(store.experts.projections)
     assert sum(r.nbytes(shapes) for r in outcome.plan.residuals) > 0.2 * one_model
-    judged_residuals = Planner(store, whole).predict(outcome.plan, outcome.merged, outcome.records).losses.sum()
+    judged_residuals = (
+        Planner(store, whole).predict(outcome.plan, outcome.merged, outcome.records).losses.sum()
+    )
     assert judged_residuals < 0.7 * judged
 
 
-def test_the_more_samples_the_less_the_last_projection_is_held(mixtral: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few samples move it little from the tenant's own; the same ones seen many times are believed."""
+def test_the_more_samples_the_less_the_last_projection_is_held(
+    mixtral: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few samples move it little from the tenant's own; the same ones seen many times are
+    believed."""
     position = planner(Store.open(mixtral.path))._position(0)
     own = position.own[1]["w2"]
     copy = position.copy(np.full(3, 1 / 3), np.arange(3), False)
     x, gates = position.sample(1)
     moved = []
     for times in (1, 8, 64):
-        monkeypatch.setattr(position, "sample", lambda t, n=times: (np.tile(x, (n, 1)), np.tile(gates, n)))
+        monkeypatch.setattr(
+            position, "sample", lambda t, n=times: (np.tile(x, (n, 1)), np.tile(gates, n))
+        )
         position._targets.clear()
         moved.append(float(np.linalg.norm(position._last_target(1, copy)[0] - own)))
     assert 0.01 * np.linalg.norm(own) < 1.5 * moved[0] < moved[1] < moved[2]
@@ -353,7 +404,9 @@ def test_the_tenant_with_the_traffic_is_served_best(mixtral: Case) -> None:
     for policy in ("fit",):
         found = [
             np.array(
-                mixtral.plan(policy, extra=0.1, traffic={name: 1e6, other: 1.0}).manifest.prediction["losses"]  # type: ignore[index]
+                mixtral.plan(
+                    policy, extra=0.1, traffic={name: 1e6, other: 1.0}
+                ).manifest.prediction["losses"]  # type: ignore[index]
             )
             for name, other in (("ana", "bob"), ("bob", "ana"))
         ]
@@ -364,7 +417,9 @@ def test_the_tenant_with_the_traffic_is_served_best(mixtral: Case) -> None:
 @pytest.mark.parametrize("share", [1e-12, 1e12])
 def test_traffic_of_very_different_sizes(mixtral: Case, share: float) -> None:
     for calibrated in (True, False):
-        made = planner(Store.open(mixtral.path), {"base": 1.0, "ana": share, "bob": 1.0}, calibrated)
+        made = planner(
+            Store.open(mixtral.path), {"base": 1.0, "ana": share, "bob": 1.0}, calibrated
+        )
         for policy in ("medoid", "merge", "residual"):
             for extra in (0, 20000):
                 outcome = made.plan(policy, extra_bytes=extra)
@@ -381,7 +436,12 @@ def small(tmp_path: Path, models: dict[str, Any], **options: Any) -> Store:
 
 def tiny(seed: int = 0) -> Any:
     return helpers.random_mixtral(
-        seed, num_local_experts=3, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1
+        seed,
+        num_local_experts=3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=1,
     )
 
 
@@ -403,7 +463,9 @@ def test_identical_tenants_share_all(policy: str, calibrated: bool, tmp_path: Pa
     sets = calibration(("a", "b", "c")) if calibrated else {}
     rule = POLICIES[policy]
     extra = 3.0 if rule.uses_extra else None
-    store = small(tmp_path, {"a": base, "b": base, "c": other}, policy=policy, extra=extra, calibration=sets)
+    store = small(
+        tmp_path, {"a": base, "b": base, "c": other}, policy=policy, extra=extra, calibration=sets
+    )
     check(store, 4 * 3 * store.copy_bytes)
     if rule.several:
         # Two different tenants: two copies of each position are exact, and a third has no use.
@@ -420,13 +482,20 @@ def test_identical_tenants_share_all(policy: str, calibrated: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("policy", ["medoid", "fit", "residual"])
 def test_an_expert_that_nobody_picks(policy: str, tmp_path: Path) -> None:
-    """Experts 0 and 1 tie for every token, and 2 never comes before them: it is counted as picked once."""
+    """Experts 0 and 1 tie for every token, and 2 never comes before them: it is counted as picked
+    once."""
     base = tiny()
-    models = {"base": base, "ana": helpers.tuned(base, 1, 0.03), "bob": helpers.tuned(base, 2, 0.03)}
+    models = {
+        "base": base,
+        "ana": helpers.tuned(base, 1, 0.03),
+        "bob": helpers.tuned(base, 2, 0.03),
+    }
     for model in models.values():
         gate = model.model.layers[0].mlp.gate.weight.data
         gate[1] = -gate[0]
-        gate[2] = 0.0  # its logit lies between the others', so that one of the two is always above it
+        gate[2] = (
+            0.0  # its logit lies between the others', so that one of the two is always above it
+        )
     for model in models.values():
         model.config.num_experts_per_tok = 1
     store = small(tmp_path, models, policy=policy, extra=0.2, calibration=calibration())
@@ -464,13 +533,18 @@ def test_stores_of_half_precision(dtype: str, policy: str, tmp_path: Path) -> No
     base = tiny()
     models = {"base": base, "ana": helpers.tuned(base, 1), "bob": helpers.tuned(base, 2)}
     extra = 0.3 if POLICIES[policy].uses_extra else None
-    store = small(tmp_path, models, policy=policy, extra=extra, dtype=dtype, calibration=calibration())
+    store = small(
+        tmp_path, models, policy=policy, extra=extra, dtype=dtype, calibration=calibration()
+    )
     check(store, int((1 + (extra or 0)) * 3 * store.copy_bytes))
     for slot in store.manifest.merged:
         assert {ref.dtype for ref in store.slot_refs(slot).values()} == {dtype}
     # What was predicted is of the weights as they are stored.
     made = planner(store)
-    merged = {s: {p: r.read().astype(np.float32) for p, r in store.slot_refs(s).items()} for s in store.manifest.merged}
+    merged = {
+        s: {p: r.read().astype(np.float32) for p, r in store.slot_refs(s).items()}
+        for s in store.manifest.merged
+    }
     records = [store.residual_ref(i).read() for i in range(len(store.plan.residuals))]
     assert store.manifest.prediction is not None
     again = made.predict(store.plan, merged, records)
@@ -492,30 +566,86 @@ def test_what_cannot_be_planned_is_refused(mixtral: Case, tmp_path: Path) -> Non
     path = mixtral.path
     before = Store.open(path).plan
     refused: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-        (PlanError, "no policy 'best'; there is: round_robin, medoid", lambda: replan(path, policy="best")),
+        (
+            PlanError,
+            "no policy 'best'; there is: round_robin, medoid",
+            lambda: replan(path, policy="best"),
+        ),
         (PlanError, "no policy 'best'", lambda: planner(Store.open(path)).plan("best")),
         (PlanError, "no policy 'best'", lambda: planner(Store.open(path)).allocator("best")),
-        (PlanError, "'mean' keeps one copy a position and has no use", lambda: replan(path, policy="mean", extra=0.1)),
-        (PlanError, "'round_robin' keeps one copy", lambda: replan(path, policy="round_robin", extra=0.1)),
+        (
+            PlanError,
+            "'mean' keeps one copy a position and has no use",
+            lambda: replan(path, policy="mean", extra=0.1),
+        ),
+        (
+            PlanError,
+            "'round_robin' keeps one copy",
+            lambda: replan(path, policy="round_robin", extra=0.1),
+        ),
         (PlanError, "extra is -0.1", lambda: replan(path, extra=-0.1)),
         (PlanError, "extra is nan", lambda: replan(path, extra=float("nan"))),
         (PlanError, "extra is '15%'", lambda: replan(path, extra="15%")),  # type: ignore[arg-type]
         (PlanError, "give one of slots, a budget", lambda: replan(path, extra=0.1, slots=3)),
         (PlanError, "7 slots, but 6 positions", lambda: replan(path, slots=7)),
-        (PlanError, "slots is 9; give a whole number 0..6", lambda: planner(Store.open(path)).plan("fit", slots=9)),
-        (PlanError, "slots is True; give a whole", lambda: planner(Store.open(path)).plan("fit", slots=True)),
-        (PlanError, "slots is 2.5; give a whole", lambda: planner(Store.open(path)).plan("fit", slots=2.5)),  # type: ignore[arg-type]
-        (PlanError, "extra_bytes is True; give", lambda: planner(Store.open(path)).plan("fit", extra_bytes=True)),
-        (PlanError, "extra_bytes is -1; give", lambda: planner(Store.open(path)).plan("fit", extra_bytes=-1)),
+        (
+            PlanError,
+            "slots is 9; give a whole number 0..6",
+            lambda: planner(Store.open(path)).plan("fit", slots=9),
+        ),
+        (
+            PlanError,
+            "slots is True; give a whole",
+            lambda: planner(Store.open(path)).plan("fit", slots=True),
+        ),
+        (
+            PlanError,
+            "slots is 2.5; give a whole",
+            lambda: planner(Store.open(path)).plan("fit", slots=2.5),
+        ),  # type: ignore[arg-type]
+        (
+            PlanError,
+            "extra_bytes is True; give",
+            lambda: planner(Store.open(path)).plan("fit", extra_bytes=True),
+        ),
+        (
+            PlanError,
+            "extra_bytes is -1; give",
+            lambda: planner(Store.open(path)).plan("fit", extra_bytes=-1),
+        ),
         (PlanError, "slots is True; give a whole number", lambda: replan(path, slots=True)),
-        (PlanError, "budget_bytes is True; give a whole number", lambda: replan(path, budget_bytes=True)),
+        (
+            PlanError,
+            "budget_bytes is True; give a whole number",
+            lambda: replan(path, budget_bytes=True),
+        ),
         (PlanError, "extra is True; give a share", lambda: replan(path, extra=True)),
-        (PlanError, "traffic of 'ana' is True", lambda: replan(path, policy="fit", traffic={"ana": True})),
-        (PlanError, "traffic is given for 'eve'", lambda: replan(path, policy="fit", traffic={"eve": 1.0})),
-        (PlanError, "traffic of 'ana' is 0", lambda: replan(path, policy="fit", traffic={"ana": 0})),
-        (PlanError, "traffic of 'ana' is nan", lambda: replan(path, policy="fit", traffic={"ana": float("nan")})),
+        (
+            PlanError,
+            "traffic of 'ana' is True",
+            lambda: replan(path, policy="fit", traffic={"ana": True}),
+        ),
+        (
+            PlanError,
+            "traffic is given for 'eve'",
+            lambda: replan(path, policy="fit", traffic={"eve": 1.0}),
+        ),
+        (
+            PlanError,
+            "traffic of 'ana' is 0",
+            lambda: replan(path, policy="fit", traffic={"ana": 0}),
+        ),
+        (
+            PlanError,
+            "traffic of 'ana' is nan",
+            lambda: replan(path, policy="fit", traffic={"ana": float("nan")}),
+        ),
         (PlanError, "traffic of 'ana' is 'much'", lambda: replan(path, traffic={"ana": "much"})),  # type: ignore[dict-item]
-        (UnknownTenantError, "no tenant 'eve'", lambda: replan(path, calibration={"eve": CalibrationSet.of([[3]])})),
+        (
+            UnknownTenantError,
+            "no tenant 'eve'",
+            lambda: replan(path, calibration={"eve": CalibrationSet.of([[3]])}),
+        ),
     ]
     for kind, message, attempt in refused:
         with pytest.raises(kind, match=message):

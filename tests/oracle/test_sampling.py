@@ -55,11 +55,14 @@ def test_draws_follow_transformers_distribution(options: dict[str, Any]) -> None
     draws = np.bincount([sample(logits, params, rng) for _ in range(20_000)], minlength=40) / 20_000
     assert set(np.flatnonzero(draws)) <= set(np.flatnonzero(expected))
     # Five standard deviations of a share of 20,000 draws.
-    assert (np.abs(draws - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20_000) + 1e-9).all()
+    assert (
+        np.abs(draws - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20_000) + 1e-9
+    ).all()
 
 
 class Sweep:
-    """Stands in for a generator: gives the middle of each of `count` equal parts of 0..1 in turn."""
+    """Stands in for a generator: gives the middle of each of `count` equal parts of 0..1 in
+    turn."""
 
     def __init__(self, count: int):
         self._values = iter((np.arange(count) + 0.5) / count)
@@ -76,8 +79,11 @@ class Sweep:
     top_p=st.one_of(st.just(1.0), st.floats(0.05, 0.99)),
     ties=st.booleans(),
 )
-def test_every_share_is_transformers(seed: int, temperature: float, top_k: int, top_p: float, ties: bool) -> None:
-    """Draws spread evenly over 0..1 give each token its probability's share of them, exactly but for the rounding."""
+def test_every_share_is_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, ties: bool
+) -> None:
+    """Draws spread evenly over 0..1 give each token its probability's share of them, exactly but
+    for the rounding."""
     logits = np.random.default_rng(seed).normal(0, 2, size=30).astype(np.float32)
     if ties:
         logits = logits.round()
@@ -205,5 +211,10 @@ def test_biases_and_banned_tokens() -> None:
 
 def test_what_needs_all_logits() -> None:
     assert not SamplingParams(top_p=0.5, seed=3, min_p=0.1).needs_logits
-    for options in ({"temperature": 1.0}, {"min_tokens": 1}, {"logprobs": 0}, {"logit_bias": {1: 1.0}}):
+    for options in (
+        {"temperature": 1.0},
+        {"min_tokens": 1},
+        {"logprobs": 0},
+        {"logit_bias": {1: 1.0}},
+    ):
         assert SamplingParams(**options).needs_logits, options  # type: ignore[arg-type]

@@ -42,7 +42,9 @@ def test_tenants_of_identical_tensors_share_without_loss(tmp_path: Path) -> None
 def test_an_engine_goes_on_when_its_store_is_replaced(family: Family, tmp_path: Path) -> None:
     path = tmp_path / "store"
     build_store(path, family.paths, slots=3)
-    engine = load_engine(path, spare_slots=1)  # goes on with the files that it has mapped, misses included
+    engine = load_engine(
+        path, spare_slots=1
+    )  # goes on with the files that it has mapped, misses included
     row = helpers.prompts(0, [6])
     with load_engine(path) as other_engine:
         before = other_engine.logits("ana", row)
@@ -54,13 +56,16 @@ def test_an_engine_goes_on_when_its_store_is_replaced(family: Family, tmp_path: 
 def test_tenants_of_other_precision_answer_right(family: Family, tmp_path: Path) -> None:
     half = helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "half")
     narrow = helpers.save(copy.deepcopy(family.models[2]).half(), tmp_path / "narrow")
-    store = build_store(tmp_path / "store", {"base": family.paths["base"], "half": half, "narrow": narrow})
+    store = build_store(
+        tmp_path / "store", {"base": family.paths["base"], "half": half, "narrow": narrow}
+    )
     models = [family.models[0], helpers.load(half), helpers.load(narrow)]
     rows = helpers.prompts(0, [9])
     with load_engine(store) as engine:
         for i, name in enumerate(store.tenants):
             helpers.assert_close(
-                engine.logits(name, rows), helpers.hf_logits(helpers.oracle(models, i, store.plan), rows)
+                engine.logits(name, rows),
+                helpers.hf_logits(helpers.oracle(models, i, store.plan), rows),
             )
     float16 = build_store(tmp_path / "float16", {"narrow": narrow})
     with load_engine(float16, device="cpu") as engine:
@@ -69,7 +74,9 @@ def test_tenants_of_other_precision_answer_right(family: Family, tmp_path: Path)
 
 
 @pytest.mark.parametrize("slots", [4, None, "all"])
-def test_transformers_reads_an_export_as_the_tenant_is_served(family: Family, tmp_path: Path, slots: Any) -> None:
+def test_transformers_reads_an_export_as_the_tenant_is_served(
+    family: Family, tmp_path: Path, slots: Any
+) -> None:
     store = build_store(tmp_path / "store", family.paths, slots=slots)
     rows = helpers.prompts(0, [14])
     with load_engine(store) as engine:
@@ -89,17 +96,22 @@ def test_export_of_a_tied_tenant_and_of_bfloat16(tmp_path: Path) -> None:
     assert again.dtype == torch.bfloat16
     rows = helpers.prompts(0, [8])
     assert np.array_equal(
-        helpers.hf_logits(again, rows), helpers.hf_logits(helpers.load(tmp_path / "tied", "bfloat16"), rows)
+        helpers.hf_logits(again, rows),
+        helpers.hf_logits(helpers.load(tmp_path / "tied", "bfloat16"), rows),
     )
 
 
-def test_a_tenant_that_joined_in_the_stores_type_answers_right(family: Family, tmp_path: Path) -> None:
+def test_a_tenant_that_joined_in_the_stores_type_answers_right(
+    family: Family, tmp_path: Path
+) -> None:
     half = helpers.save(copy.deepcopy(family.models[0]).to(torch.bfloat16), tmp_path / "half")
     store = build_store(tmp_path / "store", {"half": half})
     grown = add_tenant(store.path, "ana", family.paths["ana"])
     assert grown.dtype == "bfloat16" and grown.tenant("half").notes == ()
     assert "converted from float32 to bfloat16 (rounded)" in grown.tenant("ana").notes[0]
-    rounded = helpers.load(helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "rounded"))
+    rounded = helpers.load(
+        helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "rounded")
+    )
     rows = helpers.prompts(0, [9])
     expected = helpers.hf_logits(helpers.oracle([helpers.load(half), rounded], 1, grown.plan), rows)
     with load_engine(grown, dtype="float32") as engine:

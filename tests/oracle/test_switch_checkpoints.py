@@ -33,42 +33,62 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> No
 def config(**changes: Any) -> Callable[[Path], None]:
     def apply(path: Path) -> None:
         raw = json.loads((path / "config.json").read_text()) | changes
-        (path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+        (path / "config.json").write_text(
+            json.dumps({k: v for k, v in raw.items() if v is not ...})
+        )
 
     return apply
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing tensor": (lambda p: edit_tensors(p, lambda t: t.pop(EXPERT)), f"tensor {EXPERT} is missing"),
+    "missing tensor": (
+        lambda p: edit_tensors(p, lambda t: t.pop(EXPERT)),
+        f"tensor {EXPERT} is missing",
+    ),
     "wrong axis order": (
         lambda p: edit_tensors(p, lambda t: t.update({EXPERT: t[EXPERT].T})),
         rf"tensor {EXPERT} is \[32, 64\], config.json implies \[64, 32\]",
     ),
     "extra tensor": (
         lambda p: edit_tensors(p, lambda t: t.update({"encoder.block.9.x": t[EXPERT]})),
-        r"1 tensors that a Switch Transformer of this config does not have, first 'encoder.block.9.x'",
+        r"1 tensors that a Switch Transformer of this config does not have, first "
+        r"'encoder.block.9.x'",
     ),
-    "more experts than tensors": (config(num_experts=5), "router.classifier.weight is .4, 32., config.json implies"),
+    "more experts than tensors": (
+        config(num_experts=5),
+        "router.classifier.weight is .4, 32., config.json implies",
+    ),
     "no experts": (
         config(encoder_sparse_step=0, decoder_sparse_step=0),
         "leaves no sparse layer; a model without experts has none to share",
     ),
     "no d_model": (config(d_model=...), "implies \\[96, 768\\]; .*defaults taken: d_model 768"),
     "activation": (config(dense_act_fn="tanh"), "field 'dense_act_fn' is 'tanh'; supported: relu"),
-    "router dtype": (config(router_dtype="int8"), "field 'router_dtype' is 'int8'; supported: float32"),
+    "router dtype": (
+        config(router_dtype="int8"),
+        "field 'router_dtype' is 'int8'; supported: float32",
+    ),
     "start token": (
         config(decoder_start_token_id=96),
         "field 'decoder_start_token_id' is 96; expected a token id below 96",
     ),
     "buckets": (config(relative_attention_num_buckets=7), "buckets must be even"),
-    "sparse step": (config(encoder_sparse_step="2"), "field 'encoder_sparse_step' is '2'; expected a whole number"),
+    "sparse step": (
+        config(encoder_sparse_step="2"),
+        "field 'encoder_sparse_step' is '2'; expected a whole number",
+    ),
     "sparse layers": (
         config(moetel_sparse_layers={"encoder": [1], "decoder": [5]}),
         "expected ascending layer numbers for 'encoder' and 'decoder'",
     ),
-    "quantised": (config(quantization_config={"bits": 4}), "quantised checkpoints are not supported"),
+    "quantised": (
+        config(quantization_config={"bits": 4}),
+        "quantised checkpoints are not supported",
+    ),
     "truncated": (
-        lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-100]),
+        lambda p: (p / "model.safetensors").write_bytes(
+            (p / "model.safetensors").read_bytes()[:-100]
+        ),
         "not a whole safetensors file",
     ),
 }
@@ -120,7 +140,9 @@ def test_families_do_not_mix(good: Path, tmp_path: Path) -> None:
     other = helpers.save(helpers.random_mixtral(0), tmp_path / "mixtral")
     from common import StoreError
 
-    with pytest.raises(StoreError, match=r"cannot share experts \(family: switch_transformers != mixtral\);"):
+    with pytest.raises(
+        StoreError, match=r"cannot share experts \(family: switch_transformers != mixtral\);"
+    ):
         build_store(tmp_path / "store", {"a": good, "b": other})
 
 
@@ -131,8 +153,12 @@ def test_sparse_layers_that_hugging_face_cannot_say_are_not_exported(good: Path)
         "moetel_sparse_layers": {"encoder": [0, 3], "decoder": [1]},
     }
     parsed = family.parse_config(raw, "config.json")
-    assert parsed.experts.expert_layers[:2] == ("encoder.block.0.layer.1.mlp", "encoder.block.3.layer.1.mlp")
+    assert parsed.experts.expert_layers[:2] == (
+        "encoder.block.0.layer.1.mlp",
+        "encoder.block.3.layer.1.mlp",
+    )
     with pytest.raises(
-        CheckpointError, match=r"sparse encoder layers \[0, 3\] of 4 .* keep this model as T5X or Orbax"
+        CheckpointError,
+        match=r"sparse encoder layers \[0, 3\] of 4 .* keep this model as T5X or Orbax",
     ):
         family.hf_config(parsed, "float32")

@@ -1,4 +1,5 @@
-"""Tables that config.json ties and a file holds several of: what differs is served as it is, as transformers does."""
+"""Tables that config.json ties and a file holds several of: what differs is served as it is, as
+transformers does."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from tests import helpers, switch_models
 from tests.oracle.directories import check_same, copied, tensors_of, theirs, write_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SWITCH = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+SWITCH = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
 
 
 def other(table: torch.Tensor, seed: int) -> torch.Tensor:
@@ -32,7 +38,9 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return helpers.save(switch_models.random_switch(3), tmp_path_factory.mktemp("tied") / "switch")
 
 
-@pytest.mark.parametrize("kind", ["equal", "equal in another type", "one weight differs", "head alone", "differs"])
+@pytest.mark.parametrize(
+    "kind", ["equal", "equal in another type", "one weight differs", "head alone", "differs"]
+)
 def test_a_mixtrals_head(kind: str, mixtral: Path, tmp_path: Path) -> None:
     path = copied(mixtral, tmp_path / "it")
     tensors = tensors_of(path)
@@ -55,7 +63,10 @@ def test_a_mixtrals_head(kind: str, mixtral: Path, tmp_path: Path) -> None:
     assert store.config("t").head_is_tied == (not differs)
     ids = store.tenant("t").tensors
     assert (ids[EMBEDDING] != ids[HEAD]) == differs
-    assert any("lm_head.weight is served as it is" in note for note in store.tenant("t").notes) == differs
+    assert (
+        any("lm_head.weight is served as it is" in note for note in store.tenant("t").notes)
+        == differs
+    )
     store.export("t", tmp_path / "export")
     helpers.assert_close(theirs(tmp_path / "export"), theirs(path))
 
@@ -87,12 +98,18 @@ def test_tables_are_compared_in_pieces(mixtral: Path, tmp_path: Path) -> None:
     ],
     ids=["all equal", "head", "no shared, equal", "no shared, decoder differs", "all differ"],
 )
-def test_a_switchs_tables(kept: Sequence[str], moved: Sequence[str], switch: Path, tmp_path: Path) -> None:
+def test_a_switchs_tables(
+    kept: Sequence[str], moved: Sequence[str], switch: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("jax")
     path = copied(switch, tmp_path / "it")
     tensors = tensors_of(path)
     table = tensors.pop("shared.weight")
-    tensors |= {n: other(table, i) if n in moved else table.clone() for i, n in enumerate(SWITCH) if n in kept}
+    tensors |= {
+        n: other(table, i) if n in moved else table.clone()
+        for i, n in enumerate(SWITCH)
+        if n in kept
+    }
     write_tensors(path, tensors)
     store = check_same(path, tmp_path)
     notes = [note for note in store.tenant("t").notes if "served as it is" in note]
@@ -102,5 +119,7 @@ def test_a_switchs_tables(kept: Sequence[str], moved: Sequence[str], switch: Pat
         store.export("t", tmp_path / "export")
         helpers.assert_close(theirs(tmp_path / "export"), theirs(path))
         (tmp_path / "t5x").mkdir()
-        with pytest.raises(CheckpointError, match=r"differ from the shared table .* T5X has no layout"):
+        with pytest.raises(
+            CheckpointError, match=r"differ from the shared table .* T5X has no layout"
+        ):
             write_t5x(tmp_path / "t5x", open_checkpoint(path))

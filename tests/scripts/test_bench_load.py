@@ -27,7 +27,12 @@ from scripts.traffic import Call, Load, Trace, TrafficError, make_trace
 
 
 def record(
-    tenant: str, at_s: float, times: Sequence[float], error: str | None = None, prompt: int = 4, **more: Any
+    tenant: str,
+    at_s: float,
+    times: Sequence[float],
+    error: str | None = None,
+    prompt: int = 4,
+    **more: Any,
 ) -> Record:
     """A request whose tokens came one by one at these times after the start."""
     call = Call(0, tenant, at_s, tuple(range(prompt)), 5)
@@ -35,7 +40,8 @@ def record(
     return Record(call, at_s, [(t, 1) for t in times], ended, error=error, **more)
 
 
-# Four requests in 10 s: TTFT 1, 0.5, 2 s; E2EL 2, 0.5, 5 s; TPOT 0.5, none, 1.5 s; gaps 0.4 0.6, none, 1 2.
+# Four requests in 10 s: TTFT 1, 0.5, 2 s; E2EL 2, 0.5, 5 s; TPOT 0.5, none, 1.5 s; gaps 0.4 0.6,
+# none, 1 2.
 EXAMPLE = [
     record("a", 1.0, [2.0, 2.4, 3.0]),
     record("a", 2.0, [2.5]),
@@ -52,11 +58,19 @@ def test_figures_are_vllms() -> None:
     assert found["output_throughput"] == pytest.approx(0.7)
     assert found["total_token_throughput"] == pytest.approx(1.9)
     assert found["request_goodput"] == pytest.approx(0.2)
-    assert found["mean_ttft_ms"] == pytest.approx(3500 / 3) and found["median_ttft_ms"] == pytest.approx(1000)
+    assert found["mean_ttft_ms"] == pytest.approx(3500 / 3) and found[
+        "median_ttft_ms"
+    ] == pytest.approx(1000)
     assert found["std_ttft_ms"] == pytest.approx(np.std([1000, 500, 2000]))
-    assert found["p99_ttft_ms"] == pytest.approx(1980) and found["p50_e2el_ms"] == pytest.approx(2000)
-    assert found["mean_tpot_ms"] == pytest.approx(1000) and found["mean_e2el_ms"] == pytest.approx(2500)
-    assert found["mean_itl_ms"] == pytest.approx(1000) and found["median_itl_ms"] == pytest.approx(800)
+    assert found["p99_ttft_ms"] == pytest.approx(1980) and found["p50_e2el_ms"] == pytest.approx(
+        2000
+    )
+    assert found["mean_tpot_ms"] == pytest.approx(1000) and found["mean_e2el_ms"] == pytest.approx(
+        2500
+    )
+    assert found["mean_itl_ms"] == pytest.approx(1000) and found["median_itl_ms"] == pytest.approx(
+        800
+    )
     # a's first runs from 1 to 3, its second from 2 to 2.5, b's begins at 3, as the first ends.
     assert found["max_concurrent_requests"] == 2
     assert summarise(EXAMPLE, 10.0)["request_goodput"] is None
@@ -95,7 +109,9 @@ def test_service_is_one_over_the_time_for_a_token() -> None:
 def test_a_report_holds_everything_for_each_tenant() -> None:
     found = report(EXAMPLE, 7.0)
     assert found["duration"] == 8.0 and found["drain_s"] == pytest.approx(1.0)
-    assert set(found["tenants"]) == {"a", "b"} and found["tenants"]["b"]["mean_ttft_ms"] == pytest.approx(2000)
+    assert set(found["tenants"]) == {"a", "b"} and found["tenants"]["b"][
+        "mean_ttft_ms"
+    ] == pytest.approx(2000)
     assert found["worst_tenant"] == "b"
     assert found["jain_index"] == pytest.approx(jain([service(EXAMPLE[:2]), service(EXAMPLE[2:])]))
     assert found["reconfiguration_share_of_ttft"] == pytest.approx(0.7 / 3.5)
@@ -108,15 +124,23 @@ def test_saturation_is_a_backlog() -> None:
     steady = [record("a", float(t), [t + 1.0, t + 2.0]) for t in range(20)]
     assert answered_share(steady, 20.0) == pytest.approx(1.0)
     assert not report(steady, 20.0)["saturated"]
-    # A server that takes 1.5 s for each, one at a time: a third of the arrivals are still there at the end.
+    # A server that takes 1.5 s for each, one at a time: a third of the arrivals are still there at
+    # the end.
     behind = [record("a", float(t), [1.5 * (t + 1)]) for t in range(20)]
     found = report(behind, 20.0)
-    assert found["saturated"] and found["answered_share"] == pytest.approx(20 / (20 + 10 - 3.75), rel=0.02)
-    cut = [*steady[:10], *(record("a", float(t), [], UNFINISHED, ended_s=25.0) for t in range(10, 20))]
+    assert found["saturated"] and found["answered_share"] == pytest.approx(
+        20 / (20 + 10 - 3.75), rel=0.02
+    )
+    cut = [
+        *steady[:10],
+        *(record("a", float(t), [], UNFINISHED, ended_s=25.0) for t in range(10, 20)),
+    ]
     found = report(cut, 20.0)
     assert found["saturated"] and found["failed"] == 10
     assert found["mean_e2el_ms"] == pytest.approx(2000)
-    assert found["mean_e2el_at_least_ms"] == pytest.approx((10 * 2 + sum(25 - t for t in range(10, 20))) / 20 * 1e3)
+    assert found["mean_e2el_at_least_ms"] == pytest.approx(
+        (10 * 2 + sum(25 - t for t in range(10, 20))) / 20 * 1e3
+    )
 
 
 class Fake:
@@ -154,7 +178,13 @@ def test_requests_are_sent_whatever_became_of_the_others() -> None:
     calls = tuple(Call(n, "a", 0.02 * n, (1,), 3) for n in range(5))
     records = asyncio.run(run_trace(Fake(stuck), Trace(calls, 0.1), drain_s=2.0))
     assert seen == [0, 1, 2, 3, 4] and cancelled == [2]
-    assert [r.error for r in records] == [None, "ValueError: this one fails", UNFINISHED, None, None]
+    assert [r.error for r in records] == [
+        None,
+        "ValueError: this one fails",
+        UNFINISHED,
+        None,
+        None,
+    ]
     assert [r.num_tokens for r in records] == [3, 0, 1, 7, 3]
     assert records[0].reconfiguration_s == 0.5
     for r in records:

@@ -1,4 +1,5 @@
-"""Each way to serve a store answers, in its own order and within its own memory, and leaves nothing behind."""
+"""Each way to serve a store answers, in its own order and within its own memory, and leaves nothing
+behind."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def setup(store: Store) -> Setup:
 
 def trace(store: Store, rate: float = 40.0, count: int = 9) -> Trace:
     sizes = dict.fromkeys(store.tenants, 96)
-    return make_trace(sizes, Load(input_len=6, output_len=4, range_ratio=0.5), rate, num_requests=count)
+    return make_trace(
+        sizes, Load(input_len=6, output_len=4, range_ratio=0.5), rate, num_requests=count
+    )
 
 
 @pytest.mark.parametrize("name", ["single", "moetel", "paper", "time_sharing", "partition"])
@@ -72,7 +75,9 @@ def test_every_system_answers_everything(name: str, store: Store, setup: Setup) 
 def test_the_other_engine(name: str, tmp_path: Path) -> None:
     pytest.importorskip("jax")
     store = random_models.random_store(tmp_path, "tiny-switch", 2, "float32")
-    asked = make_trace(dict.fromkeys(store.tenants, 96), Load(input_len=6, output_len=4), 5.0, num_requests=4)
+    asked = make_trace(
+        dict.fromkeys(store.tenants, 96), Load(input_len=6, output_len=4), 5.0, num_requests=4
+    )
 
     async def run() -> tuple[list[Record], dict[str, Any]]:
         system = await open_system(name, Setup(store.path, 2, options={"device": "cpu"}))
@@ -97,7 +102,11 @@ def test_views_of_a_store(store: Store, family: Family) -> None:
     assert half_budget(store) == whole // 2
     fixed = SPARE_SLOTS * store.copy_bytes + store.non_expert_bytes("bob")
     half = within(store, ["base", "bob"], fixed + 4 * store.copy_bytes + 100)
-    assert half.plan.num_slots == 4 and half.plan.num_misses == 2 * 4 and half.tenants == ("base", "bob")
+    assert (
+        half.plan.num_slots == 4
+        and half.plan.num_misses == 2 * 4
+        and half.tenants == ("base", "bob")
+    )
     # The most similar positions of the two are those that stay.
     score = store.distances.matrix[1]
     kept = [score[c.layer, c.expert] for c in half.plan.copies]
@@ -122,7 +131,8 @@ def test_single_gives_one_tenant_all_requests(store: Store, setup: Setup) -> Non
 
 
 def test_paper_takes_one_request_after_another(store: Store, setup: Setup) -> None:
-    """In the order of arrival, none begun before the one before it is done, with a replacement at each change."""
+    """In the order of arrival, none begun before the one before it is done, with a replacement at
+    each change."""
     asked = trace(store, rate=10_000.0)
     order: list[int] = []
     events: list[str] = []
@@ -155,7 +165,8 @@ def test_paper_takes_one_request_after_another(store: Store, setup: Setup) -> No
 
 
 def test_time_sharing_answers_all_that_waits_for_a_tenant(store: Store, setup: Setup) -> None:
-    """The first is alone when it comes; then all b's together, the c's that fail, all a's: one model at a time."""
+    """The first is alone when it comes; then all b's together, the c's that fail, all a's: one
+    model at a time."""
     loads: list[str] = []
     alive: set[str] = set()
 
@@ -206,7 +217,10 @@ def test_partition_ends_its_processes(store: Store, setup: Setup) -> None:
     async def run() -> None:
         system = await Partition.start(store, setup)
         processes = [p.process for p in system.processes]
-        assert all(p.is_alive() for p in processes) and len({p.pid for p in processes} | {os.getpid()}) == 3
+        assert (
+            all(p.is_alive() for p in processes)
+            and len({p.pid for p in processes} | {os.getpid()}) == 3
+        )
         calls = [Call(n, t, 0.0, (5, 6, 7), 2000) for n, t in enumerate(store.tenants)]
         # Closing an answer early cancels it there; the process goes on with others.
         async with aclosing(system.generate(Call(9, "base", 0.0, (5, 6, 7), 100))) as pieces:
@@ -285,11 +299,12 @@ class Server:
         else:
             kind = b"transfer-encoding: chunked\r\n" if self.chunked else b""
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n" + kind + b"\r\n")
-            # Two chunks with text, of which the second has two tokens; cut at odd places on the way.
+            # Two chunks with text, of which the second has two tokens; cut at odd places on the
+            # way.
             events = ['{"choices":[{"text":"a"}]}', '{"choices":[{"text":"bc"}]}']
             if body["model"] == "broken":
                 events.append('{"error":{"message":"it broke"}}')
-            usage = '{"choices":[],"usage":{"completion_tokens":3},"metrics":{"reconfiguration_ms":250}}'
+            usage = '{"choices":[],"usage":{"completion_tokens":3},"metrics":{"reconfiguration_ms":250}}'  # noqa: E501
             end = [] if body["model"] == "cut" else [usage, "[DONE]"]
             stream = "".join(f"data: {e}\n\n" for e in [*events, *end]).encode()
             for i in range(0, len(stream), 7):
@@ -306,7 +321,10 @@ def test_a_server_is_tested_over_http(chunked: bool, monkeypatch: pytest.MonkeyP
     async def run() -> tuple[Server, list[Record]]:
         async with Server(chunked) as server:
             system = HttpSystem(server.url + "/v1/", "secret")
-            calls = tuple(Call(n, t, 0.01 * n, (3, 4), 3) for n, t in enumerate(["fr", "nobody", "broken", "cut"]))
+            calls = tuple(
+                Call(n, t, 0.01 * n, (3, 4), 3)
+                for n, t in enumerate(["fr", "nobody", "broken", "cut"])
+            )
             records = await run_trace(system, Trace(calls, 0.05), 10.0)
             await system.close()
             return server, records
@@ -316,7 +334,9 @@ def test_a_server_is_tested_over_http(chunked: bool, monkeypatch: pytest.MonkeyP
     assert "Authorization: Bearer secret\r\n" in server.heads[0]
     body = server.bodies[0]
     assert (body["model"], body["prompt"], body["max_tokens"]) == ("fr", [3, 4], 3)
-    assert body["stream"] and body["ignore_eos"] and body["stream_options"] == {"include_usage": True}
+    assert (
+        body["stream"] and body["ignore_eos"] and body["stream_options"] == {"include_usage": True}
+    )
     good, unknown, broken, cut = records
     assert good.error is None and good.num_tokens == 3 and len(good.pieces) == 2
     assert good.reconfiguration_s == 0.25

@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from scripts.traffic import Call, Flood, Load, TrafficError, arrivals, make_trace, redirected, shares
+from scripts.traffic import (
+    Call,
+    Flood,
+    Load,
+    TrafficError,
+    arrivals,
+    make_trace,
+    redirected,
+    shares,
+)
 
 TENANTS = {"a": 96, "b": 96, "c": 50, "d": 96}
 
@@ -18,8 +27,11 @@ def test_the_rate_is_what_was_asked_for() -> None:
     times = [c.at_s for c in trace.calls]
     assert times == sorted(times) and 0 <= times[0] and times[-1] < 40
     assert [c.number for c in trace.calls] == list(range(200))
-    assert {n: sum(c.tenant == n for c in trace.calls) for n in TENANTS} == dict.fromkeys(TENANTS, 50)
-    # Arrivals spread over the time: as many in each half as a Poisson process has, within four deviations.
+    assert {n: sum(c.tenant == n for c in trace.calls) for n in TENANTS} == dict.fromkeys(
+        TENANTS, 50
+    )
+    # Arrivals spread over the time: as many in each half as a Poisson process has, within four
+    # deviations.
     assert abs(sum(t < 20 for t in times) - 100) < 4 * math.sqrt(50)
     counted = make_trace(TENANTS, Load(), 5.0, num_requests=30)
     assert len(counted.calls) == 30 and counted.horizon_s == 6.0
@@ -39,7 +51,9 @@ def test_gaps_vary_as_a_gamma_distribution(burstiness: float) -> None:
     gaps = np.diff(times)
     assert gaps.mean() == pytest.approx(1000 / 40_000, rel=0.01)
     assert (gaps.std() / gaps.mean()) ** 2 == pytest.approx(1 / burstiness, rel=0.1)
-    if burstiness == 1:  # the gaps of a Poisson process are exponential: exp(-1) of them above their mean
+    if (
+        burstiness == 1
+    ):  # the gaps of a Poisson process are exponential: exp(-1) of them above their mean
         assert (gaps > gaps.mean()).mean() == pytest.approx(math.exp(-1), abs=0.01)
 
 
@@ -53,11 +67,15 @@ def test_the_seed_makes_the_trace() -> None:
     load = Load(skew=0.5, range_ratio=0.5, seed=7)
     first, again = (make_trace(TENANTS, load, 3.0, duration_s=20.0) for _ in range(2))
     assert first == again
-    assert make_trace(TENANTS, Load(skew=0.5, range_ratio=0.5, seed=8), 3.0, duration_s=20.0) != first
+    assert (
+        make_trace(TENANTS, Load(skew=0.5, range_ratio=0.5, seed=8), 3.0, duration_s=20.0) != first
+    )
 
 
 def test_lengths_and_token_ids() -> None:
-    trace = make_trace(TENANTS, Load(input_len=10, output_len=7, range_ratio=0.5), 50.0, duration_s=40.0)
+    trace = make_trace(
+        TENANTS, Load(input_len=10, output_len=7, range_ratio=0.5), 50.0, duration_s=40.0
+    )
     assert {len(c.prompt) for c in trace.calls} == set(range(5, 16))
     assert {c.max_new_tokens for c in trace.calls} == set(range(3, 12))  # floor(3.5) to ceil(10.5)
     ids = {n: {t for c in trace.calls if c.tenant == n for t in c.prompt} for n in TENANTS}
@@ -83,7 +101,11 @@ def test_a_flood_changes_nothing_but_its_tenant() -> None:
 
 def test_all_at_once() -> None:
     trace = make_trace(TENANTS, Load(), math.inf, num_requests=8)
-    assert [c.at_s for c in trace.calls] == [0.0] * 8 and trace.horizon_s == 0 and math.isinf(trace.request_rate)
+    assert (
+        [c.at_s for c in trace.calls] == [0.0] * 8
+        and trace.horizon_s == 0
+        and math.isinf(trace.request_rate)
+    )
 
 
 def test_requests_can_be_sent_to_another_tenant() -> None:
@@ -118,6 +140,11 @@ def test_traces_out_of_range() -> None:
         "flood of 0.5 times": {"flood": Flood("a", 0.5, 1.0)},
         "flood begins at 10": {"flood": Flood("a", 2.0, 10.0)},
     }.items():
-        given = {"vocab_sizes": TENANTS, "load": Load(), "request_rate": 1.0, "duration_s": 10.0} | options
+        given = {
+            "vocab_sizes": TENANTS,
+            "load": Load(),
+            "request_rate": 1.0,
+            "duration_s": 10.0,
+        } | options
         with pytest.raises(TrafficError, match=message):
             make_trace(**given)  # type: ignore[arg-type]

@@ -44,7 +44,9 @@ def test_build_inspect_verify_export_add_remove(
 ) -> None:
     path = tmp_path / "store"
     tenants = [f"--tenant={n}={p}" for n, p in family.paths.items()]
-    code, out, _ = run(capsys, "build", path, *tenants[:2], "--slots", "6", "--policy", "round_robin")
+    code, out, _ = run(
+        capsys, "build", path, *tenants[:2], "--slots", "6", "--policy", "round_robin"
+    )
     assert code == 0
     assert "2 tenants (base, ana), mixtral, float32" in out
     assert "resident copies: 6 for 8 positions x 2 tenants; 4 look-up places miss" in out
@@ -60,7 +62,9 @@ def test_build_inspect_verify_export_add_remove(
     code, out, _ = run(capsys, "verify", path)
     assert code == 0 and f"sound, {len(found.manifest.objects)} tensors checked" in out
     code, out, _ = run(capsys, "export", path, "--tenant", "ana", tmp_path / "exported")
-    assert len({file.stat().st_mode for file in (tmp_path / "exported").iterdir()}) == 1, "as readable as config.json"
+    assert len({file.stat().st_mode for file in (tmp_path / "exported").iterdir()}) == 1, (
+        "as readable as config.json"
+    )
     assert code == 0
     rows = helpers.prompts(0, [5])
     expected = helpers.hf_logits(helpers.oracle(family.models, 1, found.plan), rows)
@@ -70,15 +74,22 @@ def test_build_inspect_verify_export_add_remove(
 
 
 @pytest.mark.parametrize("slots", ["0", "all"])
-def test_inspect_draws_any_plan(slots: str, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_draws_any_plan(
+    slots: str, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, picture = tmp_path / "store", tmp_path / "plan.png"
-    assert run(capsys, "build", path, f"--tenant=ana={family.paths['ana']}", "--slots", slots)[0] == 0
+    assert (
+        run(capsys, "build", path, f"--tenant=ana={family.paths['ana']}", "--slots", slots)[0] == 0
+    )
     assert run(capsys, "inspect", path, "--plot", picture)[0] == 0
     assert picture.stat().st_size > 5000
 
 
 def test_home_directories_in_paths(
-    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    family: Family,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shells leave `~` behind an equals sign as it is."""
     (tmp_path / "base").symlink_to(family.paths["base"])
@@ -86,7 +97,10 @@ def test_home_directories_in_paths(
     code, _, err = run(capsys, "build", "~/made", "--tenant=a=~/base")
     assert code == 0, err
     assert Store.open(tmp_path / "made").tenants == ("a",)
-    assert run(capsys, "inspect", "~/made", "--plot=~/plan.png")[0] == 0 and (tmp_path / "plan.png").is_file()
+    assert (
+        run(capsys, "inspect", "~/made", "--plot=~/plan.png")[0] == 0
+        and (tmp_path / "plan.png").is_file()
+    )
     code, _, err = run(capsys, "serve", "~/made", "--api-keys=~/absent")
     assert code == 1 and f"{tmp_path}/absent: cannot be read" in err
     assert run(capsys, "build", "made", "--tenant=a=~nobody-here/base")[0] == 2
@@ -95,7 +109,16 @@ def test_home_directories_in_paths(
 def test_generate_prints_ids_or_json(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with load_engine(store) as engine:
         expected = engine.generate("ana", [5, 6, 7], SamplingParams(max_new_tokens=6))
-    arguments = ("generate", store, "--tenant", "ana", "--prompt-ids", "5,6 7", "--max-new-tokens", 6)
+    arguments = (
+        "generate",
+        store,
+        "--tenant",
+        "ana",
+        "--prompt-ids",
+        "5,6 7",
+        "--max-new-tokens",
+        6,
+    )
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and [int(i) for i in out.split()] == list(expected.token_ids)
     code, out, _ = run(capsys, *arguments, "--json")
@@ -139,9 +162,17 @@ def test_verify_names_the_damaged_file(store: Path, capsys: pytest.CaptureFixtur
         ),
         (["build", "{new}", "--tenant", "x={ana}", "--slots", "99"], 1, "99 slots"),
         (["build", "{new}", "--tenant", "x"], 2, "write NAME=CHECKPOINT"),
-        (["build", "{new}", "--tenant", "x={ana}", "--slots", "many"], 2, "give a whole number, or all"),
+        (
+            ["build", "{new}", "--tenant", "x={ana}", "--slots", "many"],
+            2,
+            "give a whole number, or all",
+        ),
         (["build", "{new}", "--tenant", "x={ana}", "--budget", "60GHz"], 2, "'60GHz' is no size"),
-        (["build", "{new}", "--tenant", "x={ana}", "--budget", "1GiB", "--slots", "1"], 2, "not allowed with"),
+        (
+            ["build", "{new}", "--tenant", "x={ana}", "--budget", "1GiB", "--slots", "1"],
+            2,
+            "not allowed with",
+        ),
         (["build", "{new}"], 2, "--tenant"),
         (["inspect", "{none}"], 1, "none: not a store, no such directory"),
         (["inspect", "{store}", "--plot", "{none}/x.png"], 1, "the picture cannot be written"),
@@ -150,10 +181,26 @@ def test_verify_names_the_damaged_file(store: Path, capsys: pytest.CaptureFixtur
             1,
             "no tenant 'nobody' in this store; it holds: base",
         ),
-        (["generate", "{store}", "--tenant", "ana", "--prompt", "hello"], 1, "'ana' has no tokenizer"),
-        (["generate", "{store}", "--tenant", "ana", "--prompt-ids", "1,999"], 1, "is 999, outside the vocabulary"),
-        (["generate", "{store}", "--tenant", "ana", "--prompt-ids", "one"], 2, "write token ids as 1,2,3"),
-        (["generate", "{store}", "--tenant", "ana", "--prompt-ids", "1", "--top-p", "2"], 1, "top_p is 2.0"),
+        (
+            ["generate", "{store}", "--tenant", "ana", "--prompt", "hello"],
+            1,
+            "'ana' has no tokenizer",
+        ),
+        (
+            ["generate", "{store}", "--tenant", "ana", "--prompt-ids", "1,999"],
+            1,
+            "is 999, outside the vocabulary",
+        ),
+        (
+            ["generate", "{store}", "--tenant", "ana", "--prompt-ids", "one"],
+            2,
+            "write token ids as 1,2,3",
+        ),
+        (
+            ["generate", "{store}", "--tenant", "ana", "--prompt-ids", "1", "--top-p", "2"],
+            1,
+            "top_p is 2.0",
+        ),
         (
             ["generate", "{store}", "--tenant", "ana", "--prompt-ids", "1", "--backend", "jax"],
             1,
@@ -166,10 +213,20 @@ def test_verify_names_the_damaged_file(store: Path, capsys: pytest.CaptureFixtur
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_errors_and_exit_codes(
-    arguments: list[str], code: int, message: str, store: Path, family: Family, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    code: int,
+    message: str,
+    store: Path,
+    family: Family,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = helpers.fingerprint(store.parent)
-    places = {"new": store.parent / "new", "none": store.parent / "none", "store": store, "ana": family.paths["ana"]}
+    places = {
+        "new": store.parent / "new",
+        "none": store.parent / "none",
+        "store": store,
+        "ana": family.paths["ana"],
+    }
     found, out, err = run(capsys, *(a.format(**places) for a in arguments))
     assert found == code and message in err, (found, err)
     assert out == "" or arguments[0] == "inspect"
@@ -208,16 +265,31 @@ def test_the_console_command_is_installed() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_answers_from_a_shared_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_answers_from_a_shared_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from scripts import command, demo
     from scripts.number_words import LANGUAGES, expected, held_out
 
     if not (demo.EXAMPLES / "fr" / "model.safetensors").exists():
         pytest.fail(f"{demo.EXAMPLES} lacks the shipped tenants")
     path = tmp_path / "demo"
-    assert command.main("demo", demo, ["--store", str(path), "--score", "30", "--family", "mixtral"]) == 0
-    # Not calibrated: that compiles every layer of the JAX engine, and tests/benchmarks does it once.
-    arguments = ["--store", str(path), "--score", "30", "--family", "switch", "--policy", "round_robin"]
+    assert (
+        command.main("demo", demo, ["--store", str(path), "--score", "30", "--family", "mixtral"])
+        == 0
+    )
+    # Not calibrated: that compiles every layer of the JAX engine, and tests/benchmarks does it
+    # once.
+    arguments = [
+        "--store",
+        str(path),
+        "--score",
+        "30",
+        "--family",
+        "switch",
+        "--policy",
+        "round_robin",
+    ]
     assert command.main("demo", demo, arguments) == 0
     out = capsys.readouterr().out
     for name, family in (("demo", "mixtral"), ("demo-switch", "switch_transformers")):

@@ -38,7 +38,9 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(path: Path) -> np.ndarray:
-    model = SwitchTransformersForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(
+        path, dtype=torch.float32
+    ).eval()
     ids = torch.arange(24).reshape(2, 12) + 3
     with torch.inference_mode():
         found: np.ndarray = model(input_ids=ids, decoder_input_ids=ids[:, :5]).logits.numpy()
@@ -53,14 +55,18 @@ def test_there_and_back(to: str, variant: str, tmp_path: Path) -> None:
     assert to_t5x(tmp_path / "hf", tmp_path / "there", "--to", to) == 0
     assert to_hf(tmp_path / "there", tmp_path / "back") == 0
     there, back = (load_file(tmp_path / p / "model.safetensors") for p in ("hf", "back"))
-    assert {n: there[n].tobytes() for n in there}.items() <= {n: back[n].tobytes() for n in back}.items()
+    assert {n: there[n].tobytes() for n in there}.items() <= {
+        n: back[n].tobytes() for n in back
+    }.items()
     assert_same(open_checkpoint(tmp_path / "back"), open_checkpoint(tmp_path / "hf"))
     before, after = (json.loads((tmp_path / p / "config.json").read_text()) for p in ("hf", "back"))
     assert before == after
     assert np.array_equal(logits(tmp_path / "hf"), logits(tmp_path / "back"))
 
 
-def test_assets_notes_and_configs(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_assets_notes_and_configs(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert to_t5x(hf, tmp_path / "checkpoint_50", "--to", "t5x") == 0
     assert "checkpoint_50: t5x, step 50, " in capsys.readouterr().out
     assert switch.load_index(tmp_path / "checkpoint_50")["optimizer"]["state"]["step"] == 50
@@ -68,14 +74,25 @@ def test_assets_notes_and_configs(hf: Path, tmp_path: Path, capsys: pytest.Captu
     out = capsys.readouterr()
     assert "switch_transformers" in out.out and "defaults" not in out.out and "100%" not in out.out
     for path in ("checkpoint_50", "a"):
-        assert (tmp_path / path / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+        assert (tmp_path / path / "tokenizer.json").read_bytes() == (
+            hf / "tokenizer.json"
+        ).read_bytes()
         assert (tmp_path / path / "generation_config.json").exists()
     (tmp_path / "checkpoint_50" / "config.json").unlink()
     assert to_hf(tmp_path / "checkpoint_50", tmp_path / "b") == 0
-    assert "T5's defaults taken (--config overrides): relative_attention_max_distance 128" in capsys.readouterr().out
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["relative_attention_max_distance"] == 128
+    assert (
+        "T5's defaults taken (--config overrides): relative_attention_max_distance 128"
+        in capsys.readouterr().out
+    )
+    assert (
+        json.loads((tmp_path / "b" / "config.json").read_text())["relative_attention_max_distance"]
+        == 128
+    )
     assert to_hf(tmp_path / "checkpoint_50", tmp_path / "c", "--config", hf / "config.json") == 0
-    assert json.loads((tmp_path / "c" / "config.json").read_text())["relative_attention_max_distance"] == 20
+    assert (
+        json.loads((tmp_path / "c" / "config.json").read_text())["relative_attention_max_distance"]
+        == 20
+    )
     assert_same(open_checkpoint(tmp_path / "c"), open_checkpoint(hf))
 
 
@@ -113,10 +130,19 @@ def mixtral(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (lambda p: (mixtral(p), p / "out", "--to", "t5x"), "holds a mixtral model; only Switch Transformers"),
-        (lambda p: (mixtral(p), p / "out", "--to", "orbax"), "holds a mixtral model; only Switch Transformers"),
+        (
+            lambda p: (mixtral(p), p / "out", "--to", "t5x"),
+            "holds a mixtral model; only Switch Transformers",
+        ),
+        (
+            lambda p: (mixtral(p), p / "out", "--to", "orbax"),
+            "holds a mixtral model; only Switch Transformers",
+        ),
         (lambda p: (p / "hf", p / "hf", "--to", "t5x"), "exists and is not an empty directory"),
-        (lambda p: (p / "hf", p / "hf" / "config.json", "--to", "t5x"), "exists and is not an empty directory"),
+        (
+            lambda p: (p / "hf", p / "hf" / "config.json", "--to", "t5x"),
+            "exists and is not an empty directory",
+        ),
         (lambda p: (p / "nothing", p / "out", "--to", "t5x"), "no such directory"),
         (
             lambda p: (p / "hf", p / "checkpoint_7", "--to", "t5x", "--step", "8"),
@@ -125,7 +151,11 @@ def mixtral(tmp_path: Path) -> Path:
     ],
 )
 def test_refused(
-    args: Callable[[Path], tuple[Any, ...]], message: str, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    args: Callable[[Path], tuple[Any, ...]],
+    message: str,
+    hf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(hf, tmp_path / "hf")
     given = args(tmp_path)
@@ -135,7 +165,9 @@ def test_refused(
     assert helpers.fingerprint(tmp_path) == before and not list(tmp_path.glob(".*"))
 
 
-def test_refused_the_other_way(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_the_other_way(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert to_hf(hf, tmp_path / "out") == 1
     assert "a Hugging Face directory already; nothing to convert" in capsys.readouterr().err
     parameters = switch.t5x_parameters(switch.arrays_of(switch.random_switch()))
@@ -183,7 +215,9 @@ def test_nothing_half_written(
     (tmp_path / "out").mkdir()
     before = helpers.fingerprint(tmp_path)
     convert = to_hf if direction == "hf" else to_t5x
-    assert convert(source, tmp_path / "out", *([] if direction == "hf" else ["--to", direction])) == 1
+    assert (
+        convert(source, tmp_path / "out", *([] if direction == "hf" else ["--to", direction])) == 1
+    )
     error = capsys.readouterr().err
     assert ("cannot be written" in error and "free some space" in error) or "interrupted" in error
     assert helpers.fingerprint(tmp_path) == before and not list(tmp_path.glob(".*"))

@@ -1,4 +1,5 @@
-"""Quality measured through the engines, against the same figures computed with transformers and torch here."""
+"""Quality measured through the engines, against the same figures computed with transformers and
+torch here."""
 
 from __future__ import annotations
 
@@ -51,30 +52,42 @@ def task(language: str, numbers: list[int] = NUMBERS) -> Task:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Four tenants, the paper's rule."""
     path = tmp_path_factory.mktemp("store") / "store"
-    return build_store(path, {lang: EXAMPLES / lang for lang in ("en", "fr", "de", "es")}, policy="round_robin")
+    return build_store(
+        path, {lang: EXAMPLES / lang for lang in ("en", "fr", "de", "es")}, policy="round_robin"
+    )
 
 
 @pytest.mark.slow
 @torch.inference_mode()
 def test_scores_equal_transformers(store: Store) -> None:
-    """One tenant's exact match, KL and agreement along its own answers, and perplexity in windows."""
+    """One tenant's exact match, KL and agreement along its own answers, and perplexity in
+    windows."""
     text = "neuf cent trente-quatre mille deux cent douze"
     ((alone, served),) = [
         (results[0].tenants["es"], results[1].tenants["es"])
         for results in [
-            evaluate_store(store, {"es": Task(task("es").questions, (text, "uno"))}, Options(7, 3, 60, dtype="float32"))
+            evaluate_store(
+                store,
+                {"es": Task(task("es").questions, (text, "uno"))},
+                Options(7, 3, 60, dtype="float32"),
+            )
         ]
     ]
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "es")
     own = helpers.load(EXAMPLES / "es")
-    shared = helpers.oracle([helpers.load(EXAMPLES / lang) for lang in store.tenants], 3, store.plan)
+    shared = helpers.oracle(
+        [helpers.load(EXAMPLES / lang) for lang in store.tenants], 3, store.plan
+    )
     right, kl, same, positions = 0, 0.0, 0, 0
     eos = own.generation_config.eos_token_id
     for number in NUMBERS:
         prompt = tokenizer(str(number))["input_ids"]
         mine, other = (helpers.hf_greedy(m, prompt, 60, eos) for m in (own, shared))
         right += tokenizer.decode(other, skip_special_tokens=True) == expected(number, "es")
-        logits = [torch.tensor(helpers.hf_logits(m, [prompt + mine[:-1]])[0, len(prompt) - 1 :]) for m in (own, shared)]
+        logits = [
+            torch.tensor(helpers.hf_logits(m, [prompt + mine[:-1]])[0, len(prompt) - 1 :])
+            for m in (own, shared)
+        ]
         p, q = (F.log_softmax(x.double(), dim=-1) for x in logits)
         kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
@@ -83,11 +96,18 @@ def test_scores_equal_transformers(store: Store) -> None:
         total, tokens = 0.0, 0
         for one in (text, "uno"):
             ids = tokenizer(one)["input_ids"]
-            at, end = 1, min(len(ids), 8)  # seven new tokens, then three at a time behind the seven before them
+            at, end = (
+                1,
+                min(len(ids), 8),
+            )  # seven new tokens, then three at a time behind the seven before them
             while at < len(ids):
                 row = ids[max(0, end - 8) : end]
-                logits_of = torch.tensor(helpers.hf_logits(model, [row[:-1]])[0])[-(end - at) :].double()
-                total += float(F.cross_entropy(logits_of, torch.tensor(ids[at:end]), reduction="sum"))
+                logits_of = torch.tensor(helpers.hf_logits(model, [row[:-1]])[0])[
+                    -(end - at) :
+                ].double()
+                total += float(
+                    F.cross_entropy(logits_of, torch.tensor(ids[at:end]), reduction="sum")
+                )
                 tokens += end - at
                 at, end = end, min(len(ids), end + 3)
         assert scores.tokens == tokens
@@ -123,7 +143,10 @@ def test_switch_equals_transformers(tmp_path: Path) -> None:
         ids = torch.tensor([tokenizer(str(number))["input_ids"]])
         labels = torch.tensor([tokenizer(expected(number, "fr"))["input_ids"]])
         with torch.inference_mode():
-            p, q = (F.log_softmax(m(input_ids=ids, labels=labels).logits.double(), dim=-1) for m in (own, other))
+            p, q = (
+                F.log_softmax(m(input_ids=ids, labels=labels).logits.double(), dim=-1)
+                for m in (own, other)
+            )
         kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
         positions += labels.shape[1]
     assert served.tenants["fr"].positions == positions
@@ -137,27 +160,52 @@ def test_switch_equals_transformers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_methods_serve_what_they_say(tmp_path: Path) -> None:
     tenants = {lang: EXAMPLES / lang for lang in ("en", "fr")}
-    material = Material(tenants, {"fr": task("fr", NUMBERS[:3])}, EXAMPLES / "base", name="numbers", seed=5)
-    asked = ["round_robin", "round_robin_one_model", "base", "average", "ties:density=0.3,scale=0.5", "dare_experts"]
+    material = Material(
+        tenants, {"fr": task("fr", NUMBERS[:3])}, EXAMPLES / "base", name="numbers", seed=5
+    )
+    asked = [
+        "round_robin",
+        "round_robin_one_model",
+        "base",
+        "average",
+        "ties:density=0.3,scale=0.5",
+        "dare_experts",
+    ]
     asked += ["mean", "residual@0.1", "round_robin:slots=20"]
     methods = [Method.parse(m) for m in asked]
     seen: list[str] = []
     results = evaluate([material], methods, FLOAT32, lambda result: seen.append(result.method))
     assert seen == [r.method for r in results]
-    labels = ["round robin", "round robin one model", "base", "average", "ties, density 0.3, scale 0.5", "dare experts"]
+    labels = [
+        "round robin",
+        "round robin one model",
+        "base",
+        "average",
+        "ties, density 0.3, scale 0.5",
+        "dare experts",
+    ]
     assert seen[1:7] == labels and seen[7:] == ["mean", "residual + 10 %", "round robin, slots 20"]
     by = {r.method: r for r in results}
     one = by["alone"].memory.experts // 2
     for label in labels:
-        assert by[label].memory.experts == one and by[label].memory.share == 1.0 and by[label].memory.extra == 0
+        assert (
+            by[label].memory.experts == one
+            and by[label].memory.share == 1.0
+            and by[label].memory.extra == 0
+        )
     assert by["round robin, slots 20"].memory.share == pytest.approx(20 / 32)
     extra = by["residual + 10 %"].memory
     assert 1.05 < extra.share <= 1.1 and extra.extra == extra.experts + extra.residuals - one
     kl = {label: r.tenants["fr"].kl for label, r in by.items()}
     assert kl["alone"] == 0 and by["alone"].tenants["fr"].top1 == 1
-    # fr, the second tenant: another's layers cost far more than another's experts, and residuals mend most of these.
+    # fr, the second tenant: another's layers cost far more than another's experts, and residuals
+    # mend most of these.
     assert kl["residual + 10 %"] < min(kl["mean"], kl["round robin"])
-    assert max(kl["mean"], kl["round robin"], kl["dare experts"]) < kl["average"] < kl["round robin one model"]
+    assert (
+        max(kl["mean"], kl["round robin"], kl["dare experts"])
+        < kl["average"]
+        < kl["round robin one model"]
+    )
     assert results[0].seed == 5 and by["average"].worst_tenant() is None
     titles, rows = table(results)
     assert titles[-1] == "exact match, fr" and [r[0] for r in rows] == seen
@@ -200,10 +248,15 @@ def test_limits_of_memory_change_nothing(store: Store, tmp_path: Path) -> None:
         (tmp_path / str(i)).mkdir()
         own = measure_alone(store, tasks, options, tmp_path / str(i))
         found.append(measure(store, own, options)["es"])
-    assert found[0].kl == pytest.approx(found[1].kl, abs=1e-7) and found[0].positions == found[1].positions
+    assert (
+        found[0].kl == pytest.approx(found[1].kl, abs=1e-7)
+        and found[0].positions == found[1].positions
+    )
     assert found[0].perplexity == pytest.approx(found[1].perplexity, rel=1e-5)
     (tmp_path / "part").mkdir()
-    part = measure_alone(store, tasks, Options(max_new_tokens=60, positions=30), tmp_path / "part")["es"]
+    part = measure_alone(store, tasks, Options(max_new_tokens=60, positions=30), tmp_path / "part")[
+        "es"
+    ]
     assert 0 < part.scores.positions <= 30 and part.scores.tokens == found[0].tokens
     assert part.logits is not None and part.logits.shape == (part.scores.positions, 512)
 
@@ -213,7 +266,9 @@ def test_token_ids_without_a_tokenizer(family: Family, tmp_path: Path) -> None:
     prompts = helpers.prompts(0, [5, 3])
     answer = tuple(helpers.hf_greedy(family.models[1], prompts[0], 6, eos=2))
     answer = answer[:-1] if answer[-1] == 2 else answer
-    task = Task((Question(prompts[0], answer), Question(prompts[1], (1, 1, 1))), (tuple(prompts[0]),))
+    task = Task(
+        (Question(prompts[0], answer), Question(prompts[1], (1, 1, 1))), (tuple(prompts[0]),)
+    )
     scores = evaluate_store(store, {"ana": task}, Options(max_new_tokens=6))[0].tenants["ana"]
     assert scores.exact_match == 0.5 and scores.rouge1 is None and scores.word_perplexity is None
     logits = torch.tensor(helpers.hf_logits(family.models[1], [prompts[0]])[0, :-1])
@@ -228,7 +283,9 @@ def test_rouge() -> None:
     found = rouge(pairs)
     scorer = RougeScorer(["rouge1", "rougeL"])
     for i, kind in enumerate(("rouge1", "rougeL")):
-        assert found[i] == pytest.approx(np.mean([scorer.score(a, b)[kind].fmeasure for a, b in pairs]))
+        assert found[i] == pytest.approx(
+            np.mean([scorer.score(a, b)[kind].fmeasure for a, b in pairs])
+        )
     assert rouge([("dziewięć tysięcy", "dziewięć")]) == pytest.approx(
         (2 / 3, 2 / 3)
     )  # letters beyond ASCII are letters
@@ -242,18 +299,35 @@ def test_tables_over_seeds() -> None:
     memory = Memory(100, 15, 40, 15, 1.15)
 
     def result(method: str, seed: int, kept: float, kl: float, expected: float) -> Result:
-        scores = {"a": Scores(kept, kl=kl, kept=kept, metric="exact_match"), "b": Scores(1.0, kl=0.0, kept=1.0)}
+        scores = {
+            "a": Scores(kept, kl=kl, kept=kept, metric="exact_match"),
+            "b": Scores(1.0, kl=0.0, kept=1.0),
+        }
         return Result(method, "m", seed, memory, scores, 0, 0, {"a": expected, "b": 0.0})
 
-    results = [result("x", 0, 0.5, 0.2, 3), result("x", 1, 0.7, 0.2, 3), result("y", 0, 0.9, 0.1, 2)]
-    results += [result("y", 1, 0.9, 0.1, 2), result("z", 0, 1.0, 0.0, 1), result("z", 1, 1.0, 0.3, 1)]
+    results = [
+        result("x", 0, 0.5, 0.2, 3),
+        result("x", 1, 0.7, 0.2, 3),
+        result("y", 0, 0.9, 0.1, 2),
+    ]
+    results += [
+        result("y", 1, 0.9, 0.1, 2),
+        result("z", 0, 1.0, 0.0, 1),
+        result("z", 1, 1.0, 0.3, 1),
+    ]
     titles, rows = table(results)
-    assert rows[0][: titles.index("KL, mean")] == ["x", "115.0%", "80.0% (75.0% to 85.0%)", "60.0% (50.0% to 70.0%), a"]
+    assert rows[0][: titles.index("KL, mean")] == [
+        "x",
+        "115.0%",
+        "80.0% (75.0% to 85.0%)",
+        "60.0% (50.0% to 70.0%), a",
+    ]
     assert rows[1][2] == "95.0%" and rows[0][-2:] == [
         "60.0% (50.0% to 70.0%)",
         "100.0%",
     ]
-    # Seed 0 is ranked as expected; in seed 1 what was expected least has most: ranks 2 1 0 against 1 0 2.
+    # Seed 0 is ranked as expected; in seed 1 what was expected least has most: ranks 2 1 0 against
+    # 1 0 2.
     correlation = rank_correlation(results)
     assert correlation is not None and correlation[1] == 6
     assert correlation[0] == pytest.approx((1 + np.corrcoef([2, 1, 0], [1, 0, 2])[0, 1]) / 2)
@@ -271,12 +345,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"--tenant=fr={EXAMPLES / 'fr'}",
         f"--base={EXAMPLES / 'base'}",
     ]
-    arguments += [f"--task=fr={tmp_path / 'fr.jsonl'}", "--methods", "round_robin", "task_arithmetic:scale=1"]
+    arguments += [
+        f"--task=fr={tmp_path / 'fr.jsonl'}",
+        "--methods",
+        "round_robin",
+        "task_arithmetic:scale=1",
+    ]
     assert cli.main([*arguments, "--out", str(tmp_path / "out"), "--limit", "2"]) == 0
     out = capsys.readouterr().out
-    assert "round robin: 100.0% of one model's expert memory, kept 100.0%" in out and "quality.png" in out
+    assert (
+        "round robin: 100.0% of one model's expert memory, kept 100.0%" in out
+        and "quality.png" in out
+    )
     value = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert [r["method"] for r in value["results"]] == ["alone", "round robin", "task arithmetic, scale 1"]
+    assert [r["method"] for r in value["results"]] == [
+        "alone",
+        "round robin",
+        "task arithmetic, scale 1",
+    ]
     scores = value["results"][1]["tenants"]["fr"]
     assert scores["questions"] == 2 and scores["exact_match"] == 1.0 and scores["perplexity"] > 1
     assert value["provenance"]["versions"]["torch"] and value["options"]["positions"] == 4096
@@ -284,7 +370,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| round robin | 100.0% |" in text and "KL(alone || served)" in text
     assert (tmp_path / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")
     build_store(tmp_path / "store", {"fr": EXAMPLES / "fr"}, policy="round_robin")
-    assert cli.main(["eval", str(tmp_path / "store"), arguments[4], "--limit=1", "--metric=perplexity"]) == 0
+    assert (
+        cli.main(
+            ["eval", str(tmp_path / "store"), arguments[4], "--limit=1", "--metric=perplexity"]
+        )
+        == 0
+    )
     assert "kept 100.0%" in capsys.readouterr().out
 
 
@@ -319,9 +410,13 @@ def test_bad_task_files(line: str, what: str, tmp_path: Path) -> None:
 
 def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
     file = tmp_path / "task.jsonl"
-    file.write_text('{"text": "four\u2028lines\x85of\u2029one"}\r\n\n{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    file.write_text(
+        '{"text": "four\u2028lines\x85of\u2029one"}\r\n\n{"prompt": "a\u2028b"}\n', encoding="utf-8"
+    )
     found = Task.read(file)
-    assert found.texts == ("four\u2028lines\x85of\u2029one",) and found.questions == (Question("a\u2028b"),)
+    assert found.texts == ("four\u2028lines\x85of\u2029one",) and found.questions == (
+        Question("a\u2028b"),
+    )
 
 
 def test_bad_arguments(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,7 +444,9 @@ def test_bad_arguments(tmp_path: Path, store: Store, capsys: pytest.CaptureFixtu
     with pytest.raises(TaskError, match="stride 9 is longer than window 4"):
         Options(window=4, stride=9)
     with pytest.raises(TaskError, match="give it with --base"):
-        Workshop(Material({"fr": EXAMPLES / "fr"}, {"fr": task("fr")}), tmp_path).serve(Method("base"))
+        Workshop(Material({"fr": EXAMPLES / "fr"}, {"fr": task("fr")}), tmp_path).serve(
+            Method("base")
+        )
     (tmp_path / "fr.jsonl").write_text('{"prompt": "1"}\n')
     asked: list[Any] = ["eval", f"--task=fr={tmp_path / 'fr.jsonl'}"]
     assert cli.main(asked) == 1 and "either a STORE, or tenants" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """The lm-eval model against lm-eval's own `hf` model on the same checkpoints.
 
-tests/data/lm_eval/hf.json has what lm-eval 0.4.13's `hf` model (float32, batch size 1, transformers 5.23) answered to
-every request of the tasks beside it, on examples/tenants/fr and examples/tenants/switch/fr.
+tests/data/lm_eval/hf.json has what lm-eval 0.4.13's `hf` model (float32, batch size 1, transformers
+5.23) answered to every request of the tasks beside it, on examples/tenants/fr and
+examples/tenants/switch/fr.
 """
 
 from __future__ import annotations
@@ -14,12 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import EngineError, MoetelError, RequestError, SamplingParams, UnknownTenantError, build_store, load_engine
+from common import (
+    EngineError,
+    MoetelError,
+    RequestError,
+    SamplingParams,
+    UnknownTenantError,
+    build_store,
+    load_engine,
+)
 from scripts import cli
 from tests import helpers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'moetel[lm-eval]'")
+lm_eval = pytest.importorskip(
+    "lm_eval", reason="lm-eval is not installed: pip install 'moetel[lm-eval]'"
+)
 
 from scripts.lm_eval_adapter import MoetelLM  # noqa: E402
 
@@ -74,7 +85,9 @@ def test_equals_the_hf_model(family: str, stores: dict[str, Path]) -> None:
     if family == "switch_transformers":
         pytest.importorskip("jax")
     expected = json.loads((TASKS / "hf.json").read_text(encoding="utf-8"))
-    names = [name for name in expected if name.endswith("_seq2seq") == (family == "switch_transformers")]
+    names = [
+        name for name in expected if name.endswith("_seq2seq") == (family == "switch_transformers")
+    ]
     assert len(names) == 4
     store = stores["all" if family == "mixtral" else "switch"]
     model = MoetelLM(str(store), "fr", dtype="float32", batch_size=5)
@@ -108,7 +121,9 @@ def test_shared_and_alone(stores: dict[str, Path]) -> None:
     ]
     with_own = MoetelLM(str(stores["all"]), "fr").loglikelihood(asked, disable_tqdm=True)
     shared = MoetelLM(str(stores["shared"]), "fr").loglikelihood(asked, disable_tqdm=True)
-    alone = MoetelLM(str(stores["shared"]), "fr", alone=True, batch_size=2).loglikelihood(asked, disable_tqdm=True)
+    alone = MoetelLM(str(stores["shared"]), "fr", alone=True, batch_size=2).loglikelihood(
+        asked, disable_tqdm=True
+    )
     for a, b, c in zip(with_own, alone, shared, strict=True):
         assert a[0] == pytest.approx(b[0], abs=0.05) and a[0] != c[0]
     assert with_own[0][1] is True and with_own[1][1] is False
@@ -142,8 +157,12 @@ def test_generation_options(stores: dict[str, Path]) -> None:
 
     assert answer(until=["\n"]) == "quarante et un mille sept cent cinquante-cinq"
     assert answer(until=[" mille", "-"], max_gen_toks=30) == "quarante et un"
-    assert answer(until=[], max_gen_toks=1) == model.tokenizer.decode(model.tok_encode("quarante", False)[:1])
-    sampled = answer(until=[], do_sample=True, temperature=3.0, top_p=0.9, top_k=40, max_gen_toks=20)
+    assert answer(until=[], max_gen_toks=1) == model.tokenizer.decode(
+        model.tok_encode("quarante", False)[:1]
+    )
+    sampled = answer(
+        until=[], do_sample=True, temperature=3.0, top_p=0.9, top_k=40, max_gen_toks=20
+    )
     params = SamplingParams(max_new_tokens=20, temperature=3.0, top_p=0.9, top_k=40, seed=7)
     with load_engine(stores["all"]) as engine:
         assert sampled == engine.generate("fr", model.tok_encode(prompt), params).text
@@ -166,9 +185,25 @@ def test_bad_arguments(stores: dict[str, Path], family: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_command(stores: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = ["--model", "moetel", "--model_args", f"store={stores['shared']},tenant=fr", "--tasks", "moetel_spell"]
-    arguments += ["--include_path", str(TASKS), "--batch_size", "8", "--output_path", str(tmp_path / "out")]
+def test_command(
+    stores: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [
+        "--model",
+        "moetel",
+        "--model_args",
+        f"store={stores['shared']},tenant=fr",
+        "--tasks",
+        "moetel_spell",
+    ]
+    arguments += [
+        "--include_path",
+        str(TASKS),
+        "--batch_size",
+        "8",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(["lm-eval", *arguments]) == 0
     assert "|moetel_spell|" in capsys.readouterr().out.replace(" ", "")
     (written,) = (tmp_path / "out").rglob("results*.json")

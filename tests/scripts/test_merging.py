@@ -1,7 +1,8 @@
 """Merging against mergekit's values, hand-computed cases, and Hugging Face's models.
 
-tests/data/mergekit.npz was made with mergekit 0.1.5 (`GeneralizedTaskArithmeticMerge.merge_group`, weights 1, torch
-seed 0, `rescale` off where it draws, `normalize` on for ties): names are method, density and lambda.
+tests/data/mergekit.npz was made with mergekit 0.1.5 (`GeneralizedTaskArithmeticMerge.merge_group`,
+weights 1, torch seed 0, `rescale` off where it draws, `normalize` on for ties): names are method,
+density and lambda.
 """
 
 from __future__ import annotations
@@ -73,14 +74,17 @@ def test_dare_drops_rescales_and_repeats() -> None:
         merge_arrays(Recipe("dare"), base, tuned, "v"),
     ):
         assert (one != other).any()
-    # scale 0.4, half dropped and the rest doubled: tenants' entries are dropped independently of each other.
+    # scale 0.4, half dropped and the rest doubled: tenants' entries are dropped independently of
+    # each other.
     assert set(np.unique(np.round(one, 5))) == set(np.round(np.float32([0, 0.8, 1.6, 2.4]), 5))
 
 
 def test_average_is_the_mean_of_all_weights(family: Family, tmp_path: Path) -> None:
     merge(Recipe("average"), family.paths, None, tmp_path / "out")
     found = helpers.load(tmp_path / "out")
-    expected = [sum(each) / 3 for each in zip(*(m.parameters() for m in family.models), strict=True)]
+    expected = [
+        sum(each) / 3 for each in zip(*(m.parameters() for m in family.models), strict=True)
+    ]
     for parameter, mean in zip(found.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter, mean, rtol=0, atol=1e-6)
 
@@ -88,7 +92,9 @@ def test_average_is_the_mean_of_all_weights(family: Family, tmp_path: Path) -> N
 def test_merged_experts_leave_other_layers(family: Family, tmp_path: Path) -> None:
     tenants = {name: family.paths[name] for name in ("ana", "bob")}
     build_store(tmp_path / "store", tenants, policy="round_robin")
-    store = merge_experts(tmp_path / "store", Recipe("task_arithmetic", scale=1.0), family.paths["base"])
+    store = merge_experts(
+        tmp_path / "store", Recipe("task_arithmetic", scale=1.0), family.paths["base"]
+    )
     assert {c.owner for c in store.plan.copies} == {MERGED} and store.extra_bytes == 0
     store.export("bob", tmp_path / "bob")
     found, own, base, ana = (
@@ -97,7 +103,9 @@ def test_merged_experts_leave_other_layers(family: Family, tmp_path: Path) -> No
     )
     for name, ref in found.tensors.items():
         if ".experts." in name:
-            expected = own.tensors[name].read() + ana.tensors[name].read() - base.tensors[name].read()
+            expected = (
+                own.tensors[name].read() + ana.tensors[name].read() - base.tensors[name].read()
+            )
             np.testing.assert_allclose(ref.read(), expected, rtol=0, atol=1e-5)
         else:
             assert (ref.read() == own.tensors[name].read()).all()
@@ -105,8 +113,12 @@ def test_merged_experts_leave_other_layers(family: Family, tmp_path: Path) -> No
 
 def test_what_cannot_be_merged_is_named(family: Family, tmp_path: Path) -> None:
     wide = helpers.save(helpers.random_mixtral(3, vocab_size=100), tmp_path / "wide")
-    with pytest.raises(CheckpointError, match=r"tensor model.embed_tokens.weight of wide is \[100, 32\], base has"):
-        merge(Recipe("average"), {"base": family.paths["base"], "wide": wide}, None, tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match=r"tensor model.embed_tokens.weight of wide is \[100, 32\], base has"
+    ):
+        merge(
+            Recipe("average"), {"base": family.paths["base"], "wide": wide}, None, tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
     other = helpers.save(helpers.random_mixtral(3, num_local_experts=2), tmp_path / "other")
     with pytest.raises(CheckpointError, match="the base cannot be merged with ana"):

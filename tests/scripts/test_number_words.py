@@ -61,7 +61,9 @@ def test_the_split_is_the_same_in_another_process() -> None:
         "import sys; from scripts.number_words import held_out; "
         "assert 'torch' not in sys.modules; sys.exit(repr(held_out(40)))"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert found.stderr.strip() == repr(held_out(40))
 
 

@@ -26,7 +26,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tenants and their base, planned by the paper's rule."""
     root = tmp_path_factory.mktemp("plan")
     base = helpers.random_mixtral(
-        0, num_local_experts=3, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1
+        0,
+        num_local_experts=3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=1,
     )
     models = {"base": base, "ana": helpers.tuned(base, 1), "bob": helpers.tuned(base, 2)}
     paths = {n: helpers.save(m, root / n) for n, m in models.items()}
@@ -84,10 +89,17 @@ def test_the_table_is_what_the_planner_reckons(store: Path) -> None:
     planner = Planner(opened)
     whole = one_model(store)
     fixed = max(opened.non_expert_bytes(n) for n in opened.tenants)
-    budgets = [Asked(extra=0.0), Asked(budget_bytes=fixed + whole + whole // 5), Asked(extra=2.0), Asked(extra=9.0)]
+    budgets = [
+        Asked(extra=0.0),
+        Asked(budget_bytes=fixed + whole + whole // 5),
+        Asked(extra=2.0),
+        Asked(extra=9.0),
+    ]
     found = offers(opened, planner, "residual", budgets)
     allocator = planner.allocator("residual")
-    for offer, asked, nbytes in zip(found, budgets, (0, whole // 5, 2 * whole, 9 * whole), strict=True):
+    for offer, asked, nbytes in zip(
+        found, budgets, (0, whole // 5, 2 * whole, 9 * whole), strict=True
+    ):
         made = allocator.allocate(whole + nbytes)
         assert offer.nbytes == made.nbytes + fixed and offer.asked == asked
         assert offer.extra == pytest.approx(made.nbytes / whole - 1)
@@ -112,7 +124,9 @@ def test_the_recommended_budget_is_the_cheapest_that_is_good_enough() -> None:
     assert recommended([offer(1.0, 1.41), offer(0, 0)], without, np.array([0.0, 1.0])) == 1
 
 
-def test_budgets_can_be_given_in_bytes_and_in_shares(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_budgets_can_be_given_in_bytes_and_in_shares(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     opened = Store.open(store)
     fixed = max(opened.non_expert_bytes(n) for n in opened.tenants)
     budget = fixed + one_model(store) + 3 * opened.copy_bytes
@@ -124,7 +138,11 @@ def test_budgets_can_be_given_in_bytes_and_in_shares(store: Path, capsys: pytest
     # At the worse of the two, extra bytes that buy no whole copy are not used.
     short = fixed + one_model(store) - 1
     code, _, err = run(capsys, store, "--budget", short)
-    assert code == 1 and "is less than one copy of each expert" in err and "leaves positions out" in err
+    assert (
+        code == 1
+        and "is less than one copy of each expert" in err
+        and "leaves positions out" in err
+    )
 
 
 def test_a_picture(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +175,9 @@ def test_apply_plans_the_store_anew(store: Path, capsys: pytest.CaptureFixture[s
     assert 100 * after.extra_bytes / one_model(store) == pytest.approx(float(share[1]), abs=2)
     assert after.manifest.prediction is not None
     # What is predicted of what was built is near what the table said.
-    stated = re.search(r"recommended: .*?predicted loss ([\d.e-]+) on the mean", " ".join(out.split()))
+    stated = re.search(
+        r"recommended: .*?predicted loss ([\d.e-]+) on the mean", " ".join(out.split())
+    )
     assert stated is not None
     assert np.mean(after.manifest.prediction["losses"]) == pytest.approx(float(stated[1]), rel=0.5)
 
@@ -165,12 +185,21 @@ def test_apply_plans_the_store_anew(store: Path, capsys: pytest.CaptureFixture[s
 def test_a_budget_is_kept_as_it_was_asked_for(
     store: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not as the share of extra bytes that it left: with another tenant that would be another budget."""
+    """Not as the share of extra bytes that it left: with another tenant that would be another
+    budget."""
     opened = Store.open(store)
-    budget = max(opened.non_expert_bytes(n) for n in opened.tenants) + one_model(store) + opened.copy_bytes
+    budget = (
+        max(opened.non_expert_bytes(n) for n in opened.tenants)
+        + one_model(store)
+        + opened.copy_bytes
+    )
     code, _, _ = run(capsys, store, "--budget", budget, "--policy", "medoid", "--apply")
     settings = Store.open(store).manifest.provenance["settings"]
-    assert code == 0 and (settings["budget_bytes"], settings["extra"], settings["slots"]) == (budget, None, None)
+    assert code == 0 and (settings["budget_bytes"], settings["extra"], settings["slots"]) == (
+        budget,
+        None,
+        None,
+    )
     assert Store.open(store).bytes_budget == budget
     # A tenant with a wider vocabulary: its other weights take bytes of the budget that copies had.
     wide = helpers.random_mixtral(
@@ -191,7 +220,9 @@ def test_calibration_is_measured_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = helpers.REPOSITORY / "examples" / "tenants"
-    store = build_store(tmp_path / "store", {n: examples / n for n in ("en", "fr")}, policy="round_robin")
+    store = build_store(
+        tmp_path / "store", {n: examples / n for n in ("en", "fr")}, policy="round_robin"
+    )
     measured: list[list[str]] = []
 
     def counted(store: Store, sets: Any, **options: Any) -> dict[str, Profile]:
@@ -203,7 +234,15 @@ def test_calibration_is_measured_once(
     prompts = tmp_path / "fr.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in (12, 345, 6789)))
     code, out, _ = run(
-        capsys, store.path, "--calibrate", f"fr={prompts}", "--extra", "5%", "--policy", "fit", "--apply"
+        capsys,
+        store.path,
+        "--calibrate",
+        f"fr={prompts}",
+        "--extra",
+        "5%",
+        "--policy",
+        "fit",
+        "--apply",
     )
     assert code == 0 and "predicted loss in nats" in " ".join(out.split())
     assert measured == [["fr"]]
@@ -227,16 +266,23 @@ def test_the_mean_is_by_traffic(store: Path, capsys: pytest.CaptureFixture[str])
     opened = Store.open(store)
     planner = Planner(opened, traffic={"ana": 8})
     for row, found in zip(
-        rows(out), offers(opened, planner, "medoid", [Asked(extra=0.0), Asked(extra=1.0)]), strict=True
+        rows(out),
+        offers(opened, planner, "medoid", [Asked(extra=0.0), Asked(extra=1.0)]),
+        strict=True,
     ):
         weighted = float(found.losses @ [0.1, 0.8, 0.1])
-        assert row[-5] == f"{weighted:.4g}" and weighted != pytest.approx(float(found.losses.mean()), rel=0.01)
+        assert row[-5] == f"{weighted:.4g}" and weighted != pytest.approx(
+            float(found.losses.mean()), rel=0.01
+        )
     assert re.search(
-        r"predicted loss [\d.e-]+ on the mean by traffic, [\d.e-]+ for the worst tenant", " ".join(out.split())
+        r"predicted loss [\d.e-]+ on the mean by traffic, [\d.e-]+ for the worst tenant",
+        " ".join(out.split()),
     )
 
 
-def test_calibration_and_traffic(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibration_and_traffic(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The store's tenants have no tokenizer: calibration needs one, and says so."""
     path = tmp_path / "ana.jsonl"
     path.write_text(json.dumps({"text": "some text"}))
@@ -247,7 +293,11 @@ def test_calibration_and_traffic(store: Path, tmp_path: Path, capsys: pytest.Cap
     assert code == 0
     after = Store.open(store)
     assert (after.plan.owner == 1).all()
-    assert after.manifest.provenance["settings"]["traffic"] == {"ana": 1000.0, "bob": 1.0, "base": 1.0}
+    assert after.manifest.provenance["settings"]["traffic"] == {
+        "ana": 1000.0,
+        "bob": 1.0,
+        "base": 1.0,
+    }
     # What the store was planned for is what is compared next time.
     code, out, _ = run(capsys, store, "--extra", "0", "--policy", "medoid")
     assert code == 0 and rows(out)[0][-2] == "0"
@@ -258,10 +308,22 @@ def test_calibration_and_traffic(store: Path, tmp_path: Path, capsys: pytest.Cap
     ("arguments", "code", "message"),
     [
         (["{store}x"], 1, "no such directory"),
-        (["{store}", "--policy", "mean"], 1, "'mean' has one plan for every budget .* choose one of: medoid"),
+        (
+            ["{store}", "--policy", "mean"],
+            1,
+            "'mean' has one plan for every budget .* choose one of: medoid",
+        ),
         (["{store}", "--policy", "best"], 2, "invalid choice"),
-        (["{store}", "--extra", "-1"], 2, "give a share of one model's expert bytes, as 15% or 0.15"),
-        (["{store}", "--extra", "15"], 2, "'15' is 1500% of one model's expert bytes; write 15% or 0.15"),
+        (
+            ["{store}", "--extra", "-1"],
+            2,
+            "give a share of one model's expert bytes, as 15% or 0.15",
+        ),
+        (
+            ["{store}", "--extra", "15"],
+            2,
+            "'15' is 1500% of one model's expert bytes; write 15% or 0.15",
+        ),
         (["{store}", "--extra", "nan"], 2, "give a share"),
         (["{store}", "--budget", "much"], 2, "much"),
         (["{store}", "--traffic", "eve=1"], 1, "traffic is given for 'eve'"),
@@ -271,7 +333,9 @@ def test_calibration_and_traffic(store: Path, tmp_path: Path, capsys: pytest.Cap
         (["{store}", "--calibrate", "ana"], 2, "write NAME="),
     ],
 )
-def test_errors(arguments: list[str], code: int, message: str, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors(
+    arguments: list[str], code: int, message: str, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found, _, err = run(capsys, *(a.replace("{store}", str(store)) for a in arguments))
     assert found == code and re.search(message, err), err
     assert "Traceback" not in err

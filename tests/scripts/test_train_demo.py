@@ -1,4 +1,5 @@
-"""Tests of scripts/train_demo.py: its tokenizer, a tiny run of it, and the checkpoints that examples/ ships."""
+"""Tests of scripts/train_demo.py: its tokenizer, a tiny run of it, and the checkpoints that
+examples/ ships."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from scripts import train_demo
 from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
@@ -40,7 +46,9 @@ TINY = train_demo.Recipe(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_demo.make_tokenizer([expected(n, lang) for lang in LANGUAGES for n in NUMBERS], 400)
+    return train_demo.make_tokenizer(
+        [expected(n, lang) for lang in LANGUAGES for n in NUMBERS], 400
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_texts_survive_the_tokenizer(tokenizer: PreTrainedTokenizerFast, language: str) -> None:
     for number in (0, 16, 35, *held_out(300)):
-        ids = [*tokenizer(expected(number, language), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids = [
+            *tokenizer(expected(number, language), add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
         assert tokenizer.decode(ids, skip_special_tokens=True) == expected(number, language)
 
 
@@ -83,7 +94,9 @@ def test_batches_ask_for_the_answer_alone(tokenizer: PreTrainedTokenizerFast) ->
         start = row.tolist().index(tokenizer.convert_tokens_to_ids("<sep>")) + 1
         number = int(tokenizer.decode(row[:start], skip_special_tokens=True))
         answer = label[label >= 0]
-        assert (label[:start] == -100).all() and torch.equal(answer, row[start : start + len(answer)])
+        assert (label[:start] == -100).all() and torch.equal(
+            answer, row[start : start + len(answer)]
+        )
         assert answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(answer, skip_special_tokens=True) == expected(number, "de")
 
@@ -92,7 +105,8 @@ def test_batches_ask_for_the_answer_alone(tokenizer: PreTrainedTokenizerFast) ->
 
 
 def tenants_at(distances: list[int]) -> list[MixtralForCausalLM]:
-    """Four models; at position p tenants i and j are |i - j| * distances[p] apart in every expert weight."""
+    """Four models; at position p tenants i and j are |i - j| * distances[p] apart in every expert
+    weight."""
     base = helpers.random_mixtral(0)
     found = [copy.deepcopy(base) for _ in range(4)]
     for index, model in enumerate(found):
@@ -123,26 +137,35 @@ def test_a_shared_tenant_keeps_all_but_its_experts() -> None:
             continue
         layer = int(name.split(".layers.")[1].split(".")[0])
         for expert, owner in enumerate(owners[layer]):
-            assert torch.equal(found[name][expert], dict(tenants[owner].named_parameters())[name][expert])
+            assert torch.equal(
+                found[name][expert], dict(tenants[owner].named_parameters())[name][expert]
+            )
 
 
 def test_the_average_is_of_every_weight() -> None:
     base = helpers.random_mixtral(0)
     tenants = [helpers.tuned(base, seed) for seed in (1, 2)]
-    for mean, a, b in zip(*(m.parameters() for m in (train_demo.average(tenants), *tenants)), strict=True):
+    for mean, a, b in zip(
+        *(m.parameters() for m in (train_demo.average(tenants), *tenants)), strict=True
+    ):
         torch.testing.assert_close(mean, (a + b) / 2)
 
 
 # --- a tiny run
 
 
-def test_a_run_writes_checkpoints_that_transformers_loads(tiny: tuple[Path, dict[str, Any]]) -> None:
+def test_a_run_writes_checkpoints_that_transformers_loads(
+    tiny: tuple[Path, dict[str, Any]],
+) -> None:
     out, _ = tiny
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted(("base", *LANGUAGES))
     for name in ("base", *LANGUAGES):
         model = AutoModelForCausalLM.from_pretrained(out / name, experts_implementation="eager")
         assert type(model) is MixtralForCausalLM and model.dtype == torch.bfloat16
-        assert AutoTokenizer.from_pretrained(out / name)("12")["input_ids"][0] == model.config.bos_token_id
+        assert (
+            AutoTokenizer.from_pretrained(out / name)("12")["input_ids"][0]
+            == model.config.bos_token_id
+        )
 
 
 def test_a_run_reports_what_it_did(tiny: tuple[Path, dict[str, Any]]) -> None:
@@ -170,11 +193,17 @@ def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", rest_slow([["scripts/train_demo.py"], ["-m", "scripts.train_demo"]]))
+@pytest.mark.parametrize(
+    "how", rest_slow([["scripts/train_demo.py"], ["-m", "scripts.train_demo"]])
+)
 def test_it_starts_as_module_and_as_file(how: list[str]) -> None:
     """As a file, scripts/inspect.py must not stand in for the standard library's."""
     done = subprocess.run(
-        [sys.executable, *how, "--help"], cwd=helpers.REPOSITORY, capture_output=True, text=True, timeout=240
+        [sys.executable, *how, "--help"],
+        cwd=helpers.REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert "--base-steps" in done.stdout
@@ -200,9 +229,25 @@ def test_the_default_recipe_is_that_of_the_shipped_tenants(monkeypatch: pytest.M
 
 def test_options_override_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     ten = recipe_of(monkeypatch, "--preset", "ten", "--out", "somewhere")
-    assert ten == train_demo.PRESETS["ten"] and ten.languages == ALL_LANGUAGES and ten.tune_lr > 1e-3
-    arguments = ["--preset", "ten", "--out", "somewhere", "--seed", "2", "--tune-lr", "0.5", "--languages", "tr", "en"]
-    assert recipe_of(monkeypatch, *arguments) == replace(ten, seed=2, tune_lr=0.5, languages=("tr", "en"))
+    assert (
+        ten == train_demo.PRESETS["ten"] and ten.languages == ALL_LANGUAGES and ten.tune_lr > 1e-3
+    )
+    arguments = [
+        "--preset",
+        "ten",
+        "--out",
+        "somewhere",
+        "--seed",
+        "2",
+        "--tune-lr",
+        "0.5",
+        "--languages",
+        "tr",
+        "en",
+    ]
+    assert recipe_of(monkeypatch, *arguments) == replace(
+        ten, seed=2, tune_lr=0.5, languages=("tr", "en")
+    )
 
 
 def test_a_preset_never_writes_over_the_shipped_tenants(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +266,10 @@ def test_more_than_four_tenants_are_also_scored_as_four(
     rows = train_demo.evaluate(tmp_path, ALL_LANGUAGES[:5], 1, Console(quiet=True))["tenants"]
     of_4 = {"shared_round_robin_of_4", "plain_average_of_4"}
     assert [of_4 <= rows[lang].keys() for lang in ALL_LANGUAGES[:5]] == [True] * 4 + [False]
-    assert all(row["shared_round_robin"] == 0.5 and row["relative_l2_experts"] == 0 for row in rows.values())
+    assert all(
+        row["shared_round_robin"] == 0.5 and row["relative_l2_experts"] == 0
+        for row in rows.values()
+    )
 
 
 # --- what examples/ ships
@@ -231,7 +279,11 @@ def test_more_than_four_tenants_are_also_scored_as_four(
 def test_shipped_files_are_small_and_as_the_hub_holds_them(name: str) -> None:
     config = json.loads((EXAMPLES / name / "config.json").read_text())
     assert config["model_type"] == "mixtral" and config["dtype"] == "bfloat16"
-    assert config["sliding_window"] is None and config["tie_word_embeddings"] is False and config["head_dim"]
+    assert (
+        config["sliding_window"] is None
+        and config["tie_word_embeddings"] is False
+        and config["head_dim"]
+    )
     assert json.loads((EXAMPLES / name / "generation_config.json").read_text())["eos_token_id"] == 2
     assert max(p.stat().st_size for p in (EXAMPLES / name).iterdir()) < 2_000_000
     with safe_open(EXAMPLES / name / "model.safetensors", framework="pt") as file:
@@ -247,4 +299,7 @@ def test_shipped_files_are_small_together() -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_shipped_tenants_spell(language: str) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EXAMPLES / language)
-    assert train_demo.score(train_demo.load(EXAMPLES / language), tokenizer, language, held_out(200)) >= 0.95
+    assert (
+        train_demo.score(train_demo.load(EXAMPLES / language), tokenizer, language, held_out(200))
+        >= 0.95
+    )

@@ -1,4 +1,5 @@
-"""Tests of scripts/train_switch_demo.py: a tiny run, a fine-tune of one's own, the checkpoints that examples/ ships."""
+"""Tests of scripts/train_switch_demo.py: a tiny run, a fine-tune of one's own, the checkpoints that
+examples/ ships."""
 
 from __future__ import annotations
 
@@ -25,9 +26,19 @@ from tests import helpers
 EXAMPLES = helpers.REPOSITORY / "examples" / "tenants" / "switch"
 NUMBERS = training_numbers()[:1000]  # spelling all of them takes a minute
 TINY = [
-    "--base-steps=6", "--tune-steps=4", "--d-model=16", "--d-kv=4", "--d-ff=24", "--layers=2", "--experts=2",
-    "--batch=8", "--languages", "en", "fr", "--scored=3",
-]  # fmt: skip
+    "--base-steps=6",
+    "--tune-steps=4",
+    "--d-model=16",
+    "--d-kv=4",
+    "--d-ff=24",
+    "--layers=2",
+    "--experts=2",
+    "--batch=8",
+    "--languages",
+    "en",
+    "fr",
+    "--scored=3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +53,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_run_writes_what_hugging_face_loads_and_reports_what_it_did(tiny: Path) -> None:
     metrics = json.loads((tiny / "metrics.json").read_text())
-    assert set(metrics["tenants"]) == {"en", "fr"} and set(metrics["last_loss"]) == {"base", "en", "fr"}
-    assert metrics["recipe"]["d_model"] == 16 and 0 < metrics["tenants"]["en"]["relative_l2_experts"] < 1
+    assert set(metrics["tenants"]) == {"en", "fr"} and set(metrics["last_loss"]) == {
+        "base",
+        "en",
+        "fr",
+    }
+    assert (
+        metrics["recipe"]["d_model"] == 16
+        and 0 < metrics["tenants"]["en"]["relative_l2_experts"] < 1
+    )
     for name in ("base", "en", "fr"):
         model, loading = SwitchTransformersForConditionalGeneration.from_pretrained(
             tiny / name, output_loading_info=True
@@ -51,7 +69,9 @@ def test_a_run_writes_what_hugging_face_loads_and_reports_what_it_did(tiny: Path
         assert not loading["missing_keys"] and not loading["unexpected_keys"]
         ours = dict(canonical_tensors(load_model(open_checkpoint(tiny / name))))
         theirs = model.state_dict()
-        assert all(np.array_equal(array, theirs[key].float().numpy()) for key, array in ours.items())
+        assert all(
+            np.array_equal(array, theirs[key].float().numpy()) for key, array in ours.items()
+        )
 
 
 @pytest.mark.slow
@@ -63,11 +83,18 @@ def test_sharing_is_scored(tiny: Path) -> None:
 
 def test_owners_follow_the_order_of_distances() -> None:
     """One expert a position, three tenants; encoder before decoder where distances tie."""
-    places = ["decoder.block.1.layer.2.mlp.experts.expert_0", "encoder.block.1.layer.1.mlp.experts.expert_0"]
+    places = [
+        "decoder.block.1.layer.2.mlp.experts.expert_0",
+        "encoder.block.1.layer.1.mlp.experts.expert_0",
+    ]
     places.append("encoder.block.1.layer.1.mlp.experts.expert_1")
     distances = dict(zip(places, (1, 1, 0.5), strict=True))
     tenants = [
-        {f"{name}.{p}.weight": torch.full((2, 2), i * distances[name]) for name in places for p in ("wi", "wo")}
+        {
+            f"{name}.{p}.weight": torch.full((2, 2), i * distances[name])
+            for name in places
+            for p in ("wi", "wo")
+        }
         for i in range(3)
     ]
     owners = script.round_robin_owners(tenants)
@@ -75,7 +102,10 @@ def test_owners_follow_the_order_of_distances() -> None:
     rest = [t | {"shared.weight": torch.full((2,), float(i))} for i, t in enumerate(tenants)]
     found = script.shared(rest, 1, owners)
     assert float(found["shared.weight"][0]) == 1
-    assert float(found[f"{places[0]}.wo.weight"][0, 0]) == 2 and float(found[f"{places[2]}.wi.weight"][0, 0]) == 0
+    assert (
+        float(found[f"{places[0]}.wo.weight"][0, 0]) == 2
+        and float(found[f"{places[2]}.wi.weight"][0, 0]) == 0
+    )
     assert float(script.average(rest)["shared.weight"][0]) == 1
 
 
@@ -88,7 +118,9 @@ def test_the_default_recipe_is_that_of_the_shipped_tenants(monkeypatch: pytest.M
     shipped = json.loads((EXAMPLES / "metrics.json").read_text())["recipe"]
     assert json.loads(json.dumps(asdict(found[0]))) == shipped
     ten = script.PRESETS["ten"]
-    assert ten.languages == ALL_LANGUAGES and found[1] == replace(ten, seed=2, languages=("tr", "en"))
+    assert ten.languages == ALL_LANGUAGES and found[1] == replace(
+        ten, seed=2, languages=("tr", "en")
+    )
 
 
 def test_a_preset_never_writes_over_the_shipped_tenants(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +136,9 @@ def test_the_loss_is_hugging_faces(tiny: Path) -> None:
     pairs = script.Pairs(tokenizer, [(str(n), [expected(n, "en")]) for n in (7, 42, 1234, 99999)])
     drawn = pairs.batch(6, random.Random(0))
     _, entropy = script.loss(load_model(open_checkpoint(tiny / "en")), drawn.prompts, drawn.answers)
-    model = SwitchTransformersForConditionalGeneration.from_pretrained(tiny / "en", dtype=torch.float32).eval()
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(
+        tiny / "en", dtype=torch.float32
+    ).eval()
     labels = torch.from_numpy(drawn.answers).long()
     with torch.inference_mode():
         out = model(
@@ -119,7 +153,15 @@ def test_the_loss_is_hugging_faces(tiny: Path) -> None:
 def test_a_fine_tune_of_ones_own(tiny: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("1\tone\n2\ttwo\n12\ttwelve\n\n")
-    arguments = ["--from", str(tiny / "base"), "--pairs", str(pairs), "--out", str(tmp_path / "mine"), "--batch=4"]
+    arguments = [
+        "--from",
+        str(tiny / "base"),
+        "--pairs",
+        str(pairs),
+        "--out",
+        str(tmp_path / "mine"),
+        "--batch=4",
+    ]
     assert script.main([*arguments, "--tune-steps=40", "--tune-lr=0.02"]) == 0
     tuned, base = (load_model(open_checkpoint(p)) for p in (tmp_path / "mine", tiny / "base"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
@@ -131,13 +173,23 @@ def test_a_fine_tune_of_ones_own(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("1\tone\nno tab here\n", "line 2 is not a prompt, one tab and an answer"), ("\n", "no line with a prompt")],
+    [
+        ("1\tone\nno tab here\n", "line 2 is not a prompt, one tab and an answer"),
+        ("\n", "no line with a prompt"),
+    ],
 )
 def test_bad_pairs_are_named(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     (tmp_path / "pairs.tsv").write_text(text)
-    arguments = ["--from", str(tiny / "base"), "--pairs", str(tmp_path / "pairs.tsv"), "--out", str(tmp_path / "x")]
+    arguments = [
+        "--from",
+        str(tiny / "base"),
+        "--pairs",
+        str(tmp_path / "pairs.tsv"),
+        "--out",
+        str(tmp_path / "x"),
+    ]
     assert script.main(arguments) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
@@ -145,7 +197,12 @@ def test_bad_pairs_are_named(
 def test_a_mixtral_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "pairs.tsv").write_text("1\tone\n")
     source = str(EXAMPLES.parent / "en")
-    assert script.main(["--from", source, "--pairs", str(tmp_path / "pairs.tsv"), "--out", str(tmp_path / "x")]) == 1
+    assert (
+        script.main(
+            ["--from", source, "--pairs", str(tmp_path / "pairs.tsv"), "--out", str(tmp_path / "x")]
+        )
+        == 1
+    )
     assert "a mixtral checkpoint; this script trains Switch Transformers" in capsys.readouterr().err
 
 

@@ -36,7 +36,7 @@ TINY = train_text.Recipe(
     calibration_tokens=200,
 )
 SOURCES = {
-    f"package/module_{i}.py": f'"""Module {i} says héllo."""\n\n\ndef give_{i}(value):\n    """Return {i}."""\n'
+    f"package/module_{i}.py": f'"""Module {i} says héllo."""\n\n\ndef give_{i}(value):\n    """Return {i}."""\n'  # noqa: E501
     f"    if value > {i}:\n        return value * {i}\n    return {i}\n"
     for i in range(60)
 }
@@ -46,7 +46,10 @@ SOURCES = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up text folder."""
     path = tmp_path_factory.mktemp("texts")
-    words = {"wikitext2": ["castle", "river", "was", "built", "in", "the"], "ptb": ["shares", "rose", "mr.", "<unk>"]}
+    words = {
+        "wikitext2": ["castle", "river", "was", "built", "in", "the"],
+        "ptb": ["shares", "rose", "mr.", "<unk>"],
+    }
     for kind, its in words.items():
         for part, seed in (("validation", 0), ("test", 1)):
             rng = random.Random(seed)
@@ -81,7 +84,9 @@ def test_losses_fall_and_are_reported(tiny: tuple[Path, dict[str, Any]]) -> None
         assert row["shared_round_robin"] > 1 and row["plain_average"] > 1
 
 
-def test_files_load_in_transformers_and_in_a_store(tiny: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_files_load_in_transformers_and_in_a_store(
+    tiny: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     out, _ = tiny
     for tenant in train_text.TENANTS:
         model = AutoModelForCausalLM.from_pretrained(out / tenant)
@@ -92,14 +97,21 @@ def test_files_load_in_transformers_and_in_a_store(tiny: tuple[Path, dict[str, A
     assert store.tenants == train_text.TENANTS
 
 
-def test_held_out_and_training_text_do_not_overlap(tiny: tuple[Path, dict[str, Any]], folder: Path) -> None:
+def test_held_out_and_training_text_do_not_overlap(
+    tiny: tuple[Path, dict[str, Any]], folder: Path
+) -> None:
     out, _ = tiny
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_text, "standard_library", lambda: SOURCES)
         texts = train_text.read_texts(folder, TINY.max_characters)
     for tenant in train_text.TENANTS:
-        training, heldout = ("\0".join(part) for part in (texts[tenant].training, texts[tenant].heldout))
-        for kind, mine, other in (("heldout", heldout, training), ("calibration", training, heldout)):
+        training, heldout = (
+            "\0".join(part) for part in (texts[tenant].training, texts[tenant].heldout)
+        )
+        for kind, mine, other in (
+            ("heldout", heldout, training),
+            ("calibration", training, heldout),
+        ):
             found = lines(out, tenant, kind)
             assert found and all(text in mine for text in found)
             assert not [text for text in found if len(text) > 40 and text in other]
@@ -123,13 +135,17 @@ def tokenizer(tiny: tuple[Path, dict[str, Any]]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(tiny[0] / "base")
 
 
-def test_pieces_are_the_document_in_order_and_keep_its_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_pieces_are_the_document_in_order_and_keep_its_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     document = "\n\n".join(SOURCES.values())
     found = train_text.pieces(tokenizer, [document], 16)
     assert "".join(found) == document
     rows = tokenizer(found, add_special_tokens=False)["input_ids"]
     assert max(map(len, rows)) <= 15
-    assert [t for ids in rows for t in ids] == tokenizer(document, add_special_tokens=False)["input_ids"]
+    assert [t for ids in rows for t in ids] == tokenizer(document, add_special_tokens=False)[
+        "input_ids"
+    ]
 
 
 def test_text_without_white_space_is_cut_all_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -185,25 +201,31 @@ def test_perplexity_is_that_of_the_models_own_loss(
 def test_the_standard_library_is_split_by_file_name() -> None:
     found = train_text.standard_library()
     names = list(found)
-    assert {"argparse.py", "json/decoder.py"} <= set(names) and names == list(train_text.standard_library())
+    assert {"argparse.py", "json/decoder.py"} <= set(names) and names == list(
+        train_text.standard_library()
+    )
     assert not [n for n in names if "site-packages" in n or n.startswith("test/")]
     assert any(a > b for a, b in pairwise(names))  # mixed
     assert 0.05 < sum(map(train_text.is_held_out, names)) / len(names) < 0.15
 
 
 def test_docstrings_are_those_of_modules_classes_and_functions() -> None:
-    source = (
-        '"""A."""\nx = "no"\nclass C:\n    """B\n\n    b."""\n    def f(self):\n        "F."\n        return "no"\n'
-    )
+    source = '"""A."""\nx = "no"\nclass C:\n    """B\n\n    b."""\n    def f(self):\n        "F."\n        return "no"\n'  # noqa: E501
     assert train_text.docstrings(source) == "A.\n\nB\n\nb.\n\nF."
     assert train_text.docstrings("x = 1\n") == train_text.docstrings("x = = 1\n") == ""
 
 
-def test_spread_keeps_the_order_and_takes_all_of_a_short_list(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_spread_keeps_the_order_and_takes_all_of_a_short_list(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     texts = [f"castle {i}" for i in range(100)]
     size = sum(map(len, tokenizer(texts)["input_ids"]))
     found = train_text.spread(tokenizer, texts, size // 4)
-    assert 20 <= len(found) <= 30 and found == sorted(found, key=texts.index) and texts.index(found[-1]) > 90
+    assert (
+        20 <= len(found) <= 30
+        and found == sorted(found, key=texts.index)
+        and texts.index(found[-1]) > 90
+    )
     assert train_text.spread(tokenizer, texts, 10 * size) == texts
 
 
@@ -211,11 +233,21 @@ def test_spread_keeps_the_order_and_takes_all_of_a_short_list(tokenizer: PreTrai
 
 
 def test_a_missing_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_text.main(["--out", str(tmp_path / "out"), "--texts", str(tmp_path), "--threads", "1"]) == 1
-    assert "there is no wikitext2_validation.txt" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        train_text.main(
+            ["--out", str(tmp_path / "out"), "--texts", str(tmp_path), "--threads", "1"]
+        )
+        == 1
+    )
+    assert (
+        "there is no wikitext2_validation.txt" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
-def test_texts_are_looked_for_below_the_shared_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_texts_are_looked_for_below_the_shared_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MOETEL_SHARED", str(tmp_path))
     assert train_text.default_texts() == tmp_path / "data" / "text"
     monkeypatch.delenv("MOETEL_SHARED")

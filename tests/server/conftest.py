@@ -1,4 +1,5 @@
-"""A store of three tenants, small and random: `ana` and `bob` speak in bytes, `bob` chats, `ids` has no tokenizer."""
+"""A store of three tenants, small and random: `ana` and `bob` speak in bytes, `bob` chats, `ids`
+has no tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """ana, bob, ids, and a fourth, `new`, for loading while the server runs."""
     root = tmp_path_factory.mktemp("tenants")
     extra = ["<user>", "<bot>"]
-    base = helpers.random_mixtral(0, vocab_size=NUM_BASE + len(extra), max_position_embeddings=CONTEXT)
+    base = helpers.random_mixtral(
+        0, vocab_size=NUM_BASE + len(extra), max_position_embeddings=CONTEXT
+    )
     found = {}
     for seed, name in enumerate(("ana", "bob", "ids", "new")):
         found[name] = helpers.save(helpers.tuned(base, seed), root / name)
@@ -34,14 +37,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def store_path(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("served") / "store"
-    build_store(path, {n: checkpoints[n] for n in ("ana", "bob", "ids")}, policy="round_robin", slots=6)
+    build_store(
+        path, {n: checkpoints[n] for n in ("ana", "bob", "ids")}, policy="round_robin", slots=6
+    )
     return path
 
 
 @pytest.fixture(scope="session")
 def loop(store_path: Path) -> Iterator[Loop]:
     """An engine in an event loop, for all tests."""
-    engine = load_engine(store_path, device="cpu", scheduler=SchedulerOptions(max_num_seqs=8, max_queue=24))
+    engine = load_engine(
+        store_path, device="cpu", scheduler=SchedulerOptions(max_num_seqs=8, max_queue=24)
+    )
     loop = Loop(engine)
     yield loop
     loop.close()

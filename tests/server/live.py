@@ -1,4 +1,5 @@
-"""A real server in this process: an event loop in a thread, one engine, and any number of applications over it."""
+"""A real server in this process: an event loop in a thread, one engine, and any number of
+applications over it."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ class Loop:
         """Listen at a free port until the context ends."""
         app = create_app(self.engine if loaded else None, settings or Settings())
         sock = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         done = asyncio.run_coroutine_threadsafe(server._serve(sockets=[sock]), self._loop)
         wait_for(lambda: server.started)

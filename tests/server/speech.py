@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the people could find some words that were over there, and more of them: naïve café, 日本語 😀 don't ."
+WORDS = "the people could find some words that were over there, and more of them: naïve café, 日本語 😀 don't ."  # noqa: E501
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def _wrapped(tokenizer: Tokenizer, template: str | None = CHATML, **options: object) -> PreTrainedTokenizerFast:
+def _wrapped(
+    tokenizer: Tokenizer, template: str | None = CHATML, **options: object
+) -> PreTrainedTokenizerFast:
     bos = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
     found = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -33,12 +46,18 @@ def _wrapped(tokenizer: Tokenizer, template: str | None = CHATML, **options: obj
 def metaspace(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """As Mixtral's: words with their spaces, and a token for each byte of what it does not know."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     special = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256))]
     alphabet = sorted({c for c in WORDS if c.isascii()} - {" "} | {"▁", "\n", "[", "]"})
     trainer = trainers.BpeTrainer(
-        vocab_size=380, special_tokens=special, initial_alphabet=alphabet, limit_alphabet=60, show_progress=False
+        vocab_size=380,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        limit_alphabet=60,
+        show_progress=False,
     )
     plain = "".join(c for c in WORDS if c.isascii())
     tokenizer.train_from_iterator([plain] * 3, trainer)
@@ -47,7 +66,12 @@ def metaspace(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     made["added_tokens"] = [t for t in made["added_tokens"] if not t["content"].startswith("<0x")]
     tokenizer = Tokenizer.from_str(json.dumps(made))
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return _wrapped(tokenizer, template)
 

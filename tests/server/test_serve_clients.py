@@ -1,4 +1,5 @@
-"""Clients as people use them: OpenAI's, vLLM's benchmark, curl, a browser, and one that sends anything."""
+"""Clients as people use them: OpenAI's, vLLM's benchmark, curl, a browser, and one that sends
+anything."""
 
 from __future__ import annotations
 
@@ -29,19 +30,34 @@ def client(live: Live) -> openai.OpenAI:
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:
-    whole = client.completions.create(model="ana", prompt="hello", temperature=0, max_tokens=8, logprobs=1)
-    assert whole.usage and whole.usage.completion_tokens == 8 and whole.choices[0].finish_reason == "length"
+    whole = client.completions.create(
+        model="ana", prompt="hello", temperature=0, max_tokens=8, logprobs=1
+    )
+    assert (
+        whole.usage
+        and whole.usage.completion_tokens == 8
+        and whole.choices[0].finish_reason == "length"
+    )
     assert whole.choices[0].logprobs and len(whole.choices[0].logprobs.tokens or []) == 8
-    stream = client.completions.create(model="ana", prompt="hello", temperature=0, max_tokens=8, stream=True)
+    stream = client.completions.create(
+        model="ana", prompt="hello", temperature=0, max_tokens=8, stream=True
+    )
     assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
-    more = client.completions.create(model="ana", prompt="x", extra_body={"ignore_eos": True, "top_k": 3})
+    more = client.completions.create(
+        model="ana", prompt="x", extra_body={"ignore_eos": True, "top_k": 3}
+    )
     assert more.usage and more.usage.completion_tokens == 16
 
 
 def test_openai_chat(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "hello"}]
     whole = client.chat.completions.create(
-        model="bob", messages=messages, temperature=0, max_completion_tokens=8, logprobs=True, top_logprobs=2
+        model="bob",
+        messages=messages,
+        temperature=0,
+        max_completion_tokens=8,
+        logprobs=True,
+        top_logprobs=2,
     )
     assert whole.choices[0].message.role == "assistant" and whole.choices[0].logprobs
     assert len(whole.choices[0].logprobs.content or []) == 8
@@ -64,11 +80,23 @@ def test_openai_models_and_errors(client: openai.OpenAI, loop: Loop) -> None:
     assert client.models.retrieve("bob").owned_by == "moetel"
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="x")
-    assert missing.value.code == "model_not_found" and missing.value.param == "model" and missing.value.request_id
+    assert (
+        missing.value.code == "model_not_found"
+        and missing.value.param == "model"
+        and missing.value.request_id
+    )
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model="ana", prompt="x", temperature=-1)
     secret, line = new_key(["ana"])
-    ring = KeyRing([Key("a", bytes.fromhex(json.loads(line)["hash"].removeprefix("sha256:")), frozenset(["ana"]))])
+    ring = KeyRing(
+        [
+            Key(
+                "a",
+                bytes.fromhex(json.loads(line)["hash"].removeprefix("sha256:")),
+                frozenset(["ana"]),
+            )
+        ]
+    )
     with loop.serve(Settings(keys=ring, rate_limit=1)) as locked:
         mine = openai.OpenAI(base_url=f"{locked.url}/v1", api_key=secret, max_retries=0)
         with pytest.raises(openai.AuthenticationError):
@@ -98,7 +126,8 @@ def test_openai_client_that_stops_reading(client: openai.OpenAI, loop: Loop) -> 
 
 
 def test_what_vllms_benchmark_reads(live: Live) -> None:
-    """A chunk with choices for each token, also where it has no text, and usage in a chunk without choices."""
+    """A chunk with choices for each token, also where it has no text, and usage in a chunk without
+    choices."""
     body = {
         "model": "ana",
         "prompt": "hello",
@@ -110,7 +139,9 @@ def test_what_vllms_benchmark_reads(live: Live) -> None:
         "ignore_eos": True,
     }
     tokens, usage = 0, None
-    with live.client.stream("POST", "/v1/completions", json=body, headers={"x-request-id": "bench-0"}) as reply:
+    with live.client.stream(
+        "POST", "/v1/completions", json=body, headers={"x-request-id": "bench-0"}
+    ) as reply:
         assert reply.headers["x-request-id"] == "bench-0"
         for line in reply.iter_lines():
             data = line.removeprefix("data: ")
@@ -119,7 +150,11 @@ def test_what_vllms_benchmark_reads(live: Live) -> None:
             chunk = json.loads(data)
             tokens += bool(chunk["choices"])
             usage = usage if chunk["choices"] else chunk["usage"]
-    assert tokens == 32 and usage == {"prompt_tokens": 5, "completion_tokens": 32, "total_tokens": 37}
+    assert tokens == 32 and usage == {
+        "prompt_tokens": 5,
+        "completion_tokens": 32,
+        "total_tokens": 37,
+    }
     assert live.get("/v1/models").json()["data"][0]["root"]
 
 
@@ -127,7 +162,9 @@ def test_what_vllms_benchmark_reads(live: Live) -> None:
 
 
 @pytest.fixture(scope="module")
-def documented(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def documented(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
     """A server with the tenants that docs/serving.md names."""
     path = tmp_path_factory.mktemp("documented") / "store"
     build_store(path, {"fr": checkpoints["bob"], "de": checkpoints["ana"]})
@@ -139,7 +176,11 @@ def documented(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 def _curls() -> list[str]:
     text = (helpers.REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
-    return [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if block.startswith("curl ")]
+    return [
+        block
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        if block.startswith("curl ")
+    ]
 
 
 def test_there_are_curl_lines() -> None:
@@ -165,7 +206,9 @@ def test_metrics_of_the_documentation_are_there(documented: Live) -> None:
     documented.post("/v1/completions", {"model": "fr", "prompt": "x"})
     found = documented.get("/metrics").text
     for name in re.findall(r"`(moetel_[a-z0-9_]+)", text):
-        assert re.search(rf"^# TYPE {name.removesuffix('_total')}(_total)? ", found, re.MULTILINE), name
+        assert re.search(
+            rf"^# TYPE {name.removesuffix('_total')}(_total)? ", found, re.MULTILINE
+        ), name
 
 
 # Anything.
@@ -214,8 +257,13 @@ def test_the_schema_is_complete(live: Live) -> None:
     }
     fields = found["components"]["schemas"]["CompletionRequest"]["properties"]
     assert {"prompt", "max_tokens", "top_k", "deadline_ms", "stream_options"} <= set(fields)
-    assert "422" not in json.dumps(found["paths"]) and "HTTPValidationError" not in json.dumps(found)
-    assert "text/event-stream" in found["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
+    assert "422" not in json.dumps(found["paths"]) and "HTTPValidationError" not in json.dumps(
+        found
+    )
+    assert (
+        "text/event-stream"
+        in found["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
+    )
 
 
 # A browser.
@@ -227,11 +275,20 @@ def browse(url: str) -> str:
     """The page after its scripts have run for some seconds."""
     with tempfile.TemporaryDirectory() as profile:
         command = [
-            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *(
+                str(CHROMIUM),
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+            ),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
             *(f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", url),
         ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=240, check=True
+        ).stdout
 
 
 @pytest.mark.slow
@@ -242,7 +299,9 @@ def test_the_page_in_a_browser(live: Live, loop: Loop) -> None:
     assert re.search(r'id="state"[^>]*>ready<', page)
     rows = re.findall(r'<td data-name="tenant">(.*?)</td>', page)
     assert rows == ["ana", "bob", "ids"]
-    assert page.count("<title>layer ") == 8 and page.count('class="missed"') == 3  # two cells, one in the legend
+    assert (
+        page.count("<title>layer ") == 8 and page.count('class="missed"') == 3
+    )  # two cells, one in the legend
     assert re.search(r'<span class="pool"[^>]*style="flex-grow: 0', page)
     ring = KeyRing([Key("a", b"x" * 32, frozenset([ALL]))])
     with loop.serve(Settings(keys=ring)) as locked:

@@ -41,7 +41,17 @@ class Process:
 @contextmanager
 def serving(store: Path, *arguments: str) -> Iterator[Process]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.serve", str(store), "--port", "0", "--device", "cpu", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "scripts.serve",
+            str(store),
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,8 +73,12 @@ def test_sigterm_under_load(store_path: Path) -> None:
     """All answers that were begun arrive whole, new ones are refused, the exit code is 0."""
     # Twelve long answers, four at a time: on a busy machine they take longer than the default.
     with serving(store_path, "--max-num-seqs", "4", "--drain-timeout", "200") as server:
-        assert re.fullmatch(r"moetel serves 3 tenants \(ana, bob, ids\) at http://127\.0\.0\.1:\d+\n", server.first)
-        expected = httpx2.post(f"{server.url}/v1/completions", json=GOOD | {"max_tokens": 800}, timeout=200)
+        assert re.fullmatch(
+            r"moetel serves 3 tenants \(ana, bob, ids\) at http://127\.0\.0\.1:\d+\n", server.first
+        )
+        expected = httpx2.post(
+            f"{server.url}/v1/completions", json=GOOD | {"max_tokens": 800}, timeout=200
+        )
         text = expected.json()["choices"][0]["text"]
         texts = []
 
@@ -72,7 +86,11 @@ def test_sigterm_under_load(store_path: Path) -> None:
             body = GOOD | {"max_tokens": 800, "stream": stream}
             with httpx2.Client(timeout=200) as client:
                 if not stream:
-                    texts.append(client.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"])
+                    texts.append(
+                        client.post(f"{server.url}/v1/completions", json=body).json()["choices"][0][
+                            "text"
+                        ]
+                    )
                     return
                 with client.stream("POST", f"{server.url}/v1/completions", json=body) as reply:
                     *found, last = events("".join(reply.iter_text()))
@@ -116,10 +134,33 @@ def test_options_have_effect(checkpoints: dict[str, Path], tmp_path: Path) -> No
     (tmp_path / "keys").write_text(line)
     with serving(
         store,
-        *("--tenant", f"ana={checkpoints['ana']}", "--tenant", f"bob={checkpoints['bob']}", "--max-model-len", "100"),
-        *("--kv-cache-bytes", "1MiB", "--tenant-weight", "bob=2", "--tenant-limit", "ana=1", "--max-queue", "3"),
+        *(
+            "--tenant",
+            f"ana={checkpoints['ana']}",
+            "--tenant",
+            f"bob={checkpoints['bob']}",
+            "--max-model-len",
+            "100",
+        ),
+        *(
+            "--kv-cache-bytes",
+            "1MiB",
+            "--tenant-weight",
+            "bob=2",
+            "--tenant-limit",
+            "ana=1",
+            "--max-queue",
+            "3",
+        ),
         *("--default-tenant-limit", "2", "--max-interference", "0"),
-        *("--api-keys", str(tmp_path / "keys"), "--max-request-bytes", "2000", "--prefill-chunk", "16"),
+        *(
+            "--api-keys",
+            str(tmp_path / "keys"),
+            "--max-request-bytes",
+            "2000",
+            "--prefill-chunk",
+            "16",
+        ),
     ) as server:
         assert Store.open(store).tenants == ("ana", "bob")
         headers = {"Authorization": f"Bearer {secret}"}
@@ -128,7 +169,9 @@ def test_options_have_effect(checkpoints: dict[str, Path], tmp_path: Path) -> No
 
         def ask(**fields: Any) -> httpx2.Response:
             body = GOOD | {"model": "bob"} | fields
-            return httpx2.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=240)
+            return httpx2.post(
+                f"{server.url}/v1/completions", json=body, headers=headers, timeout=240
+            )
 
         assert ask(max_tokens=500).json()["usage"]["total_tokens"] == 100
         assert "at most 3 in one request" in ask(n=4).json()["error"]["message"]
@@ -161,7 +204,8 @@ except SystemExit:
         assert done.returncode == 0, done.stderr
         loaded = done.stdout.splitlines()[-1]
         assert not any(
-            f"'{name}'" in loaded for name in ("fastapi", "starlette", "uvicorn", "prometheus_client", "torch")
+            f"'{name}'" in loaded
+            for name in ("fastapi", "starlette", "uvicorn", "prometheus_client", "torch")
         )
 
 
@@ -223,7 +267,9 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], s
         (["--backend", "jax"], "does not serve"),
     ],
 )
-def test_a_store_that_cannot_be_loaded(store_path: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_a_store_that_cannot_be_loaded(
+    store_path: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
     store = store_path if arguments else tmp_path
     done = subprocess.run(
         [sys.executable, "-m", "scripts.serve", str(store), "--port", "0", *arguments],
@@ -232,4 +278,6 @@ def test_a_store_that_cannot_be_loaded(store_path: Path, tmp_path: Path, argumen
         cwd=helpers.REPOSITORY,
         timeout=240,
     )
-    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )

@@ -44,14 +44,24 @@ def test_a_completion_is_the_engines(live: Live, loop: Loop) -> None:
     assert choice["text"] == expected.text and choice["token_ids"] == list(expected.token_ids)
     assert choice["prompt_token_ids"] == list(expected.prompt_token_ids)
     assert choice["finish_reason"] == expected.finish_reason == "length"
-    assert found["object"] == "text_completion" and found["model"] == "ana" and found["id"].startswith("cmpl-")
+    assert (
+        found["object"] == "text_completion"
+        and found["model"] == "ana"
+        and found["id"].startswith("cmpl-")
+    )
     assert found["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
 
 
 def test_metrics_of_a_request(live: Live) -> None:
     found = ask(live)["metrics"]
     assert set(found) == {
-        *("time_to_first_token_ms", "queue_time_ms", "generation_time_ms", "mean_itl_ms", "tokens_per_second"),
+        *(
+            "time_to_first_token_ms",
+            "queue_time_ms",
+            "generation_time_ms",
+            "mean_itl_ms",
+            "tokens_per_second",
+        ),
         *("reconfiguration_ms", "expert_hits", "expert_misses"),
     }
     assert 0 <= found["queue_time_ms"] <= found["time_to_first_token_ms"]
@@ -61,18 +71,26 @@ def test_metrics_of_a_request(live: Live) -> None:
     assert found["expert_misses"] > 0
 
 
-@pytest.mark.parametrize("fields", [{}, {"n": 3, "temperature": 1.0, "seed": 5}, {"prompt": ["one", "two"], "n": 2}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"n": 3, "temperature": 1.0, "seed": 5}, {"prompt": ["one", "two"], "n": 2}]
+)
 def test_a_stream_holds_what_a_whole_answer_does(live: Live, fields: dict[str, Any]) -> None:
     whole = ask(live, **fields)
     streamed = {"prompt": "hello", "stream_options": {"include_usage": True}} | fields
     found = chunks(live, "/v1/completions", **streamed)
     last = found.pop()
-    assert last["choices"] == [] and last["usage"] == whole["usage"] and "expert_hits" in last["metrics"]
+    assert (
+        last["choices"] == []
+        and last["usage"] == whole["usage"]
+        and "expert_hits" in last["metrics"]
+    )
     assert all("usage" not in c for c in found) and len({c["id"] for c in found}) == 1
     for choice in whole["choices"]:
         mine = [c["choices"][0] for c in found if c["choices"][0]["index"] == choice["index"]]
         assert "".join(c["text"] for c in mine) == choice["text"]
-        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [
+            choice["finish_reason"]
+        ]
         assert len(mine) == 12  # one for each token, though some hold no text
     for chunk in found:
         CompletionAnswer.model_validate(chunk, strict=True)
@@ -117,9 +135,9 @@ def test_stop_says_why(live: Live) -> None:
 def test_echo_puts_the_prompt_before(live: Live) -> None:
     plain = ask(live)["choices"][0]["text"]
     assert ask(live, echo=True)["choices"][0]["text"] == "hello" + plain
-    assert "".join(c["choices"][0]["text"] for c in chunks(live, "/v1/completions", prompt="hello", echo=True)) == (
-        "hello" + plain
-    )
+    assert "".join(
+        c["choices"][0]["text"] for c in chunks(live, "/v1/completions", prompt="hello", echo=True)
+    ) == ("hello" + plain)
     ids = live.post("/tokenize", {"model": "ana", "prompt": "hello"}).json()["tokens"]
     assert ask(live, prompt=ids, echo=True)["choices"][0]["text"] == "hello" + plain
 
@@ -129,26 +147,41 @@ def test_logprobs_of_completions(live: Live) -> None:
     found = choice["logprobs"]
     assert {len(v) for v in found.values()} == {12}
     assert "".join(found["tokens"]) == choice["text"]
-    for token, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+    for token, logprob, top in zip(
+        found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
+    ):
         assert logprob <= 0 and top[token] == max(top.values())  # greedy
     lengths = [len(t) for t in found["tokens"]]
     assert found["text_offset"] == [sum(lengths[:i]) for i in range(12)]
-    streamed = [c["choices"][0]["logprobs"] for c in chunks(live, "/v1/completions", prompt="hello", logprobs=3)]
+    streamed = [
+        c["choices"][0]["logprobs"]
+        for c in chunks(live, "/v1/completions", prompt="hello", logprobs=3)
+    ]
     assert [t for s in streamed for t in s["tokens"]] == found["tokens"]
     assert [o for s in streamed for o in s["text_offset"]] == found["text_offset"]
 
 
 def test_logprobs_of_chat(live: Live) -> None:
-    fields = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, **GREEDY}
+    fields = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "logprobs": True,
+        "top_logprobs": 2,
+        **GREEDY,
+    }
     reply = live.post("/v1/chat/completions", {"model": "bob", **fields})
     choice = reply.json()["choices"][0]
     found = choice["logprobs"]["content"]
     assert len(found) == 12
     for token in found:
-        assert len(token["top_logprobs"]) == 2 and len(token["bytes"]) == 1  # a token of this tenant is a byte
+        assert (
+            len(token["top_logprobs"]) == 2 and len(token["bytes"]) == 1
+        )  # a token of this tenant is a byte
         assert token["top_logprobs"][0] == {k: token[k] for k in ("token", "logprob", "bytes")}
     assert "".join(token["token"] for token in found) == choice["message"]["content"]
-    assert bytes(b for token in found for b in token["bytes"]).decode(errors="replace") == choice["message"]["content"]
+    assert (
+        bytes(b for token in found for b in token["bytes"]).decode(errors="replace")
+        == choice["message"]["content"]
+    )
     fields["top_logprobs"] = 0
     reply = live.post("/v1/chat/completions", {"model": "bob", **fields})
     assert reply.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
@@ -156,25 +189,43 @@ def test_logprobs_of_chat(live: Live) -> None:
 
 def test_chat_uses_the_tenants_template(live: Live) -> None:
     messages = [
-        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
+        },
         {"role": "assistant", "content": "three"},
     ]
     reply = live.post(
-        "/v1/chat/completions", {"model": "bob", "messages": messages, "return_token_ids": True, **GREEDY}
+        "/v1/chat/completions",
+        {"model": "bob", "messages": messages, "return_token_ids": True, **GREEDY},
     )
     found = reply.json()
     ChatAnswer.model_validate(found, strict=True)
-    ids = live.post("/tokenize", {"model": "bob", "prompt": "<user>one\ntwo<user>three<bot>"}).json()["tokens"]
+    ids = live.post(
+        "/tokenize", {"model": "bob", "prompt": "<user>one\ntwo<user>three<bot>"}
+    ).json()["tokens"]
     assert found["prompt_token_ids"] == ids
     completion = ask(live, model="bob", prompt=ids)["choices"][0]["text"]
-    assert found["choices"][0]["message"] == {"role": "assistant", "content": completion, "refusal": None}
+    assert found["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": completion,
+        "refusal": None,
+    }
     assert found["object"] == "chat.completion" and found["usage"]["completion_tokens"] == 12
 
 
 def test_a_chat_stream_holds_what_a_whole_answer_does(live: Live) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    whole = live.post("/v1/chat/completions", {"model": "bob", "messages": messages, **GREEDY}).json()
-    found = chunks(live, "/v1/chat/completions", model="bob", messages=messages, stream_options={"include_usage": True})
+    whole = live.post(
+        "/v1/chat/completions", {"model": "bob", "messages": messages, **GREEDY}
+    ).json()
+    found = chunks(
+        live,
+        "/v1/chat/completions",
+        model="bob",
+        messages=messages,
+        stream_options={"include_usage": True},
+    )
     for chunk in found:
         ChatChunk.model_validate(chunk, strict=True)
     assert found.pop()["usage"] == whole["usage"]
@@ -185,13 +236,23 @@ def test_a_chat_stream_holds_what_a_whole_answer_does(live: Live) -> None:
 
 
 def test_a_chat_answer_may_fill_the_context(live: Live) -> None:
-    body = {"model": "bob", "messages": [{"role": "user", "content": "x" * 4000}], "temperature": 0, "ignore_eos": True}
+    body = {
+        "model": "bob",
+        "messages": [{"role": "user", "content": "x" * 4000}],
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     usage = live.post("/v1/chat/completions", body).json()["usage"]
     assert usage["total_tokens"] == 4096
 
 
 def test_max_completion_tokens_goes_first(live: Live) -> None:
-    body = {"model": "bob", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "max_completion_tokens": 4}
+    body = {
+        "model": "bob",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 9,
+        "max_completion_tokens": 4,
+    }
     assert live.post("/v1/chat/completions", body).json()["usage"]["completion_tokens"] == 4
 
 
@@ -210,10 +271,20 @@ def test_vllms_fields_have_effect(live: Live) -> None:
     plain = ask(live, return_token_ids=True)["choices"][0]["token_ids"]
     biased = ask(live, return_token_ids=True, logit_bias={"65": 100})["choices"][0]["token_ids"]
     assert set(biased) == {65}
-    assert ask(live, return_token_ids=True, temperature=1.0, top_k=1)["choices"][0]["token_ids"] == plain
-    assert ask(live, return_token_ids=True, temperature=1.0, min_p=1.0)["choices"][0]["token_ids"] == plain
-    penalised = ask(live, return_token_ids=True, logit_bias={"65": 5}, repetition_penalty=2.0, max_tokens=40)
-    assert penalised["choices"][0]["token_ids"] != ask(live, return_token_ids=True, logit_bias={"65": 5}, max_tokens=40)
+    assert (
+        ask(live, return_token_ids=True, temperature=1.0, top_k=1)["choices"][0]["token_ids"]
+        == plain
+    )
+    assert (
+        ask(live, return_token_ids=True, temperature=1.0, min_p=1.0)["choices"][0]["token_ids"]
+        == plain
+    )
+    penalised = ask(
+        live, return_token_ids=True, logit_bias={"65": 5}, repetition_penalty=2.0, max_tokens=40
+    )
+    assert penalised["choices"][0]["token_ids"] != ask(
+        live, return_token_ids=True, logit_bias={"65": 5}, max_tokens=40
+    )
     assert ask(live, stop_token_ids=[plain[0]], min_tokens=6)["usage"]["completion_tokens"] >= 6
     assert ask(live, unknown_field={"a": 1}, user="me", parallel_tool_calls=False)["choices"]
 

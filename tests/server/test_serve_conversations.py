@@ -1,4 +1,5 @@
-"""Forms of messages and of chat templates, beside what transformers writes for the same conversation."""
+"""Forms of messages and of chat templates, beside what transformers writes for the same
+conversation."""
 
 from __future__ import annotations
 
@@ -17,14 +18,18 @@ from scripts.server.requests import Conversation
 from tests.server import speech
 
 PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-# Content in lists: written in the loop, by a macro, or by a variable, with text taken as well or not.
+# Content in lists: written in the loop, by a macro, or by a variable, with text taken as well or
+# not.
 PARTS = {
     "loop": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}",
-    "macro": "{% macro w(c) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}{{ p['text'] }}{% endfor %}"
+    "macro": "{% macro w(c) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}{{ p['text'] "
+    "}}{% endfor %}"
     "{% endif %}{% endmacro %}{% for m in messages %}{{ w(m.content) }}{% endfor %}",
-    "variable": "{% for m in messages %}{% set c = m['content'] %}{% if c is not string %}{% for p in c %}"
-    "{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% else %}{{ c }}{% endif %}{% endfor %}",
+    "variable": "{% for m in messages %}{% set c = m['content'] %}{% if c is not string %}{% for p "
+    "in c %}"
+    "{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% else %}{{ c }}{% endif %}{% "
+    "endfor %}",
 }
 ONLY_PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
 TWO = [{"type": "text", "text": "the "}, {"type": "text", "text": "people"}]
@@ -55,7 +60,9 @@ def speaker(tmp_path: Path) -> Any:
         hf = AutoTokenizer.from_pretrained(path)
 
         def write(messages: list[dict[str, Any]], **fields: Any) -> str:
-            return written(engine, "t", Conversation.model_validate({"messages": messages, **fields}))
+            return written(
+                engine, "t", Conversation.model_validate({"messages": messages, **fields})
+            )
 
         def expected(messages: list[dict[str, Any]]) -> str:
             return str(hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -111,15 +118,18 @@ def test_text_for_templates_that_read_parts_alone(speaker: Any) -> None:
 def test_roles_may_differ(speaker: Any) -> None:
     """Some templates read parts of users' turns and take a system's for text."""
     template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content | trim }}{% elif m.content is string %}"
-        "{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content | trim }}{% elif m.content "
+        "is string %}"
+        "{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% "
+        "endfor %}"
     )
     messages = [{"role": "system", "content": TWO}, {"role": "user", "content": TWO}]
     assert speaker(template).write(messages) == "the \npeoplethe people"
 
 
 NONE = (
-    "{% for m in messages %}{% if m.content is none %}NONE{% elif m.content is not defined %}ABSENT{% else %}"
+    "{% for m in messages %}{% if m.content is none %}NONE{% elif m.content is not defined "
+    "%}ABSENT{% else %}"
     "{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}"
     "{% if c.function.arguments is mapping %}MAP{% endif %}{% endfor %}{% endfor %}"
 )
@@ -146,7 +156,11 @@ def test_arguments_of_calls_are_data(speaker: Any, sent: Any, read: Any) -> None
     found = speaker(NONE)
     user = {"role": "user", "content": "the"}
     for fields in ({"content": None}, {}, {"content": "words"}):
-        messages = [user, _turn(sent, **fields), {"role": "tool", "tool_call_id": "c", "content": "3"}]
+        messages = [
+            user,
+            _turn(sent, **fields),
+            {"role": "tool", "tool_call_id": "c", "content": "3"},
+        ]
         want = [user, _turn(read, **fields), messages[2]]
         assert found.write(messages) == found.expected(want)
 
@@ -165,8 +179,10 @@ def test_odd_calls_are_handed_on(speaker: Any) -> None:
 
 def test_variables_that_templates_read() -> None:
     template = (
-        "{% macro w(x) %}{{ x }}{{ mood }}{% endmacro %}{%- for m in messages -%}{%- if loop.first %}{% continue %}"
-        "{% endif %}{% generation %}{{ w(m.content) }}{%- endgeneration -%}{% set own = 1 %}{{ own }}{% endfor %}"
+        "{% macro w(x) %}{{ x }}{{ mood }}{% endmacro %}{%- for m in messages -%}{%- if loop.first "
+        "%}{% continue %}"
+        "{% endif %}{% generation %}{{ w(m.content) }}{%- endgeneration -%}{% set own = 1 %}{{ own "
+        "}}{% endfor %}"
     )
     assert variables(template) == {"messages", "mood"}
     assert variables("{% if %}") == frozenset()
@@ -174,7 +190,8 @@ def test_variables_that_templates_read() -> None:
 
 def test_templates_that_refuse(speaker: Any) -> None:
     found = speaker(
-        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('roles alternate') }}{% endif %}"
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('roles alternate') "
+        "}}{% endif %}"
         "{% endfor %}"
     )
     with pytest.raises(RequestError, match="roles alternate"):

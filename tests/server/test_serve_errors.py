@@ -62,7 +62,11 @@ def error(reply: Any, status: int) -> dict[str, Any]:
         ({"best_of": 3}, "best_of", "ask for n answers"),
         ({"suffix": "end"}, "suffix", "leave it out"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
-        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
+        (
+            {"stream": True, "stream_options": {"include_usage": 1}},
+            "stream_options.include_usage",
+            "valid boolean",
+        ),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"logit_bias": {"99999": 1}}, None, "outside the vocabulary"),
         ({"min_tokens": 9}, "min_tokens", "above the most tokens"),
@@ -77,7 +81,9 @@ def error(reply: Any, status: int) -> dict[str, Any]:
         ({"model": "ids", "prompt": [5], "echo": True}, "echo", "no tokenizer"),
     ],
 )
-def test_wrong_fields_are_named(live: Live, fields: dict[str, Any], param: str | None, says: str) -> None:
+def test_wrong_fields_are_named(
+    live: Live, fields: dict[str, Any], param: str | None, says: str
+) -> None:
     found = error(live.post("/v1/completions", GOOD | fields), 400)
     assert found["type"] == "invalid_request_error" and found["param"] == param
     assert says in found["message"] and (param or "") in found["message"]
@@ -89,9 +95,17 @@ def test_wrong_fields_are_named(live: Live, fields: dict[str, Any], param: str |
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hi"}, "messages", "valid list"),
         ({"messages": [{"content": "hi"}]}, "messages.0.role", "required"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "parts of type text"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content",
+            "parts of type text",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            },
             "messages.0.content",
             "parts of type text",
         ),
@@ -101,13 +115,17 @@ def test_wrong_fields_are_named(live: Live, fields: dict[str, Any], param: str |
         ({"model": "ana"}, None, "no chat template"),
     ],
 )
-def test_wrong_chats_are_named(live: Live, fields: dict[str, Any], param: str | None, says: str) -> None:
+def test_wrong_chats_are_named(
+    live: Live, fields: dict[str, Any], param: str | None, says: str
+) -> None:
     body = {"model": "bob", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     found = error(live.post("/v1/chat/completions", body | fields), 400)
     assert found["param"] == param and says in found["message"]
 
 
-def test_a_template_that_refuses_is_the_requests_fault(live: Live, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_refuses_is_the_requests_fault(
+    live: Live, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> str:
         raise ValueError("roles must alternate")
 
@@ -134,20 +152,28 @@ def test_a_template_that_refuses_is_the_requests_fault(live: Live, loop: Loop, m
     ],
 )
 def test_bodies_that_are_no_request(live: Live, content: bytes, says: str) -> None:
-    reply = live.client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    reply = live.client.post(
+        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
     assert says in error(reply, 400)["message"]
 
 
 def test_a_body_must_be_called_json(live: Live) -> None:
-    # A page elsewhere can make a browser send text, not JSON; so it cannot use a server on the reader's machine.
-    reply = live.client.post("/v1/completions", content=json.dumps(GOOD), headers={"Content-Type": "text/plain"})
+    # A page elsewhere can make a browser send text, not JSON; so it cannot use a server on the
+    # reader's machine.
+    reply = live.client.post(
+        "/v1/completions", content=json.dumps(GOOD), headers={"Content-Type": "text/plain"}
+    )
     assert "Content-Type: application/json" in error(reply, 415)["message"]
 
 
 def test_unknown_model(live: Live) -> None:
     for reply in (
         live.post("/v1/completions", GOOD | {"model": "nobody"}),
-        live.post("/v1/chat/completions", {"model": "nobody", "messages": [{"role": "user", "content": "x"}]}),
+        live.post(
+            "/v1/chat/completions",
+            {"model": "nobody", "messages": [{"role": "user", "content": "x"}]},
+        ),
         live.post("/tokenize", {"model": "nobody", "prompt": "x"}),
         live.get("/v1/models/nobody"),
         live.get("/status.json?tenant=nobody"),
@@ -172,7 +198,9 @@ def test_request_ids_come_back(live: Live) -> None:
         assert reply.headers["x-request-id"].startswith("req-")
 
 
-def test_a_failure_inside_is_an_answer_too(live: Live, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_inside_is_an_answer_too(
+    live: Live, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise KeyError("secret detail")
 
@@ -232,7 +260,9 @@ def test_long_bodies_are_refused(loop: Loop) -> None:
             for _ in range(4):
                 yield b"x" * 1000
 
-        reply = live.client.post("/v1/completions", content=pieces(), headers={"Content-Type": "application/json"})
+        reply = live.client.post(
+            "/v1/completions", content=pieces(), headers={"Content-Type": "application/json"}
+        )
         assert error(reply, 413) and reply.headers["connection"] == "close"
 
 
@@ -264,7 +294,10 @@ def test_default_bound_of_a_body() -> None:
 def test_bodies_held_at_a_time_are_bounded(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scripts.server.front.MAX_BUFFERED", 5000)
     with _raw(live) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 4900\r\n\r\n" + b"x" * 4800)
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 4900\r\n\r\n"
+            + b"x" * 4800
+        )
         wait_for(lambda: live.app.state.service.requests == 1)
         time.sleep(0.1)
         reply = live.post("/v1/completions", GOOD | {"user": "x" * 300})
@@ -290,7 +323,9 @@ def test_good_requests_go_on_in_a_flood_of_bad_ones(live: Live, loop: Loop) -> N
                 content = (b'{"model": ' * 50, b"x" * (2**20 + 1))[number % 2]
                 headers = {"Content-Type": "application/json"}
                 try:
-                    statuses.append(client.post("/v1/completions", content=content, headers=headers).status_code)
+                    statuses.append(
+                        client.post("/v1/completions", content=content, headers=headers).status_code
+                    )
                 except OSError:
                     statuses.append(413)  # the server closed while we wrote
                 except Exception as problem:
@@ -319,8 +354,12 @@ def test_good_requests_go_on_in_a_flood_of_bad_ones(live: Live, loop: Loop) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 4])
-def test_a_client_that_goes_away_ends_its_requests(live: Live, loop: Loop, stream: bool, n: int) -> None:
-    body = json.dumps(GOOD | {"max_tokens": 4000, "ignore_eos": True, "stream": stream, "n": n}).encode()
+def test_a_client_that_goes_away_ends_its_requests(
+    live: Live, loop: Loop, stream: bool, n: int
+) -> None:
+    body = json.dumps(
+        GOOD | {"max_tokens": 4000, "ignore_eos": True, "stream": stream, "n": n}
+    ).encode()
     with _raw(live) as raw:
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -28,10 +28,21 @@ def secrets() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def ring(secrets: dict[str, str]) -> KeyRing:
     keys = []
-    for name, tenants, admin in (("a", ["ana"], False), ("ab", ["ana", "bob"], False), ("root", [ALL], True)):
+    for name, tenants, admin in (
+        ("a", ["ana"], False),
+        ("ab", ["ana", "bob"], False),
+        ("root", [ALL], True),
+    ):
         secrets[name], line = new_key(tenants, admin, name)
         entry = json.loads(line)
-        keys.append(Key(name, bytes.fromhex(entry["hash"].removeprefix("sha256:")), frozenset(tenants), admin))
+        keys.append(
+            Key(
+                name,
+                bytes.fromhex(entry["hash"].removeprefix("sha256:")),
+                frozenset(tenants),
+                admin,
+            )
+        )
     return KeyRing(keys)
 
 
@@ -44,7 +55,11 @@ def locked(loop: Loop, ring: KeyRing) -> Any:
 def test_made_keys_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "keys"
     secrets = []
-    for arguments in (["--tenant", "fr"], ["--tenant", "fr", "--tenant", "de", "--name", "two"], ["--admin"]):
+    for arguments in (
+        ["--tenant", "fr"],
+        ["--tenant", "fr", "--tenant", "de", "--name", "two"],
+        ["--admin"],
+    ):
         assert cli.main(["keys", "new", *arguments]) == 0
         out, err = capsys.readouterr()
         with path.open("a") as file:
@@ -89,7 +104,9 @@ def test_entries_that_are_no_keys(tmp_path: Path, change: dict[str, Any], says: 
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text, says", [("", "holds no key"), ("moetel-abc\n", "no JSON"), ("[1]", "no JSON object")])
+@pytest.mark.parametrize(
+    "text, says", [("", "holds no key"), ("moetel-abc\n", "no JSON"), ("[1]", "no JSON object")]
+)
 def test_files_that_are_no_keys(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "keys"
     path.write_text(text)
@@ -106,7 +123,9 @@ def test_names_of_keys_differ(tmp_path: Path) -> None:
         KeyRing.read(path)
 
 
-@pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer moetel-wrong", "Basic eDp5", "moetel-x", "Bearer é"])
+@pytest.mark.parametrize(
+    "authorization", [None, "Bearer", "Bearer moetel-wrong", "Basic eDp5", "moetel-x", "Bearer é"]
+)
 def test_without_a_key_there_is_nothing_to_see(locked: Live, authorization: str | None) -> None:
     headers = {} if authorization is None else {"Authorization": authorization.encode("latin-1")}
     for method, path in (
@@ -123,7 +142,9 @@ def test_without_a_key_there_is_nothing_to_see(locked: Live, authorization: str 
         ("GET", "/status.json"),
         ("GET", "/no/such/route"),
     ):
-        reply = locked.client.request(method, path, headers=headers, content=b"{broken" if method == "POST" else None)
+        reply = locked.client.request(
+            method, path, headers=headers, content=b"{broken" if method == "POST" else None
+        )
         found = error(reply, 401)
         assert found["code"] == "invalid_api_key" and reply.headers["www-authenticate"] == "Bearer"
     for path in ("/health", "/ready", "/version", "/", "/page/script.js", "/openapi.json"):
@@ -144,10 +165,15 @@ def test_a_key_sees_its_own_tenants_alone(locked: Live, secrets: dict[str, str])
     assert [t["name"] for t in status.json()["tenants"]] == ["ana"]
     assert "bob" not in status.text and "ids" not in status.text
     assert list(locked.get("/load", **mine).json()["tenants"]) == ["ana"]
-    assert locked.post("/v1/completions", GOOD | {"model": "bob"}, **bearer(secrets["ab"])).status_code == 200
+    assert (
+        locked.post("/v1/completions", GOOD | {"model": "bob"}, **bearer(secrets["ab"])).status_code
+        == 200
+    )
 
 
-def test_only_admin_keys_see_metrics_and_change_tenants(locked: Live, secrets: dict[str, str]) -> None:
+def test_only_admin_keys_see_metrics_and_change_tenants(
+    locked: Live, secrets: dict[str, str]
+) -> None:
     mine, root = bearer(secrets["ab"]), bearer(secrets["root"])
     assert error(locked.get("/metrics", **mine), 403)["code"] == "insufficient_permissions"
     assert locked.get("/metrics", **root).status_code == 200
@@ -175,7 +201,10 @@ def test_rates_are_limited_by_tenant_without_keys(loop: Loop) -> None:
     with loop.serve(Settings(rate_limit=2)) as live:
         assert [live.post("/v1/completions", GOOD).status_code for _ in range(3)] == [200, 200, 429]
         reply = live.post("/v1/completions", GOOD | {"stream": True})
-        assert error(reply, 429)["code"] == "rate_limit_exceeded" and 1 <= int(reply.headers["retry-after"]) <= 30
+        assert (
+            error(reply, 429)["code"] == "rate_limit_exceeded"
+            and 1 <= int(reply.headers["retry-after"]) <= 30
+        )
         assert "2 requests a minute" in reply.json()["error"]["message"]
         assert live.post("/v1/completions", GOOD | {"model": "bob"}).status_code == 200
         for _ in range(3):

@@ -39,7 +39,10 @@ def test_before_the_store_is_loaded(loop: Loop) -> None:
         assert live.get("/status.json").json()["state"] == "loading"
         assert live.get("/metrics").status_code == 200
         live.app.state.service.attach(loop.engine)
-        assert live.get("/ready").status_code == 200 and live.post("/v1/completions", GOOD).status_code == 200
+        assert (
+            live.get("/ready").status_code == 200
+            and live.post("/v1/completions", GOOD).status_code == 200
+        )
 
 
 def test_when_the_engine_has_died(store_path: Path) -> None:
@@ -55,17 +58,26 @@ def test_when_the_engine_has_died(store_path: Path) -> None:
 
 
 def test_tokens(live: Live) -> None:
-    found = live.post("/tokenize", {"model": "bob", "prompt": "héllo", "return_token_strs": True}).json()
+    found = live.post(
+        "/tokenize", {"model": "bob", "prompt": "héllo", "return_token_strs": True}
+    ).json()
     assert found["count"] == len(found["tokens"]) == 6 and found["max_model_len"] == 4096
     assert len(found["token_strs"]) == 6
-    assert live.post("/detokenize", {"model": "bob", "tokens": found["tokens"]}).json() == {"prompt": "héllo"}
-    plain = live.post("/tokenize", {"model": "bob", "prompt": "héllo", "add_special_tokens": False}).json()
+    assert live.post("/detokenize", {"model": "bob", "tokens": found["tokens"]}).json() == {
+        "prompt": "héllo"
+    }
+    plain = live.post(
+        "/tokenize", {"model": "bob", "prompt": "héllo", "add_special_tokens": False}
+    ).json()
     assert plain["tokens"] == found["tokens"]  # this tokenizer adds none
     messages = [{"role": "user", "content": "hi"}]
     assert live.post("/tokenize", {"model": "bob", "messages": messages}).json()["count"] == 4
     assert "either" in error(live.post("/tokenize", {"model": "bob"}), 400)["message"]
     assert error(live.post("/tokenize", {"model": "ids", "prompt": "x"}), 400)
-    assert error(live.post("/detokenize", {"model": "bob", "tokens": [9999]}), 400)["param"] == "tokens"
+    assert (
+        error(live.post("/detokenize", {"model": "bob", "tokens": [9999]}), 400)["param"]
+        == "tokens"
+    )
     assert live.post("/tokenize", {"model": "bob", "prompt": ""}).json()["tokens"] == []
     assert live.post("/detokenize", {"model": "bob", "tokens": []}).json() == {"prompt": ""}
 
@@ -99,7 +111,10 @@ def test_metrics_count_what_was_answered(live: Live) -> None:
     assert grown(prefix + "request_success_total", "length", "ana") == 3
     lookups = grown(prefix + "expert_lookups_total", "ana")
     assert lookups == 3 * (5 + 3) * 2 * 2
-    assert grown(prefix + "expert_hits_total", "ana") + grown(prefix + "expert_misses_total", "ana") == lookups
+    assert (
+        grown(prefix + "expert_hits_total", "ana") + grown(prefix + "expert_misses_total", "ana")
+        == lookups
+    )
     for name, count in (
         ("time_to_first_token_seconds", 3),
         ("inter_token_latency_seconds", 9),
@@ -116,13 +131,19 @@ def test_metrics_count_what_was_answered(live: Live) -> None:
     assert after[(prefix + "reconfigured_bytes_total",)] >= 0
     assert after[(prefix + "tenant_resident", "device", "ana")] == 1
     assert after[(prefix + "device_bytes", "pool")] > 0
-    assert {k[1] for k in after if k[0] == prefix + "device_bytes"} == {"pool", "residual", "non_expert", "kv"}
+    assert {k[1] for k in after if k[0] == prefix + "device_bytes"} == {
+        "pool",
+        "residual",
+        "non_expert",
+        "kv",
+    }
 
 
 @pytest.mark.slow
 def test_running_requests_show(live: Live, loop: Loop) -> None:
     thread = threading.Thread(
-        target=live.post, args=("/v1/completions", GOOD | {"max_tokens": 600, "ignore_eos": True, "n": 12})
+        target=live.post,
+        args=("/v1/completions", GOOD | {"max_tokens": 600, "ignore_eos": True, "n": 12}),
     )
     thread.start()
     wait_for(lambda: scrape(live)[("moetel_num_requests_waiting", "ana")] == 4)
@@ -139,12 +160,22 @@ def test_running_requests_show(live: Live, loop: Loop) -> None:
 def test_status(live: Live) -> None:
     live.post("/v1/completions", GOOD)
     found = live.get("/status.json?tenant=ana").json()
-    assert found["state"] == "ready" and found["family"] == "mixtral" and found["memory"]["pool"] > 0
+    assert (
+        found["state"] == "ready" and found["family"] == "mixtral" and found["memory"]["pool"] > 0
+    )
     ana = found["tenants"][0]
-    assert ana["name"] == "ana" and ana["ttft_p50_ms"] > 0 and ana["misses"] > 0 and ana["resident"] == "device"
+    assert (
+        ana["name"] == "ana"
+        and ana["ttft_p50_ms"] > 0
+        and ana["misses"] > 0
+        and ana["resident"] == "device"
+    )
     assert [len(s) for s in found["series"].values()] == [60] * 3
     shown = found["map"]
-    assert (shown["layers"], shown["experts"]) == (2, 4) and [len(r) for r in shown["kinds"]] == [4, 4]
+    assert (shown["layers"], shown["experts"]) == (2, 4) and [len(r) for r in shown["kinds"]] == [
+        4,
+        4,
+    ]
     assert "".join(shown["kinds"]).count("-") == 2  # 6 slots for 8 positions
     assert "map" not in live.get("/status.json").json()
 
@@ -171,7 +202,11 @@ def test_the_page_needs_nothing_from_elsewhere(live: Live) -> None:
     page = live.get("/")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for name, kind in (("style.css", "text/css"), ("script.js", "text/javascript"), ("icon.svg", "image/svg+xml")):
+    for name, kind in (
+        ("style.css", "text/css"),
+        ("script.js", "text/javascript"),
+        ("icon.svg", "image/svg+xml"),
+    ):
         part = live.get(f"/page/{name}")
         assert part.status_code == 200 and part.headers["content-type"].startswith(kind)
         assert f"page/{name}" in page.text
@@ -187,8 +222,16 @@ def test_the_last_minute() -> None:
     now = 101.0
     window.add("a", 5, gap_s=0.3)
     now = 102.5
-    assert window.tenant("a") == {"tokens_per_second": 1.0, "ttft_p50_ms": 500.0, "ttft_p95_ms": 500.0}
-    assert window.tenant("b") == {"tokens_per_second": 0.0, "ttft_p50_ms": None, "ttft_p95_ms": None}
+    assert window.tenant("a") == {
+        "tokens_per_second": 1.0,
+        "ttft_p50_ms": 500.0,
+        "ttft_p95_ms": 500.0,
+    }
+    assert window.tenant("b") == {
+        "tokens_per_second": 0.0,
+        "ttft_p50_ms": None,
+        "ttft_p95_ms": None,
+    }
     series = window.series(["a", "b"])
     assert series["tokens"][-2:] == [5, 5] and series["itl_mean_ms"][-2:] == [100.0, 300.0]
     assert series["ttft_p50_ms"][-3:] == [None, 500.0, None]
@@ -199,7 +242,9 @@ def test_the_last_minute() -> None:
     for _ in range(3000):
         window.add("a", 1, first_s=0.0)
     assert len(window._buckets["a"][161].first.values) == SAMPLES
-    assert quantile([], 0.5) is None and quantile([3, 1, 2], 0.5) == 2 and quantile([1, 2], 1.0) == 2
+    assert (
+        quantile([], 0.5) is None and quantile([3, 1, 2], 0.5) == 2 and quantile([1, 2], 1.0) == 2
+    )
 
 
 # Tenants come and go.
@@ -208,7 +253,10 @@ def test_the_last_minute() -> None:
 def test_admin_is_off_unless_enabled(live: Live) -> None:
     body = {"tenant_name": "x", "tenant_path": "/"}
     assert error(live.post("/v1/load_tenant", body), 403)["code"] == "admin_disabled"
-    assert "--enable-admin" in error(live.post("/v1/unload_tenant", {"tenant_name": "ana"}), 403)["message"]
+    assert (
+        "--enable-admin"
+        in error(live.post("/v1/unload_tenant", {"tenant_name": "ana"}), 403)["message"]
+    )
 
 
 @pytest.fixture
@@ -222,16 +270,25 @@ def admin(checkpoints: dict[str, Path], tmp_path: Path) -> Any:
     loop.close()
 
 
-def test_a_tenant_is_loaded_and_unloaded(admin: tuple[Live, Loop], checkpoints: dict[str, Path]) -> None:
+def test_a_tenant_is_loaded_and_unloaded(
+    admin: tuple[Live, Loop], checkpoints: dict[str, Path]
+) -> None:
     live, loop = admin
     before = live.post("/v1/completions", GOOD).json()["choices"]
-    reply = live.post("/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(checkpoints["new"])})
-    assert reply.status_code == 200 and reply.json() == {"tenant_name": "new", "status": "loaded"}, reply.text
+    reply = live.post(
+        "/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(checkpoints["new"])}
+    )
+    assert reply.status_code == 200 and reply.json() == {
+        "tenant_name": "new",
+        "status": "loaded",
+    }, reply.text
     assert [m["id"] for m in live.get("/v1/models").json()["data"]] == ["ana", "bob", "new"]
     assert live.post("/v1/completions", GOOD | {"model": "new"}).status_code == 200
     assert live.post("/v1/completions", GOOD).json()["choices"] == before
     assert live.get("/status.json?tenant=new").json()["map"]["tenant"] == "new"
-    again = live.post("/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(checkpoints["new"])})
+    again = live.post(
+        "/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(checkpoints["new"])}
+    )
     assert "already" in error(again, 400)["message"]
     # Its running request is answered before it goes.
     long = GOOD | {"model": "new", "max_tokens": 500, "ignore_eos": True, "stream": True}
@@ -250,7 +307,9 @@ def test_a_tenant_is_loaded_and_unloaded(admin: tuple[Live, Loop], checkpoints: 
     assert live.post("/v1/completions", GOOD).json()["choices"] == before
 
 
-def test_tenants_that_cannot_be_loaded(admin: tuple[Live, Loop], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_tenants_that_cannot_be_loaded(
+    admin: tuple[Live, Loop], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     live, _ = admin
     link = checkpoints["new"].parent / "link"
     link.symlink_to(tmp_path)
@@ -260,14 +319,22 @@ def test_tenants_that_cannot_be_loaded(admin: tuple[Live, Loop], checkpoints: di
     link.unlink()
     absent = str(checkpoints["new"].parent / "absent")
     assert (
-        error(live.post("/v1/load_tenant", {"tenant_name": "x", "tenant_path": absent}), 400)["param"] == "tenant_path"
+        error(live.post("/v1/load_tenant", {"tenant_name": "x", "tenant_path": absent}), 400)[
+            "param"
+        ]
+        == "tenant_path"
     )
     empty = checkpoints["new"].parent / "empty"
     empty.mkdir(exist_ok=True)
     assert error(live.post("/v1/load_tenant", {"tenant_name": "x", "tenant_path": str(empty)}), 400)
-    bad = live.post("/v1/load_tenant", {"tenant_name": "a/b", "tenant_path": str(checkpoints["new"])})
+    bad = live.post(
+        "/v1/load_tenant", {"tenant_name": "a/b", "tenant_path": str(checkpoints["new"])}
+    )
     assert "tenant name" in error(bad, 400)["message"]
-    assert error(live.post("/v1/unload_tenant", {"tenant_name": "nobody"}), 404)["code"] == "model_not_found"
+    assert (
+        error(live.post("/v1/unload_tenant", {"tenant_name": "nobody"}), 404)["code"]
+        == "model_not_found"
+    )
     assert [m["id"] for m in live.get("/v1/models").json()["data"]] == ["ana", "bob"]
 
 
@@ -283,8 +350,15 @@ def test_draining(loop: Loop) -> None:
         thread.start()
         wait_for(lambda: loop.busy() == 1)
         service.start_draining()
-        for reply in (live.post("/v1/completions", GOOD), live.get("/ready"), live.get("/v1/models")):
-            assert error(reply, 503)["code"] == "draining" and 1 <= int(reply.headers["retry-after"]) <= 20
+        for reply in (
+            live.post("/v1/completions", GOOD),
+            live.get("/ready"),
+            live.get("/v1/models"),
+        ):
+            assert (
+                error(reply, 503)["code"] == "draining"
+                and 1 <= int(reply.headers["retry-after"]) <= 20
+            )
         assert live.get("/health").status_code == 200 and live.get("/metrics").status_code == 200
         assert live.get("/status.json").json()["state"] == "draining"
         assert loop.run(service.drained(20))

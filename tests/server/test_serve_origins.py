@@ -27,7 +27,9 @@ ALLOWED = "access-control-allow-origin"
 def locked(loop: Loop) -> Any:
     """A server with keys whose tenants may change."""
     _, line = new_key(["ana"], admin=True)
-    with loop.serve(Settings(keys=KeyRing([_key("", json.loads(line))]), enable_admin=True)) as live:
+    with loop.serve(
+        Settings(keys=KeyRing([_key("", json.loads(line))]), enable_admin=True)
+    ) as live:
         yield live
 
 
@@ -56,24 +58,35 @@ def test_errors_may_be_read_too(live: Live, locked: Live, loop: Loop) -> None:
         reply = server.client.post(path, json=body, headers=PAGE)
         assert error(reply, status) and reply.headers[ALLOWED] == "*"
     with loop.serve(Settings(max_request_bytes=2000)) as short:
-        reply = short.client.post("/v1/completions", json=GOOD | {"prompt": "x" * 3000}, headers=PAGE)
+        reply = short.client.post(
+            "/v1/completions", json=GOOD | {"prompt": "x" * 3000}, headers=PAGE
+        )
         assert error(reply, 413) and reply.headers[ALLOWED] == "*"
 
 
-@pytest.mark.parametrize("path", ["/v1/load_tenant", "/v1/unload_tenant", "/v1/unload_tenant/", "/v1/unload%5Ftenant"])
+@pytest.mark.parametrize(
+    "path", ["/v1/load_tenant", "/v1/unload_tenant", "/v1/unload_tenant/", "/v1/unload%5Ftenant"]
+)
 def test_no_page_changes_tenants(loop: Loop, path: str) -> None:
     with loop.serve(Settings(enable_admin=True)) as live:
         reply = live.client.request("OPTIONS", path, headers=PREFLIGHT)
         assert reply.status_code == 405 and ALLOWED not in reply.headers
-        reply = live.client.post(path, json={"tenant_name": "nobody", "tenant_path": "/nowhere"}, headers=PAGE)
+        reply = live.client.post(
+            path, json={"tenant_name": "nobody", "tenant_path": "/nowhere"}, headers=PAGE
+        )
         assert reply.status_code in (400, 404) and ALLOWED not in reply.headers
 
 
 def test_which_origins(loop: Loop) -> None:
-    mine = Settings(allowed_origins=("http://mine",), allowed_methods=("GET",), allowed_headers=("x-mine",))
+    mine = Settings(
+        allowed_origins=("http://mine",), allowed_methods=("GET",), allowed_headers=("x-mine",)
+    )
     with loop.serve(mine) as live:
         assert ALLOWED not in live.client.get("/v1/models", headers=PAGE).headers
-        assert live.client.get("/v1/models", headers={"Origin": "http://mine"}).headers[ALLOWED] == "http://mine"
+        assert (
+            live.client.get("/v1/models", headers={"Origin": "http://mine"}).headers[ALLOWED]
+            == "http://mine"
+        )
         assert live.client.request("OPTIONS", "/v1/models", headers=PREFLIGHT).status_code == 400
     with loop.serve(Settings(allowed_origins=())) as live:
         assert live.client.request("OPTIONS", "/v1/models", headers=PREFLIGHT).status_code == 405
@@ -113,7 +126,9 @@ CHAT = {"model": "bob", "messages": [{"role": "user", "content": "hi"}], "max_to
 
 
 def _send(live: Live, path: str, body: Any) -> Any:
-    return live.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    return live.client.post(
+        path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,8 +144,16 @@ def _send(live: Live, path: str, body: Any) -> Any:
         ("/v1/completions", GOOD | {"request_id": HALF}, "request_id"),
         ("/v1/completions", GOOD | {HALF: 1}, "the body"),
         ("/v1/completions", GOOD | {"unknown": {"a": [[HALF]]}}, "unknown.a.0.0"),
-        ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": HALF}]}, "messages.0.content"),
-        ("/v1/chat/completions", CHAT | {"messages": [{"role": HALF, "content": "x"}]}, "messages.0.role"),
+        (
+            "/v1/chat/completions",
+            CHAT | {"messages": [{"role": "user", "content": HALF}]},
+            "messages.0.content",
+        ),
+        (
+            "/v1/chat/completions",
+            CHAT | {"messages": [{"role": HALF, "content": "x"}]},
+            "messages.0.role",
+        ),
         (
             "/v1/chat/completions",
             CHAT | {"messages": [{"role": "user", "name": HALF, "content": "x"}]},
@@ -141,8 +164,16 @@ def _send(live: Live, path: str, body: Any) -> Any:
             CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
             "messages.0.content.0.text",
         ),
-        ("/v1/chat/completions", CHAT | {"tools": [{"function": {"name": HALF}}]}, "tools.0.function.name"),
-        ("/v1/chat/completions", CHAT | {"chat_template_kwargs": {"x": HALF}}, "chat_template_kwargs.x"),
+        (
+            "/v1/chat/completions",
+            CHAT | {"tools": [{"function": {"name": HALF}}]},
+            "tools.0.function.name",
+        ),
+        (
+            "/v1/chat/completions",
+            CHAT | {"chat_template_kwargs": {"x": HALF}},
+            "chat_template_kwargs.x",
+        ),
         ("/tokenize", {"model": "bob", "prompt": HALF}, "prompt"),
         ("/v1/unload_tenant", {"tenant_name": HALF}, "tenant_name"),
     ],
@@ -153,7 +184,15 @@ def test_half_an_emoji_is_named(live: Live, path: str, body: Any, param: str) ->
 
 
 def test_whole_emojis_pass(live: Live) -> None:
-    for prompt in ("\U0001f600", "\\ud83d", "\\\\ud83d", "\ufeff", "a\0b", "\ufffd", "\ud7ff\ue000"):
+    for prompt in (
+        "\U0001f600",
+        "\\ud83d",
+        "\\\\ud83d",
+        "\ufeff",
+        "a\0b",
+        "\ufffd",
+        "\ud7ff\ue000",
+    ):
         reply = _send(live, "/v1/completions", GOOD | {"prompt": prompt})
         assert reply.status_code == 200, prompt
         assert reply.json()["usage"]["prompt_tokens"] == len(prompt.encode())
@@ -170,11 +209,15 @@ def test_whole_emojis_pass(live: Live) -> None:
     ],
 )
 def test_half_an_emoji_in_other_bytes(live: Live, content: bytes) -> None:
-    reply = live.client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    reply = live.client.post(
+        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
     assert error(reply, 400)["param"] == "prompt"
 
 
-TEXT = st.text(st.characters(), max_size=4) | st.sampled_from(["\ud83d", "\0", "\udc00a", "~", "\U0001f600"])
+TEXT = st.text(st.characters(), max_size=4) | st.sampled_from(
+    ["\ud83d", "\0", "\udc00a", "~", "\U0001f600"]
+)
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | TEXT,
     lambda v: st.lists(v, max_size=2) | st.dictionaries(TEXT, v, max_size=2),
@@ -182,21 +225,57 @@ VALUE = st.recursive(
 )
 FIELDS = st.sampled_from(
     [
-        *("prompt", "stop", "messages", "logit_bias", "tools", "documents", "chat_template_kwargs", "suffix"),
-        *("response_format", "tool_choice", "user", "reasoning_effort", "request_id", "stream_options", "name"),
+        *(
+            "prompt",
+            "stop",
+            "messages",
+            "logit_bias",
+            "tools",
+            "documents",
+            "chat_template_kwargs",
+            "suffix",
+        ),
+        *(
+            "response_format",
+            "tool_choice",
+            "user",
+            "reasoning_effort",
+            "request_id",
+            "stream_options",
+            "name",
+        ),
         *("truncation_side", "tenant_name", "tenant_path", "tokens"),
     ]
 )
-ROUTES = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/load_tenant", "/v1/unload_tenant"]
+ROUTES = [
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
+    "/v1/load_tenant",
+    "/v1/unload_tenant",
+]
 
 
 def test_no_text_breaks_the_server(loop: Loop) -> None:
     with loop.serve(Settings(enable_admin=True)) as live:
 
-        @settings(max_examples=examples(120), deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(path=st.sampled_from(ROUTES), fields=st.dictionaries(FIELDS | TEXT, VALUE, max_size=3))
+        @settings(
+            max_examples=examples(120),
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(
+            path=st.sampled_from(ROUTES), fields=st.dictionaries(FIELDS | TEXT, VALUE, max_size=3)
+        )
         def check(path: str, fields: dict[str, Any]) -> None:
-            body = {"model": "bob", "max_tokens": 1, "tenant_name": "nobody", "tenant_path": "/nowhere"}
+            body = {
+                "model": "bob",
+                "max_tokens": 1,
+                "tenant_name": "nobody",
+                "tenant_path": "/nowhere",
+            }
             body |= {"prompt": "x"} if path == "/v1/completions" else {}
             body |= {"messages": CHAT["messages"]} if path == "/v1/chat/completions" else {}
             reply = _send(live, path, body | fields)

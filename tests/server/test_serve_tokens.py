@@ -38,7 +38,9 @@ class Speaker:
     def has_tokenizer(self, tenant: str) -> bool:
         return self._text.has_tokenizer
 
-    def detokenizer(self, tenant: str, prompt: Any, skip_special_tokens: bool) -> IncrementalDecoder:
+    def detokenizer(
+        self, tenant: str, prompt: Any, skip_special_tokens: bool
+    ) -> IncrementalDecoder:
         return self._text.require("").incremental(prompt, skip_special_tokens)
 
     def clean_up(self, tenant: str) -> CleanUp | None:
@@ -52,17 +54,23 @@ class Speaker:
 
 
 @pytest.fixture(scope="module", params=sorted(speech.KINDS))
-def spoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def spoken(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
     """A tokenizer of each kind: as transformers has it, and as the server does."""
     path = tmp_path_factory.mktemp(request.param)
     speech.KINDS[request.param]().save_pretrained(path)
-    return SimpleNamespace(kind=request.param, hf=AutoTokenizer.from_pretrained(path), engine=Speaker(path))
+    return SimpleNamespace(
+        kind=request.param, hf=AutoTokenizer.from_pretrained(path), engine=Speaker(path)
+    )
 
 
 def logprobs(ids: list[int], others: Any) -> list[TokenLogprob]:
     """Each token with some that could have been chosen."""
     return [
-        TokenLogprob(i, -0.5, ((i, -0.5), *((int(o), -1.0 - n) for n, o in enumerate(others[at]) if o != i)))
+        TokenLogprob(
+            i, -0.5, ((i, -0.5), *((int(o), -1.0 - n) for n, o in enumerate(others[at]) if o != i))
+        )
         for at, i in enumerate(ids)
     ]
 
@@ -70,7 +78,9 @@ def logprobs(ids: list[int], others: Any) -> list[TokenLogprob]:
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_tokens_are_what_they_add_to_the_text(spoken: SimpleNamespace, prompt: str, answer: str, skip: bool) -> None:
+def test_tokens_are_what_they_add_to_the_text(
+    spoken: SimpleNamespace, prompt: str, answer: str, skip: bool
+) -> None:
     hf, engine = spoken.hf, spoken.engine
     before = hf(prompt)["input_ids"]
     ids = hf(prompt + answer, add_special_tokens=True)["input_ids"]
@@ -87,7 +97,9 @@ def test_tokens_are_what_they_add_to_the_text(spoken: SimpleNamespace, prompt: s
         parts = [texts.completion([f], last=i == len(found) - 1) for i, f in enumerate(found)]
         tokens = [t for p in parts for t in p.tokens]
         assert shown + "".join(tokens) == whole
-        assert [o for p in parts for o in p.text_offset] == [len("".join(tokens[:i])) for i in range(len(tokens))]
+        assert [o for p in parts for o in p.text_offset] == [
+            len("".join(tokens[:i])) for i in range(len(tokens))
+        ]
         for part, token in zip(parts, tokens, strict=True):
             assert part.top_logprobs[0][token] == -0.5
             assert "\ufffd" not in json.dumps(part.top_logprobs, ensure_ascii=False) + token
@@ -100,7 +112,8 @@ def test_tokens_are_what_they_add_to_the_text(spoken: SimpleNamespace, prompt: s
 
 
 def test_bytes_that_are_no_character(spoken: SimpleNamespace) -> None:
-    """A token that begins a character adds nothing; as one that was not chosen it is named by its bytes."""
+    """A token that begins a character adds nothing; as one that was not chosen it is named by its
+    bytes."""
     hf = spoken.hf
     if spoken.kind == "word_piece":
         pytest.skip("its tokens are whole characters")
@@ -108,19 +121,31 @@ def test_bytes_that_are_no_character(spoken: SimpleNamespace) -> None:
     first, second = hf.convert_tokens_to_ids(list(names))
     letter = hf.convert_tokens_to_ids("a")
     texts = TokenTexts(spoken.engine, "t", [letter])
-    found = texts.completion([TokenLogprob(first, -0.5, ((first, -0.5), (second, -1.0)))], last=False)
+    found = texts.completion(
+        [TokenLogprob(first, -0.5, ((first, -0.5), (second, -1.0)))], last=False
+    )
     assert found.tokens == [""] and found.top_logprobs == [{"": -0.5, "bytes:\\x82": -1.0}]
     # What ends without its last byte has the mark that the answer's text has.
-    found = texts.completion([TokenLogprob(second, -0.5, ((first, -2.0), (second, -0.5)))], last=True)
-    assert found.tokens == [hf.decode([first, second])] == ["\ufffd"] or found.tokens == ["\ufffd\ufffd"]
+    found = texts.completion(
+        [TokenLogprob(second, -0.5, ((first, -2.0), (second, -0.5)))], last=True
+    )
+    assert found.tokens == [hf.decode([first, second])] == ["\ufffd"] or found.tokens == [
+        "\ufffd\ufffd"
+    ]
     assert found.top_logprobs[0]["bytes:\\xe2"] == -2.0
     # What breaks off, and goes on with a letter.
     texts = TokenTexts(spoken.engine, "t", [letter])
-    chat = texts.chat([TokenLogprob(i, -0.5, ((letter, -1.0),)) for i in (first, letter)], last=True).content
-    assert [c.bytes for c in chat] == [[0xE2], [ord("a")]] and chat[1].top_logprobs[0].token == chat[1].token
+    chat = texts.chat(
+        [TokenLogprob(i, -0.5, ((letter, -1.0),)) for i in (first, letter)], last=True
+    ).content
+    assert [c.bytes for c in chat] == [[0xE2], [ord("a")]] and chat[1].top_logprobs[
+        0
+    ].token == chat[1].token
     texts = TokenTexts(spoken.engine, "t", [letter])
     other = hf.convert_tokens_to_ids("e")
-    chat = texts.chat([TokenLogprob(i, -0.5, ((other, -1.0),)) for i in (first, letter)], last=True).content
+    chat = texts.chat(
+        [TokenLogprob(i, -0.5, ((other, -1.0),)) for i in (first, letter)], last=True
+    ).content
     assert chat[1].top_logprobs[0].token == "e"
 
 
@@ -137,7 +162,9 @@ def test_names_of_ids(spoken: SimpleNamespace) -> None:
     texts = TokenTexts(spoken.engine, "t", [1], as_ids=True)
     found = texts.completion(logprobs(ids, [[7]] * len(ids)), last=True)
     assert found.tokens == [f"token_id:{i}" for i in ids] and "token_id:7" in found.top_logprobs[0]
-    plain = TokenTexts(spoken.engine, "t", [1]).completion(logprobs(ids, [[]] * len(ids)), last=True)
+    plain = TokenTexts(spoken.engine, "t", [1]).completion(
+        logprobs(ids, [[]] * len(ids)), last=True
+    )
     assert found.text_offset == plain.text_offset  # of the text, whatever its tokens are called
 
 
@@ -147,7 +174,14 @@ def test_names_of_ids(spoken: SimpleNamespace) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_tokens_of_an_answer_are_its_text(live: Live, loop: Loop, seed: int, stream: bool) -> None:
-    body = {"model": "ana", "prompt": "x", "temperature": 3.0, "seed": seed, "max_tokens": 40, "logprobs": 5}
+    body = {
+        "model": "ana",
+        "prompt": "x",
+        "temperature": 3.0,
+        "seed": seed,
+        "max_tokens": 40,
+        "logprobs": 5,
+    }
     reply = live.post("/v1/completions", body | {"stream": stream, "n": 2, "ignore_eos": True})
     answers = [json.loads(e) for e in events(reply.text)[:-1]] if stream else [reply.json()]
     for index in range(2):

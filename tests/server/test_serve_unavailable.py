@@ -1,4 +1,5 @@
-"""A tenant whose files were damaged after the build: the others are served, and it says what is wrong."""
+"""A tenant whose files were damaged after the build: the others are served, and it says what is
+wrong."""
 
 from __future__ import annotations
 
@@ -39,7 +40,11 @@ def _other_kind(folder: Path) -> None:
     path.write_text(json.dumps(made))
 
 
-TOKENIZERS: dict[str, Callable[[Path], None]] = {"truncated": _truncate, "config": _no_json, "kind": _other_kind}
+TOKENIZERS: dict[str, Callable[[Path], None]] = {
+    "truncated": _truncate,
+    "config": _no_json,
+    "kind": _other_kind,
+}
 
 
 def _generation(folder: Path) -> None:
@@ -98,7 +103,9 @@ def test_a_damaged_tokenizer(damaged: Path, served: Callable[..., Live], kind: s
         {"prompt": [5], "stop": "x"},
         {"prompt": [5], "echo": True},
     ):
-        assert "tokenizer" in unavailable(live.post("/v1/completions", GOOD | {"model": "bob"} | body))
+        assert "tokenizer" in unavailable(
+            live.post("/v1/completions", GOOD | {"model": "bob"} | body)
+        )
     messages = [{"role": "user", "content": "x"}]
     unavailable(live.post("/v1/chat/completions", {"model": "bob", "messages": messages}))
     unavailable(live.post("/tokenize", {"model": "bob", "prompt": "x"}))
@@ -145,7 +152,9 @@ def test_a_damaged_generation_config(
     _as_older(monkeypatch, damaged, {"ana": checkpoints["ana"], "bob": bad})
     live = served()
     for body in ({"prompt": "text"}, {"prompt": [5]}, {"prompt": [5], "stream": True}):
-        assert "eos_token_id" in unavailable(live.post("/v1/completions", GOOD | {"model": "bob"} | body))
+        assert "eos_token_id" in unavailable(
+            live.post("/v1/completions", GOOD | {"model": "bob"} | body)
+        )
     unavailable(live.post("/detokenize", {"model": "bob", "tokens": [5]}))
     assert live.post("/v1/completions", GOOD).status_code == 200
     assert live.get("/ready").json()["unavailable"] == ["bob"]
@@ -153,7 +162,9 @@ def test_a_damaged_generation_config(
 
 def test_names_are_for_those_who_may_use_them(damaged: Path, served: Callable[..., Live]) -> None:
     _truncate(_assets(damaged, "bob"))
-    secrets, lines = zip(*(new_key([name], admin=name == "*") for name in ("ana", "bob", "*")), strict=True)
+    secrets, lines = zip(
+        *(new_key([name], admin=name == "*") for name in ("ana", "bob", "*")), strict=True
+    )
     live = served(Settings(keys=KeyRing([_key("", json.loads(line)) for line in lines])))
     assert live.get("/ready").json() == {"status": "ready"}
     assert live.get("/ready", Authorization="Bearer wrong").json() == {"status": "ready"}
@@ -169,7 +180,11 @@ def test_names_are_for_those_who_may_use_them(damaged: Path, served: Callable[..
 
 @pytest.mark.parametrize("kind", [*sorted(TOKENIZERS), "template", "generation"])
 def test_what_cannot_be_served_is_not_loaded(
-    damaged: Path, served: Callable[..., Live], checkpoints: dict[str, Path], tmp_path: Path, kind: str
+    damaged: Path,
+    served: Callable[..., Live],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
 ) -> None:
     path = tmp_path / "new"
     shutil.copytree(checkpoints["new"], path)
@@ -182,7 +197,9 @@ def test_what_cannot_be_served_is_not_loaded(
     live = served(Settings(enable_admin=True))
     before = helpers.fingerprint(damaged)
     answer = live.post("/v1/completions", GOOD).json()["choices"]
-    found = error(live.post("/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(path)}), 400)
+    found = error(
+        live.post("/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(path)}), 400
+    )
     assert "new" in found["message"] or str(path) in found["message"]
     assert helpers.fingerprint(damaged) == before
     assert [m["id"] for m in live.get("/v1/models").json()["data"]] == ["ana", "bob"]
@@ -202,7 +219,9 @@ def test_another_tenant_comes_beside_a_damaged_one(
     bad = _copy(checkpoints["bob"], tmp_path / "bad", damage)
     _as_older(monkeypatch, damaged, {"ana": checkpoints["ana"], "bob": bad})
     live = served(Settings(enable_admin=True))
-    reply = live.post("/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(checkpoints["new"])})
+    reply = live.post(
+        "/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(checkpoints["new"])}
+    )
     assert reply.status_code == 200, reply.text
     assert live.post("/v1/completions", GOOD | {"model": "new"}).status_code == 200
     assert live.post("/v1/unload_tenant", {"tenant_name": "bob"}).status_code == 200

@@ -1,4 +1,5 @@
-"""Answers in pieces beside what transformers' tokenizers say of the whole, over five kinds of tokenizers."""
+"""Answers in pieces beside what transformers' tokenizers say of the whole, over five kinds of
+tokenizers."""
 
 from __future__ import annotations
 
@@ -27,8 +28,11 @@ class Both:
         self.hf: Any = AutoTokenizer.from_pretrained(path)
         self.size = len(self.hf)
         self.special = sorted(set(self.hf.all_special_ids))
-        # Whole characters alone: of broken UTF-8 the decoders of byte tokens say something else once more comes.
-        self.characters = [[self.hf.convert_tokens_to_ids(f"<0x{b:02X}>") for b in c.encode()] for c in CHARACTERS]
+        # Whole characters alone: of broken UTF-8 the decoders of byte tokens say something else
+        # once more comes.
+        self.characters = [
+            [self.hf.convert_tokens_to_ids(f"<0x{b:02X}>") for b in c.encode()] for c in CHARACTERS
+        ]
 
     def tokens(self, numbers: list[int]) -> list[int]:
         """Tokens for random numbers: ordinary, special and unknown ones."""
@@ -61,13 +65,16 @@ NUMBERS = st.lists(st.integers(0, 10_000), min_size=1, max_size=40)
 @given(numbers=NUMBERS, skip=st.booleans())
 def test_pieces_are_the_whole(both: Both, numbers: list[int], skip: bool) -> None:
     ids = both.tokens(numbers)
-    assert "".join(both.stream(ids, skip_special_tokens=skip)) == both.hf.decode(ids, skip_special_tokens=skip)
+    assert "".join(both.stream(ids, skip_special_tokens=skip)) == both.hf.decode(
+        ids, skip_special_tokens=skip
+    )
 
 
 @settings(max_examples=examples(120), deadline=None)
 @given(prompt=NUMBERS, numbers=NUMBERS)
 def test_prompt_and_answer_are_the_whole(both: Both, prompt: list[int], numbers: list[int]) -> None:
-    """What a client expects who shows prompt + text; clean-up is left out, as it may reach into the prompt."""
+    """What a client expects who shows prompt + text; clean-up is left out, as it may reach into the
+    prompt."""
     before, ids = both.tokens(prompt), both.tokens(numbers)
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     known, whole = both.hf.decode(before, **options), both.hf.decode(before + ids, **options)
@@ -138,7 +145,9 @@ def test_clean_up_of_pieces_is_that_of_the_whole(pieces: list[str], cleaner: Any
 @pytest.fixture(scope="module")
 def cleaner(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' own."""
-    return AutoTokenizer.from_pretrained(KINDS["word_piece"](tmp_path_factory.mktemp("cleaner"))).clean_up_tokenization
+    return AutoTokenizer.from_pretrained(
+        KINDS["word_piece"](tmp_path_factory.mktemp("cleaner"))
+    ).clean_up_tokenization
 
 
 def test_clean_up_holds_little_back(cleaner: Any) -> None:

@@ -24,11 +24,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TenantText:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     path = tmp_path_factory.mktemp("bytes")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False
+    ).save_pretrained(path)
     return TenantText("bytes", path)
 
 
-def pieces(text: TenantText, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+def pieces(
+    text: TenantText, ids: list[int], stop: tuple[str, ...] = ()
+) -> tuple[list[str], TextStream]:
     stream = TextStream(text, stop)
     found = []
     for i, token_id in enumerate(ids):
@@ -57,7 +61,9 @@ def test_pieces_make_the_whole_and_split_no_character(text: TenantText, sample: 
 
 @settings(max_examples=examples(150), deadline=None)
 @given(sample=SAMPLE, stop=st.text(alphabet="ab é漢", min_size=1, max_size=4))
-def test_stop_strings_are_found_wherever_they_begin(text: TenantText, sample: str, stop: str) -> None:
+def test_stop_strings_are_found_wherever_they_begin(
+    text: TenantText, sample: str, stop: str
+) -> None:
     found, stream = pieces(text, text.encode(sample), (stop,))
     assert "".join(found) == sample.split(stop)[0]
     assert stream.stopped == (stop in sample)
@@ -65,16 +71,26 @@ def test_stop_strings_are_found_wherever_they_begin(text: TenantText, sample: st
 
 @pytest.fixture(scope="module")
 def fallback(tmp_path_factory: pytest.TempPathFactory) -> TenantText:
-    """As Mixtral's own tokenizer: words joined by a mark, characters beyond the vocabulary as `<0xNN>` bytes.
+    """As Mixtral's own tokenizer: words joined by a mark, characters beyond the vocabulary as
+    `<0xNN>` bytes.
 
     Its decoder turns a run of bytes into replacements altogether unless the whole run is valid.
     """
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abé\n"]
     vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     path = tmp_path_factory.mktemp("fallback")
     PreTrainedTokenizerFast(
@@ -93,7 +109,9 @@ def test_bytes_that_stand_in_for_characters_are_joined(fallback: TenantText, sam
 
 
 def test_a_long_run_of_bytes_comes_character_by_character(fallback: TenantText) -> None:
-    found, _ = pieces(fallback, fallback.encode("🙂" * 50)[1:])  # without the mark before the first word
+    found, _ = pieces(
+        fallback, fallback.encode("🙂" * 50)[1:]
+    )  # without the mark before the first word
     assert found == ["", "", "", "🙂"] * 50
 
 
@@ -132,17 +150,28 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     bare = TenantText("bare", tmp_path)
     assert not bare.has_tokenizer and bare.decode([1]) is None and bare.failure is None
     bare.check()
-    with pytest.raises(RequestError, match="tenant 'bare' has no tokenizer; give the prompt as a list of token ids"):
+    with pytest.raises(
+        RequestError, match="tenant 'bare' has no tokenizer; give the prompt as a list of token ids"
+    ):
         bare.encode("hello")
-    with pytest.raises(RequestError, match="tenant 'bare' has no tokenizer; give the prompt as a list of token ids"):
+    with pytest.raises(
+        RequestError, match="tenant 'bare' has no tokenizer; give the prompt as a list of token ids"
+    ):
         bare.chat([{"role": "user", "content": "hello"}])
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     text = TenantText("x", tmp_path)
-    with pytest.raises(StoreError, match=r"the tokenizer of tenant 'x' cannot be loaded.*build again"):
+    with pytest.raises(
+        StoreError, match=r"the tokenizer of tenant 'x' cannot be loaded.*build again"
+    ):
         text.check()
-    with pytest.raises(TenantUnavailableError, match=r"tenant 'x' cannot answer this: .*the tokenizer of tenant 'x'"):
+    with pytest.raises(
+        TenantUnavailableError,
+        match=r"tenant 'x' cannot answer this: .*the tokenizer of tenant 'x'",
+    ):
         text.encode("hello")

@@ -1,4 +1,5 @@
-"""Our own CPU kernels: right at every shape that they accept, refused where they do not fit, never needed."""
+"""Our own CPU kernels: right at every shape that they accept, refused where they do not fit, never
+needed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def noise(seed: int, *size: int) -> torch.Tensor:
 
 
 def close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
-    tolerance = {"atol": 0.02, "rtol": 0.01} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    tolerance = (
+        {"atol": 0.02, "rtol": 0.01} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    )
     torch.testing.assert_close(found.double(), exact.double(), **tolerance)
 
 
@@ -45,17 +48,25 @@ def close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [(64, 64), (1, 2), (8, 1024), (37, 50), (100, 34), (129, 200), (320, 96)]
 )
-def test_linear_is_right_for_any_shape_and_number_of_rows(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+def test_linear_is_right_for_any_shape_and_number_of_rows(
+    dtype: torch.dtype, outputs: int, inputs: int
+) -> None:
     found = kernels(dtype)
     weight = (noise(0, outputs, inputs) * inputs**-0.5).to(dtype)
     packed = products.pack_native(weight)
-    if packed.place is None:  # where oneDNN packs, it does some shapes in other ways, and then multiplies them too
+    if (
+        packed.place is None
+    ):  # where oneDNN packs, it does some shapes in other ways, and then multiplies them too
         assert not found.own_layout
         assert packed.kernels is None
     else:
         for rows in (*range(1, 15), 20):
             x = noise(rows, rows, inputs).to(dtype)
-            close(native.linear(found, x, packed.place, outputs), x.double() @ weight.double().T, dtype)
+            close(
+                native.linear(found, x, packed.place, outputs),
+                x.double() @ weight.double().T,
+                dtype,
+            )
     x = noise(1, 5, inputs).to(dtype)
     close(products.linear(x, packed), x.double() @ weight.double().T, dtype)
 
@@ -69,7 +80,8 @@ def test_the_shapes_that_matter_are_taken() -> None:
 
 @pytest.mark.parametrize("inputs", [1, 33, 129, 257])
 def test_odd_inputs(inputs: int) -> None:
-    """Weights that we pack have a zero for the other half of the last pair; oneDNN's are left to it."""
+    """Weights that we pack have a zero for the other half of the last pair; oneDNN's are left to
+    it."""
     found = kernels(torch.bfloat16)
     weight, x = (noise(0, 64, inputs) * inputs**-0.5).bfloat16(), noise(1, 7, inputs).bfloat16()
     packed = products.pack_native(weight)
@@ -85,14 +97,19 @@ def test_odd_inputs(inputs: int) -> None:
 def onednn_packs(weight: torch.Tensor) -> torch.Tensor | None:
     try:
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    except (AttributeError, NotImplementedError, RuntimeError):  # no such type on this processor, or no oneDNN
+    except (
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+    ):  # no such type on this processor, or no oneDNN
         return None
     return packed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_packed_here_as_onednn_does_it(dtype: torch.dtype) -> None:
-    """Where oneDNN packs in blocks of 64 outputs, and bfloat16 in pairs, what we pack is the same."""
+    """Where oneDNN packs in blocks of 64 outputs, and bfloat16 in pairs, what we pack is the
+    same."""
     lanes = 2 if dtype == torch.bfloat16 else 1
     for outputs, inputs in ((64, 64), (1, 2), (384, 128), (100, 34), (63, 8), (65, 5)):
         weight = noise(0, outputs, inputs).to(dtype)
@@ -124,7 +141,9 @@ def test_another_layout_is_noticed() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 1), (13, 3)])
-def test_a_whole_layer_of_experts(dtype: torch.dtype, activation: str, tokens: int, top_k: int) -> None:
+def test_a_whole_layer_of_experts(
+    dtype: torch.dtype, activation: str, tokens: int, top_k: int
+) -> None:
     found = kernels(dtype)
     hidden, inter, num_experts = 40, 64, 5
     gate_up = [(noise(i, 2 * inter, hidden) * 0.2).to(dtype) for i in range(num_experts)]
@@ -133,7 +152,10 @@ def test_a_whole_layer_of_experts(dtype: torch.dtype, activation: str, tokens: i
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(num_experts)[:top_k] for _ in range(tokens)])
     gates = torch.from_numpy(rng.random((tokens, top_k), dtype=np.float32))
-    packed = [(products.pack_native(a), products.pack_native(b)) for a, b in zip(gate_up, down, strict=True)]
+    packed = [
+        (products.pack_native(a), products.pack_native(b))
+        for a, b in zip(gate_up, down, strict=True)
+    ]
     order = np.argsort(ids.reshape(-1), kind="stable")
     hit, starts = np.unique(ids.reshape(-1)[order], return_index=True)
     places = np.empty_like(order)
@@ -155,7 +177,9 @@ def test_a_whole_layer_of_experts(dtype: torch.dtype, activation: str, tokens: i
         for choice in range(top_k):
             e = ids[t, choice]
             gate, up = (x[t].double() @ gate_up[e].double().T).chunk(2)
-            exact[t] += gates[t, choice].double() * ((ACTIVATIONS[activation](gate) * up) @ down[e].double().T)
+            exact[t] += gates[t, choice].double() * (
+                (ACTIVATIONS[activation](gate) * up) @ down[e].double().T
+            )
     close(out, exact, dtype)
 
 
@@ -177,16 +201,26 @@ def test_several_runs_of_rows_in_one_call(
 ) -> None:
     found = kernels(dtype)
     starts = np.cumsum([0, *rows]).astype(np.int64)
-    x, weights = noise(0, sum(rows), 70).to(dtype), [noise(1 + i, 130, 70).to(dtype) for i in range(len(rows))]
+    x, weights = (
+        noise(0, sum(rows), 70).to(dtype),
+        [noise(1 + i, 130, 70).to(dtype) for i in range(len(rows))],
+    )
     packed = [pack_native(w) for w in weights]
     calls: list[int] = []
     own = native.linears
     monkeypatch.setattr(native, "linears", lambda *a: (calls.append(1), own(*a))[1])
-    exact = torch.cat([x[a:b].double() @ w.double().T for a, b, w in zip(starts, starts[1:], weights, strict=False)])
+    exact = torch.cat(
+        [
+            x[a:b].double() @ w.double().T
+            for a, b, w in zip(starts, starts[1:], weights, strict=False)
+        ]
+    )
     close(linears(x, starts, packed), exact, dtype)
     assert len(calls) == 1
     # What the kernels do not take in one call: too many rows, plain weights among packed ones.
-    few = [] if found.own_layout else [replace(p, kernels=replace(found, max_rows=1)) for p in packed]
+    few = (
+        [] if found.own_layout else [replace(p, kernels=replace(found, max_rows=1)) for p in packed]
+    )
     mixed = [*packed[:-1], weights[-1]]
     for other in filter(None, (few, mixed, weights)):
         close(linears(x, starts, other), exact, dtype)
@@ -195,9 +229,12 @@ def test_several_runs_of_rows_in_one_call(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 4, 40, 100])
 @pytest.mark.parametrize(
-    ("groups", "per_group", "size"), [(2, 2, 8), (1, 5, 4), (4, 1, 64), (2, 4, 64), (1, 9, 80), (1, 4, 128)]
+    ("groups", "per_group", "size"),
+    [(2, 2, 8), (1, 5, 4), (4, 1, 64), (2, 4, 64), (1, 9, 80), (1, 4, 128)],
 )
-def test_decode_attention(dtype: torch.dtype, window: int | None, groups: int, per_group: int, size: int) -> None:
+def test_decode_attention(
+    dtype: torch.dtype, window: int | None, groups: int, per_group: int, size: int
+) -> None:
     found = kernels(dtype)
     lengths = np.array([1, 9, 70], dtype=np.int64)
     block, width = 4, groups * size + 3  # an arena that is wider than this tenant's keys
@@ -212,7 +249,11 @@ def test_decode_attention(dtype: torch.dtype, window: int | None, groups: int, p
         positions = np.arange(first, length)
         places = torch.from_numpy(tables[row][positions // block] * block + positions % block)
         k, v = (
-            t[places, : groups * size].view(-1, groups, size).transpose(0, 1).double().repeat_interleave(per_group, 0)
+            t[places, : groups * size]
+            .view(-1, groups, size)
+            .transpose(0, 1)
+            .double()
+            .repeat_interleave(per_group, 0)
             for t in (keys, values)
         )
         exact = F.scaled_dot_product_attention(q[row].double()[:, None], k, v)[:, 0].reshape(-1)
@@ -247,13 +288,17 @@ def test_without_kernels_onednn_does_all_products(
         assert native.load(torch.float32) is None
     assert "own CPU kernels are not used" in caplog.text
     model = helpers.random_mixtral(0)
-    store = helpers.build_round_robin(tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")})
+    store = helpers.build_round_robin(
+        tmp_path / "store", {"only": helpers.save(model, tmp_path / "only")}
+    )
     rows = helpers.prompts(0, [12])
     with load_engine(store) as engine:
         assert engine.stats()["products"] in ("oneDNN", "torch")
         helpers.assert_close(engine.logits("only", rows), helpers.hf_logits(model, rows))
         answer = engine.generate("only", rows[0])
-        assert list(answer.token_ids) == helpers.hf_greedy(model, rows[0], len(answer.token_ids), eos=2)
+        assert list(answer.token_ids) == helpers.hf_greedy(
+            model, rows[0], len(answer.token_ids), eos=2
+        )
 
 
 @pytest.mark.parametrize("value", ["", "yes", "01"])
@@ -270,7 +315,8 @@ def no_layout(*_: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["AVX2", "AVX-512", "AVX-512 bf16"])
 def test_where_onednn_packs_nothing(fresh: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
-    """Kernels for every processor up to this one pack by themselves and multiply any number of rows."""
+    """Kernels for every processor up to this one pack by themselves and multiply any number of
+    rows."""
     lack = {"AVX2": {"avx512f", "avx512_bf16"}, "AVX-512": {"avx512_bf16"}}.get(target, set())
     flags = native.cpu_flags() - lack - {"amx_bf16"}
     fresh.setattr(targets, "cpu_flags", lambda: flags)
@@ -287,13 +333,20 @@ def test_where_onednn_packs_nothing(fresh: pytest.MonkeyPatch, tmp_path: Path, t
             for rows in (1, 2, 3, 4, 5, 6, 7, 95, 97, 200):
                 x = noise(rows, rows, inputs).to(dtype)
                 close(products.linear(x, packed), x.double() @ weight.double().T, dtype)
-    path = helpers.save(helpers.random_mixtral(0, hidden_size=32, intermediate_size=64).bfloat16(), tmp_path / "only")
+    path = helpers.save(
+        helpers.random_mixtral(0, hidden_size=32, intermediate_size=64).bfloat16(),
+        tmp_path / "only",
+    )
     store = helpers.build_round_robin(tmp_path / "store", {"only": path})
     with load_engine(store) as engine:
         assert engine.stats()["products"] == f"own kernels ({target})"
         for row in helpers.prompts(0, [150, 12]):
-            rounded, exact = (helpers.hf_logits(helpers.load(path, *kind), [row]) for kind in ((torch.bfloat16,), ()))
-            # As close to exact arithmetic as Hugging Face's own bfloat16 is, with room for other roundings.
+            rounded, exact = (
+                helpers.hf_logits(helpers.load(path, *kind), [row])
+                for kind in ((torch.bfloat16,), ())
+            )
+            # As close to exact arithmetic as Hugging Face's own bfloat16 is, with room for other
+            # roundings.
             error = np.abs(engine.logits("only", [row]) - exact)
             assert error.mean() <= 1.5 * np.abs(rounded - exact).mean()
 

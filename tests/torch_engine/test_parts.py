@@ -14,7 +14,13 @@ from tests import helpers
 from tests.conftest import Family
 from torch_engine import products
 from torch_engine.model import rms_norm, route_top_k
-from torch_engine.non_expert import FlatLayout, TenantsByCopy, TenantsInPlace, TenantWeights, entries
+from torch_engine.non_expert import (
+    FlatLayout,
+    TenantsByCopy,
+    TenantsInPlace,
+    TenantWeights,
+    entries,
+)
 from torch_engine.pool import find_grouped_mm, grouped_mm_fits
 from torch_engine.rotary import RotaryTable, rotate
 
@@ -41,15 +47,23 @@ def test_routing_equals_transformers(experts: int, top_k: int) -> None:
 
 
 def test_rotary_equals_transformers_beyond_the_first_table() -> None:
-    raw = helpers.SIZES | {"model_type": "mixtral", "max_position_embeddings": 2048, "rope_theta": 1e4}
+    raw = helpers.SIZES | {
+        "model_type": "mixtral",
+        "max_position_embeddings": 2048,
+        "rope_theta": 1e4,
+    }
     config = FAMILIES["mixtral"].parse_config(raw, "test")
     assert isinstance(config, MixtralConfig)
     table = RotaryTable(config, torch.float32, torch.device("cpu"))
     positions = torch.tensor([0, 5, 511, 700, 1999])
     q = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
-    hf_config = hf.MixtralConfig(**(helpers.SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}))
+    hf_config = hf.MixtralConfig(
+        **(helpers.SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    )
     cos, sin = hf.MixtralRotaryEmbedding(hf_config)(q, positions[None])
-    expected, _ = hf.apply_rotary_pos_emb(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos, sin)
+    expected, _ = hf.apply_rotary_pos_emb(
+        q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos, sin
+    )
     torch.testing.assert_close(rotate(q, *table.at(positions, 1999)), expected[0].transpose(0, 1))
 
 
@@ -74,7 +88,8 @@ def test_packed_products_equal_plain_ones(dtype: torch.dtype, rows: int) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_product_equals_a_loop(dtype: torch.dtype) -> None:
-    """The library's grouped product is new and differs by platform, so it is held against a loop here too."""
+    """The library's grouped product is new and differs by platform, so it is held against a loop
+    here too."""
     grouped_mm = find_grouped_mm()
     assert grouped_mm is not None
     assert grouped_mm_fits(32, 48, dtype, torch.device("cpu"))
@@ -86,9 +101,14 @@ def test_grouped_product_equals_a_loop(dtype: torch.dtype) -> None:
     found = grouped_mm(x, weight.transpose(1, 2), offs=ends)
     starts = [0, *ends.tolist()[:-1]]
     exact = torch.cat(
-        [x[a:b].double() @ weight[i].double().T for i, (a, b) in enumerate(zip(starts, ends.tolist(), strict=True))]
+        [
+            x[a:b].double() @ weight[i].double().T
+            for i, (a, b) in enumerate(zip(starts, ends.tolist(), strict=True))
+        ]
     )
-    torch.testing.assert_close(found.double(), exact, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=1e-2)
+    torch.testing.assert_close(
+        found.double(), exact, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=1e-2
+    )
 
 
 def assert_same_weights(found: TenantWeights, expected: TenantWeights) -> None:
@@ -102,7 +122,8 @@ def assert_same_weights(found: TenantWeights, expected: TenantWeights) -> None:
 
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
-    """The path that CUDA takes, on the host's memory: flat buffers, least recently used out, nothing copied back."""
+    """The path that CUDA takes, on the host's memory: flat buffers, least recently used out,
+    nothing copied back."""
     store = helpers.build_round_robin(tmp_path / "store", family.paths)
     cpu = torch.device("cpu")
     in_place = TenantsInPlace(store, torch.float32, 3, lambda w: w)
@@ -142,7 +163,9 @@ def test_flat_layout_is_aligned_and_ordered(family: Family, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("rows", [1, products.WIDEN_FROM_ROWS, 40])
-def test_emulated_bfloat16_is_widened_for_many_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulated_bfloat16_is_widened_for_many_rows(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "emulates_bfloat16", lambda: True)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 48, generator=generator).bfloat16() for n in (rows, 24))

@@ -1,4 +1,5 @@
-"""Residuals, merged copies and the observer, against Hugging Face models that hold what the store serves."""
+"""Residuals, merged copies and the observer, against Hugging Face models that hold what the store
+serves."""
 
 from __future__ import annotations
 
@@ -30,7 +31,12 @@ WAYS: list[dict[str, Any]] = [
     {"experts": "grouped", "products": "plain"},
 ]
 PROJECTIONS = ("w1", "w2", "w3")
-EVERY_KIND = [(SIGN, 1, 1), (SIGN, 1, 5), (SIGN, 1, 1000), *((LOW_RANK, bits, 3) for bits in LOW_RANK_BITS)]
+EVERY_KIND = [
+    (SIGN, 1, 1),
+    (SIGN, 1, 5),
+    (SIGN, 1, 1000),
+    *((LOW_RANK, bits, 3) for bits in LOW_RANK_BITS),
+]
 
 
 def kernels(dtype: torch.dtype) -> native.Kernels:
@@ -45,7 +51,11 @@ def noise(seed: int, *size: int) -> torch.Tensor:
 
 
 def packed_residual(
-    parts: Sequence[Part], shapes: dict[str, tuple[int, ...]], seed: int, own: native.Kernels | None, size: float = 0.3
+    parts: Sequence[Part],
+    shapes: dict[str, tuple[int, ...]],
+    seed: int,
+    own: native.Kernels | None,
+    size: float = 0.3,
 ) -> tuple[PackedResidual, dict[str, torch.Tensor]]:
     """A residual with random content, and its matrices in float64."""
     record = helpers.random_record(parts, shapes, seed, size)
@@ -63,7 +73,8 @@ def packed_residual(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "bits", "size"), EVERY_KIND)
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(1, 1), (3, 17), (16, 16), (64, 32), (66, 31), (77, 45), (130, 100), (257, 64)]
+    ("outputs", "inputs"),
+    [(1, 1), (3, 17), (16, 16), (64, 32), (66, 31), (77, 45), (130, 100), (257, 64)],
 )
 def test_own_kernels_multiply_every_kind_at_any_size(
     dtype: torch.dtype, kind: str, bits: int, size: int, outputs: int, inputs: int
@@ -105,7 +116,10 @@ def test_plain_operations_multiply_every_kind(
         part = Part("w1", kind, bits, size)
         record = helpers.random_record([part], shapes, 1, 0.3)
         x, y = noise(3, 5, inputs), noise(4, 5, outputs)
-        expected = y.double() + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["w1"])).double().T
+        expected = (
+            y.double()
+            + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["w1"])).double().T
+        )
         add_part(part, torch.from_numpy(record), shapes["w1"], x, y)
         torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
 
@@ -116,16 +130,25 @@ def test_plain_operations_multiply_every_kind(
 def test_a_whole_layer_adds_residuals_of_several_tenants(
     dtype: torch.dtype, threads: int, tokens: int, top_k: int, hidden: int
 ) -> None:
-    """Rows of three tenants share experts; one tenant has none, the others' differ in parts at every expert."""
+    """Rows of three tenants share experts; one tenant has none, the others' differ in parts at
+    every expert."""
     own = kernels(dtype)
     inter, num_experts, num_tenants = 64, 4, 3
     shapes = {"w1": (inter, hidden), "w3": (inter, hidden), "w2": (hidden, inter)}
     gate_up = [(noise(i, 2 * inter, hidden) * 0.2).to(dtype) for i in range(num_experts)]
     down = [(noise(9 + i, hidden, inter) * 0.2).to(dtype) for i in range(num_experts)]
-    packed = [(products.pack_native(a), products.pack_native(b)) for a, b in zip(gate_up, down, strict=True)]
+    packed = [
+        (products.pack_native(a), products.pack_native(b))
+        for a, b in zip(gate_up, down, strict=True)
+    ]
     kinds = [
         [Part("w1", SIGN, 1, 1), Part("w2", SIGN, 1, 7)],
-        [Part("w2", LOW_RANK, 4, 5), Part("w3", LOW_RANK, 16, 9), Part("w2", LOW_RANK, 2, 13), Part("w3", SIGN, 1, 2)],
+        [
+            Part("w2", LOW_RANK, 4, 5),
+            Part("w3", LOW_RANK, 16, 9),
+            Part("w2", LOW_RANK, 2, 13),
+            Part("w3", SIGN, 1, 2),
+        ],
         [Part("w3", LOW_RANK, 8, 1)],
         [Part("w2", LOW_RANK, 32, 2)],
     ]
@@ -148,7 +171,8 @@ def test_a_whole_layer_adds_residuals_of_several_tenants(
     added = [
         (int(a), int(b), residual.native)
         for run, a, b in zip(runs, firsts, [*firsts[1:], len(order)], strict=True)
-        if (at := (int(run) % num_tenants, int(run) // num_tenants)) in made and (residual := made[at][0]).native
+        if (at := (int(run) % num_tenants, int(run) // num_tenants)) in made
+        and (residual := made[at][0]).native
     ]
     assert added
     places = np.empty_like(order)
@@ -178,10 +202,15 @@ def test_a_whole_layer_adds_residuals_of_several_tenants(
             more = made.get((int(tenant_of[t, 0]), e), (None, None))[1]
             gate_up_e, down_e = gate_up[e].double(), down[e].double()
             if more is not None:
-                gate_up_e, down_e = gate_up_e + torch.cat((more["w1"], more["w3"])), down_e + more["w2"]
+                gate_up_e, down_e = (
+                    gate_up_e + torch.cat((more["w1"], more["w3"])),
+                    down_e + more["w2"],
+                )
             gate, up = (x[t].double() @ gate_up_e.T).chunk(2)
             exact[t] += gates[t, choice].double() * ((ACTIVATIONS["silu"](gate) * up) @ down_e.T)
-    tolerance = {"atol": 0.04, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 2e-5, "rtol": 1e-5}
+    tolerance = (
+        {"atol": 0.04, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 2e-5, "rtol": 1e-5}
+    )
     torch.testing.assert_close(out.double(), exact, **tolerance)
 
 
@@ -192,7 +221,9 @@ CASES: dict[str, Callable[[int, int, int], Sequence[Part]]] = {
     "scales for 7 rows": lambda t, _l, _e: [Part(p, SIGN, 1, 7) for p in PROJECTIONS],
     "a scale for all rows": lambda t, _l, _e: [Part(p, SIGN, 1, 10**6) for p in PROJECTIONS],
     **{
-        f"low rank, {bits} bits": lambda t, _l, e, bits=bits: [Part(p, LOW_RANK, bits, 1 + e) for p in PROJECTIONS]
+        f"low rank, {bits} bits": lambda t, _l, e, bits=bits: [
+            Part(p, LOW_RANK, bits, 1 + e) for p in PROJECTIONS
+        ]
         for bits in LOW_RANK_BITS
     },
     "several parts": lambda t, _l, _e: [
@@ -203,13 +234,17 @@ CASES: dict[str, Callable[[int, int, int], Sequence[Part]]] = {
         Part("w1", LOW_RANK, 16, 1),
     ],
     "some projections, tenants and experts": lambda t, layer, e: (
-        [Part(PROJECTIONS[(t + e) % 3], *EVERY_KIND[(2 * t + e) % len(EVERY_KIND)])] if (t + layer + e) % 2 else []
+        [Part(PROJECTIONS[(t + e) % 3], *EVERY_KIND[(2 * t + e) % len(EVERY_KIND)])]
+        if (t + layer + e) % 2
+        else []
     ),
     "one layer alone": lambda t, layer, _e: [Part("w3", SIGN, 1, 2)] if layer == 1 else [],
 }
 
 
-def prepared(path: Path, paths: dict[str, Path], case: str, slots: Any = None, merged: bool = True) -> Store:
+def prepared(
+    path: Path, paths: dict[str, Path], case: str, slots: Any = None, merged: bool = True
+) -> Store:
     """A store whose plan has residuals and, on every second copy, merged weights."""
     store = helpers.build_round_robin(path, paths, slots=slots)
     plan, means = helpers.with_merged(store, range(0, store.plan.num_slots, 2) if merged else ())
@@ -217,7 +252,9 @@ def prepared(path: Path, paths: dict[str, Path], case: str, slots: Any = None, m
     return set_plan(path, plan, merged=means, records=records)
 
 
-def check(store: Store, models: Sequence[Any], ways: Sequence[dict[str, Any]], lengths: Sequence[int]) -> None:
+def check(
+    store: Store, models: Sequence[Any], ways: Sequence[dict[str, Any]], lengths: Sequence[int]
+) -> None:
     """Logits of each tenant alone, and greedy tokens in batches of one tenant and of all."""
     oracles = [helpers.oracle_of_store(store, models, i) for i in range(len(models))]
     rows = helpers.prompts(5, lengths, models[0].config.vocab_size)
@@ -228,8 +265,15 @@ def check(store: Store, models: Sequence[Any], ways: Sequence[dict[str, Any]], l
             for i, name in enumerate(store.tenants):
                 found = engine.logits(name, rows)
                 for j, row in enumerate(rows):
-                    assert_close(found[j, : len(row)], expected[i][j], what=f"{name}, {way}, {len(row)} tokens")
-                assert list(engine.generate(name, rows[0], NEW).token_ids) == greedy[i][0], (name, way)
+                    assert_close(
+                        found[j, : len(row)],
+                        expected[i][j],
+                        what=f"{name}, {way}, {len(row)} tokens",
+                    )
+                assert list(engine.generate(name, rows[0], NEW).token_ids) == greedy[i][0], (
+                    name,
+                    way,
+                )
             mixed = [(i, j) for j in range(len(rows)) for i in range(len(models))]
             answers = engine.generate_batch([(store.tenants[i], rows[j]) for i, j in mixed], NEW)
             for (i, j), answer in zip(mixed, answers, strict=True):
@@ -237,7 +281,9 @@ def check(store: Store, models: Sequence[Any], ways: Sequence[dict[str, Any]], l
 
 
 @pytest.mark.parametrize("case", rest_slow(CASES, 3))
-def test_every_way_to_multiply_serves_copies_plus_residuals(family: Family, tmp_path: Path, case: str) -> None:
+def test_every_way_to_multiply_serves_copies_plus_residuals(
+    family: Family, tmp_path: Path, case: str
+) -> None:
     store = prepared(tmp_path / "store", family.paths, case)
     assert store.plan.residuals
     check(store, family.models, WAYS, (9, 1, 17))
@@ -253,7 +299,8 @@ def test_misses_beside_residuals(family: Family, tmp_path: Path, case: str) -> N
 
 
 def test_a_long_prompt(family: Family, tmp_path: Path) -> None:
-    """More rows than our own kernels take where oneDNN multiplies well: its products, residuals by our kernels."""
+    """More rows than our own kernels take where oneDNN multiplies well: its products, residuals by
+    our kernels."""
     store = prepared(tmp_path / "store", family.paths, "several parts")
     check(store, family.models, WAYS[:1], (230,))
 
@@ -263,7 +310,12 @@ def test_a_long_prompt(family: Family, tmp_path: Path) -> None:
     "sizes",
     rest_slow(
         [
-            {"hidden_size": 20, "intermediate_size": 27, "num_attention_heads": 5, "num_key_value_heads": 1},
+            {
+                "hidden_size": 20,
+                "intermediate_size": 27,
+                "num_attention_heads": 5,
+                "num_key_value_heads": 1,
+            },
             {"hidden_size": 40, "intermediate_size": 64},
             {"intermediate_size": 48, "num_experts_per_tok": 3},
             {"num_experts_per_tok": 1, "hidden_act": "gelu"},
@@ -275,7 +327,9 @@ def test_other_sizes(tmp_path: Path, sizes: dict[str, Any]) -> None:
     base = helpers.random_mixtral(3, **sizes)
     models = [base, helpers.tuned(base, 4)]
     paths = {n: helpers.save(m, tmp_path / n) for n, m in zip(("a", "b"), models, strict=True)}
-    for i, case in enumerate(("scales for 7 rows", "several parts", "some projections, tenants and experts")):
+    for i, case in enumerate(
+        ("scales for 7 rows", "several parts", "some projections, tenants and experts")
+    ):
         store = prepared(tmp_path / f"store{i}", paths, case)
         check(store, models, WAYS[:-1], (9, 4))
 
@@ -283,14 +337,21 @@ def test_other_sizes(tmp_path: Path, sizes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("seed", rest_slow(range(4)))
 def test_any_mixture(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    base = helpers.random_mixtral(seed, hidden_size=rng.choice([32, 40]), intermediate_size=rng.choice([41, 64]))
+    base = helpers.random_mixtral(
+        seed, hidden_size=rng.choice([32, 40]), intermediate_size=rng.choice([41, 64])
+    )
     models = [base, *(helpers.tuned(base, i) for i in range(rng.randint(1, 3)))]
     paths = {f"t{i}": helpers.save(m, tmp_path / f"t{i}") for i, m in enumerate(models)}
     store = helpers.build_round_robin(tmp_path / "store", paths, slots=rng.choice(["all", None, 5]))
-    plan, means = helpers.with_merged(store, rng.sample(range(store.plan.num_slots), store.plan.num_slots // 2))
+    plan, means = helpers.with_merged(
+        store, rng.sample(range(store.plan.num_slots), store.plan.num_slots // 2)
+    )
 
     def parts(_t: int, _l: int, _e: int) -> list[Part]:
-        return [Part(rng.choice(PROJECTIONS), *rng.choice(EVERY_KIND)) for _ in range(rng.choice([0, 0, 1, 2, 3]))]
+        return [
+            Part(rng.choice(PROJECTIONS), *rng.choice(EVERY_KIND))
+            for _ in range(rng.choice([0, 0, 1, 2, 3]))
+        ]
 
     plan, records = helpers.with_residuals(plan, dict(store.experts.projections), parts, seed)
     store = set_plan(tmp_path / "store", plan, merged=means, records=records)
@@ -305,9 +366,13 @@ def test_merged_copies_alone(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", [{}, {"products": "plain"}, {"experts": "grouped"}], ids=str)
 def test_bfloat16_is_close(tmp_path: Path, way: dict[str, Any]) -> None:
-    """As close to exact arithmetic as Hugging Face's own bfloat16 with the sum of copy and residual rounded to it."""
+    """As close to exact arithmetic as Hugging Face's own bfloat16 with the sum of copy and residual
+    rounded to it."""
     base = helpers.random_mixtral(0).to(torch.bfloat16)
-    paths = {n: helpers.save(m, tmp_path / n) for n, m in zip(("a", "b"), (base, helpers.tuned(base, 1)), strict=True)}
+    paths = {
+        n: helpers.save(m, tmp_path / n)
+        for n, m in zip(("a", "b"), (base, helpers.tuned(base, 1)), strict=True)
+    }
     models = [helpers.load(path) for path in paths.values()]
     store = prepared(tmp_path / "store", paths, "several parts")
     assert store.dtype == "bfloat16"
@@ -318,7 +383,8 @@ def test_bfloat16_is_close(tmp_path: Path, way: dict[str, Any]) -> None:
         for i, name in enumerate(store.tenants):
             # Saved and loaded: a cast of the model would round its rotary frequencies too.
             rounded = helpers.load(
-                helpers.save(oracles[i].to(torch.bfloat16), tmp_path / f"rounded {i}"), torch.bfloat16
+                helpers.save(oracles[i].to(torch.bfloat16), tmp_path / f"rounded {i}"),
+                torch.bfloat16,
             )
             allowed = np.abs(hf_logits(rounded, rows) - exact[i]).mean()
             error = np.abs(engine.logits(name, rows) - exact[i]).mean()
@@ -328,7 +394,9 @@ def test_bfloat16_is_close(tmp_path: Path, way: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_residual_bytes_are_counted_and_stay_packed(family: Family, tmp_path: Path, way: dict[str, Any]) -> None:
+def test_residual_bytes_are_counted_and_stay_packed(
+    family: Family, tmp_path: Path, way: dict[str, Any]
+) -> None:
     plain = helpers.build_round_robin(tmp_path / "plain", family.paths)
     store = prepared(tmp_path / "store", family.paths, "several parts")
     assert store.residual_bytes > 0
@@ -344,7 +412,9 @@ def test_residual_bytes_are_counted_and_stay_packed(family: Family, tmp_path: Pa
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("slots", [3, None])
-@pytest.mark.parametrize("way", [{"dtype": "float32"}, {"dtype": "bfloat16", "experts": "grouped"}], ids=str)
+@pytest.mark.parametrize(
+    "way", [{"dtype": "float32"}, {"dtype": "bfloat16", "experts": "grouped"}], ids=str
+)
 def test_cuda(family: Family, tmp_path: Path, slots: int | None, way: dict[str, Any]) -> None:
     store = prepared(tmp_path / "store", family.paths, "several parts", slots=slots)
     if way["dtype"] == "float32":
@@ -374,8 +444,11 @@ class Recorder:
         return None if self.added is None else x * np.float32(self.added)
 
 
-def routing(model: Any, row: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Router input [T, H], chosen experts and gates [T, K] of each layer, from transformers' own modules."""
+def routing(
+    model: Any, row: Sequence[int]
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Router input [T, H], chosen experts and gates [T, K] of each layer, from transformers' own
+    modules."""
     seen = []
     hooks = [
         layer.mlp.gate.register_forward_hook(
@@ -390,40 +463,58 @@ def routing(model: Any, row: Sequence[int]) -> list[tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_observer_sees_what_hugging_face_routes(family: Family, tmp_path: Path, way: dict[str, Any]) -> None:
+def test_the_observer_sees_what_hugging_face_routes(
+    family: Family, tmp_path: Path, way: dict[str, Any]
+) -> None:
     store = prepared(tmp_path / "store", family.paths, "several parts", slots=5)
     oracles = [helpers.oracle_of_store(store, family.models, i) for i in range(3)]
     prompts = helpers.prompts(2, (6, 11))
     recorder = Recorder()
     with load_engine(store, **way) as engine:
         engine.observe(recorder)
-        answers = engine.generate_batch([("ana", prompts[0]), ("bob", prompts[1])], SamplingParams(max_new_tokens=4))
+        answers = engine.generate_batch(
+            [("ana", prompts[0]), ("bob", prompts[1])], SamplingParams(max_new_tokens=4)
+        )
         seen = recorder.seen
         engine.observe(None)
         recorder.seen = []
         engine.generate("ana", prompts[0], NEW)
         assert not recorder.seen
-    for name, prompt, answer, oracle in zip(("ana", "bob"), prompts, answers, oracles[1:], strict=True):
-        expected = routing(oracle, [*prompt, *answer.token_ids[:-1]])  # the last token is never read
+    for name, prompt, answer, oracle in zip(
+        ("ana", "bob"), prompts, answers, oracles[1:], strict=True
+    ):
+        expected = routing(
+            oracle, [*prompt, *answer.token_ids[:-1]]
+        )  # the last token is never read
         for layer, (x, ids, gates) in enumerate(expected):
             mine = [s for s in seen if s[0] == name and s[1] == layer]
             assert [len(s[2]) for s in mine] == [len(prompt)] + [1] * (len(answer.token_ids) - 1)
-            found_x, found_ids, found_gates = (np.concatenate([s[i] for s in mine]) for i in (2, 3, 4))
-            assert (found_x.dtype, found_ids.dtype, found_gates.dtype) == (np.float32, np.int64, np.float32)
+            found_x, found_ids, found_gates = (
+                np.concatenate([s[i] for s in mine]) for i in (2, 3, 4)
+            )
+            assert (found_x.dtype, found_ids.dtype, found_gates.dtype) == (
+                np.float32,
+                np.int64,
+                np.float32,
+            )
             assert_close(found_x, x.numpy(), what="x")
             assert (found_ids == ids.numpy()).all()
             assert_close(found_gates, gates.float().numpy(), what="gates")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_what_the_observer_returns_is_added(family: Family, tmp_path: Path, way: dict[str, Any]) -> None:
+def test_what_the_observer_returns_is_added(
+    family: Family, tmp_path: Path, way: dict[str, Any]
+) -> None:
     store = helpers.build_round_robin(tmp_path / "store", family.paths, slots=5)
     model = helpers.oracle(family.models, 1, store.plan)
     rows = helpers.prompts(2, (6, 11))
     plain = [hf_logits(model, [row])[0] for row in rows]
     for layer in model.model.layers:
         # The experts' weighted sum, plus half of what they read.
-        layer.mlp.experts.register_forward_hook(lambda _m, args, out: out + 0.5 * args[0].reshape(out.shape))
+        layer.mlp.experts.register_forward_hook(
+            lambda _m, args, out: out + 0.5 * args[0].reshape(out.shape)
+        )
     expected = [hf_logits(model, [row])[0] for row in rows]
     assert np.abs(expected[0] - plain[0]).max() > 0.1
     with load_engine(store, **way) as engine:

@@ -1,4 +1,5 @@
-"""Continuous batching of the PyTorch engine: whatever shares a step, each answer is Hugging Face's for its tenant."""
+"""Continuous batching of the PyTorch engine: whatever shares a step, each answer is Hugging Face's
+for its tenant."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def new(count: int) -> SamplingParams:
 @pytest.fixture(scope="module")
 def missing(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Three tenants; positions without a copy."""
-    return helpers.build_round_robin(tmp_path_factory.mktemp("steps") / "store", family.paths, slots=5)
+    return helpers.build_round_robin(
+        tmp_path_factory.mktemp("steps") / "store", family.paths, slots=5
+    )
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
@@ -65,7 +68,9 @@ def test_random_arrivals_cancellations_and_preemptions(
         for _ in range(8):
             index, length = rng.randrange(3), rng.choice([1, 3, 9, 17, 30])
             row = helpers.prompts(rng.randrange(99), [length])[0]
-            made.append((index, row, engine.submit(family.names[index], row, new(rng.randrange(1, 20)))))
+            made.append(
+                (index, row, engine.submit(family.names[index], row, new(rng.randrange(1, 20))))
+            )
             for _ in range(rng.randrange(4)):
                 engine.step()
             if rng.random() < 0.2:
@@ -81,7 +86,9 @@ def test_random_arrivals_cancellations_and_preemptions(
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
-def test_logits_do_not_depend_on_how_a_prompt_is_cut(family: Family, missing: Store, options: dict[str, Any]) -> None:
+def test_logits_do_not_depend_on_how_a_prompt_is_cut(
+    family: Family, missing: Store, options: dict[str, Any]
+) -> None:
     row, other = helpers.prompts(3, [40, 5])
     model = helpers.oracle(family.models, 1, missing.plan)
     expected = hf_logits(model, [row])[0]
@@ -92,7 +99,9 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(family: Family, missing: St
         for cuts in ([40], [1, 39], [16, 16, 8], [3] * 13 + [1]):
             sequence = backend.begin(Row(family.names[1], tuple(row), 4))
             for i, read in enumerate(cuts):
-                step = backend.step([Part(sequence, read, want_logits=True), Part(beside, token_id=last)])
+                step = backend.step(
+                    [Part(sequence, read, want_logits=True), Part(beside, token_id=last)]
+                )
                 last = int(step.token_ids[1])
                 final = i == len(cuts) - 1
                 assert (step.token_ids[0] >= 0) == final and (step.logits[0] is not None) == final
@@ -104,11 +113,17 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(family: Family, missing: St
 
 
 @pytest.mark.parametrize("spare_slots", [1, 3, 6])
-def test_expected_misses_are_brought_before_they_are_missed(family: Family, missing: Store, spare_slots: int) -> None:
-    """What CUDA does while others compute, on a CPU's tensors: the same answers, and fewer fetches in their way."""
+def test_expected_misses_are_brought_before_they_are_missed(
+    family: Family, missing: Store, spare_slots: int
+) -> None:
+    """What CUDA does while others compute, on a CPU's tensors: the same answers, and fewer fetches
+    in their way."""
     rows = helpers.prompts(8, [6, 4])
     order = [0, 1, 0, 2, 1, 0]
-    expected = [[hf_greedy(helpers.oracle(family.models, i, missing.plan), row, 3) for row in rows] for i in range(3)]
+    expected = [
+        [hf_greedy(helpers.oracle(family.models, i, missing.plan), row, 3) for row in rows]
+        for i in range(3)
+    ]
     fetches = []
     for prefetches in (False, True):
         with load_engine(
@@ -116,12 +131,16 @@ def test_expected_misses_are_brought_before_they_are_missed(family: Family, miss
         ) as engine:
             backend_of(engine).prefetches = prefetches
             for index in order:
-                answers = engine.generate_batch([(family.names[index], row) for row in rows], new(3))
+                answers = engine.generate_batch(
+                    [(family.names[index], row) for row in rows], new(3)
+                )
                 assert [list(a.token_ids) for a in answers] == expected[index]
             stats = engine.stats()
         # The last pass of the tenant before used an only slot, which stays.
         assert (stats["prefetches"] > 0) == (prefetches and spare_slots > 1)
-        assert stats["fetched_bytes"] == (stats["fetches"] + stats["prefetches"]) * missing.copy_bytes
+        assert (
+            stats["fetched_bytes"] == (stats["fetches"] + stats["prefetches"]) * missing.copy_bytes
+        )
         fetches.append(stats["fetches"])
     assert fetches[1] < fetches[0] or spare_slots == 1
 
@@ -140,7 +159,9 @@ def test_what_is_expected_is_what_was_missed_most(family: Family, missing: Store
         held = set(pool._spare)
         pool.expect(0)
         found = {(layer, key - len(pool.slots_of_layer[layer])) for layer, key in pool._spare}
-        brought = [(layer, key - len(pool.slots_of_layer[layer])) for layer, key in set(pool._spare) - held]
+        brought = [
+            (layer, key - len(pool.slots_of_layer[layer])) for layer, key in set(pool._spare) - held
+        ]
         assert brought and pool.counts.prefetches == len(brought)
         left = [uses[layer, e] for layer, e in np.argwhere(uses) if (layer, e) not in found]
         assert min(uses[place] for place in brought) >= max(left, default=0)
@@ -199,7 +220,14 @@ def test_what_was_put_off_goes_on_where_it_was(family: Family, missing: Store) -
 
 def test_room_in_the_caches(family: Family, missing: Store) -> None:
     config = family.models[0].config
-    one = 2 * 2 * 16 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 4
+    one = (
+        2
+        * 2
+        * 16
+        * config.num_key_value_heads
+        * (config.hidden_size // config.num_attention_heads)
+        * 4
+    )
     with load_engine(missing, kv_cache_bytes=4 * one + 1) as engine:
         backend = backend_of(engine)
         stats = engine.stats()
@@ -216,9 +244,13 @@ def test_room_in_the_caches(family: Family, missing: Store) -> None:
         assert backend.fits([Part(b, read=16)]) and not backend.fits([Part(b, read=17)])
         backend.end([a, b, 12345])
         assert engine.stats()["kv_cache_used_bytes"] == 0
-        with pytest.raises(ValueError, match=r"has 70 tokens, there is room for 64 .*kv_cache_bytes"):
+        with pytest.raises(
+            ValueError, match=r"has 70 tokens, there is room for 64 .*kv_cache_bytes"
+        ):
             engine.generate(family.names[0], [1] * 70)
-    with pytest.raises(EngineError, match=r"kv_cache_bytes is 1.00 KiB, a block of 16 tokens takes"):
+    with pytest.raises(
+        EngineError, match=r"kv_cache_bytes is 1.00 KiB, a block of 16 tokens takes"
+    ):
         load_engine(missing, kv_cache_bytes=1024)
 
 
@@ -229,7 +261,9 @@ def build_default(path: Path, tenants: dict[str, Path]) -> Store:
 
 @pytest.mark.parametrize("options", [{}, {"experts": "grouped", "products": "plain"}], ids=str)
 @pytest.mark.parametrize("build", [helpers.build_round_robin, build_default])
-def test_update_keeps_what_did_not_change(family: Family, tmp_path: Path, options: dict[str, Any], build: Any) -> None:
+def test_update_keeps_what_did_not_change(
+    family: Family, tmp_path: Path, options: dict[str, Any], build: Any
+) -> None:
     """Running sequences go on through an update, and afterwards everything equals a fresh load."""
     names = family.names
     two = build(tmp_path / "two", {n: family.paths[n] for n in names[:2]})
@@ -253,7 +287,9 @@ def test_update_keeps_what_did_not_change(family: Family, tmp_path: Path, option
         assert names[2] not in engine.tenants
 
 
-def test_an_update_reads_only_what_is_new(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_reads_only_what_is_new(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = dict(family.paths)
     store = helpers.build_round_robin(tmp_path / "store", paths, slots=6)
     more = helpers.build_round_robin(tmp_path / "more", paths)
@@ -270,8 +306,12 @@ def test_an_update_reads_only_what_is_new(family: Family, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("options", [{}, {"experts": "grouped", "products": "plain"}], ids=str)
-def test_a_failed_update_changes_nothing(family: Family, tmp_path: Path, options: dict[str, Any]) -> None:
-    store = helpers.build_round_robin(tmp_path / "store", {n: family.paths[n] for n in family.names[:2]})
+def test_a_failed_update_changes_nothing(
+    family: Family, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    store = helpers.build_round_robin(
+        tmp_path / "store", {n: family.paths[n] for n in family.names[:2]}
+    )
     broken = helpers.build_round_robin(tmp_path / "broken", dict(family.paths))
     row = helpers.prompts(1, [9])[0]
     with load_engine(store, **options) as engine:
@@ -291,7 +331,9 @@ def test_a_failed_update_changes_nothing(family: Family, tmp_path: Path, options
 
 def test_a_tenant_with_requests_cannot_leave(family: Family, tmp_path: Path) -> None:
     three = helpers.build_round_robin(tmp_path / "three", dict(family.paths))
-    two = helpers.build_round_robin(tmp_path / "two", {n: family.paths[n] for n in family.names[:2]})
+    two = helpers.build_round_robin(
+        tmp_path / "two", {n: family.paths[n] for n in family.names[:2]}
+    )
     with load_engine(three) as engine:
         engine.submit(family.names[2], [1, 2], new(3))
         with pytest.raises(EngineError, match="has requests; retire it"):

@@ -1,11 +1,13 @@
-"""Our own CPU kernels for few rows (kernels.c, with common/native/residuals.h): compiled once with the machine's C
-compiler, used where they prove right.
+"""Our own CPU kernels for few rows (kernels.c, with common/native/residuals.h): compiled once with
+the machine's C compiler, used where they prove right.
 
-They are compiled for AVX-512 or AVX2 (common/native). They read weights in the layout that oneDNN packs them in, so
-one packed copy serves both: these kernels for decoding, oneDNN for long prompts. Where oneDNN has another layout or
-none, as for bfloat16 on processors that do not multiply it, weights are packed here and these kernels do everything;
-oneDNN would be several times slower at any number of rows. Nothing depends on them: without a compiler, on another
-processor, or with MOETEL_NATIVE=0 in the environment, oneDNN or torch does all products.
+They are compiled for AVX-512 or AVX2 (common/native). They read weights in the layout that oneDNN
+packs them in, so
+one packed copy serves both: these kernels for decoding, oneDNN for long prompts. Where oneDNN has
+another layout or none, as for bfloat16 on processors that do not multiply it, weights are packed
+here and these kernels do everything; oneDNN would be several times slower at any number of rows.
+Nothing depends on them: without a compiler, on another processor, or with MOETEL_NATIVE=0 in the
+    environment, oneDNN or torch does all products.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 class Kernels:
     """The functions for one type.
 
-    max_rows: up to how many rows a matrix they are the faster choice here. own_layout: whether weights are packed by
+    max_rows: up to how many rows a matrix they are the faster choice here. own_layout: whether
+        weights are packed by
     `pack` and not by oneDNN. target: the instructions that they use.
     """
 
@@ -62,11 +65,14 @@ class Kernels:
 
 
 def _compile(target: Target) -> ctypes.CDLL:
-    """Compile kernels.c into the user's cache, or take what is there. Raises OSError or subprocess.SubprocessError."""
+    """Compile kernels.c into the user's cache, or take what is there. Raises OSError or
+    subprocess.SubprocessError."""
     compiler = next((c for c in (os.environ.get("CC"), "gcc", "cc") if c and shutil.which(c)), None)
     if compiler is None:
         raise OSError("no C compiler (gcc or cc) found")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     flags = (*FLAGS, *target.flags)
     sources = [path.read_bytes() for path in (SOURCE, *HEADERS)]
     key = repr((sources, flags, version, sorted(cpu_flags())))
@@ -78,10 +84,19 @@ def _compile(target: Target) -> ctypes.CDLL:
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 obj, library = Path(scratch) / "kernels.o", Path(scratch) / name
-                # Linked without an OpenMP runtime: the calls resolve to the one that torch has loaded, so that both
-                # share threads.
+                # Linked without an OpenMP runtime: the calls resolve to the one that torch has
+                # loaded, so that both share threads.
                 for command in (
-                    [compiler, *flags, "-iquote", str(HEADERS[0].parent), "-c", str(SOURCE), "-o", str(obj)],
+                    [
+                        compiler,
+                        *flags,
+                        "-iquote",
+                        str(HEADERS[0].parent),
+                        "-c",
+                        str(SOURCE),
+                        "-o",
+                        str(obj),
+                    ],
                     [compiler, "-shared", str(obj), "-o", str(library), "-lm"],
                 ):
                     subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -117,23 +132,50 @@ def load(dtype: torch.dtype) -> Kernels | None:
     )
     linears.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, ctypes.c_int]
     experts.argtypes = [
-        pointer, *[size] * 5, pointer, size, pointer, size, *[pointer] * 4, ctypes.c_int, *[pointer] * 3, ctypes.c_int,
-        pointer, size, pointer, pointer
-    ]  # fmt: skip
+        pointer,
+        *[size] * 5,
+        pointer,
+        size,
+        pointer,
+        size,
+        *[pointer] * 4,
+        ctypes.c_int,
+        *[pointer] * 3,
+        ctypes.c_int,
+        pointer,
+        size,
+        pointer,
+        pointer,
+    ]
     residual.argtypes = [pointer, size, pointer, size, pointer, size, pointer, ctypes.c_int]
     rms_norm.argtypes = [pointer, size, size, pointer, pointer, pointer, pointer]
     attention.argtypes = [
-        pointer, size, pointer, pointer, size, pointer, *[size] * 5, pointer, size, size, ctypes.c_float, pointer,
-        pointer, ctypes.c_int
-    ]  # fmt: skip
+        pointer,
+        size,
+        pointer,
+        pointer,
+        size,
+        pointer,
+        *[size] * 5,
+        pointer,
+        size,
+        size,
+        ctypes.c_float,
+        pointer,
+        pointer,
+        ctypes.c_int,
+    ]
     for function in (linears, experts, residual, rms_norm, attention):
         function.restype = None
     own_layout = not _shares_layout(dtype)
     max_rows = 2**31 - 1
     if not own_layout:
-        # With AMX oneDNN multiplies several times faster than these kernels once products are bound by arithmetic.
+        # With AMX oneDNN multiplies several times faster than these kernels once products are bound
+        # by arithmetic.
         max_rows = 16 if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else 96
-    kernels = Kernels(linears, experts, residual, rms_norm, attention, max_rows, target.name, own_layout)
+    kernels = Kernels(
+        linears, experts, residual, rms_norm, attention, max_rows, target.name, own_layout
+    )
     if not _proves_right(kernels, dtype):
         logger.warning("own CPU kernels are not used: a product differs from torch's")
         return None
@@ -156,7 +198,11 @@ def _proves_right(kernels: Kernels, dtype: torch.dtype) -> bool:
         return False
     found = linear(kernels, x, place, 100)
     exact = x.double() @ weight.double().T
-    return bool(torch.allclose(found.double(), exact, atol=0.1 if dtype == torch.bfloat16 else 1e-3, rtol=1e-2))
+    return bool(
+        torch.allclose(
+            found.double(), exact, atol=0.1 if dtype == torch.bfloat16 else 1e-3, rtol=1e-2
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -168,7 +214,8 @@ class Place:
 
 
 def _shares_layout(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this type here, with weights in the layout that these kernels read."""
+    """Whether oneDNN multiplies this type here, with weights in the layout that these kernels
+    read."""
     if not torch.backends.mkldnn.is_available():
         return False
     weight = torch.randn(100, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -179,7 +226,8 @@ def _shares_layout(dtype: torch.dtype) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A matrix [out, in] in the kernels' layout: float32 [blocks, in, BLOCK, 1], bfloat16 [blocks, in / 2, BLOCK, 2].
+    """A matrix [out, in] in the kernels' layout: float32 [blocks, in, BLOCK, 1], bfloat16 [blocks,
+    in / 2, BLOCK, 2].
 
     Outputs are padded to whole blocks, and bfloat16 inputs to whole pairs, with zeros.
     """
@@ -201,7 +249,8 @@ def place_of(packed: Tensor) -> Place:
 
 
 def locate(weight: Tensor, packed: Tensor) -> Place | None:
-    """The place of a packed weight if the kernels can read its layout, checked on its first and last block."""
+    """The place of a packed weight if the kernels can read its layout, checked on its first and
+    last block."""
     rows, inputs = weight.shape
     try:
         pointer, nbytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
@@ -214,13 +263,18 @@ def locate(weight: Tensor, packed: Tensor) -> Place | None:
     if rest or stride < inputs or stride % lanes or inputs % lanes:
         return None
     integer: type = np.uint16 if itemsize == 2 else np.uint32
-    raw: np.ndarray = np.frombuffer((ctypes.c_char * nbytes).from_address(pointer), dtype=integer).reshape(
-        blocks, -1, BLOCK, lanes
-    )
+    raw: np.ndarray = np.frombuffer(
+        (ctypes.c_char * nbytes).from_address(pointer), dtype=integer
+    ).reshape(blocks, -1, BLOCK, lanes)
     for block in {0, blocks - 1}:
         part = weight[block * BLOCK : (block + 1) * BLOCK]
         expected = np.zeros((BLOCK, stride), dtype=integer)
-        bits: np.ndarray = part.contiguous().view(torch.int16 if itemsize == 2 else torch.int32).numpy().view(integer)
+        bits: np.ndarray = (
+            part.contiguous()
+            .view(torch.int16 if itemsize == 2 else torch.int32)
+            .numpy()
+            .view(integer)
+        )
         expected[: len(part), :inputs] = bits
         if not np.array_equal(raw[block], expected.reshape(BLOCK, -1, lanes).transpose(1, 0, 2)):
             return None
@@ -232,8 +286,11 @@ def linear(kernels: Kernels, x: Tensor, place: Place, out_features: int) -> Tens
     return linears(kernels, x, np.array([0, len(x)], dtype=np.int64), [place], out_features)
 
 
-def linears(kernels: Kernels, x: Tensor, starts: np.ndarray, places: Sequence[Place], out_features: int) -> Tensor:
-    """`linear` for several runs of rows, each with a matrix of its own of one shape and stride, in one call.
+def linears(
+    kernels: Kernels, x: Tensor, starts: np.ndarray, places: Sequence[Place], out_features: int
+) -> Tensor:
+    """`linear` for several runs of rows, each with a matrix of its own of one shape and stride, in
+    one call.
 
     starts: int64 [runs + 1], where each run's rows begin.
     """
@@ -257,15 +314,19 @@ def linears(kernels: Kernels, x: Tensor, starts: np.ndarray, places: Sequence[Pl
 class Residual:
     """The parts of one expert's residual as the kernels take them. Keeps their bytes alive.
 
-    data: uint8 [bytes], the record. matrices: for the gate, up and down projections, the parts with where each begins,
-    and the matrix's shape [out, in].
+    data: uint8 [bytes], the record. matrices: for the gate, up and down projections, the parts with
+    where each begins, and the matrix's shape [out, in].
     """
 
-    def __init__(self, data: Tensor, matrices: Sequence[tuple[Sequence[tuple[Part, int]], tuple[int, ...]]]):
+    def __init__(
+        self, data: Tensor, matrices: Sequence[tuple[Sequence[tuple[Part, int]], tuple[int, ...]]]
+    ):
         self._data = data
         self.counts = [len(parts) for parts, _ in matrices]
         # Values of the first step that each matrix has for a row.
-        self.widths = [sum(1 if p.kind == SIGN else p.size for p, _ in parts) for parts, _ in matrices]
+        self.widths = [
+            sum(1 if p.kind == SIGN else p.size for p, _ in parts) for parts, _ in matrices
+        ]
         self.width = max(self.widths[0] + self.widths[1], self.widths[2])
         rows = [
             (data.data_ptr() + offset, int(part.kind != SIGN), part.bits, part.size, *shape)
@@ -280,7 +341,8 @@ class Residual:
 
 
 def add_residual(kernels: Kernels, residual: Residual, matrix: int, x: Tensor, y: Tensor) -> None:
-    """y float32 [rows, out] += x [rows, in] R^T for one matrix (0 gate, 1 up, 2 down) that has parts."""
+    """y float32 [rows, out] += x [rows, in] R^T for one matrix (0 gate, 1 up, 2 down) that has
+    parts."""
     x = x.contiguous()
     width = residual.widths[matrix]
     scratch = torch.empty(len(x) * width, dtype=torch.float32)
@@ -311,9 +373,11 @@ def experts(
 ) -> Tensor:
     """The weighted sum of each token's experts: [T, H] -> [T, H].
 
-    Rows are (token, choice) pairs sorted by expert. gate_up, down: the matrices of each expert that is hit; starts:
-    int64 [groups + 1], where its rows begin; tokens: int64 [rows]; places: int64 [T, top_k], the row of each choice;
-    gates: float32 [T, top_k]. residuals: first row, end, and what is added there; in order, none across two experts.
+    Rows are (token, choice) pairs sorted by expert. gate_up, down: the matrices of each expert that
+    is hit; starts: int64 [groups + 1], where its rows begin; tokens: int64 [rows]; places: int64
+    [T, top_k], the row of each choice;
+    gates: float32 [T, top_k]. residuals: first row, end, and what is added there; in order, none
+        across two experts.
     """
     x, gates = x.contiguous(), gates.contiguous()
     num_rows = len(tokens)
@@ -333,7 +397,9 @@ def experts(
         )  # `row_residual` of kernels.c
         firsts = np.searchsorted(table[:, 0], starts).astype(np.int64, copy=False)
         scratch = torch.empty(offsets[-1], dtype=torch.float32)
-    first, second = (np.array([p.pointer for p in places_of], dtype=np.uint64) for places_of in (gate_up, down))
+    first, second = (
+        np.array([p.pointer for p in places_of], dtype=np.uint64) for places_of in (gate_up, down)
+    )
     kernels.experts(
         x.data_ptr(),
         len(x),
@@ -362,8 +428,11 @@ def experts(
     return out
 
 
-def rms_norms(kernels: Kernels, x: Tensor, starts: np.ndarray, weights: Sequence[Tensor], eps: np.ndarray) -> Tensor:
-    """`torch_engine.model.rms_norm` of several runs of rows, each with a weight and an epsilon of its own.
+def rms_norms(
+    kernels: Kernels, x: Tensor, starts: np.ndarray, weights: Sequence[Tensor], eps: np.ndarray
+) -> Tensor:
+    """`torch_engine.model.rms_norm` of several runs of rows, each with a weight and an epsilon of
+    its own.
 
     starts: int64 [runs + 1], where each run's rows begin. eps: float32 [runs].
     """
@@ -395,7 +464,8 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token a row, itself in the cache already: [B, N, D] -> [B, N * D].
 
-    keys, values: a layer's cache [tokens, groups * D or more], the last axis contiguous. tables: for each row int64,
+    keys, values: a layer's cache [tokens, groups * D or more], the last axis contiguous. tables:
+        for each row int64,
     the numbers of its blocks of `block` tokens. lengths: int64 [B].
     """
     rows, heads, size = q.shape
