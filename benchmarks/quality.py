@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import MoetelError
-from common.calibration import CalibrationSet
+from common.build.examples import CalibrationSet
 from common.progress import bars, silent
 from scripts.number_words import ALL_LANGUAGES, expected, held_out, training_numbers
 from scripts.quality import (

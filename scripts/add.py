@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 
 from common import PlanError, add_tenant, extend_store
-from common.calibration import CalibrationSet
+from common.build.examples import CalibrationSet
 from common.progress import bars
 from scripts import build, command
 

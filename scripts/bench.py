@@ -26,7 +26,7 @@ from rich.console import Console
 
 from common import Store
 from common.progress import bars
-from common.scheduler import SchedulerOptions
+from common.serving.scheduler_options import SchedulerOptions
 from scripts import command
 from scripts.http_system import HttpSystem
 from scripts.load_test import Goodput, System

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from common import RequestError, Store, StoreError, build_store
-from common.calibration import CalibrationSet
-from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
+from common.build.examples import CalibrationSet
+from common.planning.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
 from common.progress import bars
 from common.store.kinds import kind_of, reference_of
 from common.units import format_bytes, parse_bytes

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import SamplingParams, Store, build_store, load_engine
-from common.calibration import CalibrationSet
-from common.policies import DEFAULT_POLICY, POLICIES
+from common.build.examples import CalibrationSet
+from common.planning.policies import DEFAULT_POLICY, POLICIES
 from common.progress import bars
 from scripts import build, command
 from scripts.number_words import LANGUAGES, expected, held_out

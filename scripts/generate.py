@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 
 from common import Engine, SamplingParams, load_engine
-from common.engine import Prompt
+from common.serving.engine import Prompt
 from scripts import command
 
 

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from common import EngineError, RequestError, SamplingParams, Store, UnknownTenantError, load_engine
-from common.calibration import log_softmax
+from common.build.scoring import log_softmax
 from scripts.quality import alone_store
 
 # Bytes of logits that the engine holds at once, whatever the batch size.

@@ -27,11 +27,12 @@ import numpy as np
 
 from common.checkpoints import Checkpoint, open_checkpoint, read_asset, write_hugging_face
 from common.checkpoints.staging import new_directory
-from common.consolidation import MERGED, Copy, Plan
 from common.dtypes import BY_NAME, common_dtype, to_float32
 from common.errors import CheckpointError, PlanError
+from common.plan.plan import MERGED, Copy, Plan
 from common.progress import Progress, silent
-from common.store import Store, set_plan
+from common.store import Store
+from common.store.change import set_plan
 
 METHODS = ("average", "task_arithmetic", "ties", "dare", "dare_ties")
 NEED_BASE = METHODS[1:]

@@ -41,9 +41,10 @@ from common import (
     Store,
     load_engine,
 )
-from common.consolidation import Copy, plan_round_robin
-from common.serving import AsyncEngine
-from common.similarity import tenant_pairs
+from common.plan.distance import tenant_pairs
+from common.plan.plan import Copy
+from common.planning.round_robin import plan_round_robin
+from common.serving.async_engine import AsyncEngine
 from scripts.load_test import Piece, System
 from scripts.traffic import Call, redirected
 

@@ -31,14 +31,17 @@ from common import (
     build_store,
     load_engine,
 )
-from common.calibration import CalibrationSet, Profile, divergence, json_fault, refused_pair
+from common.build.examples import CalibrationSet, json_fault, refused_pair
+from common.build.scoring import divergence
 from common.checkpoints import open_checkpoint
-from common.consolidation import plan_all
-from common.engine import Engine, Prompt
-from common.policies import DEFAULT_EXTRA, POLICIES, Planner
+from common.plan.plan import plan_all
+from common.planning.measurements import Measurements
+from common.planning.planner import Planner
+from common.planning.policies import DEFAULT_EXTRA, POLICIES
 from common.progress import Progress, silent
-from common.store import set_plan
-from common.store.measurements import Measurements
+from common.serving.engine import Engine, Prompt
+from common.store.change import set_plan
+from common.store.profiles import load_profile
 from scripts import merging
 
 # Tenants up to this many bytes run alone side by side in one engine; larger ones one after another.
@@ -467,9 +470,7 @@ class Workshop:
         store, calibrated = self.store, bool(method.options.get("calibrated", True))
         if calibrated not in self._planners:
             profiles = (
-                {n: p for n in store.tenants if (p := Profile.from_store(store, n))}
-                if calibrated
-                else {}
+                {n: p for n in store.tenants if (p := load_profile(store, n))} if calibrated else {}
             )
             known = Measurements.from_store(store)
             self._planners[calibrated] = Planner(

@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import MoetelError, Store, add_tenant, load_engine
-from common.scheduler import SchedulerOptions
+from common.serving.scheduler_options import SchedulerOptions
 from scripts import command
 from scripts.build import size, tenant
 from scripts.server.keys import KeyRing
 from scripts.server.settings import Settings
 
 if TYPE_CHECKING:
-    from common.engine import Engine
-    from common.serving import AsyncEngine
+    from common.build.online import OnlineEngine
+    from common.serving.engine import Engine
     from scripts.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -376,7 +376,7 @@ async def _serve(args: argparse.Namespace, settings: Settings, sock: socket.sock
     """Listen at once, load the store meanwhile, serve until a signal comes."""
     import uvicorn
 
-    from common.serving import AsyncEngine
+    from common.build.online import OnlineEngine
     from scripts.server.app import create_app
 
     class Server(uvicorn.Server):
@@ -410,11 +410,11 @@ async def _serve(args: argparse.Namespace, settings: Settings, sock: socket.sock
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     stopping = asyncio.create_task(stop.wait())
     loading = _in_daemon(lambda: _load(args))
-    engine: AsyncEngine | None = None
+    engine: OnlineEngine | None = None
     try:
         await asyncio.wait((loading, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
-            engine = AsyncEngine(loading.result())
+            engine = OnlineEngine(loading.result())
             service.attach(engine)
             names = engine.engine.tenants
             for name in names:

@@ -283,7 +283,7 @@ def round_robin_owners(tenants: Sequence[MixtralForCausalLM]) -> list[list[int]]
     """Owner of each [layer][expert] by the paper's rule (arXiv 2505.06481, Algorithm 1), every
     position resident.
 
-    Written apart from `common.consolidation`, so that the scores reported here do not rest on the
+    Written apart from `common.plan.plan`, so that the scores reported here do not rest on the
     code they judge.
     """
     layers, experts = len(tenants[0].model.layers), tenants[0].config.num_local_experts

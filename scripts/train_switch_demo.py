@@ -350,7 +350,7 @@ def round_robin_owners(tenants: Sequence[dict[str, Any]]) -> dict[str, int]:
     state dicts.
 
     The paper's rule (arXiv 2505.06481, Algorithm 1), every position resident. Written apart from
-    `common.consolidation`, so that the scores reported here do not rest on the code they judge.
+    `common.plan.plan`, so that the scores reported here do not rest on the code they judge.
     """
     names = {n.rsplit(".", 2)[0] for n in tenants[0] if ".experts." in n}
 

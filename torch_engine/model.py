@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.backend import Observer
 from common.families import MixtralConfig
+from common.serving.backend import Observer
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, padded_tables
 from torch_engine.non_expert import TenantWeights

@@ -43,9 +43,9 @@ import torch
 from benchmarks.common import Report, Shape, Spread, machine, ratios, write_random
 from benchmarks.mixed_tenants import Side, step_bytes
 from common import Store, build_store, load_engine
-from common.backend import Backend
-from common.consolidation import plan_round_robin
-from common.engine import Engine, Row
+from common.planning.round_robin import plan_round_robin
+from common.serving.backend import Backend, Row
+from common.serving.engine import Engine
 from common.store.objects import Objects
 from scripts import qos_report
 from scripts.load_test import System

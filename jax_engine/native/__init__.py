@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.native import HEADERS, Target, cpu_flags, find_target, one_process, switched_off
-from common.residuals import (
+from common.plan.residual import (
     LOW_RANK,
     SIGN,
     Part,

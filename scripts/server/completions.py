@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from common.errors import TenantUnavailableError
-from common.request import Generation, Output
+from common.serving.request import Generation, Output
 from scripts.server.conversation import echoed, prompt_ids, written
 from scripts.server.dependencies import ERRORS, Caller, SharedService
 from scripts.server.errors import ApiError

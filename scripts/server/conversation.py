@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from common.detokenizer import REPLACEMENT
-from common.engine import Engine
 from common.errors import MoetelError, RequestError
+from common.serving.detokenizer import REPLACEMENT
+from common.serving.engine import Engine
 from scripts.server.errors import ApiError
 from scripts.server.requests import Conversation, Message, Part
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.detokenizer import REPLACEMENT
-from common.engine import Engine
-from common.sampling import TokenLogprob
+from common.serving.detokenizer import REPLACEMENT
+from common.serving.engine import Engine
+from common.serving.sampling import TokenLogprob
 from scripts.server.schema import ChatLogprobs, CompletionLogprobs, TokenLogprobs, TopLogprob
 
 LOWEST = -9999.0

@@ -22,10 +22,10 @@ from common import (
     SchedulerOptions,
     UnknownTenantError,
 )
-from common.backend import Part, Step
-from common.engine import Engine
-from common.request import Output, Request
-from tests.fake_backend import FakeBackend, answer, fake_engine
+from common.serving.backend import Part, Step
+from common.serving.engine import Engine
+from common.serving.fake import FakeBackend, answer, fake_engine
+from common.serving.request import Output, Request
 from tests.helpers import examples, rest_slow
 
 TENANTS = ("a", "b", "c", "d")
@@ -102,11 +102,11 @@ def test_every_answer_is_what_it_would_be_alone(
         return compute(parts)
 
     with (
-        mock.patch("common.engine.time.perf_counter", lambda: clock),
+        mock.patch("common.serving.engine.time.perf_counter", lambda: clock),
         mock.patch.object(backend, "step", step),
         # So that floods are known as such in few steps.
-        mock.patch.multiple("common.step_times", FEWEST=4, EVERY=2),
-        mock.patch.multiple("common.scheduler", FEW=1),
+        mock.patch.multiple("common.serving.step_times", FEWEST=4, EVERY=2),
+        mock.patch.multiple("common.serving.scheduler", FEW=1),
     ):
         answer_all(engine, backend, events, seed)
     assert all(len(parts) <= seqs for parts in backend.steps)
@@ -248,7 +248,7 @@ class Flooded:
             clock += 1 + row_s * len(parts) + tenant_s * len(tenants)
             return compute(parts)
 
-        monkeypatch.setattr("common.engine.time.perf_counter", lambda: clock)
+        monkeypatch.setattr("common.serving.engine.time.perf_counter", lambda: clock)
         monkeypatch.setattr(backend, "step", step)
         rng = random.Random(1)
         for i in range(steps):
@@ -309,7 +309,7 @@ def test_a_flood_joins_few_steps_with_many_rows_where_tenants_cost_much(
 ) -> None:
     """What a tenant has of its own is read once for all of its rows: with its share in every step
     it would pay more for that than for them."""
-    monkeypatch.setattr("common.demand.RECENT_S", math.inf)
+    monkeypatch.setattr("common.serving.demand.RECENT_S", math.inf)
     flood = Flooded.run(monkeypatch, row_s=0.05, tenant_s=0.5, rate=0.04, max_interference=0.0)
     after = [rows for rows in flood.rows[230:] if sum(rows.values()) > rows["d"]]
     joined = [rows["d"] for rows in after if rows["d"]]
@@ -529,7 +529,7 @@ def test_few_reconfigurations_and_no_starvation(
     """With fewer tenants in use than have requests: turns of ten reconfigurations' length, and
     everybody is served."""
     clock = 0.0
-    monkeypatch.setattr("common.engine.time.perf_counter", lambda: clock)
+    monkeypatch.setattr("common.serving.engine.time.perf_counter", lambda: clock)
     engine, backend = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=4), ready=ready)
     for name in TENANTS:
         for _ in range(80):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common import Engine, EngineError, SamplingParams, Store, load_engine
-from common.residuals import LOW_RANK, SIGN, Part, Residual, matrices, row_bytes
+from common.plan.residual import LOW_RANK, SIGN, Part, Residual, matrices, row_bytes
 from jax_engine import residuals as module
 from jax_engine.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
 from jax_engine.residuals import FIELDS, KINDS, LayerResiduals, part_on_device

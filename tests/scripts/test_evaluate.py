@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
 
 from common import PlanError, Store, UnknownTenantError, build_store, load_engine
-from common.policies import POLICIES
+from common.planning.policies import POLICIES
 from scripts import cli
 from scripts.number_words import expected, held_out
 from scripts.quality import (
@@ -226,7 +226,7 @@ def test_one_model_is_the_merged_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_calibration_reaches_the_planner(tmp_path: Path) -> None:
-    from common.calibration import CalibrationSet
+    from common.build.examples import CalibrationSet
 
     tenants = {lang: EXAMPLES / lang for lang in ("en", "fr")}
     calibration = {lang: CalibrationSet.of(["7", "81", "935", "4210"]) for lang in tenants}

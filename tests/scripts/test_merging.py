@@ -15,7 +15,7 @@ import torch
 
 from common import CheckpointError, PlanError, build_store
 from common.checkpoints import open_checkpoint
-from common.consolidation import MERGED
+from common.plan.plan import MERGED
 from scripts import merging
 from scripts.merging import Recipe, merge, merge_arrays, merge_experts
 from tests import helpers

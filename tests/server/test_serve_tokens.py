@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from common.detokenizer import CleanUp, IncrementalDecoder
-from common.sampling import TokenLogprob
-from common.text import TenantText
+from common.serving.detokenizer import CleanUp, IncrementalDecoder
+from common.serving.sampling import TokenLogprob
+from common.serving.text import TenantText
 from scripts.server.tokens import TokenTexts
 from tests.server import speech
 from tests.server.live import Live, Loop, events

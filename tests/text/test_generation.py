@@ -15,9 +15,9 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import SwitchTransformersForConditionalGeneration
 
 from common import CheckpointError, SamplingParams, Store, add_tenant, build_store, load_engine
+from common.checkpoints.generation_config import _NEUTRAL, SAMPLING, GenerationConfig, decide
 from common.errors import RequestError, TenantUnavailableError
 from common.families import FAMILIES
-from common.generation import _NEUTRAL, SAMPLING, GenerationConfig, decide
 from common.store.manifest import Manifest
 from tests import helpers
 from tests.conftest import Family
