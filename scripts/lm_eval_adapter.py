@@ -95,7 +95,7 @@ class MoetelLM(TemplateLM):  # type: ignore[misc]
             max_batch_size=self.batch_size,
             **options,
         )
-        if not self.engine.has_tokenizer(self.tenant):
+        if not self.engine.text(self.tenant).has_tokenizer:
             raise RequestError(
                 f"tenant {self.tenant!r} has no tokenizer; lm-eval's tasks are texts"
             )

@@ -39,7 +39,8 @@ from common.planning.measurements import Measurements
 from common.planning.planner import Planner
 from common.planning.policies import DEFAULT_EXTRA, POLICIES
 from common.progress import Progress, silent
-from common.serving.engine import Engine, Prompt
+from common.serving.checks import Prompt
+from common.serving.engine import Engine
 from common.store.change import set_plan
 from common.store.profiles import load_profile
 from scripts import merging

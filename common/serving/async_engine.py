@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from common.errors import EngineError, MoetelError, OverloadedError
 from common.sampling_params import SamplingParams
-from common.serving.engine import GREEDY, Engine, Prompt
+from common.serving.checks import Prompt
+from common.serving.engine import GREEDY, Engine
 from common.serving.request import Output, Request
 from common.store import Store
 

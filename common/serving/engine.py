@@ -9,38 +9,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from common.checkpoints.generation_config import GenerationConfig
 from common.errors import (
-    CheckpointError,
     DeadlineError,
     EngineError,
     MoetelError,
     RequestError,
-    TenantUnavailableError,
     UnknownTenantError,
 )
 from common.plan.plan import Plan
 from common.sampling_params import SamplingParams
-from common.serving.backend import Backend, Observer, Part, Row
-from common.serving.detokenizer import CleanUp, IncrementalDecoder
+from common.serving.backend import Backend, Observer
+from common.serving.checks import Prompt, check_ids, check_request
 from common.serving.request import Generation, Output, Request
 from common.serving.scheduler import NoRoomError, Scheduler
 from common.serving.scheduler_options import SchedulerOptions
+from common.serving.scoring import logits_of
+from common.serving.statistics import Statistics
 from common.serving.text import TenantText
+from common.serving.texts import Texts
+from common.serving.warm_up import warm_up
 from common.store import Store
 from common.units import is_whole
-
-Prompt = str | Sequence[int]
-
 
 GREEDY = SamplingParams()
 
@@ -61,10 +56,9 @@ class Engine:
         self.options.check_tenants(store.tenants)
         self._backend: Backend | None = backend
         self._scheduler = Scheduler(backend, self.options)
-        self._texts: dict[str, TenantText] = {}
-        self._unusable: dict[str, str] = {}
+        self._texts = Texts(store)
         self._leaving: set[str] = set()
-        self._counts: dict[str, Counter[str]] = {}
+        self._statistics = Statistics()
 
     @property
     def max_batch_size(self) -> int:
@@ -82,70 +76,37 @@ class Engine:
 
         One whose tokenizer cannot be loaded still answers prompts of token ids.
         """
-        failed = {
-            name: text.failure for name, text in self._texts.items() if text.failure is not None
-        }
-        return {
-            name: why for name, why in (failed | self._unusable).items() if name in self.tenants
-        }
+        return {n: why for n, why in self._texts.failures.items() if n in self.tenants}
 
     def load_texts(self) -> dict[str, str]:
-        """Load every tenant's tokenizer, so that no first request waits for it. Returns
-        `unavailable`."""
-        for name in self.tenants:
-            with suppress(TenantUnavailableError):
-                self._text(name)
+        """Load every tenant's tokenizer, so that no first request waits for it.
+
+        Returns `unavailable`.
+        """
+        self._texts.load_all()
         return self.unavailable
 
-    def generation_config(self, tenant: str) -> GenerationConfig:
-        """The tenant's special tokens, and its defaults for sampling, which servers apply.
+    def text(self, tenant: str) -> TenantText:
+        """A tenant's tokenizer, chat template and generation config.
 
         Raises UnknownTenantError, TenantUnavailableError.
         """
-        return self._text(tenant).generation
+        return self._texts.of(tenant)
 
     @property
     def plan(self) -> Plan:
         return self.store.plan
 
     def warm_up(self, prompt_tokens: int = 24, new_tokens: int = 16) -> None:
-        """Let the backend compile now what usual steps need, so that the first requests do not wait
-        for it.
+        """Let the backend compile what usual steps need, so that first requests do not wait for it.
 
-        Made-up prompts of so many tokens come, each time as many as are there already, while those
-        answer, up to what
+        Made-up prompts come, each time as many as are there already, while those answer, up to what
         a step may hold: of the first tenant alone, then beside one of the second. Other lengths and
-        mixtures are still compiled when they come. For when there are no requests;
-        `stats()["tenants"]` does not count it.
+        mixtures are compiled when they come. For when there are no requests; statistics leave it
+        out.
         """
-        backend, names, most = self._require_backend(), self.store.tenants, self.max_batch_size
-        longest = min(map(backend.max_length, names[:2]))
-        prompt = (1,) * max(1, min(prompt_tokens, longest - new_tokens))
-        first, *others = (Row(name, prompt, new_tokens) for name in names[:2])
-        self._warm_up_with(backend, [[first]], first, most)
-        if others and min(most, backend.max_ready_tenants) > 1:
-            self._warm_up_with(backend, [[*others, first]], first, most)
-
-    @staticmethod
-    def _warm_up_with(backend: Backend, arrivals: list[list[Row]], more: Row, most: int) -> None:
-        """Steps in which some rows read while all before them answer, the last without any to read.
-        Stops where memory ends."""
-        there = len(arrivals[0])
-        while there < most:
-            arrivals = [*arrivals, [more] * min(there, most - there)]
-            there += len(arrivals[-1])
-        begun: list[int] = []
-        try:
-            for rows in [*arrivals, []]:
-                new = [backend.begin(row) for row in rows]
-                parts = [Part(s, token_id=1) for s in begun]
-                parts += [Part(s, read=row.unread) for s, row in zip(new, rows, strict=True)]
-                begun += new
-                if not backend.fits(parts):
-                    return
-                backend.step(parts)
-        finally:
-            backend.end(begun)
+        backend = self._require_backend()
+        warm_up(backend, self.store.tenants, self.max_batch_size, prompt_tokens, new_tokens)
 
     def generate(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Generation:
         """Continue a prompt (text, or token ids) as the tenant would.
@@ -273,7 +234,7 @@ class Engine:
         """Forget a request and free its caches; nothing happens to one that is done."""
         if not request.done:
             request.abort()
-            self._count(request, "abort")
+            self._statistics.count_end(request, "abort")
         self._scheduler.remove(request)
 
     @property
@@ -317,7 +278,7 @@ class Engine:
             step.misses.tolist(),
             strict=True,
         ):
-            counts = self._counts_of(request.tenant)
+            counts = self._statistics.of(request.tenant)
             counts["hits"] += hits
             counts["misses"] += misses
             counts["read_tokens"] += part.read
@@ -327,23 +288,19 @@ class Engine:
                 request.reconfiguration_s += step.reconfiguration_s.get(request.tenant, 0.0)
             if request.unread == 0:
                 self._take(request, winner, logits, now)
-        for name in self._scheduler.flooding:
-            self._counts_of(name)["flood_steps"] += 1
-        for name, seconds in step.reconfiguration_s.items():
-            self._counts_of(name)["reconfigurations"] += 1
-            self._counts_of(name)["reconfiguration_us"] += round(seconds * 1e6)
+        self._statistics.count_step(step, self._scheduler.flooding)
         return True
 
     def _take(self, request: Request, winner: int, logits: np.ndarray | None, now: float) -> None:
         """Give a request its next token."""
-        counts = self._counts_of(request.tenant)
+        counts = self._statistics.of(request.tenant)
         if request.first_at is None:
             counts["prompt_tokens"] += len(request.prompt)
         output = request.choose(winner, logits, now)
         counts["generation_tokens"] += 1
         if request.done:
             self._scheduler.remove(request)
-            self._count(request, str(request.finish_reason))
+            self._statistics.count_end(request, str(request.finish_reason))
         if request.on_output is not None:
             request.on_output(output)
 
@@ -364,7 +321,9 @@ class Engine:
         if not request.done:
             request.abort()
         self._scheduler.remove(request)
-        self._count(request, "deadline" if isinstance(error, DeadlineError) else "error")
+        self._statistics.count_end(
+            request, "deadline" if isinstance(error, DeadlineError) else "error"
+        )
         if request.on_output is not None:
             request.on_output(Output((), "", (), request.generation()))
 
@@ -372,14 +331,6 @@ class Engine:
         """End every request with an error."""
         for request in self._scheduler.requests():
             self._fail(request, error)
-
-    def _counts_of(self, tenant: str) -> Counter[str]:
-        return self._counts.setdefault(tenant, Counter())
-
-    def _count(self, request: Request, reason: str) -> None:
-        counts = self._counts_of(request.tenant)
-        counts[f"finished_{reason}"] += 1
-        counts["preemptions"] += request.preemptions
 
     def load(self) -> dict[str, Any]:
         """Requests that run (have caches) and wait, in all and of each tenant, and what the caches
@@ -413,10 +364,9 @@ class Engine:
                 )
         self._require_backend().update(store)
         gone = set(self.store.tenants) - set(store.tenants)
-        self.store = store
+        self.store = self._texts.store = store
+        self._texts.forget(gone.__contains__)
         for name in gone:
-            self._texts.pop(name, None)
-            self._unusable.pop(name, None)
             self._scheduler.forget_tenant(name)
             self._leaving.discard(name)
 
@@ -438,78 +388,28 @@ class Engine:
         decoder_input_ids: Any = None,
         attention_mask: Any = None,
     ) -> np.ndarray:
-        """Logits at every position, for tests and scoring: float32 [batch, seq, vocab], vocab the
-        tenant's own.
+        """Logits at every position, for tests and scoring: float32 [batch, seq, vocab].
 
-        input_ids: int [batch, seq], or rows of different lengths. attention_mask: int [batch, seq],
-        1 at the tokens, padding on either side; padded positions are not computed and come back as
-        0.
-        decoder_input_ids: int [batch, seq], for encoder-decoder families, whose logits are at its
-            positions.
+        Args:
+            input_ids: int [batch, seq], or rows of different lengths.
+            decoder_input_ids: int [batch, seq], for encoder-decoder families, whose logits are at
+                its positions.
+            attention_mask: int [batch, seq], 1 at the tokens, padding on either side. Padded
+                positions are not computed and come back as 0.
         """
         backend = self._require_backend()
-        rows = _rows(input_ids, "input_ids")
-        places = [np.arange(len(row)) for row in rows]
-        if attention_mask is not None:
-            mask = [np.asarray(m).astype(bool) for m in attention_mask]
-            if len(mask) != len(rows) or any(
-                len(m) != len(r) for m, r in zip(mask, rows, strict=True)
-            ):
-                raise RequestError("attention_mask has another shape than input_ids")
-            places = [np.flatnonzero(m) for m in mask]
-            if any(len(p) and p[-1] - p[0] + 1 != len(p) for p in places):
-                raise RequestError(
-                    "attention_mask has a gap; give 1 at adjacent tokens of a row and 0 before or "
-                    "after them"
-                )
         if tenant not in self.tenants:
             raise UnknownTenantError(tenant, self.tenants)
-        if self.store.config(tenant).is_encoder_decoder != (decoder_input_ids is not None):
-            what = (
-                "needs decoder_input_ids as well"
-                if decoder_input_ids is None
-                else "reads input_ids alone"
-            )
-            raise RequestError(
-                f"family {self.store.family.name!r} {what}; give what its Hugging Face model takes"
-            )
-        prompts = [
-            self._check_ids(tenant, [row[i] for i in place], "input_ids")
-            for row, place in zip(rows, places, strict=True)
-        ]
-        decoder_rows = None
-        if decoder_input_ids is not None:
-            decoder_rows = [
-                self._check_ids(tenant, r, "decoder_input_ids")
-                for r in _rows(decoder_input_ids, "decoder_input_ids")
-            ]
-            if len(decoder_rows) != len(rows):
-                raise RequestError(
-                    f"{len(decoder_rows)} rows of decoder_input_ids for {len(rows)} of input_ids"
-                )
-        found = backend.logits(tenant, prompts, decoder_rows)
-        if decoder_rows is not None:
-            places = [np.arange(len(r)) for r in decoder_rows]
-            width = max(len(r) for r in decoder_rows)
-        else:
-            width = max(len(r) for r in rows)
-        out = np.zeros((len(found), width, found[0].shape[-1]), dtype=np.float32)
-        for i, (place, values) in enumerate(zip(places, found, strict=True)):
-            out[i, place] = values
-        return out
-
-    def has_tokenizer(self, tenant: str) -> bool:
-        """Whether prompts of this tenant can be text. Raises UnknownTenantError."""
-        return self._text(tenant).has_tokenizer
+        return logits_of(backend, self.store, tenant, input_ids, decoder_input_ids, attention_mask)
 
     def tokenize(self, tenant: str, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens or without."""
-        return self._text(tenant).encode(text, add_special_tokens)
+        return self._texts.of(tenant).encode(text, add_special_tokens)
 
     def answer_ids(self, tenant: str, text: str) -> list[int]:
         """Token ids of a text as the tenant would answer it: of special tokens only the
         end-of-sequence one."""
-        return self._text(tenant).encode_answer(text)
+        return self._texts.of(tenant).encode_answer(text)
 
     def start_id(self, tenant: str) -> int:
         """The token that answers of an encoder-decoder tenant are decoded from. Raises RequestError
@@ -526,9 +426,10 @@ class Engine:
     ) -> str:
         """Text of token ids, with special tokens or without. Raises RequestError without a
         tokenizer."""
-        tokenizer = self._text(tenant).require("token ids have no text")
+        tokenizer = self._texts.of(tenant).require("token ids have no text")
         return tokenizer.decode(
-            self._check_ids(tenant, token_ids, "token_ids"), skip_special_tokens
+            check_ids(tenant, self.store.config(tenant), token_ids, "token_ids"),
+            skip_special_tokens,
         )
 
     def apply_chat_template(
@@ -543,86 +444,22 @@ class Engine:
         options: of transformers' `apply_chat_template`, such as `add_generation_prompt` (here true
         if not given), `continue_final_message`, `documents`, and variables of the template.
         """
-        return self._text(tenant).chat(messages, add_special_tokens, **options)
-
-    def render_chat(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any
-    ) -> str:
-        """The text of what `apply_chat_template` turns into token ids."""
-        return self._text(tenant).render(messages, **options)
-
-    def chat_template(self, tenant: str) -> str | None:
-        """The text of the tenant's chat template; None if it has several and none is the default.
-
-        Raises RequestError if it has none.
-        """
-        return self._text(tenant).chat_template
-
-    def detokenizer(
-        self, tenant: str, prompt: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> IncrementalDecoder:
-        """Turns the tokens of an answer to `prompt` into text, one at a time.
-
-        Raises RequestError without a tokenizer.
-        """
-        before = () if self.store.config(tenant).is_encoder_decoder else prompt
-        return (
-            self._text(tenant)
-            .require("token ids have no text")
-            .incremental(before, skip_special_tokens)
-        )
-
-    def clean_up(self, tenant: str) -> CleanUp | None:
-        """What is done to a finished text, for the pieces that `detokenizer` gives; None if nothing
-        is."""
-        return self._text(tenant).require("token ids have no text").clean_up()
-
-    def tokens(self, tenant: str, token_ids: Sequence[int]) -> list[str]:
-        """Tokens as the tenant's vocabulary writes them."""
-        return self._text(tenant).require("token ids have no text").tokens(token_ids)
-
-    def token_bytes(self, tenant: str, token_id: int) -> bytes | None:
-        """The bytes of a token that need not be whole characters; None for a token of text."""
-        return self._text(tenant).require("token ids have no text").token_bytes(token_id)
+        return self._texts.of(tenant).chat(messages, add_special_tokens, **options)
 
     def observe(self, observer: Observer | None) -> None:
         """Show every layer's routing to `observer` from now on, None to stop; see `Observer`."""
         self._require_backend().observe(observer)
 
     def stats(self) -> dict[str, Any]:
-        """What the engine holds and has done: bytes by kind, hits, misses, fetches,
-        reconfigurations.
+        """What the engine holds and did: bytes by kind, hits, misses, fetches, reconfigurations.
 
         products: who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels
-        (AVX-512 bf16)", "oneDNN", "torch" or "XLA".
-        tenants: for each of them what its requests came to since the engine was loaded.
+        (AVX-512 bf16)", "oneDNN", "torch" or "XLA". tenants: what each one's requests came to since
+        the engine was loaded.
         """
-        tenants = {}
-        for name in self.store.tenants:
-            counts = self._counts_of(name)
-            tenants[name] = {
-                "requests": {
-                    r: counts[f"finished_{r}"]
-                    for r in ("stop", "length", "abort", "deadline", "error")
-                },
-                **{
-                    k: counts[k]
-                    for k in (
-                        "prompt_tokens",
-                        "generation_tokens",
-                        "read_tokens",
-                        "hits",
-                        "misses",
-                        "preemptions",
-                        "flood_steps",
-                        "reconfigurations",
-                    )
-                },
-                "reconfiguration_s": counts["reconfiguration_us"] / 1e6,
-            }
         return {
             **self._require_backend().stats(),
-            "tenants": tenants,
+            "tenants": {name: self._statistics.summary(name) for name in self.store.tenants},
             "preemptions": self._scheduler.preemptions,
         }
 
@@ -648,108 +485,11 @@ class Engine:
             raise EngineError("this engine is closed; load it again with load_engine()")
         return self._backend
 
-    def _text(self, tenant: str) -> TenantText:
-        if tenant not in self._texts:
-            assets = self.store.assets_dir(tenant)
-            try:
-                generation = self.store.generation(tenant)
-            except CheckpointError as error:
-                self._unusable[tenant] = f"{error}; mend the checkpoint's file and build again"
-                raise TenantUnavailableError(tenant, self._unusable[tenant]) from error
-            self._texts[tenant] = TenantText(tenant, assets, generation)
-        return self._texts[tenant]
-
-    def _check_ids(self, tenant: str, ids: Sequence[int], what: str) -> tuple[int, ...]:
-        config = self.store.config(tenant)
-        checked = []
-        for i, token_id in enumerate(ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
-                raise RequestError(f"{what}[{i}] is {token_id!r}; token ids are whole numbers")
-            if not 0 <= token_id < config.vocab_size:
-                raise RequestError(
-                    f"{what}[{i}] is {int(token_id)}, outside the vocabulary of tenant {tenant!r} "
-                    f"(0..{config.vocab_size - 1})"
-                )
-            checked.append(int(token_id))
-        if not checked:
-            raise RequestError(f"{what} is empty; give at least one token")
-        if len(checked) > config.max_positions:
-            raise RequestError(
-                f"{what} has {len(checked)} tokens, tenant {tenant!r} has a context of "
-                f"{config.max_positions}; "
-                "shorten it"
-            )
-        return tuple(checked)
-
     def _request(self, tenant: str, prompt: Prompt, params: SamplingParams) -> Request:
         taken_at = time.perf_counter()
         backend = self._require_backend()
         if tenant not in self.tenants:
             raise UnknownTenantError(tenant, self.tenants)
-        text = self._text(tenant)
-        if isinstance(prompt, str):
-            ids: Sequence[int] = text.encode(prompt)
-            if not ids:
-                raise RequestError("the prompt is empty; give some text")
-        else:
-            try:
-                ids = list(prompt)
-            except TypeError as error:
-                raise RequestError(
-                    f"the prompt is {prompt!r}; give text or a list of token ids"
-                ) from error
-        checked = self._check_ids(tenant, ids, "the prompt")
         config = self.store.config(tenant)
         length = min(backend.max_length(tenant), self.options.max_model_len or config.max_positions)
-        if len(checked) > length:
-            raise RequestError(
-                f"the prompt has {len(checked)} tokens, there is room for {length} of tenant "
-                f"{tenant!r} "
-                "(max_model_len, kv_cache_bytes); shorten it, or give the engine more"
-            )
-        room = length - (0 if config.is_encoder_decoder else len(checked))
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(checked)} tokens and fills the context of tenant {tenant!r} "
-                f"({length}); shorten it to leave room for an answer"
-            )
-        if params.stop_strings and not text.has_tokenizer:
-            raise RequestError(
-                f"tenant {tenant!r} has no tokenizer, so stop strings cannot be found; use "
-                "stop_token_ids"
-            )
-        for token_id in params.logit_bias or {}:
-            if not 0 <= token_id < config.vocab_size:
-                raise RequestError(
-                    f"logit_bias names token {token_id}, outside the vocabulary of tenant "
-                    f"{tenant!r} "
-                    f"(0..{config.vocab_size - 1})"
-                )
-        return Request(
-            tenant=tenant,
-            prompt=checked,
-            max_new_tokens=min(params.max_new_tokens, room),
-            params=replace(params, min_tokens=min(params.min_tokens, room))
-            if params.min_tokens > room
-            else params,
-            text=text,
-            taken_at=taken_at,
-            is_encoder_decoder=config.is_encoder_decoder,
-        )
-
-
-def _rows(ids: Any, what: str) -> list[list[int]]:
-    """[batch, seq] of anything array-like, or rows of different lengths, as lists."""
-    rows = (
-        ids.tolist()
-        if hasattr(ids, "tolist")
-        else [
-            list(r) if isinstance(r, Sequence) else getattr(r, "tolist", lambda r=r: r)()
-            for r in ids
-        ]
-    )
-    if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):
-        raise RequestError(
-            f"{what} must be [batch, seq]: a list of rows of token ids with at least one row"
-        )
-    return rows
+        return check_request(self.text(tenant), config, prompt, params, length, taken_at)

@@ -18,7 +18,6 @@ from common.checkpoints.generation_config import GenerationConfig
 from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.serving.engine import Engine
 from common.serving.scheduler_options import SchedulerOptions
-from common.serving.text import TenantText
 from common.store import Store
 
 VOCAB = 97
@@ -161,10 +160,11 @@ class FakeStore:
         assert tenant in self.tenants
         return self._config
 
+    def assets_dir(self, tenant: str) -> Path:
+        return Path("/nonexistent")
 
-class _Text(TenantText):
-    def __init__(self, tenant: str):
-        super().__init__(tenant, Path("/nonexistent"), GenerationConfig(eos_token_ids=(EOS,)))
+    def generation(self, tenant: str) -> GenerationConfig:
+        return GenerationConfig(eos_token_ids=(EOS,))
 
 
 def fake_engine(
@@ -174,6 +174,4 @@ def fake_engine(
     tokenizer."""
     made = FakeBackend(tenants, **backend)
     store: Any = FakeStore(tenants)
-    engine = Engine(store, made, options)
-    engine._texts = {name: _Text(name) for name in tenants}
-    return engine, made
+    return Engine(store, made, options), made

@@ -307,7 +307,7 @@ def _prompts(
             echoes.append("")
         elif isinstance(prompt, str) and limit is None:
             echoes.append(prompt)
-        elif engine.has_tokenizer(tenant) or tenant in engine.unavailable:
+        elif engine.text(tenant).has_tokenizer or tenant in engine.unavailable:
             echoes.append(echoed(engine, tenant, found, body.skip_special))
         else:
             raise ApiError(

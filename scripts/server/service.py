@@ -176,21 +176,21 @@ class Service:
         """Loads it at the tenant's first request, outside the event loop: it takes seconds."""
         engine = self.require().engine
         if tenant not in self._warm:
-            await asyncio.to_thread(engine.has_tokenizer, tenant)
+            await asyncio.to_thread(engine.text, tenant)
             self._warm.add(tenant)
-        return engine.has_tokenizer(tenant)
+        return engine.text(tenant).has_tokenizer
 
     def sampling_defaults(self, tenant: str) -> Mapping[str, int | float]:
         """What the tenant's generation_config.json says of sampling. Raises
         TenantUnavailableError."""
         if not self.settings.generation_config:
             return {}
-        return self.require().engine.generation_config(tenant).sampling
+        return self.require().engine.text(tenant).generation.sampling
 
     def warn_of_unused(self, tenant: str) -> None:
         """Log what the tenant's generation_config.json asks for and nobody does."""
         with suppress(TenantUnavailableError):
-            for note in self.require().engine.generation_config(tenant).notes():
+            for note in self.require().engine.text(tenant).generation.notes():
                 log.warning("tenant %s: %s", tenant, note)
 
     def unavailable(self, access: Access) -> dict[str, str]:

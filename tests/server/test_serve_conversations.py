@@ -41,11 +41,8 @@ class Speaker:
     def __init__(self, path: Path):
         self._text = TenantText("t", path)
 
-    def chat_template(self, tenant: str) -> str | None:
-        return self._text.chat_template
-
-    def render_chat(self, tenant: str, messages: Any, **options: Any) -> str:
-        return self._text.render(messages, **options)
+    def text(self, tenant: str) -> TenantText:
+        return self._text
 
 
 @pytest.fixture
