@@ -31,6 +31,7 @@ from common.errors import (
     TenantUnavailableError,
     UnknownTenantError,
 )
+from common.families.shape import Decoder, EncoderDecoder
 from common.generation import GenerationConfig
 from common.request import FinishReason, Generation, Output, Request, Timings
 from common.sampling import SamplingParams
@@ -61,8 +62,8 @@ Prompt = str | Sequence[int]
 
 GREEDY = SamplingParams()
 
-# The engine of each family.
-BACKENDS = {"mixtral": "torch", "switch_transformers": "jax"}
+# The engine of each shape.
+BACKENDS = {Decoder: "torch", EncoderDecoder: "jax"}
 
 
 class Engine:
@@ -787,7 +788,7 @@ def load_engine(
 ) -> Engine:
     """Load a store for inference.
 
-    backend: auto picks by family (mixtral: torch, switch_transformers: jax). device: auto takes a
+    backend: auto picks by shape (decoders: torch, encoder-decoders: jax). device: auto takes a
         GPU if there is one.
     dtype: auto is the store's; float32 or bfloat16 to override.
     scheduler: how requests share steps; max_batch_size: short for its `max_num_seqs`.
@@ -796,11 +797,10 @@ def load_engine(
     Raises StoreError, EngineError.
     """
     opened = store if isinstance(store, Store) else Store.open(store)
-    wanted = BACKENDS[opened.family.name] if backend == "auto" else backend
-    if wanted != BACKENDS[opened.family.name]:
+    serves = BACKENDS[type(opened.config(opened.tenants[0]).shape)]
+    if backend not in ("auto", serves):
         raise EngineError(
-            f"backend {backend!r} does not serve family {opened.family.name!r}; use "
-            f"{BACKENDS[opened.family.name]!r}"
+            f"backend {backend!r} does not serve family {opened.family.name!r}; use {serves!r}"
         )
     chosen = scheduler or SchedulerOptions()
     if max_batch_size is not None:
@@ -809,7 +809,7 @@ def load_engine(
         tokens = max(chosen.max_num_batched_tokens, max_batch_size)
         chosen = replace(chosen, max_num_seqs=max_batch_size, max_num_batched_tokens=tokens)
     chosen.check_tenants(opened.tenants)
-    load = _torch_backend if wanted == "torch" else _jax_backend
+    load = _torch_backend if serves == "torch" else _jax_backend
     return Engine(opened, load(opened, device=device, dtype=dtype, **options), chosen)
 
 
