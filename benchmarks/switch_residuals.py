@@ -135,7 +135,7 @@ class LayerSide:
         slots, slot_of = slots_of_plan(store.plan)
         spec = store.experts
         self.ff = FeedForward(
-            spec.activation, "wi_0" in dict(spec.projections), spec.intermediate_size
+            spec.activation, "gate" in dict(spec.projections), spec.intermediate_size
         )
         blocked = isinstance(dispatch, NativeDispatch)
         counts = tuple(map(len, slots))

@@ -239,8 +239,8 @@ def oracle_of_store(
                 p: torch.from_numpy(w)
                 for p, w in store.served_expert(store.tenants[index], layer, expert).items()
             }
-            experts.gate_up_proj.data[expert] = torch.cat((served["w1"], served["w3"]))
-            experts.down_proj.data[expert] = served["w2"]
+            experts.gate_up_proj.data[expert] = torch.cat((served["gate"], served["up"]))
+            experts.down_proj.data[expert] = served["down"]
     return model
 
 

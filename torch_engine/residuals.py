@@ -21,8 +21,8 @@ from torch_engine.products import as_tensor
 # Numbers that are expanded at once: 4 MiB of float32, beside megabytes that stay packed.
 CHUNK = 1 << 20
 
-# Mixtral's projections, in the order that our own kernels take their parts.
-PROJECTIONS = ("w1", "w3", "w2")
+# In the order that our own kernels take their parts.
+PROJECTIONS = ("gate", "up", "down")
 
 
 class PackedResidual:

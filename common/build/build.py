@@ -64,7 +64,7 @@ def build_store(
     """Build a store from checkpoints, replacing the store at `path` if there is one.
 
     tenants: name -> checkpoint directory, in the order that the plan counts them.
-    policy: one of `common.policies.POLICIES`; docs/consolidation.md compares them.
+    policy: one of `common.planning.policies.POLICIES`; docs/consolidation.md compares them.
     slots: resident copies, nothing beside them; "all" shares nothing but identical experts.
     budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the
         store's type.

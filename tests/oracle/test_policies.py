@@ -385,7 +385,7 @@ def test_the_more_samples_the_less_the_last_projection_is_held(
     """A few samples move it little from the tenant's own; the same ones seen many times are
     believed."""
     position = planner(Store.open(mixtral.path))._position(0)
-    own = position.own[1]["w2"]
+    own = position.own[1]["down"]
     copy = position.copy(np.full(3, 1 / 3), np.arange(3), False)
     x, gates = position.sample(1)
     moved = []

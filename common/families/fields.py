@@ -1,5 +1,5 @@
-"""What each field of a config.json is to us: read, harmless, or refused where it would change the
-maths.
+"""Fields of a config.json: typed access, and what each is to us: read, harmless, or refused where
+it would change the maths.
 
 transformers keeps every field of a config.json and its models read a few. A field that is none of a
 family's own is kept unread there; where other models give it a meaning that changes outputs, a
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.families.base import Fields
+from common.errors import CheckpointError
 
 # Read by training, by output options, by generation or by tools; none changes a logit.
 HARMLESS = frozenset(
@@ -35,7 +35,7 @@ HARMLESS = frozenset(
     router_jitter_noise output_router_logits add_router_probs router_ignore_padding_tokens
     attn_implementation _attn_implementation experts_implementation _experts_implementation
     _attn_implementation_autoset pretraining_tp n_positions use_flash_attention_2 unsloth_version
-    unsloth_fixed tie_last_hidden_states use_return_dict model_max_length
+    unsloth_fixed tie_last_hidden_states use_return_dict model_max_length max_window_layers
     """.split()
 )
 
@@ -58,6 +58,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
         """
         logit_scale logits_scaling embedding_multiplier residual_multiplier routed_scaling_factor
         n_group topk_group partial_rotary_factor rotary_pct moe_layer_freq moe_layer_frequency
+        decoder_sparse_step
         """.split(),
         (1, 1.0),
     ),
@@ -72,20 +73,92 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def check_fields(
-    fields: Fields, read: Iterable[str], neutral: Mapping[str, tuple[Any, ...]] | None = None
-) -> None:
+class Fields:
+    """Typed access to config.json whose errors name the file, the field and what was found.
+
+    raw: with aliases under the names of their fields. notes: for people, what was decided.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str,
+        family: str = "",
+        aliases: Mapping[str, str] | None = None,
+    ):
+        self.where, self.family = where, family
+        self.notes: list[str] = []
+        self.defaulted: dict[str, int] = {}  # sizes that the file does not state
+        self.given = raw
+        self.raw: dict[str, Any] = dict(raw)
+        for alias, field in (aliases or {}).items():
+            value = self.raw.pop(alias, None)
+            if value is None:
+                continue
+            if self.raw.get(field, value) != value:
+                raise self.error(
+                    alias,
+                    f"is {value!r}, but {field!r}, another name of it, is {self.raw[field]!r}; "
+                    "keep one of them",
+                )
+            self.raw[field] = value
+
+    def error(self, field: str, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: field {field!r} {why}")
+
+    def positive_int(self, field: str, default: int | None = None) -> int:
+        value = self.raw.get(field)
+        if value is None:
+            if default is None:
+                raise self.error(
+                    field, "is missing; a config.json that belongs to the weights states it"
+                )
+            value = default
+            if field not in self.raw:
+                self.defaulted[field] = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.error(field, f"is {value!r}; expected a whole number above 0")
+        return value
+
+    def optional_positive_int(self, field: str) -> int | None:
+        return None if self.raw.get(field) is None else self.positive_int(field)
+
+    def number(self, field: str, default: float) -> float:
+        value = self.raw.get(field)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(field, f"is {value!r}; expected a number")
+        return float(value)
+
+    def flag(self, field: str, default: bool) -> bool:
+        value = self.raw.get(field)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(field, f"is {value!r}; expected true or false")
+        return value
+
+    def text(self, field: str, default: str) -> str:
+        value = self.raw.get(field)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.error(field, f"is {value!r}; expected a string")
+        return value
+
+
+def check_fields(fields: Fields, read: Iterable[str]) -> None:
     """Refuse fields that would change the maths and are not served; note those that nobody knows.
 
-    read, neutral: the family's own beside those above.
+    read: the family's own, beside those above.
     Raises CheckpointError that names the field, its value and the mend.
     """
     known = HARMLESS | set(read)
-    all_neutral = {**NEUTRAL, **(neutral or {})}
     unknown = []
     for field, value in fields.raw.items():
-        if field in all_neutral and field not in read:
-            if value is not None and not any(_equal(value, one) for one in all_neutral[field]):
+        if field in NEUTRAL and field not in read:
+            if value is not None and not any(_equal(value, one) for one in NEUTRAL[field]):
                 raise fields.error(
                     field,
                     f"is {value!r}, which is not supported: no {fields.family} model of "
