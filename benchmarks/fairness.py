@@ -43,7 +43,7 @@ from common.sampling import SamplingParams
 from common.scheduler import Scheduler, SchedulerOptions
 from common.store import Store
 from common.text import TenantText
-from scripts.traffic import Call, Flood, Load, make_trace
+from scripts.load.traffic import Call, Flood, Load, make_trace
 
 TENANTS = ("a", "b", "c", "d")
 FLOODING = TENANTS[-1]

@@ -47,11 +47,11 @@ from common.backend import Backend
 from common.consolidation import plan_round_robin
 from common.engine import Engine, Row
 from common.store.objects import Objects
-from scripts import qos_report
-from scripts.load_test import System
-from scripts.qos import Experiment, compare
-from scripts.qos_systems import EngineSystem, Paper, Setup
-from scripts.traffic import Load
+from scripts.load import report as qos_report
+from scripts.load.load_test import System
+from scripts.load.qos import Experiment, compare
+from scripts.load.qos_systems import EngineSystem, Paper, Setup
+from scripts.load.traffic import Load
 from torch_engine.non_expert import TenantsByCopy
 from torch_engine.pool import GroupedPool, LoopPool, TokenTenants
 

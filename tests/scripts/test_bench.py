@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 import pytest
 
 from common import EngineError
-from scripts import bench, command, qos
-from scripts.load_test import UNFINISHED, Piece, Record, report
-from scripts.qos import Cell, Comparison, Experiment, compare, judge
-from scripts.qos_report import markdown, remarks, row
-from scripts.traffic import Call, Flood, Trace, TrafficError
+from scripts import cli
+from scripts.commands import bench
+from scripts.load import qos
+from scripts.load.load_test import UNFINISHED, Piece, Record, report
+from scripts.load.qos import Cell, Comparison, Experiment, compare, judge
+from scripts.load.report import markdown, remarks, row
+from scripts.load.traffic import Call, Flood, Trace, TrafficError
 from tests.scripts.test_bench_systems import Server
 
 FAST = [
@@ -55,7 +57,7 @@ def test_all_systems_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixtur
         "--flood=3",
         "--drain=30",
     ]
-    assert command.main("bench", bench, [*given, *FAST, *load]) == 0
+    assert cli.main(["bench", *given, *FAST, *load]) == 0
     out = capsys.readouterr().out
     for line in (
         "saturation, requests/s (closed loop): single",
@@ -108,9 +110,7 @@ def test_all_systems_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_server_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def run(argv: list[str]) -> int:
         async with Server() as server:
-            return await asyncio.to_thread(
-                command.main, "bench", bench, [f"--url={server.url}", *argv]
-            )
+            return await asyncio.to_thread(cli.main, ["bench", f"--url={server.url}", *argv])
 
     argv = [
         "--tenants",
@@ -147,7 +147,7 @@ def test_a_server_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_wrong_use(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert command.main("bench", bench, [*argv, f"--work={tmp_path}"]) == 1
+    assert cli.main(["bench", *argv, f"--work={tmp_path}"]) == 1
     assert message in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts.load_test import (
+from scripts.load.load_test import (
     UNFINISHED,
     Goodput,
     Piece,
@@ -23,7 +23,7 @@ from scripts.load_test import (
     summarise,
     warm_up,
 )
-from scripts.traffic import Call, Load, Trace, TrafficError, make_trace
+from scripts.load.traffic import Call, Load, Trace, TrafficError, make_trace
 
 
 def record(

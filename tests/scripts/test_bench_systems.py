@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.material import random_models
 from common import EngineError, Store, load_engine
-from scripts import random_models
-from scripts.http_system import HttpSystem
-from scripts.load_test import Piece, Record, run_trace
-from scripts.qos_systems import (
+from scripts.load.http_system import HttpSystem
+from scripts.load.load_test import Piece, Record, run_trace
+from scripts.load.qos_systems import (
     SPARE_SLOTS,
     EngineSystem,
     Paper,
@@ -31,7 +31,7 @@ from scripts.qos_systems import (
     open_system,
     within,
 )
-from scripts.traffic import Call, Load, Trace, make_trace
+from scripts.load.traffic import Call, Load, Trace, make_trace
 from tests import helpers
 from tests.conftest import Family
 

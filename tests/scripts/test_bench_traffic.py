@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from scripts.traffic import (
+from scripts.load.traffic import (
     Call,
     Flood,
     Load,

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, SwitchTransformersForConditionalGenerati
 from common import PlanError, Store, UnknownTenantError, build_store, load_engine
 from common.policies import POLICIES
 from scripts import cli
-from scripts.number_words import expected, held_out
-from scripts.quality import (
+from scripts.demo.number_words import expected, held_out
+from scripts.quality.measure import (
     Material,
     Method,
     Options,
@@ -35,7 +35,7 @@ from scripts.quality import (
     rouge,
     usual_methods,
 )
-from scripts.quality_report import Spread, draw, rank_correlation, table
+from scripts.quality.report import Spread, draw, rank_correlation, table
 from tests import helpers
 from tests.conftest import Family
 
@@ -294,7 +294,7 @@ def test_rouge() -> None:
 def test_tables_over_seeds() -> None:
     from dataclasses import replace
 
-    from scripts.quality import Memory, Result
+    from scripts.quality.measure import Memory, Result
 
     memory = Memory(100, 15, 40, 15, 1.15)
 

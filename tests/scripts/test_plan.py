@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import common.store.build
-import scripts.plan
+import scripts.commands.plan
 from common import SamplingParams, Store, add_tenant, build_store, load_engine
 from common.calibration import Profile, calibrate
 from common.policies import Planner
 from scripts import cli
-from scripts.plan import EXTRAS, Asked, Offer, offers, recommended
+from scripts.commands.plan import EXTRAS, Asked, Offer, offers, recommended
 from tests import helpers
 
 
@@ -229,7 +229,7 @@ def test_calibration_is_measured_once(
         measured.append(list(sets))
         return calibrate(store, sets, **options)
 
-    for module in (scripts.plan, common.store.build):
+    for module in (scripts.commands.plan, common.store.build):
         monkeypatch.setattr(module, "calibrate", counted)
     prompts = tmp_path / "fr.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in (12, 345, 6789)))

@@ -1,0 +1,332 @@
+"""Load-test tenants, and compare ways to serve them: throughput, time to first and last token
+against arrival rate.
+
+    moetel bench                    compare five systems on a random Mixtral's tenants, on this
+    machine moetel bench STORE              the same on the tenants of a store
+    moetel bench STORE --systems moetel --request-rate 2 4
+    moetel bench --url http://127.0.0.1:8000 --tenants fr de --request-rate 2 --vocab-size 32000
+
+Requests arrive whatever became of those before (open loop), for each tenant as a Poisson process of
+its own or burstier (--burstiness), tenants alike or by a power law (--skew). Results are those of
+`vllm bench serve`, with times counted from the planned arrival. The key of a server that wants one
+is read from OPENAI_API_KEY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.material.random_models import MODELS, random_store
+from common import Store
+from common.progress import bars
+from common.scheduler import SchedulerOptions
+from scripts import arguments
+from scripts.load.http_system import HttpSystem
+from scripts.load.load_test import Goodput, System
+from scripts.load.qos import LOADS, Comparison, Experiment, Opener, compare
+from scripts.load.qos_systems import SYSTEMS, Setup, open_system
+from scripts.load.report import remarks, row, table, write
+from scripts.load.traffic import Load, TrafficError
+from scripts.quality.report import provenance
+
+WIDTH = 150
+"""Characters that the table needs."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    what = parser.add_argument_group("what is tested")
+    what.add_argument(
+        "store",
+        type=arguments.path,
+        nargs="?",
+        metavar="STORE",
+        help="default: a store of random tenants",
+    )
+    what.add_argument(
+        "--random",
+        choices=MODELS,
+        default="mixtral",
+        help="shape of random tenants (default: %(default)s)",
+    )
+    what.add_argument(
+        "--num-tenants",
+        type=int,
+        default=4,
+        metavar="N",
+        help="random tenants (default: %(default)s)",
+    )
+    what.add_argument(
+        "--work",
+        type=arguments.path,
+        metavar="DIR",
+        help="where random stores are kept (default: ~/.cache/moetel/bench)",
+    )
+    what.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=list(SYSTEMS),
+        metavar="NAME",
+        help="of: %(choices)s",
+    )
+    what.add_argument("--url", help="test a server with OpenAI's routes instead")
+    what.add_argument(
+        "--tenants", nargs="+", metavar="NAME", help="with --url: the names of its models"
+    )
+    what.add_argument(
+        "--vocab-size",
+        type=int,
+        default=32000,
+        metavar="N",
+        help="with --url: prompts hold ids below this",
+    )
+
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--request-rate",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="requests a second of all tenants, a test each; inf with --num-prompts (default: "
+        "--load)",
+    )
+    load.add_argument(
+        "--load",
+        type=float,
+        nargs="+",
+        default=list(LOADS),
+        metavar="SHARE",
+        help="rates as shares of the rate at which the first system saturates; 0.7 is always among "
+        "them",
+    )
+    load.add_argument(
+        "--duration",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="of each test (default: %(default)g s)",
+    )
+    load.add_argument(
+        "--num-prompts", type=int, metavar="N", help="requests of each test, instead of --duration"
+    )
+    load.add_argument(
+        "--drain",
+        type=float,
+        metavar="S",
+        help="wait so long for late answers (default: as --duration)",
+    )
+    load.add_argument(
+        "--skew",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="tenant i has a share ~ (i+1)^-A (default: equal)",
+    )
+    load.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        metavar="B",
+        help="1 Poisson, below bursts, inf constant",
+    )
+    load.add_argument(
+        "--input-len",
+        type=int,
+        default=32,
+        metavar="N",
+        help="tokens of prompts (default: %(default)s)",
+    )
+    load.add_argument(
+        "--output-len",
+        type=int,
+        default=25,
+        metavar="N",
+        help="tokens of answers (default: %(default)s)",
+    )
+    load.add_argument(
+        "--random-range-ratio",
+        type=float,
+        default=0.5,
+        metavar="R",
+        help="lengths are uniform in (1-R) to (1+R) times these (default: %(default)s)",
+    )
+    load.add_argument("--seed", type=int, default=0)
+    load.add_argument(
+        "--flood",
+        type=float,
+        default=8.0,
+        metavar="X",
+        help="test moetel again with one tenant sending X times its rate; 0: do not (default: "
+        "%(default)g)",
+    )
+    load.add_argument(
+        "--pairs",
+        type=int,
+        default=3,
+        metavar="N",
+        help="test single and moetel N times in turn at 0.7 of the load, both loaded; 0: do not "
+        "(default: %(default)s)",
+    )
+    load.add_argument("--flood-tenant", metavar="NAME", help="which (default: the last)")
+
+    engine = parser.add_argument_group("engine")
+    arguments.add_engine_arguments(engine)
+    engine.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=16,
+        metavar="N",
+        help="requests of a step (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--default-tenant-limit", type=int, metavar="N", help="most of them that are one tenant's"
+    )
+    engine.add_argument(
+        "--max-interference",
+        type=float,
+        default=SchedulerOptions.max_interference,
+        metavar="X",
+        help="how much longer steps may get by places beyond a tenant's share (default: "
+        "%(default)s; inf: any)",
+    )
+
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="GOAL:MS",
+        help="count good requests, as ttft:200 tpot:50 e2el:5000",
+    )
+    results.add_argument("--percentiles", default="50,90,95,99", help="default: %(default)s")
+    results.add_argument(
+        "--out",
+        type=arguments.path,
+        metavar="DIR",
+        help="write NAME.json, NAME.md and NAME.png here",
+    )
+    results.add_argument("--name", default="qos", help="of those files (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(soft_wrap=True, highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    if args.url:
+        if args.store is not None or not args.tenants or not args.request_rate:
+            raise TrafficError(
+                "--url tests a server: give --tenants and --request-rate, and no STORE"
+            )
+        vocab_sizes = dict.fromkeys(args.tenants, args.vocab_size)
+        openers: dict[str, Opener] = {"http": partial(_open_http, args.url)}
+    else:
+        if args.tenants:
+            raise TrafficError(
+                "--tenants names the models of a server, with --url; a store's are all tested"
+            )
+        store = Store.open(args.store) if args.store is not None else _random(args)
+        vocab_sizes = {name: store.config(name).vocab_size for name in store.tenants}
+        options = {"device": args.device, "dtype": args.dtype}
+        setup = Setup(
+            store.path, args.max_num_seqs, args.default_tenant_limit, args.max_interference, options
+        )
+        openers = {
+            name: partial(open_system, name, setup) for name in SYSTEMS if name in args.systems
+        }
+    experiment = _experiment(args, vocab_sizes)
+
+    def show(text: str) -> None:
+        errors.print(text, style="dim")
+
+    found = asyncio.run(
+        compare(
+            openers,
+            experiment,
+            on_step=show,
+            on_cell=lambda cell: show("  " + "  ".join(row(cell))),
+        )
+    )
+    Console(width=max(console.width, WIDTH), highlight=False).print(table(found.cells))
+    for line in remarks(found):
+        console.print(line)
+    if args.out is not None:
+        _write(args, found, console)
+    return 0
+
+
+async def _open_http(url: str) -> System:
+    return HttpSystem(url, os.environ.get("OPENAI_API_KEY"))
+
+
+def _random(args: argparse.Namespace) -> Store:
+    if args.num_tenants < 1:
+        raise TrafficError(f"{args.num_tenants} tenants; give at least 1")
+    work = (
+        args.work
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel" / "bench"
+    )
+    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+    return random_store(work, args.random, args.num_tenants, dtype, bars)
+
+
+def _experiment(args: argparse.Namespace, vocab_sizes: Mapping[str, int]) -> Experiment:
+    """Raises TrafficError."""
+    try:
+        percentiles = tuple(float(p) for p in args.percentiles.split(","))
+    except ValueError:
+        percentiles = (-1.0,)
+    if not all(0 <= p <= 100 for p in percentiles):
+        raise TrafficError(
+            f"percentiles {args.percentiles!r}; write numbers from 0 to 100, as 50,90,99"
+        )
+    if not args.load or not all(share > 0 for share in args.load):
+        raise TrafficError("load: give shares above 0")
+    if not args.duration > 0 or (args.drain is not None and not args.drain >= 0):
+        raise TrafficError("duration and drain: give seconds, a duration above 0")
+    if args.max_num_seqs < 1:
+        raise TrafficError(f"max-num-seqs is {args.max_num_seqs}; give a whole number from 1")
+    if args.pairs < 0:
+        raise TrafficError(f"pairs is {args.pairs}; give a whole number from 0")
+    if args.flood_tenant is not None and args.flood_tenant not in vocab_sizes:
+        raise TrafficError(
+            f"tenant {args.flood_tenant!r} is to flood, but there is: {', '.join(vocab_sizes)}"
+        )
+    return Experiment(
+        vocab_sizes=vocab_sizes,
+        load=Load(
+            skew=args.skew,
+            burstiness=args.burstiness,
+            input_len=args.input_len,
+            output_len=args.output_len,
+            range_ratio=args.random_range_ratio,
+            seed=args.seed,
+        ),
+        request_rates=tuple(args.request_rate) if args.request_rate else None,
+        loads=tuple(args.load),
+        duration_s=None if args.num_prompts else args.duration,
+        num_requests=args.num_prompts,
+        drain_s=args.duration if args.drain is None else args.drain,
+        # A server is somebody else's: it is not driven to its limit unasked.
+        capacity_s=0.0 if args.url else max(1.0, 0.4 * args.duration),
+        concurrency=args.max_num_seqs,
+        percentiles=percentiles,
+        goodput=Goodput.parse(args.goodput),
+        pairs=args.pairs,
+        flood_factor=args.flood,
+        flood_tenant=args.flood_tenant,
+    )
+
+
+def _write(args: argparse.Namespace, found: Comparison, console: Console) -> None:
+    what = args.url or args.store or f"{args.num_tenants} random tenants ({args.random})"
+    left_out = ("command", "out", "name", "work", "store", "url")
+    options = {k: v for k, v in vars(args).items() if k not in left_out and not callable(v)}
+    for path in write(found, args.out, provenance(), options, f"QoS: {what}", args.name):
+        console.print(f"written: {path}")
