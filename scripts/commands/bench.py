@@ -1,15 +1,18 @@
-"""Load-test tenants, and compare ways to serve them: throughput, time to first and last token
-against arrival rate.
+"""Load-test tenants: throughput, time to first and last token against arrival rate.
 
-    moetel bench                    compare five systems on a random Mixtral's tenants, on this
-    machine moetel bench STORE              the same on the tenants of a store
-    moetel bench STORE --systems moetel --request-rate 2 4
+    moetel bench STORE              the engine of this process, on the tenants of a store
+    moetel bench STORE --request-rate 2 4
     moetel bench --url http://127.0.0.1:8000 --tenants fr de --request-rate 2 --vocab-size 32000
 
 Requests arrive whatever became of those before (open loop), for each tenant as a Poisson process of
 its own or burstier (--burstiness), tenants alike or by a power law (--skew). Results are those of
 `vllm bench serve`, with times counted from the planned arrival. The key of a server that wants one
 is read from OPENAI_API_KEY.
+
+In a clone of the repository, `python -m scripts.cli bench` also compares ways to serve tenants:
+
+    ... bench                       five systems on a random Mixtral's tenants
+    ... bench STORE --systems single moetel paper partition time_sharing
 """
 
 from __future__ import annotations
@@ -23,18 +26,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.material.random_models import MODELS, random_store
 from common import Store
 from common.progress import bars
 from common.scheduler import SchedulerOptions
-from scripts import arguments
-from scripts.load.http_system import HttpSystem
-from scripts.load.load_test import Goodput, System
-from scripts.load.qos import LOADS, Comparison, Experiment, Opener, compare
-from scripts.load.qos_systems import SYSTEMS, Setup, open_system
+from scripts import arguments, lab
+from scripts.load.engine_system import EngineSystem, Setup
+from scripts.load.experiment import LOADS, Comparison, Experiment, Opener, compare
 from scripts.load.report import remarks, row, table, write
+from scripts.load.run import System
+from scripts.load.summary import Goodput
 from scripts.load.traffic import Load, TrafficError
-from scripts.quality.report import provenance
+from scripts.provenance import provenance
+
+SYSTEMS = ("single", "moetel", "paper", "partition", "time_sharing")
+"""In the order in which they are tested: the first one's saturation sets the rates. All but moetel
+are `benchmarks.lab`'s."""
+
+MODELS = ("mixtral", "mixtral-slice", "switch", "tiny-mixtral", "tiny-switch")
+"""Shapes of random tenants, from `benchmarks.material.random_models`."""
 
 WIDTH = 150
 """Characters that the table needs."""
@@ -73,9 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--systems",
         nargs="+",
         choices=SYSTEMS,
-        default=list(SYSTEMS),
         metavar="NAME",
-        help="of: %(choices)s",
+        help="of: %(choices)s; default: moetel, without a STORE all",
     )
     what.add_argument("--url", help="test a server with OpenAI's routes instead")
     what.add_argument(
@@ -233,26 +241,28 @@ def run(args: argparse.Namespace) -> int:
             )
         store = Store.open(args.store) if args.store is not None else _random(args)
         vocab_sizes = {name: store.config(name).vocab_size for name in store.tenants}
-        options = {"device": args.device, "dtype": args.dtype}
-        setup = Setup(
-            store.path, args.max_num_seqs, args.default_tenant_limit, args.max_interference, options
-        )
-        openers = {
-            name: partial(open_system, name, setup) for name in SYSTEMS if name in args.systems
-        }
+        openers = _openers(args, store)
     experiment = _experiment(args, vocab_sizes)
 
     def show(text: str) -> None:
         errors.print(text, style="dim")
 
-    found = asyncio.run(
-        compare(
+    async def test() -> Comparison:
+        found = await compare(
             openers,
             experiment,
             on_step=show,
             on_cell=lambda cell: show("  " + "  ".join(row(cell))),
         )
-    )
+        if len(openers) > 1:
+            await lab.load("lab.in_turn", "--pairs").test_in_turn(
+                openers, experiment, args.pairs, found, show
+            )
+            judged = lab.load("lab.judge", "--systems").judge(found)
+            found.aims = [str(aim) for aim in judged if aim.value is not None]
+        return found
+
+    found = asyncio.run(test())
     Console(width=max(console.width, WIDTH), highlight=False).print(table(found.cells))
     for line in remarks(found):
         console.print(line)
@@ -262,7 +272,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _open_http(url: str) -> System:
-    return HttpSystem(url, os.environ.get("OPENAI_API_KEY"))
+    from scripts.load.openai_server import OpenAIServer
+
+    return OpenAIServer(url, os.environ.get("OPENAI_API_KEY"))
+
+
+def _openers(args: argparse.Namespace, store: Store) -> dict[str, Opener]:
+    """The systems that are asked for."""
+    setup = Setup(
+        store.path,
+        args.max_num_seqs,
+        args.default_tenant_limit,
+        args.max_interference,
+        {"device": args.device, "dtype": args.dtype},
+    )
+    names = args.systems or (SYSTEMS if args.store is None else ["moetel"])
+    if list(names) == ["moetel"]:
+        return {"moetel": partial(EngineSystem.load, "moetel", store, setup)}
+    systems = lab.load("lab.systems", "--systems with anything but moetel")
+    return {name: partial(systems.open_system, name, setup) for name in SYSTEMS if name in names}
 
 
 def _random(args: argparse.Namespace) -> Store:
@@ -273,7 +301,9 @@ def _random(args: argparse.Namespace) -> Store:
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetel" / "bench"
     )
     dtype = "bfloat16" if args.dtype == "auto" else args.dtype
-    return random_store(work, args.random, args.num_tenants, dtype, bars)
+    models = lab.load("material.random_models", "a test of random tenants (no STORE is given)")
+    store: Store = models.random_store(work, args.random, args.num_tenants, dtype, bars)
+    return store
 
 
 def _experiment(args: argparse.Namespace, vocab_sizes: Mapping[str, int]) -> Experiment:
@@ -318,7 +348,6 @@ def _experiment(args: argparse.Namespace, vocab_sizes: Mapping[str, int]) -> Exp
         concurrency=args.max_num_seqs,
         percentiles=percentiles,
         goodput=Goodput.parse(args.goodput),
-        pairs=args.pairs,
         flood_factor=args.flood,
         flood_tenant=args.flood_tenant,
     )

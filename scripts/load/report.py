@@ -1,4 +1,4 @@
-"""Table, figures and files of the QoS experiment."""
+"""Table, figures and files of an experiment with systems under load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from common import EngineError
 from common.units import format_bytes
-from scripts.load.qos import Cell, Comparison, judge
+from scripts.load.experiment import Cell, Comparison
 from scripts.load.traffic import TrafficError
 
 COLUMNS = (
@@ -60,7 +60,7 @@ def table(cells: Sequence[Cell]) -> Table:
 
 
 def remarks(found: Comparison) -> list[str]:
-    """Saturation rates, the judging lines, and what went wrong."""
+    """Saturation rates, aims, the flood, and what went wrong."""
     lines = []
     if found.capacity:
         shown = ", ".join(f"{name} {rate:.3g}" for name, rate in found.capacity.items())
@@ -84,8 +84,7 @@ def remarks(found: Comparison) -> list[str]:
             for n, r in pair.items()
         )
         lines.append(f"in turn, mean E2EL: {shown}")
-    judgements = judge(found, "moetel" if "moetel" in found.systems else "http")
-    lines += [str(j) for j in judgements if j.value is not None]
+    lines += [*found.aims, *filter(None, [found.flood()])]
     for cell in found.cells:
         if compiled := cell.result.get("compilations"):
             at = f"{cell.system} at {cell.request_rate:.3g} requests/s"
@@ -140,7 +139,7 @@ def write(
         "options": dict(options),
         "capacity": found.capacity,
         "systems": found.systems,
-        "judgements": [{**j.__dict__, "met": j.met} for j in judge(found)],
+        "aims": found.aims,
         "results": [cell.to_json() for cell in found.cells],
         "pairs": found.pairs,
         "floods": found.floods,

@@ -13,7 +13,7 @@ without the common last arrival that scaling each tenant's trace to its end woul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,11 +218,3 @@ def _calls(
 def _length(mean: int, ratio: float, rng: np.random.Generator) -> int:
     low, high = max(1, math.floor(mean * (1 - ratio))), math.ceil(mean * (1 + ratio))
     return int(rng.integers(low, high + 1))
-
-
-def redirected(calls: Sequence[Call], tenant: str, vocab_size: int) -> list[Call]:
-    """The same requests, all to one tenant; token ids that it does not have become others."""
-    return [
-        Call(c.number, tenant, c.at_s, tuple(t % vocab_size for t in c.prompt), c.max_new_tokens)
-        for c in calls
-    ]

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +13,8 @@ import numpy as np
 
 from common import EngineError
 from common.units import format_bytes
-from common.version import __version__
+from scripts.provenance import provenance
 from scripts.quality.measure import DEFAULTS, Options, Result, TaskError
-
-
-def provenance() -> dict[str, Any]:
-    """Date, machine, versions, command."""
-    name = platform.processor() or platform.machine()
-    try:
-        found = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-        name = found[1] if found else name
-    except OSError:
-        pass
-    versions = {"moetel": __version__, "python": platform.python_version()}
-    for package in ("numpy", "torch", "jax", "transformers", "rouge-score"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{name}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": versions,
-        "command": _command(),
-    }
-
-
-def _command() -> str:
-    """What was typed, without the folders of the interpreter and of scripts."""
-    if sys.orig_argv[1:2] == ["-m"]:
-        return shlex.join(["python", *sys.orig_argv[1:]])
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:

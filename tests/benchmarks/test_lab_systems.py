@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -14,24 +13,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lab.half_memory import SPARE_SLOTS, half_budget, within
+from benchmarks.lab.partition import Partition, divide_cores
+from benchmarks.lab.systems import Paper, Single, open_system, redirected
+from benchmarks.lab.time_sharing import TimeSharing
 from benchmarks.material import random_models
 from common import EngineError, Store, load_engine
-from scripts.load.http_system import HttpSystem
-from scripts.load.load_test import Piece, Record, run_trace
-from scripts.load.qos_systems import (
-    SPARE_SLOTS,
-    EngineSystem,
-    Paper,
-    Partition,
-    Setup,
-    TimeSharing,
-    alone,
-    divide_cores,
-    half_budget,
-    open_system,
-    within,
-)
+from scripts.load.engine_system import Setup
+from scripts.load.run import Piece, Record, run_trace
 from scripts.load.traffic import Call, Load, Trace, make_trace
+from scripts.store_views import alone_store
 from tests import helpers
 from tests.conftest import Family
 
@@ -92,7 +83,7 @@ def test_the_other_engine(name: str, tmp_path: Path) -> None:
 
 
 def test_views_of_a_store(store: Store, family: Family) -> None:
-    one = alone(store, "ana")
+    one = alone_store(store, ["ana"])
     assert one.tenants == ("ana",) and one.plan.num_misses == 0
     with load_engine(one, device="cpu", products="plain") as engine:
         found = engine.logits("ana", [[5, 6, 7]])
@@ -121,8 +112,8 @@ def test_single_gives_one_tenant_all_requests(store: Store, setup: Setup) -> Non
         system = await open_system("single", setup)
         try:
             await run_trace(system, trace(store), 60.0)
-            assert isinstance(system, EngineSystem)
-            return (await system._engine.stats())["tenants"]
+            assert isinstance(system, Single)
+            return (await system.inner.engine.stats())["tenants"]
         finally:
             await system.close()
 
@@ -140,7 +131,7 @@ def test_paper_takes_one_request_after_another(store: Store, setup: Setup) -> No
     async def run() -> int:
         system = await open_system("paper", setup)
         assert isinstance(system, Paper)
-        inner = system._inner.generate
+        inner = system.inner.generate
 
         async def watched(call: Call) -> AsyncGenerator[Piece]:
             order.append(call.number)
@@ -150,7 +141,7 @@ def test_paper_takes_one_request_after_another(store: Store, setup: Setup) -> No
                     yield piece
             events.append("end")
 
-        system._inner.generate = watched  # type: ignore[method-assign]
+        system.inner.generate = watched  # type: ignore[method-assign]
         try:
             before = (await system.about())["reconfigurations"]
             await run_trace(system, asked, 60.0)
@@ -251,7 +242,7 @@ def test_partition_that_cannot_load_leaves_no_process(store: Store, setup: Setup
     with pytest.raises(EngineError, match="torch engine has no option 'nonsense'"):
         asyncio.run(run({"nonsense": 1}))
     with pytest.raises(EngineError, match="divides tenants among 2 processes"):
-        asyncio.run(Partition.start(alone(store, "ana"), setup))
+        asyncio.run(Partition.start(alone_store(store, ["ana"]), setup))
 
 
 def test_cores_are_divided() -> None:
@@ -267,112 +258,6 @@ def test_unknown_system(setup: Setup) -> None:
         asyncio.run(open_system("x", setup))
 
 
-# A server that streams.
-
-
-class Server:
-    """As much of OpenAI's completions as the client reads."""
-
-    def __init__(self, chunked: bool = True):
-        self.chunked = chunked
-        self.bodies: list[dict[str, Any]] = []
-        self.heads: list[str] = []
-
-    async def __aenter__(self) -> Server:
-        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self._server.close()
-        await self._server.wait_closed()
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = int(head.lower().split("content-length:")[1].split("\r\n")[0])
-        body = json.loads(await reader.readexactly(length))
-        self.heads.append(head)
-        self.bodies.append(body)
-        if body["model"] == "nobody":
-            text = b'{"error": {"message": "no model nobody"}}'
-            writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
-        else:
-            kind = b"transfer-encoding: chunked\r\n" if self.chunked else b""
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n" + kind + b"\r\n")
-            # Two chunks with text, of which the second has two tokens; cut at odd places on the
-            # way.
-            events = ['{"choices":[{"text":"a"}]}', '{"choices":[{"text":"bc"}]}']
-            if body["model"] == "broken":
-                events.append('{"error":{"message":"it broke"}}')
-            usage = '{"choices":[],"usage":{"completion_tokens":3},"metrics":{"reconfiguration_ms":250}}'  # noqa: E501
-            end = [] if body["model"] == "cut" else [usage, "[DONE]"]
-            stream = "".join(f"data: {e}\n\n" for e in [*events, *end]).encode()
-            for i in range(0, len(stream), 7):
-                part = stream[i : i + 7]
-                writer.write(b"%x\r\n%s\r\n" % (len(part), part) if self.chunked else part)
-                await writer.drain()
-            if self.chunked:
-                writer.write(b"0\r\n\r\n")
-        writer.close()
-
-
-@pytest.mark.parametrize("chunked", [True, False])
-def test_a_server_is_tested_over_http(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> tuple[Server, list[Record]]:
-        async with Server(chunked) as server:
-            system = HttpSystem(server.url + "/v1/", "secret")
-            calls = tuple(
-                Call(n, t, 0.01 * n, (3, 4), 3)
-                for n, t in enumerate(["fr", "nobody", "broken", "cut"])
-            )
-            records = await run_trace(system, Trace(calls, 0.05), 10.0)
-            await system.close()
-            return server, records
-
-    server, records = asyncio.run(run())
-    assert server.heads[0].startswith("POST /v1/completions HTTP/1.1\r\n")
-    assert "Authorization: Bearer secret\r\n" in server.heads[0]
-    body = server.bodies[0]
-    assert (body["model"], body["prompt"], body["max_tokens"]) == ("fr", [3, 4], 3)
-    assert (
-        body["stream"] and body["ignore_eos"] and body["stream_options"] == {"include_usage": True}
-    )
-    good, unknown, broken, cut = records
-    assert good.error is None and good.num_tokens == 3 and len(good.pieces) == 2
-    assert good.reconfiguration_s == 0.25
-    assert "the server answers 404: no model nobody" in str(unknown.error)
-    assert "it broke" in str(broken.error)
-    assert "ends before [DONE]" in str(cut.error)
-
-
-def test_urls_that_lead_nowhere() -> None:
-    with pytest.raises(EngineError, match="give one like http://"):
-        HttpSystem("127.0.0.1:8000")
-    calls = (Call(0, "a", 0.0, (3,), 1),)
-    (record,) = asyncio.run(run_trace(HttpSystem("http://127.0.0.1:9"), Trace(calls, 0.0), 10.0))
-    assert "does the server run?" in str(record.error)
-
-
-# Random stores.
-
-
-def test_random_stores_are_made_once(tmp_path: Path) -> None:
-    store = random_models.random_store(tmp_path, "tiny-mixtral", 2, "bfloat16")
-    assert store.tenants == ("tenant0", "tenant1") and store.dtype == "bfloat16"
-    assert store.plan.num_slots == store.experts.num_positions
-    assert store.distances.matrix.min() > 0  # no expert is shared by chance
-    (kept,) = tmp_path.iterdir()  # the checkpoints are gone
-    before = kept.stat().st_mtime_ns
-    assert random_models.random_store(tmp_path, "tiny-mixtral", 2, "bfloat16").path == store.path
-    assert kept.stat().st_mtime_ns == before
-    other = random_models.random_store(tmp_path, "tiny-mixtral", 2, "float32")
-    assert other.path != store.path
-    with load_engine(other, device="cpu", products="plain") as engine:
-        picked: set[int] = set()
-
-        def look(tenant: str, layer: int, x: Any, ids: Any, gates: Any) -> None:
-            picked.update(ids.reshape(-1).tolist())
-
-        engine.observe(look)
-        engine.logits("tenant1", [list(range(3, 60))])
-    assert picked == {0, 1, 2, 3}
+def test_requests_can_be_sent_to_another_tenant() -> None:
+    call = Call(4, "a", 1.5, (3, 60, 95), 7)
+    assert redirected(call, "c", 50) == Call(4, "c", 1.5, (3, 10, 45), 7)

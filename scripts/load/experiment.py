@@ -1,12 +1,8 @@
-"""The QoS experiment: systems under the same arrivals, one after another, each at rising rates.
+"""Systems under the same arrivals, one after another, each at rising rates.
 
-How fast the first system (`single`: one model) can be is measured first, closed-loop: with as many
-requests under way as it batches, the rate of answers is the rate at which it saturates. Rates are
-then shares of that one: its load. The same measurement gives every system's saturation rate.
-
-Minutes lie between the tests of two systems, and on a shared machine its speed changes meanwhile.
-What Moetel's latency is beside one model's is therefore asked again with both loaded, in turn,
-under the same arrivals (`Experiment.pairs`).
+How fast the first system can be is measured first, closed-loop: with as many requests under way as
+it batches, the rate of answers is the rate at which it saturates. Rates are then shares of that
+one: its load. The same measurement gives every system's saturation rate.
 """
 
 from __future__ import annotations
@@ -14,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,13 +20,16 @@ from typing import Any
 import numpy as np
 
 from common import MoetelError
-from scripts.load.load_test import Goodput, Record, System, capacity, report, run_trace, warm_up
+from scripts.load.run import Record, System, capacity, run_trace, warm_up
+from scripts.load.summary import Goodput, report
 from scripts.load.traffic import Call, Flood, Load, Trace, TrafficError, make_trace
 
 log = logging.getLogger(__name__)
 
 JUDGED_LOAD = 0.7
-OURS = "moetel"
+FLOODED = ("moetel", "http")
+"""Systems that are tested under a flood as well."""
+
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.9)
 WARM_UP_S = 60.0
 """Longest warm-up, in seconds; what is not answered by then is given up."""
@@ -49,9 +49,7 @@ class Experiment:
         no more. Such a system is then given an unmeasured trace before each test, half as long.
     drain_s: how long answers are waited for after the last arrival. concurrency: of the closed-loop
         measurement.
-    pairs: how often the first system and Moetel are tested in turn at the judged rate, each time
-        under other arrivals, both loaded; 0: not at all. Takes memory for both.
-    flood_factor: how many times its rate `flood_tenant` sends in a second test of `flooded` at the
+    flood_factor: how many times its rate `flood_tenant` sends in a second test of `FLOODED` at the
         judged rate, from a quarter of the time on; 0 or 1: none.
     """
 
@@ -67,10 +65,8 @@ class Experiment:
     concurrency: int = 16
     percentiles: tuple[float, ...] = (50, 90, 95, 99)
     goodput: Goodput = field(default_factory=Goodput)
-    pairs: int = 0
     flood_factor: float = 8.0
     flood_tenant: str | None = None
-    flooded: tuple[str, ...] = ("moetel", "http")
 
     def trace(self, rate: float, flood: Flood | None = None) -> Trace:
         return make_trace(
@@ -129,21 +125,45 @@ class Cell:
 
 @dataclass
 class Comparison:
-    """capacity: requests a second at which each system saturates. systems: what each tells about
-    itself.
-    pairs: results of both systems of each pair, by name. floods: Moetel's p95 for the other tenants
-    under a flood over that without, one test after the other, each time under other arrivals."""
+    """What was found.
+
+    capacity: requests a second at which each system saturates. systems: what each tells of itself.
+    pairs, floods, aims: see `benchmarks.lab`. Results of two systems tested in turn, by name; how a
+        flood moved the other tenants' p95 in each of these tests; whether the aims were met.
+    """
 
     capacity: dict[str, float] = field(default_factory=dict)
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     pairs: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     floods: list[float] = field(default_factory=list)
+    aims: list[str] = field(default_factory=list)
 
     def judged(self, system: str) -> Cell | None:
         """A system's test at the judged rate, without a flood."""
         return next(
             (c for c in self.cells if c.system == system and c.judged and c.flood is None), None
+        )
+
+    def flood(self) -> str | None:
+        """How a flood moves the other tenants' p95 of E2EL, over requests from its beginning on."""
+        flooded = next((c for c in self.cells if c.flood is not None), None)
+        calm = None if flooded is None else self.judged(flooded.system)
+        if calm is None or flooded is None or flooded.flood is None:
+            return None
+        flood = flooded.flood
+        values = self.floods or [
+            others_p95(flooded.records, flood) / others_p95(calm.records, flood)
+        ]
+        if not all(value > 0 for value in values):
+            return None
+        note = f"{len(others_ms(calm.records, flood))} requests of the others"
+        if self.floods:
+            span = f"{min(values):.3g} to {max(values):.3g}"
+            note = f"median of {len(values)} pairs tested in turn, {span}"
+        return (
+            f"p95 E2EL of the other tenants, flooded / not, {flood.factor:g} times the rate of "
+            f"{flood.tenant}: {statistics.median(values):.3g}; {note}"
         )
 
 
@@ -166,7 +186,7 @@ async def compare(
         try:
             system = await opener()
             try:
-                await _prepare(system, experiment, found, on_step)
+                await prepare(system, experiment, found, on_step)
                 if not rates:
                     rates = _rates(experiment, found.capacity.get(name))
                 await _test(system, experiment, rates, found, on_cell, on_step)
@@ -178,55 +198,10 @@ async def compare(
                 raise
             on_step(f"{name} failed: {error}")
             found.systems[name] = {"error": str(error)}
-    first = next(iter(openers))
-    judged = next((rate for rate, _, is_judged in rates if is_judged), None)
-    if experiment.pairs and judged and first != OURS and found.judged(OURS) is not None:
-        await _test_in_turn(
-            [(name, openers[name]) for name in (first, OURS)], experiment, judged, found, on_step
-        )
     return found
 
 
-async def _test_in_turn(
-    openers: Sequence[tuple[str, Opener]],
-    experiment: Experiment,
-    rate: float,
-    found: Comparison,
-    on_step: Callable[[str], None],
-) -> None:
-    """Fill `found.pairs` and `found.floods`: both systems loaded, one tested after the other, then
-    the other way round."""
-    systems: list[System] = []
-    try:
-        for name, opener in openers:
-            on_step(f"loading {name}, to be tested in turn")
-            systems.append(await opener())
-            await _prepare(systems[-1], replace(experiment, capacity_s=0.0), found, on_step)
-        for number in range(experiment.pairs):
-            other = replace(
-                experiment, load=replace(experiment.load, seed=experiment.load.seed + 100 + number)
-            )
-            trace = other.trace(rate)
-            on_step(f"in turn at {rate:.3g} requests/s, pair {number + 1} of {experiment.pairs}")
-            pair = {}
-            for system in systems if number % 2 else systems[::-1]:
-                if await compilations(system):
-                    await run_trace(system, experiment.prelude(trace), experiment.drain_s)
-                records = await run_trace(system, trace, experiment.drain_s)
-                pair[system.name] = report(
-                    records, trace.horizon_s, experiment.percentiles, experiment.goodput
-                )
-                if system.name == OURS and (flood := experiment.flood(trace)) is not None:
-                    flooded = await run_trace(system, other.trace(rate, flood), experiment.drain_s)
-                    if (moved := _others_p95(flooded, flood) / _others_p95(records, flood)) > 0:
-                        found.floods.append(moved)
-            found.pairs.append(pair)
-    finally:
-        for system in systems:
-            await system.close()
-
-
-async def _prepare(
+async def prepare(
     system: System, experiment: Experiment, found: Comparison, on_step: Callable[[str], None]
 ) -> None:
     """Warm up, and measure how much the system can do: again, until it compiles nothing new
@@ -234,7 +209,8 @@ async def _prepare(
     most = experiment.concurrency
     calls = cycle(experiment.some_calls(4 * most))
     # Where replacements take long each tenant is asked once; more at once changes nothing there.
-    sizes = [len(experiment.vocab_sizes) if system.name in ("paper", "time_sharing") else most]
+    slow = getattr(system, "slow_to_switch", False)
+    sizes = [len(experiment.vocab_sizes) if slow else most]
     begun = time.perf_counter()
     while True:
         on_step(f"warming up {system.name}")
@@ -320,122 +296,17 @@ async def _test(
             continue
         saturated |= (await test(rate, load, judged)).result["saturated"]
         flood = experiment.flood(experiment.trace(rate))
-        if judged and flood is not None and system.name in experiment.flooded:
+        if judged and flood is not None and system.name in FLOODED:
             await test(rate, load, judged, flood)
 
 
-# What is asked of Moetel.
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One question. value: None where it was not measured. at_most, at_least: the aim."""
-
-    what: str
-    value: float | None
-    at_most: float | None = None
-    at_least: float | None = None
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        if self.value is None:
-            return None
-        return (self.at_most is None or self.value <= self.at_most) and (
-            self.at_least is None or self.value >= self.at_least
-        )
-
-    def __str__(self) -> str:
-        aim = (
-            f"at most {self.at_most:g}"
-            if self.at_most is not None
-            else f"at least {self.at_least:g}"
-        )
-        shown = "not measured" if self.value is None else f"{self.value:.3g}"
-        verdict = {None: "", True: ", met", False: ", MISSED"}[self.met]
-        return f"{self.what}: {shown} (aim {aim}{verdict}){'; ' + self.note if self.note else ''}"
-
-
-def judge(found: Comparison, ours: str = OURS) -> list[Judgement]:
-    """The aims of the QoS experiment, at the judged rate."""
-    cells = {name: found.judged(name) for name in ("single", ours, "partition")}
-    mine = cells[ours]
-
-    def latency(name: str) -> float | None:
-        cell = cells[name]
-        return None if cell is None else cell.result["mean_e2el_at_least_ms"]
-
-    def ratio(a: float | None, b: float | None) -> float | None:
-        return None if a is None or not b else a / b
-
-    at = "" if mine is None else f" at {mine.request_rate:.3g} requests/s"
-    if mine is not None and mine.load is not None:
-        at += f" ({mine.load:.0%} load of one model)"
-    beside = ratio(latency(ours), latency("single"))
-    how = "one test each, one after the other"
-    each = [
-        pair[ours]["mean_e2el_at_least_ms"] / pair["single"]["mean_e2el_at_least_ms"]
-        for pair in found.pairs
-    ]
-    if each:
-        beside = float(np.median(each))
-        how = f"median of {len(each)} pairs tested in turn, {min(each):.3g} to {max(each):.3g}"
-    cut = cells["partition"] is not None and cells["partition"].result["failed"] > 0
-    return [
-        Judgement(
-            f"mean E2EL, {ours} / single{at}", beside, at_most=1.1, note=how if beside else ""
-        ),
-        Judgement(
-            f"mean E2EL, {ours} / partition{at}",
-            ratio(latency(ours), latency("partition")),
-            at_most=0.15,
-            note="partition did not finish in time, so the true ratio is smaller" if cut else "",
-        ),
-        Judgement(
-            f"saturation rate, {ours} / paper",
-            ratio(found.capacity.get(ours), found.capacity.get("paper")),
-            at_least=3.0,
-        ),
-        Judgement(
-            f"share of TTFT that reconfiguration takes{at}",
-            None if mine is None else mine.result["reconfiguration_share_of_ttft"],
-            at_most=0.05,
-        ),
-        _flood_judgement(found, ours),
-    ]
-
-
-def _flood_judgement(found: Comparison, ours: str) -> Judgement:
-    """How the other tenants' p95 of E2EL moves, over requests that come after the flood has
-    begun."""
-    what = "p95 E2EL of the other tenants, flooded / not"
-    calm = found.judged(ours)
-    flooded = next((c for c in found.cells if c.system == ours and c.flood is not None), None)
-    if calm is None or flooded is None or flooded.flood is None:
-        return Judgement(what, None, at_most=1.2)
-    value = _others_p95(flooded.records, flooded.flood) / _others_p95(calm.records, flooded.flood)
-    if not value > 0:
-        return Judgement(what, None, at_most=1.2)
-    note = f"{len(_others_ms(calm.records, flooded.flood))} requests of the others"
-    if found.floods:
-        value = float(np.median(found.floods))
-        span = f"{min(found.floods):.3g} to {max(found.floods):.3g}"
-        note = f"median of {len(found.floods)} pairs tested in turn, {span}"
-    return Judgement(
-        f"{what}, {flooded.flood.factor:g} times the rate of {flooded.flood.tenant}",
-        value,
-        at_most=1.2,
-        note=note,
-    )
-
-
-def _others_p95(records: Sequence[Record], flood: Flood) -> float:
+def others_p95(records: Sequence[Record], flood: Flood) -> float:
     """Of the tenants that do not flood, in milliseconds; NaN if there is no request of theirs."""
-    times = _others_ms(records, flood)
+    times = others_ms(records, flood)
     return float(np.percentile(times, 95)) if times else math.nan
 
 
-def _others_ms(records: Sequence[Record], flood: Flood) -> list[float]:
+def others_ms(records: Sequence[Record], flood: Flood) -> list[float]:
     """E2EL of the tenants that do not flood, of those that were given up the time that they had
     waited."""
     return [
