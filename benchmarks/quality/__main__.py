@@ -25,22 +25,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.quality.methods import Method, usual_methods
+from benchmarks.quality.plot import notes, write
+from benchmarks.quality.workshop import Material, evaluate
 from common import MoetelError
 from common.calibration import CalibrationSet
 from common.progress import bars, silent
 from scripts.demo.number_words import ALL_LANGUAGES, expected, held_out, training_numbers
-from scripts.quality.measure import (
-    Material,
-    Method,
-    Options,
-    Question,
-    Result,
-    Task,
-    TaskError,
-    evaluate,
-    usual_methods,
-)
-from scripts.quality.report import by_method, cell, markdown, provenance, write
+from scripts.provenance import provenance
+from scripts.quality.report import by_method, cell, markdown
+from scripts.quality.scores import Result
+from scripts.quality.task import Options, Question, Task, TaskError
 
 # What makes a folder's seeds. The few held-out numbers are for the trainings' own tables.
 RECIPES: dict[str, tuple[str, ...]] = {
@@ -247,7 +242,7 @@ def summary(
                 tenant_columns(results, "perplexity", ".2f"),
                 "",
             ]
-        parts += [f"## {name}", "", markdown(results, provenance(), options)]
+        parts += [f"## {name}", "", markdown(results, provenance(), options, notes(results))]
     return "\n".join(parts)
 
 

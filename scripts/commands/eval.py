@@ -1,26 +1,24 @@
-"""Measure quality against device memory: what is left of each tenant's quality, method by method,
-beside running alone.
+"""Measure quality: what is left of each tenant's as a store serves it, beside running alone.
 
     moetel eval STORE --task fr=fr.jsonl --task de=de.jsonl --out results
-    moetel eval --tenant fr=checkpoints/fr --tenant de=checkpoints/de --base checkpoints/base \\
-        --task fr=fr.jsonl --task de=de.jsonl --methods round_robin auto@0.15 average
-        ties:density=0.2 --out results
 
 A task is a JSONL file. Lines {"prompt": ..., "answer": ...} are answered greedily (exact match,
 ROUGE); lines {"prompt": ...} alone count for divergence only; lines {"text": ...} are scored by
 perplexity. For all of them the served tenant's next-token distributions are compared with the
 tenant's own when it stands alone.
 
-A method is a policy of `moetel build` (with @EXTRA, a share of one model's expert memory), `alone`,
-`base` (the base answers for all), `round_robin_one_model` (the paper's rule without
-reconfiguration: shared experts, the first tenant's other layers for all), a merging method (one
-model for all) or a merging method with `_experts` behind its name (experts merged, every tenant
-keeps its other layers).
+In a clone of the repository, policies and merging baselines are compared against memory
+(benchmarks/quality/methods.py has them all):
+
+    python -m scripts.cli eval --tenant fr=checkpoints/fr --tenant de=checkpoints/de \\
+        --base checkpoints/base --task fr=fr.jsonl --task de=de.jsonl \\
+        --methods round_robin auto@0.15 average ties:density=0.2 --out results
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,30 +26,20 @@ from rich.table import Table
 from common import MoetelError, Store
 from common.calibration import CalibrationSet
 from common.progress import bars
-from scripts import arguments
-from scripts.quality.measure import (
-    METRICS,
-    Material,
-    Method,
-    Options,
-    Result,
-    Task,
-    TaskError,
-    evaluate,
-    evaluate_store,
-    names,
-    usual_methods,
-)
-from scripts.quality.report import cell, table, write
+from scripts import arguments, lab
+from scripts.quality import report
+from scripts.quality.measure import evaluate_store
+from scripts.quality.report import cell, table
+from scripts.quality.scores import Result
+from scripts.quality.task import METRICS, Options, Task, TaskError
 
 
-def method(text: str) -> str:
-    """A method's name and options, for argparse."""
+def method(text: str) -> Any:
+    """A method, for argparse."""
     try:
-        Method.parse(text)
+        return lab.load("quality.methods", "--methods").Method.parse(text)
     except MoetelError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=method,
         metavar="METHOD",
-        help=f"NAME[@EXTRA][:option=value,...] of {', '.join(names())}; default: every policy, and "
-        "the merging methods",
+        help="NAME[@EXTRA][:option=value,...]; default: every policy, and the merging methods",
     )
     parser.add_argument(
         "--extra",
@@ -147,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=arguments.path,
         metavar="DIR",
-        help="write quality.json, quality.md and quality.png here",
+        help="write quality.json and quality.md here, with --tenant quality.png as well",
     )
 
 
@@ -184,17 +171,20 @@ def run(args: argparse.Namespace) -> int:
             f"KL {cell([result.mean('kl')], '.2e')} (worst {cell([result.worst('kl')], '.2e')})"
         )
         if args.out:
-            write(found, args.out, options)
+            writer.write(found, args.out, options)
 
+    writer: Any = report
     if args.store is not None:
         evaluate_store(Store.open(args.store), tasks, options, keep, bars)
     else:
-        calibration = {name: CalibrationSet.read(path) for name, path in args.calibration}
-        material = Material(dict(args.tenant), tasks, args.base, calibration or None)
-        methods = [Method.parse(m) for m in args.methods or ()] or usual_methods(
-            args.extra, args.base is not None
+        writer, methods, workshop = (
+            lab.load(f"quality.{name}", "a comparison of methods (--tenant)")
+            for name in ("plot", "methods", "workshop")
         )
-        evaluate([material], methods, options, keep, bars)
+        calibration = {name: CalibrationSet.read(path) for name, path in args.calibration}
+        material = workshop.Material(dict(args.tenant), tasks, args.base, calibration or None)
+        asked = args.methods or methods.usual_methods(args.extra, args.base is not None)
+        workshop.evaluate([material], asked, options, keep, bars)
     titles, rows = table(found)
     shown = Table(title="quality against memory", title_justify="left")
     for title in titles:
@@ -203,8 +193,5 @@ def run(args: argparse.Namespace) -> int:
         shown.add_row(*row)
     console.print(shown)
     if args.out:
-        console.print(
-            "written: "
-            f"{', '.join(str(args.out / f'quality.{kind}') for kind in ('md', 'json', 'png'))}"
-        )
+        console.print(f"written: {', '.join(map(str, sorted(args.out.glob('quality.*'))))}")
     return 0

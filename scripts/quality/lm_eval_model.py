@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import EngineError, RequestError, SamplingParams, Store, UnknownTenantError, load_engine
 from common.calibration import log_softmax
-from scripts.quality.measure import alone_store
+from scripts.store_views import alone_store
 
 # Bytes of logits that the engine holds at once, whatever the batch size.
 LOGITS_BYTES = 1 << 28
