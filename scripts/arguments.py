@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from common import RequestError
 from common.calibration import CalibrationSet
 from common.units import parse_bytes
+
+T = TypeVar("T")
 
 
 def path(text: str) -> Path:
@@ -81,6 +85,43 @@ def traffic(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=WEIGHT, for example fr=3") from None
+
+
+def whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: give seconds, from 0")
+    return value
+
+
+def named(convert: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """`NAME=VALUE`, for argparse."""
+
+    def parse(text: str) -> tuple[str, T]:
+        name, equals, value = text.partition("=")
+        try:
+            if not equals or not name:
+                raise ValueError
+            return name, convert(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: write NAME=NUMBER, for example fr=2"
+            ) from None
+
+    return parse
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

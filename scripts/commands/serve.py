@@ -8,66 +8,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ipaddress
 import json
 import logging
-import signal
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from common import MoetelError, Store, add_tenant, load_engine
+from common import Store, add_tenant, load_engine
 from common.scheduler import SchedulerOptions
 from scripts import arguments
 from scripts.server.keys import KeyRing
+from scripts.server.process import ServeError, bind, serve
 from scripts.server.settings import Settings
 
 if TYPE_CHECKING:
     from common.engine import Engine
-    from common.serving import AsyncEngine
-    from scripts.server.service import Service
 
 log = logging.getLogger(__name__)
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-FLUSH_S = 5
-"""How long clients may take to read the end of their answers when the server stops."""
-
-T = TypeVar("T")
-
-
-class ServeError(MoetelError):
-    """A server that cannot start."""
-
-
-def _whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
-    return value
 
 
 def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r}: give a port, 0 to 65535; 0 takes a free one")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: give seconds, from 0")
-    return value
 
 
 def _texts(text: str) -> tuple[str, ...]:
@@ -83,23 +49,6 @@ def _texts(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _named(convert: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
-    """`NAME=VALUE`, for argparse."""
-
-    def parse(text: str) -> tuple[str, T]:
-        name, equals, value = text.partition("=")
-        try:
-            if not equals or not name:
-                raise ValueError
-            return name, convert(value)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: write NAME=NUMBER, for example fr=2"
-            ) from None
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = SchedulerOptions()
     parser.add_argument("store", type=arguments.path, metavar="STORE")
@@ -112,14 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     net.add_argument(
         "--timeout-keep-alive",
-        type=_whole,
+        type=arguments.whole,
         default=5,
         metavar="S",
         help="close idle connections after so many seconds",
     )
     net.add_argument(
         "--drain-timeout",
-        type=_seconds,
+        type=arguments.seconds,
         default=30.0,
         metavar="S",
         help="on SIGTERM, how long running requests may go on",
@@ -151,27 +100,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument(
         "--max-model-len",
-        type=_whole,
+        type=arguments.whole,
         metavar="N",
         help="most tokens of prompt and answer together",
     )
     load.add_argument(
         "--max-num-seqs",
-        type=_whole,
+        type=arguments.whole,
         default=engine.max_num_seqs,
         metavar="N",
         help="sequences a step",
     )
     load.add_argument(
         "--max-num-batched-tokens",
-        type=_whole,
+        type=arguments.whole,
         metavar="N",
         help=f"tokens a step (default: {engine.max_num_batched_tokens}, or --max-num-seqs if that "
         "is more)",
     )
     load.add_argument(
         "--prefill-chunk",
-        type=_whole,
+        type=arguments.whole,
         metavar="N",
         help="tokens of prompts in a step in which others answer",
     )
@@ -196,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tenant-weight",
         action="append",
         default=[],
-        type=_named(float),
+        type=arguments.named(float),
         metavar="NAME=W",
         help="a tenant's share beside the others', which have 1; repeatable",
     )
@@ -204,13 +153,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tenant-limit",
         action="append",
         default=[],
-        type=_named(int),
+        type=arguments.named(int),
         metavar="NAME=N",
         help="most sequences of a tenant in a step; repeatable",
     )
     share.add_argument(
         "--default-tenant-limit",
-        type=_whole,
+        type=arguments.whole,
         metavar="N",
         help="the same of tenants that are not named (default: as many as are free)",
     )
@@ -225,12 +174,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     share.add_argument(
         "--max-queue",
-        type=_whole,
+        type=arguments.whole,
         default=engine.max_queue,
         metavar="N",
         help="requests that may wait; more get 429",
     )
-    share.add_argument("--max-queue-per-tenant", type=_whole, metavar="N", help="and of one tenant")
+    share.add_argument(
+        "--max-queue-per-tenant", type=arguments.whole, metavar="N", help="and of one tenant"
+    )
 
     who = parser.add_argument_group("who may do what")
     who.add_argument(
@@ -241,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     who.add_argument(
         "--rate-limit",
-        type=_whole,
+        type=arguments.whole,
         metavar="N",
         help="requests a minute, for each key (without keys: each tenant)",
     )
@@ -351,128 +302,6 @@ def _load(args: argparse.Namespace) -> Engine:
     return engine
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ServeError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(2048)
-    except OSError as error:
-        raise ServeError(
-            f"cannot listen at {host}:{port} ({error}); choose another --host or --port"
-        ) from error
-    return found
-
-
-def _address(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-async def _serve(args: argparse.Namespace, settings: Settings, sock: socket.socket) -> None:
-    """Listen at once, load the store meanwhile, serve until a signal comes."""
-    import uvicorn
-
-    from common.serving import AsyncEngine
-    from scripts.server.app import create_app
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """Signals are ours: uvicorn would close the door at once, and nobody would learn that
-            we are stopping."""
-            yield
-
-    app = create_app(None, settings)
-    service: Service = app.state.service
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level=logging.WARNING,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_keep_alive=args.timeout_keep_alive,
-        timeout_graceful_shutdown=FLUSH_S,
-    )
-    server = Server(config)
-    loop = asyncio.get_running_loop()
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    stopping = asyncio.create_task(stop.wait())
-    loading = _in_daemon(lambda: _load(args))
-    engine: AsyncEngine | None = None
-    try:
-        await asyncio.wait((loading, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            engine = AsyncEngine(loading.result())
-            service.attach(engine)
-            names = engine.engine.tenants
-            for name in names:
-                service.warn_of_unused(name)
-            sys.stdout.write(
-                f"moetel serves {len(names)} tenants ({', '.join(names)}) at {_address(sock)}\n"
-            )
-            sys.stdout.flush()
-            await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
-            await _drain(service, settings, hurry)
-    finally:
-        server.should_exit = True
-        await serving
-        stopping.cancel()
-        if engine is not None:
-            await asyncio.to_thread(engine.close)
-        log.info("stopped")
-
-
-def _in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run it in a thread that does not keep the process alive: loading cannot be cancelled."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def finish(set_it: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            set_it(value)
-
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as error:
-            outcome: tuple[Callable[[Any], None], Any] = (future.set_exception, error)
-        else:
-            outcome = (future.set_result, result)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(finish, *outcome)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return future
-
-
-async def _drain(service: Service, settings: Settings, hurry: asyncio.Event) -> None:
-    """Let running requests end; a second signal, or too long a time, cancels them."""
-    service.start_draining()
-    log.info("stopping: %d requests are being answered", service.requests)
-    hurried = asyncio.create_task(hurry.wait())
-    drained = asyncio.create_task(service.drained(settings.drain_timeout_s))
-    await asyncio.wait((hurried, drained), return_when=asyncio.FIRST_COMPLETED)
-    for task in (hurried, drained):
-        task.cancel()
-    if service.requests:
-        log.warning("stopping: %d requests are cancelled", service.requests)
-        service.cancel_all()
-        await service.drained(FLUSH_S)
-
-
 def run(args: argparse.Namespace) -> int:
     try:
         import fastapi  # noqa: F401
@@ -489,6 +318,6 @@ def run(args: argparse.Namespace) -> int:
         force=True,
     )
     settings = _settings(args)
-    # Closed by the server.
-    asyncio.run(_serve(args, settings, _bind(args.host, args.port)))
+    sock = bind(args.host, args.port)
+    asyncio.run(serve(lambda: _load(args), settings, sock, args.timeout_keep_alive))
     return 0
