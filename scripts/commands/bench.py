@@ -116,13 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "them",
     )
     load.add_argument(
-        "--duration",
-        type=float,
-        default=15.0,
-        metavar="S",
-        help="of each test (default: %(default)g s)",
-    )
-    load.add_argument(
         "--num-prompts", type=int, metavar="N", help="requests of each test, instead of --duration"
     )
     load.add_argument(
@@ -131,58 +124,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="wait so long for late answers (default: as --duration)",
     )
-    load.add_argument(
-        "--skew",
-        type=float,
-        default=0.0,
-        metavar="A",
-        help="tenant i has a share ~ (i+1)^-A (default: equal)",
-    )
-    load.add_argument(
-        "--burstiness",
-        type=float,
-        default=1.0,
-        metavar="B",
-        help="1 Poisson, below bursts, inf constant",
-    )
-    load.add_argument(
-        "--input-len",
-        type=int,
-        default=32,
-        metavar="N",
-        help="tokens of prompts (default: %(default)s)",
-    )
-    load.add_argument(
-        "--output-len",
-        type=int,
-        default=25,
-        metavar="N",
-        help="tokens of answers (default: %(default)s)",
-    )
-    load.add_argument(
-        "--random-range-ratio",
-        type=float,
-        default=0.5,
-        metavar="R",
-        help="lengths are uniform in (1-R) to (1+R) times these (default: %(default)s)",
-    )
     load.add_argument("--seed", type=int, default=0)
-    load.add_argument(
-        "--flood",
-        type=float,
-        default=8.0,
-        metavar="X",
-        help="test moetel again with one tenant sending X times its rate; 0: do not (default: "
-        "%(default)g)",
-    )
-    load.add_argument(
-        "--pairs",
-        type=int,
-        default=3,
-        metavar="N",
-        help="test single and moetel N times in turn at 0.7 of the load, both loaded; 0: do not "
-        "(default: %(default)s)",
-    )
+    default: float
+    for flag, default, unit, about in (
+        ("--duration", 15.0, "S", "of each test, in seconds"),
+        ("--skew", 0.0, "A", "tenant i has a share ~ (i+1)^-A"),
+        ("--burstiness", 1.0, "B", "1 Poisson, below bursts, inf constant"),
+        ("--input-len", 32, "N", "tokens of prompts"),
+        ("--output-len", 25, "N", "tokens of answers"),
+        ("--random-range-ratio", 0.5, "R", "lengths are uniform in (1-R) to (1+R) times these"),
+        ("--flood", 8.0, "X", "test moetel again with one tenant sending X times its rate; 0: not"),
+        ("--pairs", 3, "N", "test single and moetel N times in turn, both loaded; 0: not"),
+    ):
+        load.add_argument(
+            flag,
+            type=type(default),
+            default=default,
+            metavar=unit,
+            help=f"{about} (default: {default:g})",
+        )
     load.add_argument("--flood-tenant", metavar="NAME", help="which (default: the last)")
 
     engine = parser.add_argument_group("engine")
