@@ -178,7 +178,9 @@ class Floods:
         steps, if part * fewest = rows_per_s * (s + part * (join_s + row_s * fewest)).
         """
         row_s = self.times.row_s
-        reading = (r.unread for n, count in calm.items() for r in first_of(self._requests(n), count))
+        reading = (
+            r.unread for n, count in calm.items() for r in first_of(self._requests(n), count)
+        )
         rows = min(self._options.max_num_seqs, sum(calm.values()))
         alone_s = self.times.seconds(len(calm), rows, min(self.chunk, sum(reading)))
         every = rows_per_s * (alone_s + join_s) / (1 - rows_per_s * row_s)
