@@ -18,7 +18,7 @@ from common.plan.plan import MISS
 from common.store.change import set_plan
 from scripts import cli
 from tests import helpers, switch_models
-from tests.common.test_extend import Experts, check, equal, own, served, squared
+from tests.common.build.test_extend import Experts, check, equal, own, served, squared
 from tests.conftest import Family
 
 
