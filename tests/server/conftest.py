@@ -12,7 +12,7 @@ from common import build_store, load_engine
 from common.serving.scheduler_options import SchedulerOptions
 from scripts.server.settings import Settings
 from tests import helpers
-from tests.oracle.test_engine import NUM_BASE, byte_tokenizer
+from tests.oracle.serving.test_engine import NUM_BASE, byte_tokenizer
 from tests.server.live import Live, Loop
 
 CONTEXT = 4096
