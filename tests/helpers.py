@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,7 +310,6 @@ def with_merged(
     return replace(plan, copies=tuple(copies)), merged
 
 
-def build_round_robin(path: Path, tenants: Mapping[str, Path], **options: Any) -> Store:
-    """A store by the paper's rule: every copy is a tenant's own, as `oracle` supposes, and nothing
-    is added to it."""
-    return build_store(path, tenants, policy="round_robin", **options)
+# A store by the paper's rule: every copy is a tenant's own, as `oracle` supposes, and nothing is
+# added to it.
+build_round_robin = partial(build_store, policy="round_robin")

@@ -1,8 +1,7 @@
-"""Tenants that come and go without a new plan: what others are served stays bit for bit."""
+"""Tenants that join without a new plan: what others are served stays bit for bit."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,100 +30,10 @@ from common.store.change import set_plan
 from common.store.lock import exclusive
 from scripts import cli
 from tests import checkpoints, helpers
+from tests.common.build.conftest import PLANS
 from tests.common.conftest import Family
 from tests.helpers import rest_slow
-
-Experts = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def newcomer(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fourth tenant of the family, nearest to ana."""
-    return checkpoints.save(
-        checkpoints.tuned(family.models[1], 7, 0.02), tmp_path_factory.mktemp("newcomer") / "cy"
-    )
-
-
-# Plans of every kind: how to build each.
-PLANS: dict[str, dict[str, Any]] = {
-    "paper": {"policy": "round_robin"},
-    "misses": {"policy": "round_robin", "slots": 5},
-    "nothing shared": {"slots": "all"},
-    "several copies": {"policy": "medoid", "extra": 1.0},
-    "merged": {"policy": "merge", "extra": 0.5},
-    "residuals": {"policy": "residual"},
-    "signs in bfloat16": {"policy": "sign", "extra": 0.15, "dtype": "bfloat16"},
-}
-
-
-@pytest.fixture(params=PLANS)
-def store(request: pytest.FixtureRequest, family: Family, tmp_path: Path) -> Store:
-    return build_store(tmp_path / "store", family.paths, **PLANS[request.param])
-
-
-def served(store: Store, name: str) -> list[Experts]:
-    """What answers for a tenant, position by position."""
-    spec = store.experts
-    return [
-        store.served_expert(name, i, e)
-        for i in range(spec.num_layers)
-        for e in range(spec.num_experts)
-    ]
-
-
-def own(store: Store, name: str) -> list[Experts]:
-    spec = store.experts
-    return [
-        store.own_expert(name, i, e)
-        for i in range(spec.num_layers)
-        for e in range(spec.num_experts)
-    ]
-
-
-def equal(a: list[Experts], b: list[Experts]) -> bool:
-    return all(
-        x.keys() == y.keys() and all(np.array_equal(x[p], y[p]) for p in x)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def squared(a: list[Experts], b: list[Experts]) -> float:
-    return float(
-        sum(
-            ((x[p].astype(np.float64) - y[p]) ** 2).sum()
-            for x, y in zip(a, b, strict=True)
-            for p in x
-        )
-    )
-
-
-def check(store: Store) -> None:
-    """What must hold of every store: sound, and no file without a use or use without a file."""
-    manifest = store.manifest
-    assert store.verify() == []
-    assert store.objects.unreferenced(set(manifest.objects)) == []
-    used = {i for t in manifest.tenants for i in t.tensors.values()} | set(manifest.residuals)
-    used |= {i for ids in manifest.merged.values() for i in ids.values()}
-    used |= {i for c in manifest.calibration.values() for i in c["objects"].values()}
-    used |= {manifest.similarity["object"]} - {None}
-    if manifest.measurements is not None:
-        used |= {table["object"] for table in manifest.measurements["tables"].values()}
-    assert set(manifest.objects) == used
-    folders = {p.name for p in (store.path / "assets").iterdir()}
-    assert folders == {t.assets_folder for t in manifest.tenants}
-
-
-def nearest(store: Store, name: str, layer: int, expert: int) -> int:
-    """By going through all resident copies of the position."""
-    mine = store.own_expert(name, layer, expert)
-    found = []
-    for slot, at in enumerate(store.plan.copies):
-        if (at.layer, at.expert) == (layer, expert):
-            weights = {p: ref.read() for p, ref in store.slot_refs(slot).items()}
-            found.append(
-                (squared([mine], [{p: w.astype(np.float32) for p, w in weights.items()}]), slot)
-            )
-    return min(found)[1] if found else MISS
+from tests.served import check, equal, nearest, own, served, squared
 
 
 def test_a_tenant_joins_beside_any_plan(store: Store, newcomer: Path) -> None:
@@ -247,91 +156,6 @@ def test_a_tenant_whose_experts_are_resident_needs_nothing(family: Family, tmp_p
     check(shrunk)
     owners = [shrunk.plan.copies[slot].owner for slot in shrunk.plan.serving[2].reshape(-1)]
     assert owners == [2] * 6 + [MERGED] + [2]
-
-
-@pytest.mark.parametrize("name", rest_slow(["base", "ana", "bob"]))
-def test_a_tenant_leaves_any_plan(name: str, store: Store) -> None:
-    stay = [t for t in store.tenants if t != name]
-    before = {n: served(store, n) for n in stay}
-    gone = store.tenants.index(name)
-    rest = [t for t in range(3) if t != gone]
-    kept = sorted(set(store.plan.serving[rest].reshape(-1).tolist()) - {MISS})
-    contents = [store.slot_content(slot) for slot in kept]
-    places = [(store.plan.copies[s].layer, store.plan.copies[s].expert) for s in kept]
-    owners = [store.plan.copies[s].owner for s in kept]
-    distances = store.distances.matrix[store.distances.pairs.index((rest[0], rest[1]))]
-    shrunk = remove_tenant(store.path, name, keep_plan=True)
-    check(shrunk)
-    assert shrunk.tenants == shrunk.plan.tenants == tuple(stay)
-    for n, weights in before.items():
-        assert equal(served(shrunk, n), weights)
-    assert [shrunk.slot_content(i) for i in range(shrunk.plan.num_slots)] == contents
-    assert [(c.layer, c.expert) for c in shrunk.plan.copies] == places
-    for old, at in zip(owners, shrunk.plan.copies, strict=True):
-        assert at.owner == (MERGED if old in (MERGED, gone) else rest.index(old))
-        assert at.mix == () or (len(at.mix) == 2 and sum(at.mix) == pytest.approx(1))
-    assert np.array_equal(shrunk.plan.serving == MISS, store.plan.serving[rest] == MISS)
-    assert len(shrunk.plan.residuals) == sum(r.tenant != gone for r in store.plan.residuals)
-    assert np.array_equal(shrunk.distances.matrix[0], distances)
-    assert shrunk.manifest.provenance[BESIDE] == {"added": [], "removed": [name]}
-    if store.manifest.prediction is not None:
-        losses = store.manifest.prediction["losses"]
-        assert shrunk.manifest.prediction is not None
-        assert shrunk.manifest.prediction["losses"] == [losses[t] for t in rest]
-        assert shrunk.manifest.prediction["bound"] is None
-
-
-def test_copies_that_serve_nobody_are_dropped(family: Family, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots="all")
-    assert store.plan.num_slots == 24
-    shrunk = remove_tenant(store.path, "ana", keep_plan=True)
-    assert shrunk.plan.num_slots == 16 and not shrunk.manifest.merged
-    # The last user of a position takes its copy along, and a newcomer misses there.
-    serving = shrunk.plan.serving.copy()
-    serving[0, 1, 3] = MISS
-    set_plan(store.path, replace(shrunk.plan, serving=serving))
-    serving[1] = MISS
-    alone = replace(shrunk.plan, serving=serving)
-    set_plan(store.path, alone)
-    rest = remove_tenant(store.path, "bob", keep_plan=True)
-    assert rest.plan.num_slots == 7
-    grown = extend_store(store.path, "bob", family.paths["bob"])
-    assert (grown.plan.serving[1] == MISS).sum() == 1 and grown.plan.serving[1, 1, 3] == MISS
-    check(grown)
-
-
-def test_what_was_removed_comes_back_without_loss(family: Family, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", family.paths, policy="round_robin")
-    owned = store.plan.owner == 0
-    remove_tenant(store.path, "base", keep_plan=True)
-    back = extend_store(store.path, "base", family.paths["base"])
-    check(back)
-    assert back.tenants == ("ana", "bob", "base")
-    # Its own copies stayed, and it is served by them; a copy without an owner is no merged one that
-    # anyone sees.
-    assert np.array_equal(back.plan.serving[2], store.plan.serving[0])
-    same = np.array(
-        [
-            squared([a], [b]) == 0
-            for a, b in zip(own(back, "base"), served(back, "base"), strict=True)
-        ]
-    )
-    assert np.array_equal(same.reshape(owned.shape), owned)
-    assert np.array_equal(back.plan.owner == MERGED, owned)
-    assert back.manifest.provenance[BESIDE] == {"added": ["base"], "removed": ["base"]}
-    assert remove_tenant(store.path, "base", keep_plan=True).manifest.provenance[BESIDE] == {
-        "added": [],
-        "removed": ["base"],
-    }
-
-
-def test_coming_and_going_leaves_no_trace(store: Store, newcomer: Path) -> None:
-    before = store.manifest.to_json()
-    extend_store(store.path, "cy", newcomer, extra=0.1)
-    after = remove_tenant(store.path, "cy", keep_plan=True).manifest.to_json()
-    if before["prediction"] is not None:
-        before["prediction"]["bound"] = None
-    assert json.dumps(after) == json.dumps(before)
 
 
 def test_mixtures_say_what_they_are_made_of(family: Family, newcomer: Path, tmp_path: Path) -> None:

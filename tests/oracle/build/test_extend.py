@@ -18,8 +18,8 @@ from common.plan.plan import MISS
 from common.store.change import set_plan
 from scripts import cli
 from tests import helpers, switch_models
-from tests.common.build.test_extend import Experts, check, equal, own, served, squared
 from tests.conftest import Family
+from tests.served import Experts, check, equal, own, served, squared
 
 
 @pytest.fixture(scope="module")

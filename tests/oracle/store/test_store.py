@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
-import common.build.build
 from common import StoreError, add_tenant, load_engine, remove_tenant
 from common.build.examples import CalibrationSet
 from tests import helpers
 from tests.conftest import Family
-
-# The plans that these tests state are those of the paper's rule.
-build_store = partial(common.build.build.build_store, policy="round_robin")
+from tests.helpers import build_round_robin
 
 
 def test_tenants_of_identical_tensors_share_without_loss(tmp_path: Path) -> None:
@@ -31,24 +27,24 @@ def test_tenants_of_identical_tensors_share_without_loss(tmp_path: Path) -> None
     half.model.layers[1].mlp.experts.down_proj.data[3] += 0.1
     models = {"base": base, "lora": lora, "half": half}
     paths = {n: helpers.save(m, tmp_path / n) for n, m in models.items()}
-    store = build_store(tmp_path / "store", paths, slots="all")
+    store = build_round_robin(tmp_path / "store", paths, slots="all")
     row = helpers.prompts(0, [12])
     with load_engine(store) as shared:
         for name, path in paths.items():
-            with load_engine(build_store(tmp_path / f"only-{name}", {name: path})) as alone:
+            with load_engine(build_round_robin(tmp_path / f"only-{name}", {name: path})) as alone:
                 assert np.array_equal(shared.logits(name, row), alone.logits(name, row))
 
 
 def test_an_engine_goes_on_when_its_store_is_replaced(family: Family, tmp_path: Path) -> None:
     path = tmp_path / "store"
-    build_store(path, family.paths, slots=3)
+    build_round_robin(path, family.paths, slots=3)
     engine = load_engine(
         path, spare_slots=1
     )  # goes on with the files that it has mapped, misses included
     row = helpers.prompts(0, [6])
     with load_engine(path) as other_engine:
         before = other_engine.logits("ana", row)
-    build_store(path, {"ana": family.paths["ana"]}, slots=2)
+    build_round_robin(path, {"ana": family.paths["ana"]}, slots=2)
     helpers.assert_close(engine.logits("ana", row), before)
     assert engine.stats()["fetches"] > 0
 
@@ -56,7 +52,7 @@ def test_an_engine_goes_on_when_its_store_is_replaced(family: Family, tmp_path: 
 def test_tenants_of_other_precision_answer_right(family: Family, tmp_path: Path) -> None:
     half = helpers.save(copy.deepcopy(family.models[1]).to(torch.bfloat16), tmp_path / "half")
     narrow = helpers.save(copy.deepcopy(family.models[2]).half(), tmp_path / "narrow")
-    store = build_store(
+    store = build_round_robin(
         tmp_path / "store", {"base": family.paths["base"], "half": half, "narrow": narrow}
     )
     models = [family.models[0], helpers.load(half), helpers.load(narrow)]
@@ -67,7 +63,7 @@ def test_tenants_of_other_precision_answer_right(family: Family, tmp_path: Path)
                 engine.logits(name, rows),
                 helpers.hf_logits(helpers.oracle(models, i, store.plan), rows),
             )
-    float16 = build_store(tmp_path / "float16", {"narrow": narrow})
+    float16 = build_round_robin(tmp_path / "float16", {"narrow": narrow})
     with load_engine(float16, device="cpu") as engine:
         assert engine.stats()["dtype"] == "float32"  # which holds every float16 value
         helpers.assert_close(engine.logits("narrow", rows), helpers.hf_logits(models[2], rows))
@@ -77,7 +73,7 @@ def test_tenants_of_other_precision_answer_right(family: Family, tmp_path: Path)
 def test_transformers_reads_an_export_as_the_tenant_is_served(
     family: Family, tmp_path: Path, slots: Any
 ) -> None:
-    store = build_store(tmp_path / "store", family.paths, slots=slots)
+    store = build_round_robin(tmp_path / "store", family.paths, slots=slots)
     rows = helpers.prompts(0, [14])
     with load_engine(store) as engine:
         for i, name in enumerate(store.tenants):
@@ -90,7 +86,7 @@ def test_transformers_reads_an_export_as_the_tenant_is_served(
 
 def test_export_of_a_tied_tenant_and_of_bfloat16(tmp_path: Path) -> None:
     model = helpers.random_mixtral(0, tie_word_embeddings=True).to(torch.bfloat16)
-    store = build_store(tmp_path / "store", {"tied": helpers.save(model, tmp_path / "tied")})
+    store = build_round_robin(tmp_path / "store", {"tied": helpers.save(model, tmp_path / "tied")})
     store.export("tied", tmp_path / "out")
     again = MixtralForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
     assert again.dtype == torch.bfloat16
@@ -105,7 +101,7 @@ def test_a_tenant_that_joined_in_the_stores_type_answers_right(
     family: Family, tmp_path: Path
 ) -> None:
     half = helpers.save(copy.deepcopy(family.models[0]).to(torch.bfloat16), tmp_path / "half")
-    store = build_store(tmp_path / "store", {"half": half})
+    store = build_round_robin(tmp_path / "store", {"half": half})
     grown = add_tenant(store.path, "ana", family.paths["ana"])
     assert grown.dtype == "bfloat16" and grown.tenant("half").notes == ()
     assert "converted from float32 to bfloat16 (rounded)" in grown.tenant("ana").notes[0]
@@ -120,7 +116,7 @@ def test_a_tenant_that_joined_in_the_stores_type_answers_right(
 
 def test_damaged_calibration_is_never_planned_with(family: Family, tmp_path: Path) -> None:
     sets = {"ana": CalibrationSet.texts(helpers.prompts(0, [20] * 3))}
-    store = build_store(tmp_path / "store", family.paths, slots=5, calibration=sets)
+    store = build_round_robin(tmp_path / "store", family.paths, slots=5, calibration=sets)
     kept = store.manifest.calibration["ana"]["objects"]["inputs"]
     path = store.objects.path(kept)
     data = bytearray(path.read_bytes())
@@ -133,7 +129,7 @@ def test_damaged_calibration_is_never_planned_with(family: Family, tmp_path: Pat
 
 
 def test_an_engine_names_a_missing_file(family: Family, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", family.paths)
+    store = build_round_robin(tmp_path / "store", family.paths)
     path = store.objects.path(store.tenant("ana").tensors["model.layers.0.self_attn.o_proj.weight"])
     path.unlink()
     with pytest.raises(StoreError, match=rf"{path}: the file is missing.*build the store again"):
