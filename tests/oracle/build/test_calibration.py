@@ -1,11 +1,8 @@
-"""What a profile holds, against Hugging Face's own routers; examples and their errors; what stores
-do with profiles."""
+"""What a profile holds, against Hugging Face's own routers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ import pytest
 import torch
 
 import common.build.calibration
-from common import PlanError, RequestError, Store, UnknownTenantError, build_store, load_engine
-from common.build.build import add_tenant, remove_tenant, replan
+from common import RequestError, UnknownTenantError, build_store, load_engine
 from common.build.calibration import (
     LEAST_SAMPLES,
     MOST_SAMPLES,
@@ -30,60 +26,7 @@ from common.plan.profile import Profile
 from common.store.profiles import load_profile
 from tests import helpers, switch_models
 from tests.helpers import hf_greedy, prompts
-
-NAMES = ("base", "ana", "bob")
-SIZES = {
-    "num_local_experts": 3,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 2,
-}
-MANY = 10**6  # samples: all inputs are kept
-
-
-@dataclass
-class Case:
-    root: Path
-    paths: dict[str, Path]
-    models: list[Any]
-    sets: dict[str, CalibrationSet]
-
-    @property
-    def store(self) -> Store:
-        return Store.open(self.root / "store")
-
-
-@pytest.fixture(scope="module")
-def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    root = tmp_path_factory.mktemp("mixtral")
-    base = helpers.random_mixtral(0, **SIZES)
-    models = [base, helpers.tuned(base, 1), helpers.tuned(base, 2)]
-    paths = {n: helpers.save(m, root / n) for n, m in zip(NAMES, models, strict=True)}
-    sets = {n: CalibrationSet.texts(prompts(i, [20, 9, 14])) for i, n in enumerate(NAMES)}
-    build_store(root / "store", paths, policy="round_robin")
-    return Case(root, paths, models, sets)
-
-
-@pytest.fixture(scope="module")
-def switch(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    pytest.importorskip("jax")
-    root = tmp_path_factory.mktemp("switch")
-    base = switch_models.random_switch(0, num_experts=3, d_model=16, d_ff=24)
-    models = [base, switch_models.tuned(base, 1)]
-    paths = {n: helpers.save(m, root / n) for n, m in zip(NAMES, models, strict=False)}
-    sets = {
-        n: CalibrationSet(
-            tuple(
-                Example(p, p[:k]) for p, k in zip(prompts(i, [20, 9, 14]), (6, 0, 9), strict=True)
-            )
-        )
-        for i, n in enumerate(paths)
-    }
-    build_store(root / "store", paths, policy="round_robin")
-    return Case(root, paths, models, sets)
-
-
-# Against Hugging Face.
+from tests.oracle.build.case import MANY, NAMES, SIZES, Case
 
 Seen = list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]
 """(layer, inputs [T, H], expert ids [T, K], gates [T, K]) of every call"""
@@ -319,81 +262,6 @@ def test_sensitivity_predicts_what_a_small_change_does(mixtral: Case) -> None:
     assert store.tenants == NAMES
 
 
-# Files.
-
-
-def write(path: Path, *lines: Any) -> Path:
-    path.write_text(
-        "\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines),
-        "utf-8",
-    )
-    return path
-
-
-def test_examples_are_read_line_by_line(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl",
-        {"prompt": "one", "answer": "1"},
-        "",
-        {"prompt": "two"},
-        {"text": "three"},
-        {"prompt": "four\u2028lines\x85of\x0bone", "answer": ""},
-        "   \r",
-    )
-    found = CalibrationSet.read(path, max_new_tokens=7)
-    assert found.max_new_tokens == 7
-    assert found.examples == (
-        Example("one", "1"),
-        Example("two", None),
-        Example("three", ""),
-        Example("four\u2028lines\x85of\x0bone", ""),
-    )
-    assert CalibrationSet.of([[3, 4], "five"]).examples == (Example([3, 4]), Example("five"))
-    assert CalibrationSet.texts([[3, 4], "five"]).examples == (
-        Example([3, 4], ()),
-        Example("five", ""),
-    )
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([], "holds no example; give at least one line"),
-        (["", "  "], "holds no example"),
-        (
-            [{"prompt": "a"}, "{"],
-            r"line 2: not JSON \(Expecting .* at character 2\); write one object a line",
-        ),
-        ([{"prompt": "a"}, "", "nonsense"], "line 3: not JSON"),
-        ([["prompt"]], r"line 1: expected \{\"prompt\""),
-        ([{"question": "a"}], "line 1: expected"),
-        (["3"], "line 1: expected"),
-        ([{"prompt": ""}], "line 1: prompt, answer and text are strings, and not empty"),
-        ([{"prompt": None}], "line 1: prompt"),
-        ([{"prompt": 3}], "line 1: prompt"),
-        (['{"prompt": NaN}'], "line 1: prompt"),
-        ([{"prompt": "a", "answer": 4}], "line 1: prompt"),
-        ([{"text": ["a"]}], "line 1: prompt"),
-        ([{"text": "a"}, {"prompt": "b", "text": "a"}], "line 2: has both prompt and text; keep"),
-        (
-            [{"text": "a", "answer": "b"}],
-            "line 1: has both text and answer; write prompt and answer, or text alone",
-        ),
-    ],
-)
-def test_bad_lines_are_named(lines: list[Any], message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "bad.jsonl", *lines)
-    with pytest.raises(RequestError, match=f"bad.jsonl.*{message}"):
-        CalibrationSet.read(path)
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
-    for name in ("absent.jsonl", "latin.jsonl", "."):
-        with pytest.raises(RequestError, match="cannot be read"):
-            CalibrationSet.read(tmp_path / name)
-
-
 def test_what_cannot_be_measured_is_refused(mixtral: Case) -> None:
     store = mixtral.store
     refused: list[tuple[type[Exception], str, CalibrationSet, str]] = [
@@ -406,91 +274,3 @@ def test_what_cannot_be_measured_is_refused(mixtral: Case) -> None:
     for kind, message, examples, name in refused:
         with pytest.raises(kind, match=message):
             calibrate(store, {name: examples})
-
-
-# In stores.
-
-
-def same(found: Profile | None, expected: Profile | None) -> None:
-    assert found is not None and expected is not None
-    for field in ("tokens", "counts", "gate_squares", "inputs", "gates", "starts", "sensitivity"):
-        mine, theirs = getattr(found, field), getattr(expected, field)
-        assert mine.dtype == theirs.dtype
-        np.testing.assert_array_equal(mine, theirs)
-
-
-def test_profiles_survive_the_store_and_its_changes(mixtral: Case, tmp_path: Path) -> None:
-    paths, sets = mixtral.paths, mixtral.sets
-    two = {n: paths[n] for n in ("base", "ana")}
-    store = build_store(
-        tmp_path / "store", two, policy="fit", calibration={n: sets[n] for n in two}
-    )
-    measured = calibrate(store, {n: sets[n] for n in two})
-    for name in two:
-        same(load_profile(store, name), measured[name])
-    assert store.manifest.prediction is not None and store.manifest.prediction["unit"] == "nats"
-    # A third without examples: the others keep theirs.
-    store = add_tenant(store.path, "bob", paths["bob"])
-    assert load_profile(store, "bob") is None
-    same(load_profile(store, "ana"), measured["ana"])
-    # With examples: its own are measured beside all the others.
-    store = remove_tenant(store.path, "bob")
-    store = add_tenant(store.path, "bob", paths["bob"], calibration=sets["bob"])
-    same(load_profile(store, "bob"), calibrate(store, {"bob": sets["bob"]})["bob"])
-    same(load_profile(store, "base"), measured["base"])
-    # A plan without them keeps them for the next one; measuring again replaces them.
-    store = replan(store.path, slots="all")
-    same(load_profile(store, "ana"), measured["ana"])
-    assert store.verify() == []
-    store = replan(store.path, policy="fit", calibration={"ana": sets["base"]})
-    same(load_profile(store, "ana"), calibrate(store, {"ana": sets["base"]})["ana"])
-    # What goes with a tenant is gone from the disk.
-    before = len(store.manifest.objects)
-    store = remove_tenant(store.path, "ana")
-    assert (
-        set(store.manifest.calibration) == {"base", "bob"} and len(store.manifest.objects) < before
-    )
-    assert store.verify() == []
-    on_disk = [p for p in (store.path / "objects").rglob("*") if p.is_file()]
-    assert len(on_disk) == len(store.manifest.objects)
-
-
-def test_calibration_is_measured_whatever_the_plan(mixtral: Case, tmp_path: Path) -> None:
-    for options in ({"slots": "all"}, {"slots": 0}, {"policy": "round_robin"}):
-        store = build_store(
-            tmp_path / "store", mixtral.paths, calibration={"ana": mixtral.sets["ana"]}, **options
-        )  # type: ignore[arg-type]
-        same(load_profile(store, "ana"), calibrate(store, {"ana": mixtral.sets["ana"]})["ana"])
-
-
-def test_a_measured_profile_is_kept_as_it_is(mixtral: Case, tmp_path: Path) -> None:
-    store = build_store(tmp_path / "store", mixtral.paths, policy="round_robin")
-    (profile,) = calibrate(store, {"ana": mixtral.sets["ana"]}).values()
-    store = replan(
-        store.path, policy="fit", calibration={"ana": profile, "bob": mixtral.sets["bob"]}
-    )
-    same(load_profile(store, "ana"), profile)
-    assert load_profile(store, "bob") is not None and store.verify() == []
-    before = helpers.fingerprint(store.path)
-    other = replace(profile, counts=profile.counts[:, :2])
-    message = "calibration of 'ana' is of 2 layers with 2 experts of width 16, the store's have 2, 3 and 16; measure"  # noqa: E501
-    with pytest.raises(PlanError, match=message):
-        replan(store.path, calibration={"ana": other})
-    assert helpers.fingerprint(store.path) == before
-
-
-@pytest.mark.parametrize("change", ["examples", "stranger"])
-def test_a_store_is_as_it_was_if_calibration_fails(
-    mixtral: Case, tmp_path: Path, change: str
-) -> None:
-    store = build_store(tmp_path / "store", mixtral.paths, policy="round_robin")
-    before = helpers.fingerprint(store.path)
-    attempts: dict[str, Callable[[], Any]] = {
-        "examples": lambda: replan(
-            store.path, calibration={"ana": CalibrationSet.texts([[3, 9999]])}
-        ),
-        "stranger": lambda: replan(store.path, calibration={"eve": CalibrationSet.texts([[3]])}),
-    }
-    with pytest.raises(RequestError):
-        attempts[change]()
-    assert helpers.fingerprint(store.path) == before

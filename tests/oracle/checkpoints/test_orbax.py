@@ -20,7 +20,7 @@ from common.checkpoints import open_checkpoint, write_orbax
 from common.families.switch_transformers import as_switch
 from tests import switch
 from tests.helpers import fingerprint, rest_slow, shared_path
-from tests.oracle.checkpoints.t5x.test_t5x import assert_same
+from tests.oracle.checkpoints.t5x.same import assert_same
 
 HANDLERS: dict[str, dict[str, bool]] = {
     "ocdbt": {"use_ocdbt": True},
