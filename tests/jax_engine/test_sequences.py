@@ -19,8 +19,8 @@ from jax_engine.backend import JaxBackend
 from tests import helpers
 from tests.helpers import assert_close, build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
-from tests.jax_engine.schedules import Asked, advance, alone, requests_of, run
 from tests.jax_engine.test_residuals import mixed
+from tests.schedules import Asked, advance, alone, requests_of, run
 from tests.switch_models import (
     hf_greedy,
     hf_logits,
