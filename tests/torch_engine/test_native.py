@@ -19,7 +19,7 @@ from common import EngineError, load_engine
 from common import native as targets
 from tests import helpers
 from torch_engine import native, products
-from torch_engine.model import rms_norm
+from torch_engine.layers.norm import rms_norm
 from torch_engine.pool import ACTIVATIONS
 from torch_engine.products import linears, pack_native
 

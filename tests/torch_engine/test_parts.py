@@ -13,16 +13,14 @@ from common.families import FAMILIES, Decoder
 from tests import helpers
 from tests.conftest import Family
 from torch_engine import products
-from torch_engine.model import rms_norm, route_top_k
-from torch_engine.non_expert import (
-    FlatLayout,
-    TenantsByCopy,
-    TenantsInPlace,
-    TenantWeights,
-    entries,
-)
+from torch_engine.layers.norm import rms_norm
+from torch_engine.layers.rotary import RotaryTable, rotate
+from torch_engine.layers.router import route_top_k
 from torch_engine.pool import find_grouped_mm, grouped_mm_fits
-from torch_engine.rotary import RotaryTable, rotate
+from torch_engine.tenants.by_copy import TenantsByCopy
+from torch_engine.tenants.in_place import TenantsInPlace
+from torch_engine.tenants.layout import FlatLayout
+from torch_engine.tenants.weights import TenantWeights, entries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -431,7 +431,7 @@ def experts(
 def rms_norms(
     kernels: Kernels, x: Tensor, starts: np.ndarray, weights: Sequence[Tensor], eps: np.ndarray
 ) -> Tensor:
-    """`torch_engine.model.rms_norm` of several runs of rows, each with a weight and an epsilon of
+    """`torch_engine.layers.norm.rms_norm` of several runs of rows, each with a weight and epsilon of
     its own.
 
     starts: int64 [runs + 1], where each run's rows begin. eps: float32 [runs].
