@@ -22,9 +22,9 @@ from torch_engine.device import (
     free_cache_bytes,
     products_name,
 )
-from torch_engine.layers.attention import heads_of
+from torch_engine.layers.attention import kind_of
 from torch_engine.layers.cache import BLOCK, Arena, block_bytes, token_width
-from torch_engine.models.decoder import forward, heads
+from torch_engine.models.decoder import check, forward, heads
 from torch_engine.options import TorchOptions
 from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
 from torch_engine.products import Weight, pack, pack_native
@@ -45,6 +45,7 @@ class TorchBackend(Backend):
     """Decoders on one device."""
 
     def __init__(self, store: Store, options: TorchOptions):
+        self._shapes(store)
         self.store = store
         self.device = find_device(options.device)
         self.dtype = find_dtype(options.dtype, store, self.device)
@@ -85,7 +86,10 @@ class TorchBackend(Backend):
 
     @staticmethod
     def _shapes(store: Store) -> list[Decoder]:
-        return [shape_of(store, name) for name in store.tenants]
+        shapes = [shape_of(store, name) for name in store.tenants]
+        for shape, name in zip(shapes, store.tenants, strict=True):
+            check(shape, name)
+        return shapes
 
     def _make_cache(self, wanted: int | None) -> Arena:
         shapes = self._shapes(self.store)
@@ -189,7 +193,7 @@ class TorchBackend(Backend):
         weights = self.ready.acquire(by_tenant)
         segments, order, start = [], [], 0
         # Those whose attention can be computed together, together.
-        for name in sorted(by_tenant, key=lambda n: heads_of(weights[n].shape.attention)):
+        for name in sorted(by_tenant, key=lambda n: kind_of(weights[n].shape.attention)):
             mine = by_tenant[name]
             # Single tokens first: see `Segment`.
             mine.sort(key=lambda i: parts[i].read > 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -89,9 +90,31 @@ class Segments:
         """[T, in] -> [T, out], each segment with its tenant's matrix, all of one shape."""
         return linears(x, self.starts, weights)
 
+    def plus(self, x: Tensor, biases: Sequence[Tensor]) -> None:
+        """x [T, out] += each tenant's bias."""
+        for (_, at), bias in zip(self.slices(), biases, strict=True):
+            x[at] += bias
+
     def norm(self, x: Tensor, weights: Sequence[Tensor], rows: int = 1) -> Tensor:
         """`rms_norm` with each tenant's weight. x: [T * rows, H], `rows` for each token."""
         return rms_norms(self._kernels, x, self.starts * rows, weights, self._eps)
+
+
+def scaled(x: Tensor, segments: Segments, numbers: Sequence[float]) -> Tensor:
+    """x [T, H] times each tenant's number, in the type of x."""
+    if len(set(numbers)) == 1:
+        return x if numbers[0] == 1.0 else x * numbers[0]
+    return joined([x[at] * n for (_, at), n in zip(segments.slices(), numbers, strict=True)])
+
+
+T = TypeVar("T")
+
+
+def present(weights: Sequence[T | None]) -> list[T]:
+    """Weights that a shape says are there."""
+    found = [w for w in weights if w is not None]
+    assert len(found) == len(weights)
+    return found
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from common.families.shape import Attention
 from torch_engine import native
 from torch_engine.layers.cache import BLOCK, Arena, Blocks, padded_tables
 from torch_engine.layers.rotary import rotate
-from torch_engine.segments import Segment, Segments, joined
+from torch_engine.segments import Segment, Segments, joined, present
+from torch_engine.tenants.weights import LayerWeights
 
 
-def heads_of(attention: Attention) -> tuple[int, int, int, int]:
-    """What tenants must agree in for their attention to be computed together; 0: no window."""
-    return attention.heads, attention.kv_heads, attention.head_dim, attention.window or 0
+def kind_of(attention: Attention) -> tuple[Any, ...]:
+    """What tenants must agree in for their attention to be computed together; 0: none."""
+    a = attention
+    return a.heads, a.kv_heads, a.head_dim, a.window or 0, a.scale, a.qk_norm, a.bias, a.clip or 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def _window_mask(queries: Tensor, num_keys: int, window: int | None) -> Tensor:
 
 
 def group_of(segments: Sequence[Segment]) -> AttentionGroup:
-    """segments: adjacent, of one `heads_of`."""
+    """segments: adjacent, of one `kind_of`."""
     rows = Segments(segments)
     device, attention = segments[0].positions.device, segments[0].weights.shape.attention
     window, kernels = attention.window, segments[0].weights.kernels
@@ -143,10 +146,11 @@ def _tokens(parts: Sequence[tuple[int, int]], device: torch.device) -> Tensor | 
 
 def attention(group: AttentionGroup, layer: int, x: Tensor, cache: Arena | None) -> Tensor:
     """[T, H] -> [T, H]: projections, rotary, cache, scaled dot products."""
-    n, g, d, _ = heads_of(group.attention)
+    a = group.attention
+    n, g, d = a.heads, a.kv_heads, a.head_dim
     num_tokens = len(x)
     weights = [s.weights.layers[layer] for s in group.segments.all]
-    qkv = group.segments.linear(x, [w.qkv for w in weights]).view(num_tokens, n + 2 * g, d)
+    qkv = _projections(group, weights, x)
     rotated = rotate(qkv[:, : n + g], group.cos, group.sin)
     q, k, v = rotated[:, :n], rotated[:, n:], qkv[:, n + g :]
     if group.places is not None:
@@ -159,23 +163,48 @@ def attention(group: AttentionGroup, layer: int, x: Tensor, cache: Arena | None)
             (group.single_rows, _attend_singles(group, layer, q[group.single_rows], cache))
         )
     for length, count, tokens, mask in group.fresh:
-        parts.append((tokens, _attend(q[tokens], k[tokens], v[tokens], count, length, mask)))
+        found = _attend(q[tokens], k[tokens], v[tokens], count, length, mask, a.scale)
+        parts.append((tokens, found))
     for start, stop, places, mask in group.going_on:
         assert cache is not None
         keys, values = (t.view(-1, g, d) for t in cache.read(layer, places, g * d))
-        parts.append(
-            (slice(start, stop), _attend(q[start:stop], keys, values, 1, stop - start, mask))
-        )
+        found = _attend(q[start:stop], keys, values, 1, stop - start, mask, a.scale)
+        parts.append((slice(start, stop), found))
     attended = parts[0][1]
     if len(parts) > 1:
         attended = x.new_empty(num_tokens, n * d)
         for tokens, found in parts:
             attended[tokens] = found
-    return group.segments.linear(attended, [w.o for w in weights])
+    out = group.segments.linear(attended, [w.o for w in weights])
+    if a.bias:
+        group.segments.plus(out, present([w.o_bias for w in weights]))
+    return out
+
+
+def _projections(group: AttentionGroup, weights: Sequence[LayerWeights], x: Tensor) -> Tensor:
+    """Queries, keys and values before the rotation: [T, H] -> [T, N + 2 * G, D]."""
+    a, segments, num_tokens = group.attention, group.segments, len(x)
+    n, g, d = a.heads, a.kv_heads, a.head_dim
+    qkv = segments.linear(x, [w.qkv for w in weights])
+    if a.bias:
+        segments.plus(qkv, present([w.qkv_bias for w in weights]))
+    if a.qk_norm != "none":
+        q_norms = present([w.q_norm for w in weights])
+        k_norms = present([w.k_norm for w in weights])
+        q, k, v = qkv.split((n * d, g * d, g * d), dim=1)
+        if a.qk_norm == "head":
+            q = segments.norm(q.reshape(-1, d), q_norms, n).view(num_tokens, n * d)
+            k = segments.norm(k.reshape(-1, d), k_norms, g).view(num_tokens, g * d)
+        else:
+            q, k = segments.norm(q, q_norms), segments.norm(k, k_norms)
+        qkv = torch.cat((q, k, v), dim=1)
+    if a.clip is not None:
+        qkv.clamp_(-a.clip, a.clip)
+    return qkv.view(num_tokens, n + 2 * g, d)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, rows: int, queries: int, mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, rows: int, queries: int, mask: Tensor | None, scale: float
 ) -> Tensor:
     """q: [rows * queries, N, D]; k, v: [rows * keys, G, D]. Returns [rows * queries, N * D]."""
     n, d = q.shape[1:]
@@ -187,6 +216,7 @@ def _attend(
         attn_mask=mask,
         is_causal=mask is None,
         enable_gqa=n != g,
+        scale=scale,
     )
     return out.transpose(1, 2).reshape(rows * queries, n * d)
 
@@ -198,9 +228,9 @@ def _attend_singles(group: AttentionGroup, layer: int, q: Tensor, cache: Arena) 
     if group.kernels is not None:
         keys, values = cache.keys[layer], cache.values[layer]
         tables = [b.table for b in group.blocks]
-        window = group.attention.window
+        a = group.attention
         return native.decode_attention(
-            group.kernels, q, keys, values, g, tables, BLOCK, group.lengths, window
+            group.kernels, q, keys, values, g, tables, BLOCK, group.lengths, a.window, a.scale
         )
     assert group.single_places is not None
     keys, values = (
@@ -210,6 +240,10 @@ def _attend_singles(group: AttentionGroup, layer: int, q: Tensor, cache: Arena) 
     # The query heads of a group stand in for queries, so keys and values are read once and never
     # repeated.
     out = F.scaled_dot_product_attention(
-        q.reshape(rows, g, n // g, d), keys, values, attn_mask=group.single_mask
+        q.reshape(rows, g, n // g, d),
+        keys,
+        values,
+        attn_mask=group.single_mask,
+        scale=group.attention.scale,
     )
     return out.reshape(rows, n * d)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from common.families.shape import Router
 
-def route_top_k(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Pick each token's experts, weights renormalised over the picked ones.
 
-    router_logits: [T, E] in any float type. Returns weights float32 [T, K], expert_ids int64 [T,
-        K].
-    Source: arXiv 2401.04088, section 2.1; transformers softmaxes in float32 over all experts first,
-        which is the same.
+def route(router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick each token's experts and weigh them.
+
+    Args:
+        logits: [T, E] in the type of the hidden states.
+    Returns:
+        gates float32 [T, K], rounded as the router says, and expert_ids int64 [T, K].
     """
-    values, expert_ids = router_logits.float().softmax(dim=-1).topk(top_k, dim=-1)
-    return values / values.sum(dim=-1, keepdim=True), expert_ids
+    wide = logits.float()
+    if router.softmax == "picked":
+        picked, expert_ids = wide.topk(router.top_k, dim=-1)
+        gates = picked.softmax(dim=-1)
+    else:
+        gates, expert_ids = wide.softmax(dim=-1).topk(router.top_k, dim=-1)
+    if router.renormalise:
+        gates = gates / gates.sum(dim=-1, keepdim=True)
+    if router.gates == "hidden" and logits.dtype != torch.float32:
+        gates = gates.to(logits.dtype).float()
+    return gates, expert_ids

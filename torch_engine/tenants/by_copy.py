@@ -232,9 +232,7 @@ class TenantsByCopy:
 
         buffer.tenant = name
         weights = layout.views(shape, buffer.data) | tenant.common
-        buffer.weights = arrange(
-            shape, weights.__getitem__, weights.__getitem__, tenant.rotary, wait
-        )
+        buffer.weights = arrange(shape, lambda e: weights[e.name], tenant.rotary, wait)
         return buffer
 
     def seconds(self, name: str) -> float:

@@ -16,6 +16,7 @@ from torch_engine.products import Weight
 from torch_engine.tenants.ready import unchanged
 from torch_engine.tenants.weights import (
     Content,
+    Entry,
     TenantWeights,
     arrange,
     content_of,
@@ -56,38 +57,26 @@ class TenantsInPlace:
 
     def _load(self, store: Store, name: str) -> TenantWeights:
         shape = shape_of(store, name)
-        by_name = {entry.name: entry for entry in entries(shape)}
 
-        def stacked(entry: str) -> Tensor:
-            parts = mapped_entry(store, name, by_name[entry])
-            return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype)
-
-        def once(entry: str, multiplied: bool) -> Weight:
-            key = multiplied, content_of(store, name, by_name[entry])
+        def once(entry: Entry) -> Weight:
+            key = entry.is_matrix, content_of(store, name, entry)
             made = self._made.get(key)
             if made is None:
-                made = self._product(stacked(entry)) if multiplied else stacked(entry)
+                parts = mapped_entry(store, name, entry)
+                plain = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype)
+                made = self._product(plain) if entry.is_matrix else plain
                 self._made[key] = made
                 self._made_bytes += made.nbytes
             return made
 
-        def tensor(entry: str) -> Tensor:
-            found = once(entry, False)
-            assert isinstance(found, Tensor)
-            return found
-
         rotary = RotaryTable(shape, self._dtype, torch.device("cpu"))
-        return arrange(shape, tensor, lambda entry: once(entry, True), rotary)
+        return arrange(shape, once, rotary)
 
     def _held_for(self, name: str) -> list[Weight | None]:
         """What of a tenant's weights is there, as others have it too."""
-        contents = [
-            content_of(self._store, name, entry) for entry in entries(shape_of(self._store, name))
-        ]
         return [
-            self._made.get((multiplied, content))
-            for content in contents
-            for multiplied in (False, True)
+            self._made.get((entry.is_matrix, content_of(self._store, name, entry)))
+            for entry in entries(shape_of(self._store, name))
         ]
 
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:

@@ -29,7 +29,8 @@ class FlatLayout:
         ends = [0] * (len(shape.layers) + 2)
         position = 0
         for entry in entries(shape):
-            if entry.name not in without:
+            # A tied head is the embedding, which comes first.
+            if entry.name not in without and not (shape.tied_head and entry.role == "head"):
                 offsets[entry.name] = position
                 position += -(-entry.elements // ALIGNMENT) * ALIGNMENT
             ends[entry.stage] = position
@@ -41,8 +42,11 @@ class FlatLayout:
 
     def views(self, shape: Decoder, buffer: Tensor) -> dict[str, Tensor]:
         """Each entry as a view of a flat buffer."""
-        return {
+        found = {
             e.name: buffer[self.offsets[e.name] : self.offsets[e.name] + e.elements].view(e.shape)
             for e in entries(shape)
             if e.name in self.offsets
         }
+        if shape.tied_head and "embed" in found:
+            found["head"] = found["embed"]
+        return found
