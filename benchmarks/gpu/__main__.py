@@ -53,8 +53,8 @@ from scripts.load.engine_system import EngineSystem, Setup
 from scripts.load.experiment import Experiment, compare
 from scripts.load.run import System
 from scripts.load.traffic import Load
-from torch_engine.non_expert import TenantsByCopy
 from torch_engine.pool import GroupedPool, LoopPool, TokenTenants
+from torch_engine.tenants.by_copy import TenantsByCopy
 
 MIXTRAL_8X7B = Shape(4096, 14336, 32, 8, 2, 32, 8, 32000)
 TINY = Shape(64, 128, 4, 8, 2, 4, 2, 512)
