@@ -127,7 +127,7 @@ def test_held_out_and_training_text_do_not_overlap(
 
 
 def test_written_texts_have_about_the_tokens_asked_for(tiny: tuple[Path, dict[str, Any]]) -> None:
-    out, metrics = tiny
+    out, _ = tiny
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     for tenant in ("base", "ptb"):
         sizes = [len(ids) for ids in tokenizer(lines(out, tenant, "heldout"))["input_ids"]]
