@@ -49,10 +49,10 @@ from benchmarks.switch_shape import (
 )
 from common import Engine, Store, build_store, load_engine
 from common.dtypes import BFLOAT16, BY_NAME
-from common.engine import Backend, Row
 from common.families.switch_transformers import as_switch
-from common.residuals import LOW_RANK, SIGN, Part, Residual, row_bytes
-from common.store import set_plan
+from common.plan.residual import LOW_RANK, SIGN, Part, Residual, row_bytes
+from common.serving.backend import Backend, Row
+from common.store.change import set_plan
 from jax_engine import native
 from jax_engine.dispatch import Dispatch, FeedForward, LoopDispatch, NativeDispatch
 from jax_engine.pool import slots_of_plan
@@ -135,7 +135,7 @@ class LayerSide:
         slots, slot_of = slots_of_plan(store.plan)
         spec = store.experts
         self.ff = FeedForward(
-            spec.activation, "wi_0" in dict(spec.projections), spec.intermediate_size
+            spec.activation, "gate" in dict(spec.projections), spec.intermediate_size
         )
         blocked = isinstance(dispatch, NativeDispatch)
         counts = tuple(map(len, slots))

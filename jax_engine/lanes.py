@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 
 from common.dtypes import BY_NAME
+from jax_engine.compiled import Compiled
 from jax_engine.model import KeyValues
-from jax_engine.steps import Compiled
 
 Array = jax.Array
 

@@ -13,24 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.backend import Observer
 from common.errors import EngineError
 from common.families.switch_transformers import Side
+from common.serving.backend import Observer
 from jax_engine.buckets import joint_bucket
+from jax_engine.compiled import Compiled
 from jax_engine.model import Block, KeyValues, Settings, abstract_model, combine, split
 from jax_engine.pool import ExpertPool
 from jax_engine.residuals import LayerResiduals, LoadedResiduals
 from jax_engine.tenants import Architecture, Leaves, ReadyTenant
-
-if TYPE_CHECKING:
-    from jax_engine.steps import Compiled
 
 Array = jax.Array
 

@@ -10,6 +10,7 @@ import numpy as np
 from common.errors import CheckpointError, StoreError
 from common.families.switch_transformers import SwitchTransformersConfig, as_switch
 from common.store import Store
+from jax_engine.compiled import Compiled
 from jax_engine.devices import Devices
 from jax_engine.dispatch import Dispatch
 from jax_engine.layered import Experts
@@ -18,7 +19,7 @@ from jax_engine.options import JaxOptions
 from jax_engine.pool import ExpertPool, slots_of_plan
 from jax_engine.products import NativeProducts, Products
 from jax_engine.residuals import LoadedResiduals
-from jax_engine.steps import Compiled, Steps
+from jax_engine.steps import Steps
 from jax_engine.tenants import Architecture, ReadyTenant, ReadyTenants
 
 

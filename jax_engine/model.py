@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from common.families.switch_transformers import Side, SwitchTransformersConfig
+from common.families.switch_transformers import Side, SwitchTransformersConfig, matrix_name
 from jax_engine.dispatch import Copy, Dispatch, FeedForward
 from jax_engine.positions import relative_buckets
 from jax_engine.products import Products
@@ -197,9 +197,13 @@ class Dense(nnx.Module):
         self.matrices = nnx.List(
             [
                 Linear(
-                    s, [f"{place}.{name}.weight"], (shape[0], shape[1]), shape[1] ** -0.5, initial
+                    s,
+                    [f"{place}.{matrix_name(s.config, role)}.weight"],
+                    (shape[0], shape[1]),
+                    shape[1] ** -0.5,
+                    initial,
                 )
-                for name, shape in s.config.experts.projections
+                for role, shape in s.config.experts.projections
             ]
         )
 

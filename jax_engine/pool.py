@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.checkpoints import TensorRef
-from common.consolidation import MISS, Plan
 from common.families.switch_transformers import SIDES, Side
+from common.plan.plan import MISS, Plan
 from common.store import Store
 from jax_engine.model import Settings
 from jax_engine.tenants import Architecture, Leaves

@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 
 from common.errors import EngineError
-from common.residuals import ALIGNMENT, LOW_RANK, SIGN, Part, row_bytes
+from common.plan.residual import ALIGNMENT, LOW_RANK, SIGN, Part, row_bytes
 from common.store import Store
 
 Array = jax.Array

@@ -16,17 +16,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.backend import Observer, Part, Row, Step
 from common.dtypes import BY_NAME
 from common.errors import EngineError
 from common.families.switch_transformers import Side, SwitchTransformersConfig
+from common.serving.backend import Observer, Part, Row, Step
 from jax_engine.buckets import cache_bucket, prompt_bucket
+from jax_engine.compiled import Compiled
 from jax_engine.devices import Devices
 from jax_engine.lanes import Form, Lane, LaneCalls, Room
 from jax_engine.layered import Pass
 from jax_engine.loaded import Loaded
 from jax_engine.model import KeyValues
-from jax_engine.steps import Compiled
 from jax_engine.tenants import ReadyTenant
 
 MOST_TOKENS = 2048

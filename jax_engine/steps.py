@@ -13,14 +13,14 @@ use it. `traces` counts.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_engine.compiled import Compiled
 from jax_engine.layered import Layered
 from jax_engine.model import KeyValues
 from jax_engine.residuals import Residuals
@@ -31,21 +31,6 @@ Array = jax.Array
 IDS, PLACE, LIVE, PROMPT = range(4)
 """Columns of what a decoded row is told by: its token, the token's place in the cache, whether it
 takes part, and the length of its prompt."""
-
-
-class Compiled:
-    """`jax.jit`, with a count of the traces of each function."""
-
-    def __init__(self) -> None:
-        self.traces: Counter[str] = Counter()
-
-    def __call__(self, name: str, body: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.traces[name] += 1
-            return body(*args, **kwargs)
-
-        compiled: Callable[..., Any] = jax.jit(counted, **options)
-        return compiled
 
 
 class Steps:

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from common.checkpoints import Checkpoint
-from common.families import FAMILIES, SwitchTransformersFamily
-from common.families.switch_transformers import as_switch
+from common.families import FAMILIES
+from common.families.switch_transformers import SwitchTransformersFamily, as_switch
 from jax_engine.dispatch import DenseDispatch
 from jax_engine.model import Settings, SwitchTransformer, abstract_model, split
 from jax_engine.products import PlainProducts, Products, to_numpy

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common import RequestError
-from common.calibration import CalibrationSet
+from common.build.examples import CalibrationSet
 from common.units import parse_bytes
 
 T = TypeVar("T")

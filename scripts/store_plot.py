@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common import EngineError, Store
-from common.consolidation import MERGED
+from common.plan.plan import MERGED
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; more tenants go on with a
 # wider palette.

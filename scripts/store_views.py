@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from common import Plan, Store
-from common.consolidation import plan_all
+from common.plan.plan import plan_all
 
 
 def only(store: Store, names: Sequence[str], plan: Plan) -> Store:

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from common import Plan, build_store
-from common.consolidation import MERGED, MISS
 from common.dtypes import to_float32
-from common.residuals import SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
+from common.plan.plan import MERGED, MISS
+from common.plan.residual import SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
 from common.store import Store
 
 if TYPE_CHECKING:
@@ -239,8 +239,8 @@ def oracle_of_store(
                 p: torch.from_numpy(w)
                 for p, w in store.served_expert(store.tenants[index], layer, expert).items()
             }
-            experts.gate_up_proj.data[expert] = torch.cat((served["w1"], served["w3"]))
-            experts.down_proj.data[expert] = served["w2"]
+            experts.gate_up_proj.data[expert] = torch.cat((served["gate"], served["up"]))
+            experts.down_proj.data[expert] = served["down"]
     return model
 
 

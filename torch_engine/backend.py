@@ -1,4 +1,4 @@
-"""The backend that `common.engine.Engine` drives: a pool, ready tenants, and batches with their
+"""The backend that `Engine` drives: a pool, ready tenants, and batches with their
 caches."""
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.backend import Backend, Observer, Part, Row, Step
 from common.errors import CheckpointError, EngineError, StoreError
-from common.families import MixtralConfig
+from common.families import Decoder
+from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, block_bytes, token_width
 from torch_engine.model import Run, Segment, Singles, forward, heads, heads_of
-from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace, TenantWeights
+from torch_engine.non_expert import (
+    ReadyTenants,
+    TenantsByCopy,
+    TenantsInPlace,
+    TenantWeights,
+    shape_of,
+)
 from torch_engine.options import TorchOptions
 from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
 from torch_engine.products import Weight, can_pack, pack, pack_native
@@ -111,22 +117,17 @@ class TorchBackend(Backend):
         return min(len(store.tenants), self._wanted_ready or default)
 
     @staticmethod
-    def _configs(store: Store) -> list[MixtralConfig]:
-        found = []
-        for name in store.tenants:
-            config = store.config(name)
-            assert isinstance(config, MixtralConfig)
-            found.append(config)
-        return found
+    def _shapes(store: Store) -> list[Decoder]:
+        return [shape_of(store, name) for name in store.tenants]
 
     def _make_cache(self, wanted: int | None) -> Arena:
-        configs = self._configs(self.store)
-        layers, width = configs[0].experts.num_layers, max(token_width(c) for c in configs)
+        shapes = self._shapes(self.store)
+        layers, width = len(shapes[0].layers), max(token_width(s) for s in shapes)
         one = block_bytes(layers, width, self.dtype)
         nbytes = wanted
         if nbytes is None:
             nbytes = _free_cache_bytes(self.device)
-            most = sum(-(-c.max_positions // BLOCK) for c in configs) * MAX_BLOCKS_PER_TENANT
+            most = sum(-(-s.max_positions // BLOCK) for s in shapes) * MAX_BLOCKS_PER_TENANT
             nbytes = min(nbytes, most * one)
         if nbytes < one:
             raise EngineError(
@@ -188,10 +189,10 @@ class TorchBackend(Backend):
                 f"{store.path}: its experts have other shapes than those in use; load it as an "
                 "engine"
             )
-        for name, config in zip(store.tenants, self._configs(store), strict=True):
-            if token_width(config) > self.cache.keys[0].shape[1]:
+        for name, shape in zip(store.tenants, self._shapes(store), strict=True):
+            if token_width(shape) > self.cache.keys[0].shape[1]:
                 raise EngineError(
-                    f"tenant {name!r} has keys of {token_width(config)} numbers a token, the "
+                    f"tenant {name!r} has keys of {token_width(shape)} numbers a token, the "
                     "caches of this engine "
                     f"have room for {self.cache.keys[0].shape[1]}; load the engine again with this "
                     "tenant in the store"
@@ -223,7 +224,7 @@ class TorchBackend(Backend):
         weights = self.ready.acquire(by_tenant)
         segments, order, start = [], [], 0
         # Those whose attention can be computed together, together.
-        for name in sorted(by_tenant, key=lambda n: heads_of(weights[n].config)):
+        for name in sorted(by_tenant, key=lambda n: heads_of(weights[n].shape.attention)):
             mine = by_tenant[name]
             # Single tokens first: see `Segment`.
             mine.sort(key=lambda i: parts[i].read > 0)

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.families import MixtralConfig
+from common.families.shape import Decoder
 
 BLOCK = 16  # tokens
 
 
-def token_width(config: MixtralConfig) -> int:
+def token_width(shape: Decoder) -> int:
     """Elements of a token's keys in one layer."""
-    return config.num_key_value_heads * config.head_dim
+    return shape.attention.kv_heads * shape.attention.head_dim
 
 
 class Blocks:

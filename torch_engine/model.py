@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.backend import Observer
-from common.families import MixtralConfig
+from common.families.shape import Attention
+from common.serving.backend import Observer
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, padded_tables
 from torch_engine.non_expert import TenantWeights
@@ -80,10 +80,9 @@ class Segment:
     runs: list[Run]
 
 
-def heads_of(config: MixtralConfig) -> tuple[int, int, int, int]:
+def heads_of(attention: Attention) -> tuple[int, int, int, int]:
     """What tenants must agree in for their attention to be computed together; 0: no window."""
-    window = config.sliding_window or 0
-    return config.num_attention_heads, config.num_key_value_heads, config.head_dim, window
+    return attention.heads, attention.kv_heads, attention.head_dim, attention.window or 0
 
 
 class Rows:
@@ -97,7 +96,7 @@ class Rows:
             [s.start - self.start for s in segments] + [self.stop - self.start], dtype=np.int64
         )
         self._kernels = segments[0].weights.kernels
-        self._eps = np.array([s.weights.config.rms_norm_eps for s in segments], dtype=np.float32)
+        self._eps = np.array([s.weights.shape.norm_eps for s in segments], dtype=np.float32)
 
     def slices(self) -> Iterator[tuple[Segment, slice]]:
         for segment, start, stop in zip(
@@ -112,7 +111,7 @@ class Rows:
             return native.rms_norms(self._kernels, x, self.starts, weights, self._eps)
         parts = zip(self.slices(), weights, strict=True)
         return _joined(
-            [rms_norm(x[at], weight, s.weights.config.rms_norm_eps) for (s, at), weight in parts]
+            [rms_norm(x[at], weight, s.weights.shape.norm_eps) for (s, at), weight in parts]
         )
 
 
@@ -133,7 +132,7 @@ class Group:
     """
 
     rows: Rows
-    config: MixtralConfig
+    attention: Attention
     kernels: native.Kernels | None
     cos: Tensor
     sin: Tensor
@@ -177,8 +176,8 @@ def _window_mask(queries: Tensor, num_keys: int, window: int | None) -> Tensor:
 def _group(segments: Sequence[Segment]) -> Group:
     """segments: adjacent, of one `heads_of`."""
     rows = Rows(segments)
-    device, config = segments[0].positions.device, segments[0].weights.config
-    window, kernels = config.sliding_window, segments[0].weights.kernels
+    device, attention = segments[0].positions.device, segments[0].weights.shape.attention
+    window, kernels = attention.window, segments[0].weights.kernels
     angles = [s.weights.rotary.at(s.positions, s.last) for s in segments]
     kept = [s.places for s in segments if s.places is not None]
 
@@ -228,7 +227,7 @@ def _group(segments: Sequence[Segment]) -> Group:
         ]
     return Group(
         rows=rows,
-        config=config,
+        attention=attention,
         kernels=kernels,
         cos=_joined([cos for cos, _ in angles]),
         sin=_joined([sin for _, sin in angles]),
@@ -252,7 +251,7 @@ def _tokens(parts: Sequence[tuple[int, int]], device: torch.device) -> Tensor | 
 
 def _attention(group: Group, layer: int, x: Tensor, cache: Arena | None) -> Tensor:
     """[T, H] -> [T, H]: projections, rotary, cache, scaled dot products."""
-    n, g, d, _ = heads_of(group.config)
+    n, g, d, _ = heads_of(group.attention)
     num_tokens = len(x)
     weights = [s.weights.layers[layer] for s in group.rows.segments]
     qkv = linears(x, group.rows.starts, [w.qkv for w in weights]).view(num_tokens, n + 2 * g, d)
@@ -302,12 +301,12 @@ def _attend(
 
 def _attend_singles(group: Group, layer: int, q: Tensor, cache: Arena) -> Tensor:
     """One new token a row, itself in the cache already: [B, N, D] -> [B, N * D]."""
-    g = group.config.num_key_value_heads
+    g = group.attention.kv_heads
     rows, n, d = q.shape
     if group.kernels is not None:
         keys, values = cache.keys[layer], cache.values[layer]
         tables = [b.table for b in group.blocks]
-        window = group.config.sliding_window
+        window = group.attention.window
         return native.decode_attention(
             group.kernels, q, keys, values, g, tables, BLOCK, group.lengths, window
         )
@@ -357,7 +356,8 @@ def forward(
     """
     everything = Rows(segments)
     groups = [
-        _group(list(same)) for _, same in groupby(segments, lambda s: heads_of(s.weights.config))
+        _group(list(same))
+        for _, same in groupby(segments, lambda s: heads_of(s.weights.shape.attention))
     ]
     for s in segments:
         s.weights.wait(0)
@@ -408,7 +408,7 @@ def heads(segments: Sequence[Segment], hidden: Sequence[Tensor]) -> list[Tensor]
     ):
         pairs = list(same)
         for segment, _ in pairs:
-            segment.weights.wait(segment.weights.config.experts.num_layers + 1)
+            segment.weights.wait(len(segment.weights.shape.layers) + 1)
         normed = _joined([_last_norm(segment.weights, x) for segment, x in pairs])
         logits = linear(normed, pairs[0][0].weights.head).float()
         found += logits.split([len(x) for _, x in pairs])
@@ -419,7 +419,7 @@ def _last_norm(weights: TenantWeights, x: Tensor) -> Tensor:
     if weights.kernels is not None and len(x) <= weights.kernels.max_rows:
         starts, eps = (
             np.array([0, len(x)]),
-            np.array([weights.config.rms_norm_eps], dtype=np.float32),
+            np.array([weights.shape.norm_eps], dtype=np.float32),
         )
         return native.rms_norms(weights.kernels, x, starts, [weights.norm], eps)
-    return rms_norm(x, weights.norm, weights.config.rms_norm_eps)
+    return rms_norm(x, weights.norm, weights.shape.norm_eps)

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from common.families import MixtralConfig
+from common.families import Decoder
 from common.store import Store
 from torch_engine import native
 from torch_engine.products import PackedWeight, Weight, as_tensor
@@ -48,7 +48,7 @@ class TenantWeights:
     """One tenant's non-expert weights in the form that the model computes with. embed, head:
     [vocab, hidden]."""
 
-    config: MixtralConfig
+    shape: Decoder
     embed: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
@@ -70,12 +70,14 @@ class TenantWeights:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of `TenantWeights`: a stack of canonical tensors along their first axis, needed at
-    a stage."""
+    """One tensor of `TenantWeights`: a stack of tensors along their first axis, needed at a stage.
+
+    sources: role and layer of each.
+    """
 
     name: str
     stage: int
-    sources: tuple[str, ...]
+    sources: tuple[tuple[str, int | None], ...]
     shape: tuple[int, ...]
 
     @property
@@ -83,36 +85,27 @@ class Entry:
         return int(torch.Size(self.shape).numel())
 
 
-def entries(config: MixtralConfig) -> list[Entry]:
+def entries(shape: Decoder) -> list[Entry]:
     """All of a tenant's non-expert tensors in the order of computation."""
-    hidden, heads, kv = (
-        config.experts.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
-    dim, vocab = config.head_dim, config.vocab_size
-    found = [Entry("embed", 0, ("model.embed_tokens.weight",), (vocab, hidden))]
-    for n, layer in enumerate(config.experts.expert_layers):
-        attention = f"{layer}.self_attn"
-        qkv = tuple(f"{attention}.{p}_proj.weight" for p in "qkv")
-        router = f"{layer}.block_sparse_moe.gate.weight"
+    hidden, a, table = shape.hidden, shape.attention, (shape.vocab_size, shape.hidden)
+    found = [Entry("embed", 0, (("embed", None),), table)]
+    for n in range(len(shape.layers)):
+        qkv = tuple((role, n) for role in "qkv")
         found += [
-            Entry(f"{n}.input_norm", n + 1, (f"{layer}.input_layernorm.weight",), (hidden,)),
-            Entry(f"{n}.qkv", n + 1, qkv, ((heads + 2 * kv) * dim, hidden)),
-            Entry(f"{n}.o", n + 1, (f"{attention}.o_proj.weight",), (hidden, heads * dim)),
-            Entry(
-                f"{n}.post_norm", n + 1, (f"{layer}.post_attention_layernorm.weight",), (hidden,)
-            ),
-            Entry(f"{n}.router", n + 1, (router,), (config.experts.num_experts, hidden)),
+            Entry(f"{n}.input_norm", n + 1, (("input_norm", n),), (hidden,)),
+            Entry(f"{n}.qkv", n + 1, qkv, ((a.heads + 2 * a.kv_heads) * a.head_dim, hidden)),
+            Entry(f"{n}.o", n + 1, (("o", n),), (hidden, a.heads * a.head_dim)),
+            Entry(f"{n}.post_norm", n + 1, (("post_norm", n),), (hidden,)),
+            Entry(f"{n}.router", n + 1, (("router", n),), (shape.experts.count, hidden)),
         ]
-    last = len(config.experts.expert_layers) + 1
-    found.append(Entry("norm", last, ("model.norm.weight",), (hidden,)))
-    found.append(Entry("head", last, ("lm_head.weight",), (vocab, hidden)))
+    last = len(shape.layers) + 1
+    found.append(Entry("norm", last, (("norm", None),), (hidden,)))
+    found.append(Entry("head", last, (("head", None),), table))
     return found
 
 
 def arrange(
-    config: MixtralConfig,
+    shape: Decoder,
     tensor: Callable[[str], Tensor],
     product: Callable[[str], Weight],
     rotary: RotaryTable,
@@ -128,12 +121,12 @@ def arrange(
             tensor(f"{n}.post_norm"),
             product(f"{n}.router"),
         )
-        for n in range(config.experts.num_layers)
+        for n in range(len(shape.layers))
     )
     head = product("head")
     kernels = head.kernels if isinstance(head, PackedWeight) else None
     return TenantWeights(
-        config, tensor("embed"), layers, tensor("norm"), head, rotary, kernels, wait
+        shape, tensor("embed"), layers, tensor("norm"), head, rotary, kernels, wait
     )
 
 
@@ -144,18 +137,22 @@ Content = tuple[str, ...]
 def content_of(store: Store, tenant: str, entry: Entry) -> Content:
     """Equal for entries of equal weights, whichever layer's or tenant's."""
     tensors = store.tenant(tenant).tensors
-    return tuple(tensors[source] for source in entry.sources)
+    return tuple(tensors[store.role_tensor(tenant, *source)] for source in entry.sources)
 
 
 def mapped_entry(store: Store, tenant: str, entry: Entry) -> list[Tensor]:
     """The mapped tensors that an entry stacks."""
-    return [as_tensor(store.ref(tenant, source).map()) for source in entry.sources]
+    return [
+        as_tensor(store.ref(tenant, store.role_tensor(tenant, *source)).map())
+        for source in entry.sources
+    ]
 
 
-def _config(store: Store, tenant: str) -> MixtralConfig:
-    config = store.config(tenant)
-    assert isinstance(config, MixtralConfig)
-    return config
+def shape_of(store: Store, tenant: str) -> Decoder:
+    """The shape of a tenant that this engine serves."""
+    shape = store.config(tenant).shape
+    assert isinstance(shape, Decoder)
+    return shape
 
 
 def _fill(entry: Tensor, parts: Iterable[Tensor]) -> None:
@@ -244,8 +241,8 @@ class TenantsInPlace:
         self._last = frozenset(n for n in self._last if n in kept)
 
     def _load(self, store: Store, name: str) -> TenantWeights:
-        config = _config(store, name)
-        by_name = {entry.name: entry for entry in entries(config)}
+        shape = shape_of(store, name)
+        by_name = {entry.name: entry for entry in entries(shape)}
 
         def stacked(entry: str) -> Tensor:
             parts = mapped_entry(store, name, by_name[entry])
@@ -265,13 +262,13 @@ class TenantsInPlace:
             assert isinstance(found, Tensor)
             return found
 
-        rotary = RotaryTable(config, self._dtype, torch.device("cpu"))
-        return arrange(config, tensor, lambda entry: once(entry, True), rotary)
+        rotary = RotaryTable(shape, self._dtype, torch.device("cpu"))
+        return arrange(shape, tensor, lambda entry: once(entry, True), rotary)
 
     def _held_for(self, name: str) -> list[Weight | None]:
         """What of a tenant's weights is there, as others have it too."""
         contents = [
-            content_of(self._store, name, entry) for entry in entries(_config(self._store, name))
+            content_of(self._store, name, entry) for entry in entries(shape_of(self._store, name))
         ]
         return [
             self._made.get((multiplied, content))
@@ -338,12 +335,12 @@ class FlatLayout:
     stage_ends: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: MixtralConfig, without: Collection[str] = ()) -> FlatLayout:
+    def of(cls, shape: Decoder, without: Collection[str] = ()) -> FlatLayout:
         """without: names of entries that lie elsewhere."""
         offsets: dict[str, int] = {}
-        ends = [0] * (config.experts.num_layers + 2)
+        ends = [0] * (len(shape.layers) + 2)
         position = 0
-        for entry in entries(config):
+        for entry in entries(shape):
             if entry.name not in without:
                 offsets[entry.name] = position
                 position += -(-entry.elements // ALIGNMENT) * ALIGNMENT
@@ -354,11 +351,11 @@ class FlatLayout:
     def elements(self) -> int:
         return self.stage_ends[-1]
 
-    def views(self, config: MixtralConfig, buffer: Tensor) -> dict[str, Tensor]:
+    def views(self, shape: Decoder, buffer: Tensor) -> dict[str, Tensor]:
         """Each entry as a view of a flat buffer."""
         return {
             e.name: buffer[self.offsets[e.name] : self.offsets[e.name] + e.elements].view(e.shape)
-            for e in entries(config)
+            for e in entries(shape)
             if e.name in self.offsets
         }
 
@@ -377,7 +374,7 @@ class _HostTenant:
     """One tenant's weights on the host; host: [layout.elements]. common: entries that other tenants
     have too, on the device."""
 
-    config: MixtralConfig
+    shape: Decoder
     layout: FlatLayout
     host: Tensor
     rotary: RotaryTable
@@ -426,7 +423,7 @@ class TenantsByCopy:
         their places than beside them.
         """
         contents = {
-            n: {e.name: content_of(store, n, e) for e in entries(_config(store, n))} for n in names
+            n: {e.name: content_of(store, n, e) for e in entries(shape_of(store, n))} for n in names
         }
         having = Counter(content for each in contents.values() for content in set(each.values()))
         equal = {content for content, count in having.items() if count > 1}
@@ -436,10 +433,10 @@ class TenantsByCopy:
             largest = max((t.layout.elements for t in kept), default=0)
             for name in names:
                 elsewhere = [
-                    e for e in entries(_config(store, name)) if contents[name][e.name] in equal
+                    e for e in entries(shape_of(store, name)) if contents[name][e.name] in equal
                 ]
                 common |= {contents[name][e.name]: e.elements for e in elsewhere}
-                layout = FlatLayout.of(_config(store, name), [e.name for e in elsewhere])
+                layout = FlatLayout.of(shape_of(store, name), [e.name for e in elsewhere])
                 largest = max(largest, layout.elements)
             return capacity * largest + sum(common.values())
 
@@ -455,9 +452,9 @@ class TenantsByCopy:
 
         contents: of its entries. equal: of entries that several tenants have.
         """
-        config = _config(store, name)
+        shape = shape_of(store, name)
         common: dict[str, Tensor] = {}
-        for entry in entries(config):
+        for entry in entries(shape):
             content = contents[entry.name]
             if content not in equal and content not in self._common:
                 continue
@@ -466,16 +463,16 @@ class TenantsByCopy:
                 _fill(held, mapped_entry(store, name, entry))
                 self._common[content] = held
             common[entry.name] = held
-        layout = FlatLayout.of(config, common)
+        layout = FlatLayout.of(shape, common)
         host = torch.zeros(
             layout.elements, dtype=self._dtype, pin_memory=self._device.type == "cuda"
         )
-        views = layout.views(config, host)
-        for entry in entries(config):
+        views = layout.views(shape, host)
+        for entry in entries(shape):
             if entry.name in views:
                 _fill(views[entry.name], mapped_entry(store, name, entry))
         return _HostTenant(
-            config, layout, host, RotaryTable(config, self._dtype, self._device), common
+            shape, layout, host, RotaryTable(shape, self._dtype, self._device), common
         )
 
     def update(self, store: Store, capacity: int) -> None:
@@ -537,7 +534,7 @@ class TenantsByCopy:
 
     def _copy(self, name: str, buffer: _DeviceBuffer) -> _DeviceBuffer:
         tenant = self._tenants[name]
-        config, layout, host = tenant.config, tenant.layout, tenant.host
+        shape, layout, host = tenant.shape, tenant.layout, tenant.host
         start = 0
         if self._stream is None:
             begun = time.perf_counter()
@@ -566,9 +563,9 @@ class TenantsByCopy:
                 torch.cuda.current_stream(self._device).wait_event(arrived[stage])
 
         buffer.tenant = name
-        weights = layout.views(config, buffer.data) | tenant.common
+        weights = layout.views(shape, buffer.data) | tenant.common
         buffer.weights = arrange(
-            config, weights.__getitem__, weights.__getitem__, tenant.rotary, wait
+            shape, weights.__getitem__, weights.__getitem__, tenant.rotary, wait
         )
         return buffer
 

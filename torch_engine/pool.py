@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.checkpoints import TensorRef
-from common.consolidation import MISS, Plan
+from common.plan.plan import MISS, Plan
 from common.store import Store
 from torch_engine import native
 from torch_engine.products import PackedWeight, Weight, as_tensor, linear, pack_native
@@ -297,9 +297,9 @@ class LoopPool(ExpertPool):
         return kernels[0] if kernels and all(k is not None for k in kernels) else None
 
     def _ready(self, copy: dict[str, Tensor]) -> _Expert:
-        gate_up = torch.cat((copy["w1"], copy["w3"])).to(self.device, self.dtype)
+        gate_up = torch.cat((copy["gate"], copy["up"])).to(self.device, self.dtype)
         return _Expert(
-            self._product(gate_up), self._product(copy["w2"].to(self.device, self.dtype))
+            self._product(gate_up), self._product(copy["down"].to(self.device, self.dtype))
         )
 
     def _expert(self, layer: int, key: int) -> _Expert:
@@ -323,11 +323,11 @@ class LoopPool(ExpertPool):
         """[rows, H] -> [rows, H]. residuals: in rows of x."""
         both = linear(x, expert.gate_up)
         gate, up = both.chunk(2, dim=-1)
-        add_residuals(residuals, "w1", x, gate)
-        add_residuals(residuals, "w3", x, up)
+        add_residuals(residuals, "gate", x, gate)
+        add_residuals(residuals, "up", x, up)
         inner = self.activation(gate).mul_(up)
         out = linear(inner, expert.down)
-        add_residuals(residuals, "w2", inner, out)
+        add_residuals(residuals, "down", inner, out)
         return out
 
     def _sorted(self, keys: np.ndarray, numbers: np.ndarray | None) -> _Sorted:
@@ -567,11 +567,11 @@ class GroupedPool(ExpertPool):
         """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is
         rows."""
         gate, up = self._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        add_residuals(residuals, "w1", x, gate)
-        add_residuals(residuals, "w3", x, up)
+        add_residuals(residuals, "gate", x, gate)
+        add_residuals(residuals, "up", x, up)
         inner = self.activation(gate) * up
         out = self._grouped_mm(inner, down.transpose(1, 2), offs=ends)
-        add_residuals(residuals, "w2", inner, out)
+        add_residuals(residuals, "down", inner, out)
         return out
 
     def forward(
@@ -794,9 +794,9 @@ class GroupedPool(ExpertPool):
 def _fill(gate_up: Tensor, down: Tensor, copy: dict[str, Tensor]) -> None:
     """Put a copy's matrices into its place in a pool: [2I, H] and [H, I]."""
     inter = len(gate_up) // 2
-    gate_up[:inter].copy_(copy["w1"])
-    gate_up[inter:].copy_(copy["w3"])
-    down.copy_(copy["w2"])
+    gate_up[:inter].copy_(copy["gate"])
+    gate_up[inter:].copy_(copy["up"])
+    down.copy_(copy["down"])
 
 
 class _Staging:

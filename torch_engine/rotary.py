@@ -9,23 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.families import MixtralConfig
+from common.families import Decoder
+from common.families.shape import Rope
 
 
-def inverse_frequencies(config: MixtralConfig) -> tuple[Tensor, float]:
+def inverse_frequencies(shape: Decoder) -> tuple[Tensor, float]:
     """float32 [head_dim / 2] and the factor that cos and sin are multiplied by."""
-    rope = dict(config.rope_parameters)
+    attention = shape.attention
+    assert isinstance(attention.positions, Rope)
+    rope = dict(attention.positions.parameters)
     if rope["rope_type"] == "default":
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        exponents = torch.arange(0, attention.head_dim, 2, dtype=torch.float32) / attention.head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
     from transformers import MixtralConfig as HFConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     hf_config = HFConfig(
-        hidden_size=config.experts.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_positions,
+        hidden_size=shape.hidden,
+        num_attention_heads=attention.heads,
+        head_dim=attention.head_dim,
+        max_position_embeddings=shape.max_positions,
         rope_parameters=rope,
     )
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
@@ -35,10 +38,10 @@ def inverse_frequencies(config: MixtralConfig) -> tuple[Tensor, float]:
 class RotaryTable:
     """cos and sin for positions 0..length-1, grown when a longer text comes."""
 
-    def __init__(self, config: MixtralConfig, dtype: torch.dtype, device: torch.device):
-        self._frequencies, self._factor = inverse_frequencies(config)
+    def __init__(self, shape: Decoder, dtype: torch.dtype, device: torch.device):
+        self._frequencies, self._factor = inverse_frequencies(shape)
         self._dtype, self._device = dtype, device
-        self._max = config.max_positions
+        self._max = shape.max_positions
         self._grow(min(512, self._max))
 
     def _grow(self, length: int) -> None:

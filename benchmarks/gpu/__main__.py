@@ -44,9 +44,9 @@ from benchmarks.common import Report, Shape, Spread, machine, ratios, write_rand
 from benchmarks.lab.systems import Paper
 from benchmarks.mixed_tenants import Side, step_bytes
 from common import Store, build_store, load_engine
-from common.backend import Backend
-from common.consolidation import plan_round_robin
-from common.engine import Engine, Row
+from common.planning.round_robin import plan_round_robin
+from common.serving.backend import Backend, Row
+from common.serving.engine import Engine
 from common.store.objects import Objects
 from scripts.load import report as qos_report
 from scripts.load.engine_system import EngineSystem, Setup

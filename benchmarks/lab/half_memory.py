@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common import EngineError, Store
-from common.consolidation import plan_round_robin
-from common.similarity import tenant_pairs
+from common.plan.distance import tenant_pairs
+from common.planning.round_robin import plan_round_robin
 from scripts.store_views import only
 
 NUM_PARTITIONS = 2

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.lab.partition import Partition
 from benchmarks.lab.time_sharing import TimeSharing
 from common import EngineError, Store
-from common.consolidation import plan_round_robin
+from common.planning.round_robin import plan_round_robin
 from scripts.commands.bench import SYSTEMS
 from scripts.load.engine_system import EngineSystem, Setup
 from scripts.load.run import Piece, System

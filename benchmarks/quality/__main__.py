@@ -29,7 +29,7 @@ from benchmarks.quality.methods import Method, usual_methods
 from benchmarks.quality.plot import notes, write
 from benchmarks.quality.workshop import Material, evaluate
 from common import MoetelError
-from common.calibration import CalibrationSet
+from common.build.examples import CalibrationSet
 from common.progress import bars, silent
 from scripts.demo.number_words import ALL_LANGUAGES, expected, held_out, training_numbers
 from scripts.provenance import provenance

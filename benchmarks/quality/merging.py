@@ -25,13 +25,20 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoints import Checkpoint, open_checkpoint, read_asset, write_hugging_face
+from common.checkpoints import (
+    Checkpoint,
+    open_checkpoint,
+    read_asset,
+    saved_tensors,
+    write_hugging_face,
+)
 from common.checkpoints.staging import new_directory
-from common.consolidation import MERGED, Copy, Plan
 from common.dtypes import BY_NAME, common_dtype, to_float32
 from common.errors import CheckpointError, PlanError
+from common.plan.plan import MERGED, Copy, Plan
 from common.progress import Progress, silent
-from common.store import Store, set_plan
+from common.store import Store
+from common.store.change import set_plan
 
 METHODS = ("average", "task_arithmetic", "ties", "dare", "dare_ties")
 NEED_BASE = METHODS[1:]
@@ -186,28 +193,22 @@ def merge(
     first = next(iter(opened.values()))
     if dtype == "auto":
         dtype = common_dtype([c.dtype for c in opened.values()])
-    tied = first.config.head_is_tied
-    names = [
-        n for n in first.family.all_shapes(first.config) if not (tied and n == "lm_head.weight")
-    ]
     with (
         new_directory(out) as directory,
-        progress(f"merging, {recipe.method}", len(names)) as advance,
+        progress(f"merging, {recipe.method}", len(first.family.saved(first.config))) as advance,
     ):
         for asset, content in first.assets.items():
             if asset != "config.json":
                 (directory / asset).write_bytes(read_asset(content))
 
-        def tensors() -> Iterator[tuple[str, np.ndarray]]:
-            for name in names:
-                start = None if base_opened is None else base_opened.tensors[name].read()
-                merged = merge_arrays(
-                    recipe, start, [c.tensors[name].read() for c in opened.values()], name
-                )
-                yield name, merged.astype(BY_NAME[dtype])
+        def merged(name: str) -> np.ndarray:
+            start = None if base_opened is None else base_opened.tensors[name].read()
+            each = [c.tensors[name].read() for c in opened.values()]
+            return merge_arrays(recipe, start, each, name).astype(BY_NAME[dtype])
 
         config = first.family.hf_config(first.config, dtype)
-        write_hugging_face(directory, config, tensors(), on_tensor=advance)
+        tensors = saved_tensors(first.family, first.config, merged)
+        write_hugging_face(directory, config, tensors, on_tensor=advance)
 
 
 class _MergedExperts(Mapping[int, Mapping[str, np.ndarray]]):

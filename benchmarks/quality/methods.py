@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.quality import merging
-from common.policies import POLICIES
+from common.planning.policies import POLICIES
 from scripts.quality.task import TaskError
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from benchmarks.quality import merging
 from benchmarks.quality.methods import Method
 from common import Store, build_store
-from common.calibration import CalibrationSet, Profile
+from common.build.examples import CalibrationSet
 from common.checkpoints import open_checkpoint
-from common.policies import DEFAULT_EXTRA, POLICIES, Planner
+from common.planning.measurements import Measurements
+from common.planning.planner import Planner
+from common.planning.policies import DEFAULT_EXTRA, POLICIES
 from common.progress import Progress, silent
-from common.store import set_plan
-from common.store.measurements import Measurements
+from common.store.change import set_plan
+from common.store.profiles import load_profile
 from scripts.quality.measure import measure, measure_alone, result_of
 from scripts.quality.scores import Result
 from scripts.quality.task import DEFAULTS, Options, Task, TaskError, check_tasks
@@ -115,9 +117,7 @@ class Workshop:
         store, calibrated = self.store, bool(method.options.get("calibrated", True))
         if calibrated not in self._planners:
             profiles = (
-                {n: p for n in store.tenants if (p := Profile.from_store(store, n))}
-                if calibrated
-                else {}
+                {n: p for n in store.tenants if (p := load_profile(store, n))} if calibrated else {}
             )
             known = Measurements.from_store(store)
             self._planners[calibrated] = Planner(

@@ -1,7 +1,8 @@
 """store.json: the one file that says what a store is. Replacing it is what makes a change happen.
 
-Format 2, documented in docs/store-format.md; version 1, without merged copies and residuals, is
-read too. The checksum covers the rest of the file.
+Format 3, documented in docs/store-format.md. Version 2, which names projections as the family's
+files do, and version 1, without merged copies and residuals, are read too. The checksum covers the
+rest of the file.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.checkpoints.generation_config import GenerationConfig
 from common.checkpoints.safetensors_file import fsync
-from common.consolidation import MERGED, Plan
 from common.errors import MoetelError, StoreError
 from common.families import FAMILIES, Family, ModelConfig
-from common.generation import GenerationConfig
+from common.plan.plan import MERGED, Plan
+from common.plan.residual import role_of
 
 FORMAT = "moetel-store"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 FILE = "store.json"
+
+BESIDE = "beside"
+"""Entry of `provenance`: names `added` and `removed` since the plan was made; absent if there are
+none."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,9 @@ class Manifest:
     objects: id -> {dtype, shape, bytes}; similarity: {object, layers}.
     merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's
         residuals, in order.
-    calibration: tenant -> what was measured on its calibration prompts; see `common.calibration`.
-    measurements: what planning measured, see `common.store.measurements`; None if nothing is kept.
-    prediction: what the plan is expected to cost each tenant; see `common.policies.Prediction`.
-        None if not known.
+    calibration: tenant -> what was measured on its calibration prompts, a `Profile`.
+    measurements: what planning measured; None if nothing is kept.
+    prediction: what the plan is expected to cost each tenant; None if not known.
     """
 
     family: Family
@@ -71,6 +76,25 @@ class Manifest:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     prediction: Mapping[str, Any] | None = None
     measurements: Mapping[str, Any] | None = None
+
+    def measured_ids(self) -> list[str]:
+        """Ids of the objects that distances, calibration and planning measured."""
+        distances = self.similarity["object"]
+        tables = {} if self.measurements is None else self.measurements["tables"]
+        return [
+            *([] if distances is None else [distances]),
+            *(i for one in self.calibration.values() for i in one.get("objects", {}).values()),
+            *(entry["object"] for entry in tables.values()),
+        ]
+
+    def object_ids(self) -> list[str]:
+        """Ids of all objects that this manifest refers to; one may be there several times."""
+        return [
+            *(i for tenant in self.tenants for i in tenant.tensors.values()),
+            *(i for ids in self.merged.values() for i in ids.values()),
+            *self.residuals,
+            *self.measured_ids(),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -153,7 +177,10 @@ class Manifest:
                 for t in value["tenants"]
             )
             plan = Plan.from_json(value["plan"])
-            merged = {int(slot): dict(ids) for slot, ids in value.get("merged", {}).items()}
+            merged = {
+                int(slot): {role_of(projection): i for projection, i in ids.items()}
+                for slot, ids in value.get("merged", {}).items()
+            }
             residuals = tuple(value.get("residuals", ()))
             if set(merged) != {i for i, c in enumerate(plan.copies) if c.owner == MERGED}:
                 raise StoreError("the merged copies of the plan and of the store differ")

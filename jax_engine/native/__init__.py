@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.native import HEADERS, Target, cpu_flags, find_target, one_process, switched_off
-from common.residuals import (
+from common.plan.residual import (
     LOW_RANK,
     SIGN,
     Part,
@@ -281,9 +281,9 @@ def _proves_right(kernels: Kernels) -> bool:
     slots = np.array([0, 1, -1] * 3, np.int32)
     hidden = x @ wi.T
     expected = np.where(slots[:, None] == 0, np.maximum(hidden, 0) @ wo.T, 0)
-    words, table, more = _trial_residuals(rng, {"wi": wi.shape, "wo": wo.shape})
+    words, table, more = _trial_residuals(rng, {"up": wi.shape, "down": wo.shape})
     corrected = np.where(
-        slots[:, None] == 0, np.maximum(x @ (wi + more["wi"]).T, 0) @ (wo + more["wo"]).T, 0
+        slots[:, None] == 0, np.maximum(x @ (wi + more["up"]).T, 0) @ (wo + more["down"]).T, 0
     )
     # `load` may be called while something is traced; the trial is to run all the same, and on the
     # CPU.

@@ -8,7 +8,7 @@ import argparse
 from rich.console import Console
 
 from common import PlanError, add_tenant, extend_store
-from common.calibration import CalibrationSet
+from common.build.examples import CalibrationSet
 from common.progress import bars
 from scripts import arguments
 from scripts.commands import build

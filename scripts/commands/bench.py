@@ -28,7 +28,7 @@ from rich.console import Console
 
 from common import Store
 from common.progress import bars
-from common.scheduler import SchedulerOptions
+from common.serving.scheduler_options import SchedulerOptions
 from scripts import arguments, lab
 from scripts.load.engine_system import EngineSystem, Setup
 from scripts.load.experiment import LOADS, Comparison, Experiment, Opener, compare

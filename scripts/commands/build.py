@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common import Store, StoreError, build_store
-from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
+from common.planning.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
 from common.progress import bars
 from common.store.kinds import kind_of, reference_of
 from common.units import format_bytes

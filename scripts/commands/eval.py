@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import MoetelError, Store
-from common.calibration import CalibrationSet
+from common.build.examples import CalibrationSet
 from common.progress import bars
 from scripts import arguments, lab
 from scripts.quality import report

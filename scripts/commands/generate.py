@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 
 from common import Engine, SamplingParams, load_engine
-from common.engine import Prompt
+from common.serving.checks import Prompt
 from scripts import arguments
 
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         args.store, backend=args.backend, device=args.device, dtype=args.dtype
     ) as engine:
         prompt = _prompt(engine, args)
-        if args.json or not engine.has_tokenizer(args.tenant):
+        if args.json or not engine.text(args.tenant).has_tokenizer:
             out = engine.generate(args.tenant, prompt, params)
             text = (
                 json.dumps(asdict(out), ensure_ascii=False)

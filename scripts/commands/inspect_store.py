@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import Store
-from common.consolidation import MERGED
-from common.store.beside import came_and_went
+from common.build.beside import came_and_went
+from common.plan.plan import MERGED
 from common.store.kinds import kind_of, reference_of
 from common.units import format_bytes
 from scripts import arguments

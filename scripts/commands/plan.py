@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from common import EngineError, PlanError, Store
-from common.calibration import Profile, calibrate
-from common.policies import DEFAULT_POLICY, POLICIES, Planner
+from common.build.build import replan
+from common.build.calibration import calibrate
+from common.planning.measurements import Measurements
+from common.planning.planner import Planner
+from common.planning.policies import DEFAULT_POLICY, POLICIES
 from common.progress import Progress, bars, silent
-from common.store import replan
-from common.store.measurements import Measurements
+from common.store.profiles import load_profile
 from common.units import format_bytes
 from scripts import arguments
 from scripts.commands import build
@@ -205,7 +207,7 @@ def draw(
 def planner_for(store: Store, args: argparse.Namespace, progress: Progress = silent) -> Planner:
     """A planner with what the store knows of its tenants and what is measured now, which is nothing
     where the store was planned with the same calibration and traffic."""
-    profiles = {name: p for name in store.tenants if (p := Profile.from_store(store, name))}
+    profiles = {name: p for name in store.tenants if (p := load_profile(store, name))}
     if args.calibrate:
         profiles |= calibrate(store, dict(args.calibrate), progress=progress)
     traffic = dict(args.traffic) or store.manifest.provenance["settings"].get("traffic", {})

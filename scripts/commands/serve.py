@@ -16,14 +16,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from common import Store, add_tenant, load_engine
-from common.scheduler import SchedulerOptions
+from common.serving.scheduler_options import SchedulerOptions
 from scripts import arguments
 from scripts.server.keys import KeyRing
 from scripts.server.process import ServeError, bind, serve
 from scripts.server.settings import Settings
 
 if TYPE_CHECKING:
-    from common.engine import Engine
+    from common.serving.engine import Engine
 
 log = logging.getLogger(__name__)
 

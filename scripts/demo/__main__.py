@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import SamplingParams, Store, build_store, load_engine
-from common.calibration import CalibrationSet
-from common.policies import DEFAULT_POLICY, POLICIES
+from common.build.examples import CalibrationSet
+from common.planning.policies import DEFAULT_POLICY, POLICIES
 from common.progress import bars
 from scripts import arguments
 from scripts.cli import guarded

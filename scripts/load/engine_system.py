@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import SamplingParams, SchedulerOptions, Store, load_engine
-from common.serving import AsyncEngine
+from common.serving.async_engine import AsyncEngine
 from scripts.load.run import Piece
 from scripts.load.traffic import Call
 

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from common import EngineError, RequestError, SamplingParams, Store, UnknownTenantError, load_engine
-from common.calibration import log_softmax
+from common.build.scoring import log_softmax
 from scripts.store_views import alone_store
 
 # Bytes of logits that the engine holds at once, whatever the batch size.
@@ -95,7 +95,7 @@ class MoetelLM(TemplateLM):  # type: ignore[misc]
             max_batch_size=self.batch_size,
             **options,
         )
-        if not self.engine.has_tokenizer(self.tenant):
+        if not self.engine.text(self.tenant).has_tokenizer:
             raise RequestError(
                 f"tenant {self.tenant!r} has no tokenizer; lm-eval's tasks are texts"
             )

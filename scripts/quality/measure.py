@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from common import SamplingParams, Store, load_engine
-from common.calibration import divergence
-from common.engine import Engine, Prompt
+from common.build.scoring import divergence
 from common.progress import Progress, silent
+from common.serving.checks import Prompt
+from common.serving.engine import Engine
 from scripts.quality.rows import (
     Row,
     judged_logits,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.engine import Engine
+from common.serving.engine import Engine
 from scripts.quality.task import Options
 
 

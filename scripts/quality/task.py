@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import MoetelError, UnknownTenantError
-from common.calibration import json_fault, refused_pair
-from common.engine import Prompt
+from common.build.examples import json_fault, refused_pair
+from common.serving.checks import Prompt
 
 Metric = Literal["auto", "exact_match", "rouge1", "rougeL", "perplexity"]
 METRICS = ("auto", "exact_match", "rouge1", "rougeL", "perplexity")

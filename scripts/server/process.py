@@ -17,8 +17,8 @@ from common import MoetelError
 from scripts.server.settings import Settings
 
 if TYPE_CHECKING:
-    from common.engine import Engine
-    from common.serving import AsyncEngine
+    from common.build.online import OnlineEngine
+    from common.serving.engine import Engine
     from scripts.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ async def serve(
     """Listen at once, load the store meanwhile, serve until a signal comes. Closes the socket."""
     import uvicorn
 
-    from common.serving import AsyncEngine
+    from common.build.online import OnlineEngine
     from scripts.server.app import create_app
 
     class Server(uvicorn.Server):
@@ -95,11 +95,11 @@ async def serve(
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     stopping = asyncio.create_task(stop.wait())
     loading = _in_daemon(load)
-    engine: AsyncEngine | None = None
+    engine: OnlineEngine | None = None
     try:
         await asyncio.wait((loading, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
-            engine = AsyncEngine(loading.result())
+            engine = OnlineEngine(loading.result())
             service.attach(engine)
             names = engine.engine.tenants
             for name in names:

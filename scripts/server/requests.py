@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from common.sampling import MAX_LOGPROBS, SamplingParams
+from common.sampling_params import MAX_LOGPROBS, SamplingParams
 from scripts.server.fields import (
     REFUSED,
     REFUSED_CHAT,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import fairness
-from common.scheduler import SchedulerOptions
+from common.serving.scheduler_options import SchedulerOptions
 from scripts.load.traffic import Load, make_trace
 
 ARITHMETIC, LITTLE, NOTHING, TENANTS = (

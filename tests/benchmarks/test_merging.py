@@ -17,7 +17,7 @@ from benchmarks.quality import merging
 from benchmarks.quality.merging import Recipe, merge, merge_arrays, merge_experts
 from common import CheckpointError, PlanError, build_store
 from common.checkpoints import open_checkpoint
-from common.consolidation import MERGED
+from common.plan.plan import MERGED
 from tests import helpers
 from tests.conftest import Family
 

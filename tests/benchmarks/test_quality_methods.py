@@ -13,8 +13,8 @@ from benchmarks.quality.methods import Method, names, usual_methods
 from benchmarks.quality.plot import draw, rank_correlation
 from benchmarks.quality.workshop import Material, Workshop, evaluate
 from common import PlanError, build_store, load_engine
-from common.calibration import CalibrationSet
-from common.policies import POLICIES
+from common.build.examples import CalibrationSet
+from common.planning.policies import POLICIES
 from scripts import cli
 from scripts.demo.number_words import expected
 from scripts.quality.measure import evaluate_store

@@ -23,10 +23,11 @@ from common import (
     extend_store,
     remove_tenant,
 )
-from common.consolidation import MERGED, MISS
-from common.policies import DEFAULT_EXTRA
-from common.store import replan, set_plan
-from common.store.beside import BESIDE
+from common.build.beside import BESIDE
+from common.build.build import replan
+from common.plan.plan import MERGED, MISS
+from common.planning.policies import DEFAULT_EXTRA
+from common.store.change import set_plan
 from common.store.lock import exclusive
 from scripts import cli
 from tests import checkpoints, helpers
@@ -440,7 +441,7 @@ def test_refused_changes_leave_the_store_as_it_was(
         extend_store(path, "cy", newcomer)
     assert helpers.fingerprint(path) == before
     # A merged copy is never measured against when it is damaged.
-    damaged = store.objects.path(store.manifest.merged[3]["w2"])
+    damaged = store.objects.path(store.manifest.merged[3]["down"])
     data = bytearray(damaged.read_bytes())
     data[-9] ^= 16
     damaged.write_bytes(bytes(data))

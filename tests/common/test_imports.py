@@ -15,7 +15,10 @@ from tests.common.conftest import ABSENT
     ("module", "absent"),
     [
         ("common", ("torch", "jax", "transformers")),
-        ("common.engine, common.store, common.text, common.similarity", ("torch", "jax")),
+        (
+            "common.serving.engine, common.store, common.serving.text, common.plan.distance",
+            ("torch", "jax"),
+        ),
         ("torch_engine", ("jax", "flax")),
         ("torch_engine.backend", ("jax", "flax")),
         ("jax_engine", ("torch",)),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common import EngineError, SamplingParams, SchedulerOptions, Store, load_engine
-from common.backend import Part, Row
+from common.serving.backend import Part, Row
 from jax_engine import load_backend, weights
 from jax_engine.backend import JaxBackend
 from tests import helpers

@@ -13,14 +13,15 @@ from transformers.generation import GenerationConfig
 
 from common import CheckpointError
 from common.checkpoints import open_checkpoint
-from common.families import FAMILIES, mixtral, switch_transformers
-from common.families.config_fields import HARMLESS, NEUTRAL
+from common.families import FAMILIES
+from common.families.fields import HARMLESS, NEUTRAL
+from common.families.shape import Decoder, Rope
 from tests import helpers, switch_models
 from tests.oracle.directories import check_same, copied, edit_config, theirs
 
 CLASSES = {
-    "mixtral": (MixtralConfig, mixtral.READ),
-    "switch_transformers": (SwitchTransformersConfig, switch_transformers.READ),
+    "mixtral": (MixtralConfig, FAMILIES["mixtral"].read),
+    "switch_transformers": (SwitchTransformersConfig, FAMILIES["switch_transformers"].read),
 }
 SMALL: dict[str, dict[str, Any]] = {
     "mixtral": dict(helpers.SIZES),
@@ -85,31 +86,50 @@ def test_what_is_read_is_checked(name: str, field: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", CLASSES)
+DECODERS = [name for name in CLASSES if name != "switch_transformers"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_absent_fields_have_the_classs_defaults(name: str) -> None:
     """A config.json that states nothing is transformers' config made of nothing."""
-    theirs = CLASSES[name][0]()
+    theirs: Any = CLASSES[name][0]()
     family = FAMILIES[name]
-    config: Any = family.parse_config({}, "config.json")
-    assert config.experts.num_experts == (
-        theirs.num_local_experts if name == "mixtral" else theirs.num_experts
+    shape = family.parse_config({}, "config.json").shape
+    assert isinstance(shape, Decoder) and isinstance(shape.attention.positions, Rope)
+    size = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    head_dim = getattr(theirs, "head_dim", None)
+    assert (shape.vocab_size, shape.hidden) == (theirs.vocab_size, theirs.hidden_size)
+    assert shape.max_positions == theirs.max_position_embeddings
+    assert len(shape.layers) == len(shape.sparse_layers) == theirs.num_hidden_layers
+    assert shape.norm_eps == theirs.rms_norm_eps
+    assert shape.tied_head == theirs.tie_word_embeddings
+    assert shape.experts.count == theirs.num_local_experts
+    assert (shape.experts.inner, shape.experts.activation) == (size, theirs.hidden_act)
+    assert shape.experts.router.top_k == theirs.num_experts_per_tok
+    assert shape.attention.heads == theirs.num_attention_heads
+    assert shape.attention.kv_heads == theirs.num_key_value_heads
+    assert shape.attention.head_dim == (
+        head_dim or theirs.hidden_size // theirs.num_attention_heads
     )
+    assert shape.attention.window == getattr(theirs, "sliding_window", None)
+    assert shape.attention.clip == getattr(theirs, "clip_qkv", None)
+    assert shape.attention.bias == getattr(theirs, "attention_bias", False)
+    assert dict(shape.attention.positions.parameters) == theirs.rope_parameters
+    # What transformers takes where config.json has no such field.
+    assert family.default_eos_token_id == theirs.eos_token_id
+
+
+def test_a_switchs_absent_fields_have_the_classs_defaults() -> None:
+    theirs = SwitchTransformersConfig()
+    config: Any = FAMILIES["switch_transformers"].parse_config({}, "config.json")
+    assert config.experts.num_experts == theirs.num_experts
     assert config.experts.hidden_size == theirs.hidden_size
-    same = {f for f in dir(theirs) if hasattr(config, f) and not f.startswith("_")} - {
-        "head_dim",
-        "sparse_layers",
-    }
+    same = {f for f in dir(theirs) if hasattr(config, f) and not f.startswith("_")}
     compared = [f for f in sorted(same) if not callable(getattr(theirs, f))]
     assert len(compared) > 6
     for field in compared:
         assert getattr(config, field) == getattr(theirs, field), field
-    if name == "mixtral":
-        assert config.max_positions == theirs.max_position_embeddings
-        assert config.experts.intermediate_size == theirs.intermediate_size
-        assert config.experts.top_k == theirs.num_experts_per_tok
-        assert config.experts.activation == theirs.hidden_act
-    else:
-        assert config.sparse_layers["encoder"] == tuple(range(1, 12, theirs.encoder_sparse_step))
+    assert config.sparse_layers["encoder"] == tuple(range(1, 12, theirs.encoder_sparse_step))
 
 
 @pytest.fixture(scope="module")

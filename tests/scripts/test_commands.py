@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import common.store
+import common.build.build
 from common import SamplingParams, Store, load_engine
 from scripts import cli
 from tests import helpers
 from tests.conftest import Family
 
 # The plans that these tests state are those of the paper's rule.
-build_store = partial(common.store.build_store, policy="round_robin")
+build_store = partial(common.build.build.build_store, policy="round_robin")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral as hf
 
-from common.families import FAMILIES, MixtralConfig
+from common.families import FAMILIES, Decoder
 from tests import helpers
 from tests.conftest import Family
 from torch_engine import products
@@ -53,8 +53,8 @@ def test_rotary_equals_transformers_beyond_the_first_table() -> None:
         "rope_theta": 1e4,
     }
     config = FAMILIES["mixtral"].parse_config(raw, "test")
-    assert isinstance(config, MixtralConfig)
-    table = RotaryTable(config, torch.float32, torch.device("cpu"))
+    assert isinstance(config.shape, Decoder)
+    table = RotaryTable(config.shape, torch.float32, torch.device("cpu"))
     positions = torch.tensor([0, 5, 511, 700, 1999])
     q = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     hf_config = hf.MixtralConfig(
@@ -137,7 +137,7 @@ def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
         assert by_copy.ready == expected_ready
         assert_same_weights(weights, in_place.acquire([str(name)])[str(name)])
     assert by_copy.switches == in_place.switches
-    layout = FlatLayout.of(in_place.acquire(["ana"])["ana"].config)
+    layout = FlatLayout.of(in_place.acquire(["ana"])["ana"].shape)
     assert by_copy.copied_bytes == copies * layout.elements * 4
     assert by_copy.device_bytes == capacity * layout.elements * 4
     if capacity == 2:
@@ -149,16 +149,18 @@ def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
 def test_flat_layout_is_aligned_and_ordered(family: Family, tmp_path: Path) -> None:
     store = helpers.build_round_robin(tmp_path / "store", family.paths)
     config = store.config("base")
-    assert isinstance(config, MixtralConfig)
-    layout = FlatLayout.of(config)
+    assert isinstance(config.shape, Decoder)
+    layout = FlatLayout.of(config.shape)
     ends = [0]
-    for entry in entries(config):
+    for entry in entries(config.shape):
         offset = layout.offsets[entry.name]
         assert offset % 128 == 0 and offset >= ends[-1]
         ends.append(offset + entry.elements)
     assert list(layout.stage_ends) == sorted(layout.stage_ends)
     assert len(layout.stage_ends) == config.experts.num_layers + 2
-    names = {s for entry in entries(config) for s in entry.sources}
+    names = {
+        store.role_tensor("base", *s) for entry in entries(config.shape) for s in entry.sources
+    }
     assert names == set(store.family.non_expert_shapes(config))
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from common import SamplingParams, load_engine
-from common.residuals import LOW_RANK, LOW_RANK_BITS, SIGN, Part, Residual, part_matrix
-from common.store import Store, set_plan
+from common.plan.residual import LOW_RANK, LOW_RANK_BITS, SIGN, Part, Residual, part_matrix
+from common.store import Store
+from common.store.change import set_plan
 from tests import helpers
 from tests.conftest import Family
 from tests.helpers import assert_close, hf_greedy, hf_logits, rest_slow
@@ -30,7 +31,7 @@ WAYS: list[dict[str, Any]] = [
     {"products": "plain"},
     {"experts": "grouped", "products": "plain"},
 ]
-PROJECTIONS = ("w1", "w2", "w3")
+PROJECTIONS = ("gate", "down", "up")
 EVERY_KIND = [
     (SIGN, 1, 1),
     (SIGN, 1, 5),
@@ -80,27 +81,30 @@ def test_own_kernels_multiply_every_kind_at_any_size(
     dtype: torch.dtype, kind: str, bits: int, size: int, outputs: int, inputs: int
 ) -> None:
     own = kernels(dtype)
-    shapes = {"w1": (outputs, inputs), "w3": (outputs, inputs), "w2": (inputs, outputs)}
-    part = Part("w1", kind, bits, size)
+    shapes = {"gate": (outputs, inputs), "up": (outputs, inputs), "down": (inputs, outputs)}
+    part = Part("gate", kind, bits, size)
     residual, exact = packed_residual([part], shapes, 0, own)
     for rows in (1, 2, 3, 4, 5, 7, 19):
         x, y = noise(rows, rows, inputs).to(dtype), noise(9, rows, outputs)
-        expected = y.double() + x.double() @ exact["w1"].T
-        residual.add("w1", x, y)
+        expected = y.double() + x.double() @ exact["gate"].T
+        residual.add("gate", x, y)
         torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_whatever_it_is_computed_with(dtype: torch.dtype) -> None:
     own = kernels(dtype)
-    shapes = {"w1": (150, 70), "w3": (150, 70), "w2": (70, 150)}
-    parts = [Part("w1", SIGN, 1, 3), *(Part("w1", LOW_RANK, bits, 21) for bits in LOW_RANK_BITS)]
+    shapes = {"gate": (150, 70), "up": (150, 70), "down": (70, 150)}
+    parts = [
+        Part("gate", SIGN, 1, 3),
+        *(Part("gate", LOW_RANK, bits, 21) for bits in LOW_RANK_BITS),
+    ]
     residual, _ = packed_residual(parts, shapes, 0, own)
     x = noise(0, 23, 70).to(dtype)
     together, alone = torch.zeros(23, 150), torch.zeros(23, 150)
-    residual.add("w1", x, together)
+    residual.add("gate", x, together)
     for row in range(23):
-        residual.add("w1", x[row : row + 1], alone[row : row + 1])
+        residual.add("gate", x[row : row + 1], alone[row : row + 1])
     assert torch.equal(together, alone)
 
 
@@ -112,15 +116,15 @@ def test_plain_operations_multiply_every_kind(
     """What runs on CUDA and without our kernels; a chunk of 100 numbers is a row or two."""
     monkeypatch.setattr(residuals, "CHUNK", chunk)
     for outputs, inputs in ((1, 1), (66, 31), (77, 45)):
-        shapes = {"w1": (outputs, inputs)}
-        part = Part("w1", kind, bits, size)
+        shapes = {"gate": (outputs, inputs)}
+        part = Part("gate", kind, bits, size)
         record = helpers.random_record([part], shapes, 1, 0.3)
         x, y = noise(3, 5, inputs), noise(4, 5, outputs)
         expected = (
             y.double()
-            + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["w1"])).double().T
+            + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["gate"])).double().T
         )
-        add_part(part, torch.from_numpy(record), shapes["w1"], x, y)
+        add_part(part, torch.from_numpy(record), shapes["gate"], x, y)
         torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
 
 
@@ -134,7 +138,7 @@ def test_a_whole_layer_adds_residuals_of_several_tenants(
     every expert."""
     own = kernels(dtype)
     inter, num_experts, num_tenants = 64, 4, 3
-    shapes = {"w1": (inter, hidden), "w3": (inter, hidden), "w2": (hidden, inter)}
+    shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
     gate_up = [(noise(i, 2 * inter, hidden) * 0.2).to(dtype) for i in range(num_experts)]
     down = [(noise(9 + i, hidden, inter) * 0.2).to(dtype) for i in range(num_experts)]
     packed = [
@@ -142,15 +146,15 @@ def test_a_whole_layer_adds_residuals_of_several_tenants(
         for a, b in zip(gate_up, down, strict=True)
     ]
     kinds = [
-        [Part("w1", SIGN, 1, 1), Part("w2", SIGN, 1, 7)],
+        [Part("gate", SIGN, 1, 1), Part("down", SIGN, 1, 7)],
         [
-            Part("w2", LOW_RANK, 4, 5),
-            Part("w3", LOW_RANK, 16, 9),
-            Part("w2", LOW_RANK, 2, 13),
-            Part("w3", SIGN, 1, 2),
+            Part("down", LOW_RANK, 4, 5),
+            Part("up", LOW_RANK, 16, 9),
+            Part("down", LOW_RANK, 2, 13),
+            Part("up", SIGN, 1, 2),
         ],
-        [Part("w3", LOW_RANK, 8, 1)],
-        [Part("w2", LOW_RANK, 32, 2)],
+        [Part("up", LOW_RANK, 8, 1)],
+        [Part("down", LOW_RANK, 32, 2)],
     ]
     made = {
         (tenant, e): packed_residual(kinds[(e + tenant) % 4], shapes, 7 * e + tenant, own, 0.1)
@@ -203,8 +207,8 @@ def test_a_whole_layer_adds_residuals_of_several_tenants(
             gate_up_e, down_e = gate_up[e].double(), down[e].double()
             if more is not None:
                 gate_up_e, down_e = (
-                    gate_up_e + torch.cat((more["w1"], more["w3"])),
-                    down_e + more["w2"],
+                    gate_up_e + torch.cat((more["gate"], more["up"])),
+                    down_e + more["down"],
                 )
             gate, up = (x[t].double() @ gate_up_e.T).chunk(2)
             exact[t] += gates[t, choice].double() * ((ACTIVATIONS["silu"](gate) * up) @ down_e.T)
@@ -227,18 +231,18 @@ CASES: dict[str, Callable[[int, int, int], Sequence[Part]]] = {
         for bits in LOW_RANK_BITS
     },
     "several parts": lambda t, _l, _e: [
-        Part("w2", LOW_RANK, 8, 2),
-        Part("w1", SIGN, 1, 4),
-        Part("w1", LOW_RANK, 4, 5),
-        Part("w2", LOW_RANK, 2, 11),
-        Part("w1", LOW_RANK, 16, 1),
+        Part("down", LOW_RANK, 8, 2),
+        Part("gate", SIGN, 1, 4),
+        Part("gate", LOW_RANK, 4, 5),
+        Part("down", LOW_RANK, 2, 11),
+        Part("gate", LOW_RANK, 16, 1),
     ],
     "some projections, tenants and experts": lambda t, layer, e: (
         [Part(PROJECTIONS[(t + e) % 3], *EVERY_KIND[(2 * t + e) % len(EVERY_KIND)])]
         if (t + layer + e) % 2
         else []
     ),
-    "one layer alone": lambda t, layer, _e: [Part("w3", SIGN, 1, 2)] if layer == 1 else [],
+    "one layer alone": lambda t, layer, _e: [Part("up", SIGN, 1, 2)] if layer == 1 else [],
 }
 
 
