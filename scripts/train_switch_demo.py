@@ -53,10 +53,10 @@ from common.checkpoints import open_checkpoint, write_hugging_face
 from common.dtypes import BFLOAT16
 from common.families.switch_transformers import as_switch
 from common.progress import bars
-from jax_engine.dispatch import DenseDispatch
-from jax_engine.model import Expert, Initial, Settings, SwitchTransformer
-from jax_engine.products import PlainProducts
-from jax_engine.weights import canonical_tensors, family, load_model
+from jax_engine.experts.dispatch import DenseDispatch
+from jax_engine.experts.products import PlainProducts
+from jax_engine.models.encoder_decoder import Expert, Initial, Settings, SwitchTransformer
+from jax_engine.tenants.weights import canonical_tensors, family, load_model
 from scripts import command
 from scripts.command import fail
 from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers

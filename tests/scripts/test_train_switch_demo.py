@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
 
 from common.checkpoints import open_checkpoint
-from jax_engine.weights import canonical_tensors, load_model
+from jax_engine.tenants.weights import canonical_tensors, load_model
 from scripts import train_switch_demo as script
 from scripts.number_words import ALL_LANGUAGES, LANGUAGES, expected, held_out, training_numbers
 from tests import helpers
