@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import common.build.build
-import scripts.plan
+import scripts.commands.plan
 from common import SamplingParams, Store, add_tenant, build_store, load_engine
 from common.build.calibration import calibrate
 from common.plan.profile import Profile
 from common.planning.planner import Planner
 from common.store.profiles import load_profile
 from scripts import cli
-from scripts.plan import EXTRAS, Asked, Offer, offers, recommended
+from scripts.commands.plan import EXTRAS, Asked, Offer, offers, recommended
 from tests import helpers
 
 
@@ -231,7 +231,7 @@ def test_calibration_is_measured_once(
         measured.append(list(sets))
         return calibrate(store, sets, **options)
 
-    for module in (scripts.plan, common.build.build):
+    for module in (scripts.commands.plan, common.build.build):
         monkeypatch.setattr(module, "calibrate", counted)
     prompts = tmp_path / "fr.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in (12, 345, 6789)))
