@@ -16,7 +16,7 @@ from common import EngineError, SamplingParams, SchedulerOptions, Store, load_en
 from common.serving.backend import Part, Row
 from jax_engine import load_backend
 from jax_engine.backend import JaxBackend
-from jax_engine.tenants.ready import weights
+from jax_engine.tenants import weights
 from tests import helpers
 from tests.helpers import assert_close, build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
