@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from common.checkpoints import write_hugging_face
 from common.dtypes import BFLOAT16
 from common.families.switch_transformers import as_switch
-from jax_engine.dispatch import DenseDispatch
-from jax_engine.model import Expert, Initial, Settings, SwitchTransformer
-from jax_engine.products import PlainProducts
-from jax_engine.weights import canonical_tensors, family
+from jax_engine.experts.dispatch import DenseDispatch
+from jax_engine.experts.products import PlainProducts
+from jax_engine.models.encoder_decoder import Expert, Initial, Settings, SwitchTransformer
+from jax_engine.tenants.weights import canonical_tensors, family
 from scripts.demo.number_words import LANGUAGES
 
 

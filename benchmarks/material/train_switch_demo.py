@@ -30,7 +30,7 @@ from benchmarks.material.tokenizer import make_tokenizer
 from common import MoetelError
 from common.checkpoints import open_checkpoint
 from common.progress import bars
-from jax_engine.weights import canonical_tensors, load_model
+from jax_engine.tenants.weights import canonical_tensors, load_model
 from scripts import arguments
 from scripts.cli import fail
 from scripts.demo.number_words import ALL_LANGUAGES, LANGUAGES, expected, training_numbers

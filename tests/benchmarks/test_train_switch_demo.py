@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, SwitchTransformersForConditionalGenerati
 from benchmarks.material import switch
 from benchmarks.material import train_switch_demo as script
 from common.checkpoints import open_checkpoint
-from jax_engine.weights import canonical_tensors, load_model
+from jax_engine.tenants.weights import canonical_tensors, load_model
 from scripts.demo.number_words import ALL_LANGUAGES, expected, training_numbers
 from tests import helpers
 

@@ -14,9 +14,9 @@ from common.checkpoints import TensorRef
 from common.families.switch_transformers import SIDES, Side
 from common.plan.plan import MISS, Plan
 from common.store import Store
-from jax_engine.model import Settings
-from jax_engine.tenants import Architecture, Leaves
-from jax_engine.weights import fill_pool, pack_copy
+from jax_engine.models.encoder_decoder import Settings
+from jax_engine.tenants.ready import Architecture, Leaves
+from jax_engine.tenants.weights import fill_pool, pack_copy
 
 
 def slots_of_plan(plan: Plan) -> tuple[list[list[int]], np.ndarray]:

@@ -23,12 +23,19 @@ from flax import nnx
 from common.errors import EngineError
 from common.families.switch_transformers import Side
 from common.serving.backend import Observer
-from jax_engine.buckets import joint_bucket
-from jax_engine.compiled import Compiled
-from jax_engine.model import Block, KeyValues, Settings, abstract_model, combine, split
-from jax_engine.pool import ExpertPool
-from jax_engine.residuals import LayerResiduals, LoadedResiduals
-from jax_engine.tenants import Architecture, Leaves, ReadyTenant
+from jax_engine.experts.pool import ExpertPool
+from jax_engine.experts.residuals import LayerResiduals, LoadedResiduals
+from jax_engine.models.encoder_decoder import (
+    Block,
+    KeyValues,
+    Settings,
+    abstract_model,
+    combine,
+    split,
+)
+from jax_engine.steps.buckets import joint_bucket
+from jax_engine.steps.compiled import Compiled
+from jax_engine.tenants.ready import Architecture, Leaves, ReadyTenant
 
 Array = jax.Array
 
@@ -297,7 +304,7 @@ class Layered:
         cache: int | None,
         prompt: int,
     ) -> tuple[Array, ...]:
-        """rows: with a cache int32 [B, 4], see `jax_engine.steps.IDS`; else ids int32 [B, T].
+        """rows: with a cache int32 [B, 4], see `jax_engine.steps.steps.IDS`; else ids int32 [B, T].
         Returns x, places, both biases, and which tokens are live, bool [B, T]."""
         if lengths is None or prompts is None:
             ids, places, live, prompts = rows[:, :1], rows[:, 1], rows[:, 2:3] > 0, rows[:, 3]

@@ -1,7 +1,7 @@
 """Caches: a lane for each tenant, with places for its sequences.
 
 The arrays of a lane have room for a power of two of sequences, with caches and prompts of a size of
-`jax_engine.buckets`, so that steps are compiled for few shapes. A sequence that begins takes a free
+`steps.buckets`, so that steps are compiled for few shapes. A sequence that begins takes a free
 place, without a copy of the others; a lane that is full, or too short, moves to larger arrays, one
 layer after the other. Arrays that have become too large for what is in them are given up after a
 while, and at once where memory is short; those of an empty lane are freed.
@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 
 from common.dtypes import BY_NAME
-from jax_engine.compiled import Compiled
-from jax_engine.model import KeyValues
+from jax_engine.models.encoder_decoder import KeyValues
+from jax_engine.steps.compiled import Compiled
 
 Array = jax.Array
 
@@ -223,7 +223,7 @@ class Lane:
 
     def rows(self, tokens: dict[int, int]) -> np.ndarray:
         """int32 [R, 4] for a step in which these sequences get these tokens, see
-        `jax_engine.steps.IDS`."""
+        `jax_engine.steps.steps.IDS`."""
         found = np.zeros((self.room.rows, 4), np.int32)
         for number, token in tokens.items():
             place = self.place_of(number)

@@ -21,9 +21,9 @@ from flax import nnx
 
 from common.families.switch_transformers import SIDES, Side, SwitchTransformersConfig, as_switch
 from common.store import Store
-from jax_engine.model import Settings, abstract_model, split
-from jax_engine.residuals import LoadedResiduals, Residuals
-from jax_engine.weights import fill_tenant
+from jax_engine.experts.residuals import LoadedResiduals, Residuals
+from jax_engine.models.encoder_decoder import Settings, abstract_model, split
+from jax_engine.tenants.weights import fill_tenant
 
 Leaves = tuple[jax.Array, ...]
 Key = tuple[tuple[str, ...], bool, int]

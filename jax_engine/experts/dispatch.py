@@ -13,7 +13,7 @@ docs/results):
   training small models.
 
 Where a tenant has residuals beside the copies of a layer, their products are added before the
-activation and to the output (`jax_engine.residuals`). DenseDispatch does without. For tokens of
+activation and to the output (`experts.residuals`). DenseDispatch does without. For tokens of
 several tenants the tables of their residuals lie one after the other, S rows each, and number v
 stands for slot v mod S with row v of the tables.
 
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_engine.residuals import LayerResiduals
+from jax_engine.experts.residuals import LayerResiduals
 
 if TYPE_CHECKING:
     from jax_engine.native import Kernels

@@ -27,10 +27,10 @@ from flax import nnx
 from jax import lax
 
 from common.families.switch_transformers import Side, SwitchTransformersConfig, matrix_name
-from jax_engine.dispatch import Copy, Dispatch, FeedForward
-from jax_engine.positions import relative_buckets
-from jax_engine.products import Products
-from jax_engine.residuals import LayerResiduals, Residuals
+from jax_engine.experts.dispatch import Copy, Dispatch, FeedForward
+from jax_engine.experts.products import Products
+from jax_engine.experts.residuals import LayerResiduals, Residuals
+from jax_engine.layers.positions import relative_buckets
 
 Array = jax.Array
 KeyValues = tuple[Array, Array]
@@ -429,7 +429,7 @@ class SwitchTransformer(nnx.Module):
         self.encoder_norm = Norm(s, "encoder.final_layer_norm.weight")
         self.decoder_norm = Norm(s, "decoder.final_layer_norm.weight")
 
-    # The parts that a step is made of; `jax_engine.steps` runs them in one compiled call, or one by
+    # The parts that a step is made of; `steps.steps` runs them in one compiled call, or one by
     # one where a token may need an expert that is not resident.
 
     def embed(self, side: Side, ids: Array) -> Array:

@@ -3,10 +3,10 @@
 Where all tokens of a step are one tenant's, and it can miss no expert, the step runs in whole
 calls: one for the encoder, one for the decoder. Tokens of several tenants go through a layer's
 experts together, and which experts a tenant that can miss needs is known only once its router has
-run: such steps run layer by layer (`jax_engine.layered`), as do all while an observer looks on.
+run: such steps run layer by layer (`steps.layered`), as do all while an observer looks on.
     Both are made of the same methods of the model.
 
-How often anything is compiled: shapes are rounded up (`jax_engine.buckets`), and a whole call is
+How often anything is compiled: shapes are rounded up (`steps.buckets`), and a whole call is
 compiled once for each triple of rows, prompt length and cache length that occurs, whichever tenants
 use it. `traces` counts.
 """
@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_engine.compiled import Compiled
-from jax_engine.layered import Layered
-from jax_engine.model import KeyValues
-from jax_engine.residuals import Residuals
-from jax_engine.tenants import Architecture, Leaves, ReadyTenant
+from jax_engine.experts.residuals import Residuals
+from jax_engine.models.encoder_decoder import KeyValues
+from jax_engine.steps.compiled import Compiled
+from jax_engine.steps.layered import Layered
+from jax_engine.tenants.ready import Architecture, Leaves, ReadyTenant
 
 Array = jax.Array
 

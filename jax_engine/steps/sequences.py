@@ -2,7 +2,7 @@
 
 A sequence reads its prompt, in one step or in several: after r of n tokens the encoder is through
 floor(layers * r / n) of its layers for the whole prompt, since its attention looks both ways. Then
-it has a place in its tenant's lane (`jax_engine.lanes`) and takes one token a step. An answer that
+it has a place in its tenant's lane (`steps.lanes`) and takes one token a step. An answer that
 was given before, and whose cache was given up, is put into the decoder at once, with the start
 token, when all is read.
 """
@@ -20,14 +20,14 @@ from common.dtypes import BY_NAME
 from common.errors import EngineError
 from common.families.switch_transformers import Side, SwitchTransformersConfig
 from common.serving.backend import Observer, Part, Row, Step
-from jax_engine.buckets import cache_bucket, prompt_bucket
-from jax_engine.compiled import Compiled
 from jax_engine.devices import Devices
-from jax_engine.lanes import Form, Lane, LaneCalls, Room
-from jax_engine.layered import Pass
-from jax_engine.loaded import Loaded
-from jax_engine.model import KeyValues
-from jax_engine.tenants import ReadyTenant
+from jax_engine.models.encoder_decoder import KeyValues
+from jax_engine.steps.buckets import cache_bucket, prompt_bucket
+from jax_engine.steps.compiled import Compiled
+from jax_engine.steps.lanes import Form, Lane, LaneCalls, Room
+from jax_engine.steps.layered import Pass
+from jax_engine.tenants.loaded import Loaded
+from jax_engine.tenants.ready import ReadyTenant
 
 MOST_TOKENS = 2048
 """Tokens, padding included, that are read in one call: bounds its activations. A longer prompt is a

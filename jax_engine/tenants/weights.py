@@ -13,9 +13,9 @@ from flax import nnx
 from common.checkpoints import Checkpoint
 from common.families import FAMILIES
 from common.families.switch_transformers import SwitchTransformersFamily, as_switch
-from jax_engine.dispatch import DenseDispatch
-from jax_engine.model import Settings, SwitchTransformer, abstract_model, split
-from jax_engine.products import PlainProducts, Products, to_numpy
+from jax_engine.experts.dispatch import DenseDispatch
+from jax_engine.experts.products import PlainProducts, Products, to_numpy
+from jax_engine.models.encoder_decoder import Settings, SwitchTransformer, abstract_model, split
 
 Read = Callable[[str], np.ndarray]
 """A tensor by its canonical name."""

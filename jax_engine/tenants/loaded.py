@@ -10,17 +10,17 @@ import numpy as np
 from common.errors import CheckpointError, StoreError
 from common.families.switch_transformers import SwitchTransformersConfig, as_switch
 from common.store import Store
-from jax_engine.compiled import Compiled
 from jax_engine.devices import Devices
-from jax_engine.dispatch import Dispatch
-from jax_engine.layered import Experts
-from jax_engine.model import Settings
+from jax_engine.experts.dispatch import Dispatch
+from jax_engine.experts.pool import ExpertPool, slots_of_plan
+from jax_engine.experts.products import NativeProducts, Products
+from jax_engine.experts.residuals import LoadedResiduals
+from jax_engine.models.encoder_decoder import Settings
 from jax_engine.options import JaxOptions
-from jax_engine.pool import ExpertPool, slots_of_plan
-from jax_engine.products import NativeProducts, Products
-from jax_engine.residuals import LoadedResiduals
-from jax_engine.steps import Steps
-from jax_engine.tenants import Architecture, ReadyTenant, ReadyTenants
+from jax_engine.steps.compiled import Compiled
+from jax_engine.steps.layered import Experts
+from jax_engine.steps.steps import Steps
+from jax_engine.tenants.ready import Architecture, ReadyTenant, ReadyTenants
 
 
 class Loaded:
