@@ -16,46 +16,10 @@ from common.families import FAMILIES, Decoder
 from common.residuals import LOW_RANK, SIGN, Part
 from common.store import extend_store, remove_tenant, set_plan
 from tests import helpers
+from tests.families import SIZES, random, tenants
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 
 NEW = SamplingParams(max_new_tokens=9, ignore_eos=True)
-
-ODD: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 36,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "num_experts_per_tok": 3,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# head_dim is not hidden_size / heads where a family allows it.
-SIZES: dict[str, dict[str, Any]] = {
-    "mixtral": ODD | {"num_local_experts": 5, "intermediate_size": 20, "head_dim": 10},
-    "qwen3_moe": ODD
-    | {
-        "num_experts": 5,
-        "moe_intermediate_size": 20,
-        "intermediate_size": 28,
-        "head_dim": 10,
-        "num_hidden_layers": 3,
-    },
-    "olmoe": ODD | {"num_experts": 5, "intermediate_size": 20},
-    "granitemoe": ODD
-    | {
-        "num_local_experts": 5,
-        "intermediate_size": 20,
-        "head_dim": 10,
-        "embedding_multiplier": 2.5,
-        "attention_multiplier": 0.21,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 1.7,
-        "tie_word_embeddings": True,
-    },
-}
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 YARN |= {"original_max_position_embeddings": 64}
@@ -117,17 +81,6 @@ GRANITE: dict[str, dict[str, Any]] = {
     "yarn": {"rope_parameters": YARN},
     "sizes of a block": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4},
 }
-
-
-def random(family: str, seed: int, **changes: Any) -> Any:
-    return helpers.random_model(family, seed, **(SIZES[family] | changes))
-
-
-def tenants(family: str, path: Path, **changes: Any) -> tuple[list[Any], dict[str, Path]]:
-    """Two models of a family, the second a fine-tune of the first, and where they are saved."""
-    base = random(family, 3, **changes)
-    models = [base, helpers.tuned(base, 4)]
-    return models, {n: helpers.save(m, path / n) for n, m in zip(("a", "b"), models, strict=True)}
 
 
 def compare(engine: Any, models: Mapping[str, Any]) -> None:
