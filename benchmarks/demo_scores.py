@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks.common import Report, add_output, machine, write_output
 from common import SamplingParams, build_store, load_engine
-from common.calibration import CalibrationSet
-from scripts.demo import EXAMPLES, FAMILIES
-from scripts.number_words import LANGUAGES, expected, held_out
+from common.build.examples import CalibrationSet
+from scripts.demo.__main__ import EXAMPLES, FAMILIES
+from scripts.demo.number_words import LANGUAGES, expected, held_out
 
 COLUMNS = ("family", "engine", "tenant", "sharing", "float32", "bfloat16", "kept", "tokens agree")
 

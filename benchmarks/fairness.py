@@ -37,13 +37,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Report, Spread, add_output, write_output
-from common.backend import Backend, Observer, Part, Row, Step
-from common.request import Request
-from common.sampling import SamplingParams
-from common.scheduler import Scheduler, SchedulerOptions
+from common.sampling_params import SamplingParams
+from common.serving.backend import Backend, Observer, Part, Row, Step
+from common.serving.request import Request
+from common.serving.scheduler import Scheduler
+from common.serving.scheduler_options import SchedulerOptions
+from common.serving.text import TenantText
 from common.store import Store
-from common.text import TenantText
-from scripts.traffic import Call, Flood, Load, make_trace
+from scripts.load.traffic import Call, Flood, Load, make_trace
 
 TENANTS = ("a", "b", "c", "d")
 FLOODING = TENANTS[-1]

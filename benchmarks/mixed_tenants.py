@@ -41,7 +41,7 @@ from benchmarks.common import (
     write_random,
 )
 from common import build_store, load_engine
-from common.backend import Backend, Row
+from common.serving.backend import Backend, Row
 
 COLUMNS = (
     "batch",

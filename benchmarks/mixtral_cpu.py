@@ -38,7 +38,8 @@ from benchmarks.common import (
     write_random,
 )
 from common import build_store, load_engine
-from common.engine import Engine, Row
+from common.serving.backend import Row
+from common.serving.engine import Engine
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 NEW_TOKENS = 64  # what caches are told to expect

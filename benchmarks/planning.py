@@ -35,8 +35,10 @@ from benchmarks.common import (
     write_random,
 )
 from common import Store, build_store
-from common.calibration import LEAST_SAMPLES, Profile
-from common.policies import DEFAULT_EXTRA, DEFAULT_POLICY, RIDGE_POSITIONS, Planner
+from common.build.calibration import LEAST_SAMPLES
+from common.plan.profile import Profile
+from common.planning.planner import RIDGE_POSITIONS, Planner
+from common.planning.policies import DEFAULT_EXTRA, DEFAULT_POLICY
 
 RIDGE = "choosing how closely copies are fitted"
 

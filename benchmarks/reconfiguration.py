@@ -31,7 +31,8 @@ from benchmarks.common import (
     write_random,
 )
 from common import build_store, load_engine
-from common.engine import Engine, Row
+from common.serving.backend import Row
+from common.serving.engine import Engine
 
 # Experts take no part in a switch; small ones keep the store quick to write.
 SHAPE = Shape(intermediate_size=256)

@@ -41,9 +41,18 @@ from benchmarks.common import (
     write_random,
 )
 from common import build_store, load_engine
-from common.engine import Row
-from common.residuals import LOW_RANK, SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
-from common.store import Store, set_plan
+from common.plan.residual import (
+    LOW_RANK,
+    SIGN,
+    Part,
+    Residual,
+    join_parts,
+    pack_low_rank,
+    pack_sign,
+)
+from common.serving.backend import Row
+from common.store import Store
+from common.store.change import set_plan
 from torch_engine import native
 from torch_engine.backend import TorchBackend
 from torch_engine.pool import TokenTenants

@@ -38,7 +38,7 @@ from benchmarks.common import (
 MEASURE = """
 import sys, time
 from pathlib import Path
-from common import similarity
+from common.plan import distance
 from common.checkpoints import open_checkpoint
 
 def peak():  # in bytes; getrusage would inherit the peak of the process that started this one
@@ -47,7 +47,7 @@ def peak():  # in bytes; getrusage would inherit the peak of the process that st
 tenants = [(path, open_checkpoint(path)) for path in sys.argv[2:]]
 before = peak()
 begun = time.perf_counter()
-similarity.measure(tenants, workers=int(sys.argv[1]))
+distance.measure(tenants, workers=int(sys.argv[1]))
 print(time.perf_counter() - begun, peak() - before)
 """
 

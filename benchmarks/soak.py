@@ -333,7 +333,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     command = [
         sys.executable,
         "-m",
-        "scripts.serve",
+        "scripts.cli",
+        "serve",
         str(args.store),
         "--port",
         "0",

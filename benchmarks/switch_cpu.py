@@ -36,7 +36,7 @@ from benchmarks.switch_shape import (
     write_random_switch,
 )
 from common import build_store, load_engine
-from common.engine import Engine
+from common.serving.engine import Engine
 
 Model = SwitchTransformersForConditionalGeneration
 

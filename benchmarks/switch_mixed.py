@@ -37,8 +37,8 @@ from benchmarks.switch_shape import (
     write_random_switch,
 )
 from common import build_store
-from common.backend import Backend, Row
 from common.dtypes import BY_NAME
+from common.serving.backend import Backend, Row
 from jax_engine import load_backend
 
 

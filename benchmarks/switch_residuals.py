@@ -49,15 +49,15 @@ from benchmarks.switch_shape import (
 )
 from common import Engine, Store, build_store, load_engine
 from common.dtypes import BFLOAT16, BY_NAME
-from common.engine import Backend, Row
 from common.families.switch_transformers import as_switch
-from common.residuals import LOW_RANK, SIGN, Part, Residual, row_bytes
-from common.store import set_plan
+from common.plan.residual import LOW_RANK, SIGN, Part, Residual, row_bytes
+from common.serving.backend import Backend, Row
+from common.store.change import set_plan
 from jax_engine import native
-from jax_engine.dispatch import Dispatch, FeedForward, LoopDispatch, NativeDispatch
-from jax_engine.pool import slots_of_plan
-from jax_engine.products import NativeProducts, PlainProducts, Products
-from jax_engine.residuals import LoadedResiduals
+from jax_engine.experts.dispatch import Dispatch, FeedForward, LoopDispatch, NativeDispatch
+from jax_engine.experts.pool import slots_of_plan
+from jax_engine.experts.products import NativeProducts, PlainProducts, Products
+from jax_engine.experts.residuals import LoadedResiduals
 
 NONE = "none"
 CASES = (NONE, "sign", "low-rank", "both")

@@ -1,7 +1,7 @@
 """The shared core of Moetel. Imports neither jax nor torch."""
 
-from common.consolidation import Copy, Plan, plan_all, plan_round_robin
-from common.engine import Engine, Generation, Timings, load_engine
+from common.build.build import add_tenant, build_store, remove_tenant
+from common.build.extend import extend_store
 from common.errors import (
     CheckpointError,
     DeadlineError,
@@ -13,9 +13,14 @@ from common.errors import (
     StoreError,
     UnknownTenantError,
 )
-from common.sampling import SamplingParams
-from common.scheduler import SchedulerOptions
-from common.store import Store, add_tenant, build_store, extend_store, remove_tenant
+from common.plan.plan import Copy, Plan, plan_all
+from common.planning.round_robin import plan_round_robin
+from common.sampling_params import SamplingParams
+from common.serving.engine import Engine
+from common.serving.loading import load_engine
+from common.serving.request import Generation, Timings
+from common.serving.scheduler_options import SchedulerOptions
+from common.store import Store
 from common.version import __version__
 
 __all__ = [

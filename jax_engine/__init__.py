@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.backend import Backend
+from common.serving.backend import Backend
 from common.store import Store
 from jax_engine.options import JaxOptions
 

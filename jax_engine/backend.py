@@ -1,4 +1,4 @@
-"""The backend that `common.engine.Engine` drives: what a store gives, and the sequences that are
+"""The backend that `Engine` drives: what a store gives, and the sequences that are
 computed with it."""
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.backend import Backend, Observer, Part, Row, Step
 from common.errors import EngineError
 from common.families.switch_transformers import as_switch
+from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
 from jax_engine.devices import Devices
-from jax_engine.dispatch import Dispatch, LoopDispatch, MeshDispatch, NativeDispatch
-from jax_engine.loaded import Loaded
+from jax_engine.experts.dispatch import Dispatch, LoopDispatch, MeshDispatch, NativeDispatch
+from jax_engine.experts.products import NativeProducts, PlainProducts, Products
 from jax_engine.options import JaxOptions
-from jax_engine.products import NativeProducts, PlainProducts, Products
-from jax_engine.sequences import Sequences
-from jax_engine.steps import Compiled
+from jax_engine.steps.compiled import Compiled
+from jax_engine.steps.sequences import Sequences
+from jax_engine.tenants.loaded import Loaded
 
 MOST_CACHE = 4 << 30
 """Bytes of caches, unless an option says otherwise."""

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from common import Plan, build_store
-from common.consolidation import MERGED, MISS
 from common.dtypes import to_float32
-from common.residuals import SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
+from common.plan.plan import MERGED, MISS
+from common.plan.residual import SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
 from common.store import Store
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from common import Plan, Store
-from common.residuals import Part
-from common.store import set_plan
+from common.plan.residual import Part
+from common.store.change import set_plan
 from tests import helpers
 
 Model = SwitchTransformersForConditionalGeneration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.engine import Backend
+from common.serving.backend import Backend
 from common.store import Store
 from torch_engine.options import TorchOptions
 

@@ -1,4 +1,4 @@
-"""The backend that `common.engine.Engine` drives: a pool, ready tenants, and batches with their
+"""The backend that `Engine` drives: a pool, ready tenants, and batches with their
 caches."""
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.backend import Backend, Observer, Part, Row, Step
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families import Decoder
+from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
 from common.units import format_bytes
 from torch_engine.device import (

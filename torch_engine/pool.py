@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.checkpoints import TensorRef
-from common.consolidation import MISS, Plan
+from common.plan.plan import MISS, Plan
 from common.store import Store
 from torch_engine import native
 from torch_engine.layers.mlp import ACTIVATIONS

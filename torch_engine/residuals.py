@@ -1,7 +1,7 @@
 """What tenants add to copies that they share: residuals, kept packed on the device and expanded
 while they are used.
 
-Legend: rows M, inputs K, outputs N, rank R. Layout of the bytes: common/residuals.py.
+Legend: rows M, inputs K, outputs N, rank R. Layout of the bytes: common/plan/residual.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.residuals import SIGN, Part, Residual, row_bytes
+from common.plan.residual import SIGN, Part, Residual, row_bytes
 from common.store import Store
 from torch_engine import native
 from torch_engine.products import as_tensor

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from common.backend import Part, Row
+from common.serving.backend import Part, Row
 from torch_engine.layers.cache import Arena, Blocks
 from torch_engine.segments import Chunk, Segment, Singles
 from torch_engine.tenants.weights import TenantWeights

@@ -41,17 +41,18 @@ import numpy as np
 import torch
 
 from benchmarks.common import Report, Shape, Spread, machine, ratios, write_random
+from benchmarks.lab.systems import Paper
 from benchmarks.mixed_tenants import Side, step_bytes
 from common import Store, build_store, load_engine
-from common.backend import Backend
-from common.consolidation import plan_round_robin
-from common.engine import Engine, Row
+from common.planning.round_robin import plan_round_robin
+from common.serving.backend import Backend, Row
+from common.serving.engine import Engine
 from common.store.objects import Objects
-from scripts import qos_report
-from scripts.load_test import System
-from scripts.qos import Experiment, compare
-from scripts.qos_systems import EngineSystem, Paper, Setup
-from scripts.traffic import Load
+from scripts.load import report as qos_report
+from scripts.load.engine_system import EngineSystem, Setup
+from scripts.load.experiment import Experiment, compare
+from scripts.load.run import System
+from scripts.load.traffic import Load
 from torch_engine.pool import GroupedPool, LoopPool, TokenTenants
 from torch_engine.tenants.by_copy import TenantsByCopy
 

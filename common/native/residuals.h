@@ -1,4 +1,4 @@
-/* Products with the parts of residuals, as common/residuals.py lays them out. Included by the CPU kernels of both
+/* Products with the parts of residuals, as common/plan/residual.py lays them out. Included by the CPU kernels of both
  * engines; C11 and C++17; for the processors of vectors.h. Everything is static: no library, no state, no allocation, no threads.
  *
  * A part adds y[m][n] += sum_k x[m][k] R[n][k] in two steps, so that callers can share each of them out among threads:

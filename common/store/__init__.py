@@ -3,8 +3,6 @@ docs/store-format.md."""
 
 from __future__ import annotations
 
-from common.store.build import add_tenant, build_store, remove_tenant, replan, set_plan
-from common.store.extend import extend_store
 from common.store.manifest import Manifest, Tenant
 from common.store.store import Problem, Store
 
@@ -13,10 +11,4 @@ __all__ = [
     "Problem",
     "Store",
     "Tenant",
-    "add_tenant",
-    "build_store",
-    "extend_store",
-    "remove_tenant",
-    "replan",
-    "set_plan",
 ]

@@ -15,17 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.checkpoints.generation_config import GenerationConfig
 from common.checkpoints.safetensors_file import fsync
-from common.consolidation import MERGED, Plan
 from common.errors import MoetelError, StoreError
 from common.families import FAMILIES, Family, ModelConfig
-from common.generation import GenerationConfig
-from common.residuals import role_of
+from common.plan.plan import MERGED, Plan
+from common.plan.residual import role_of
 
 FORMAT = "moetel-store"
 VERSION = 3
 READABLE = (1, 2, 3)
 FILE = "store.json"
+
+BESIDE = "beside"
+"""Entry of `provenance`: names `added` and `removed` since the plan was made; absent if there are
+none."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,9 @@ class Manifest:
     objects: id -> {dtype, shape, bytes}; similarity: {object, layers}.
     merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's
         residuals, in order.
-    calibration: tenant -> what was measured on its calibration prompts; see `common.calibration`.
-    measurements: what planning measured, see `common.store.measurements`; None if nothing is kept.
-    prediction: what the plan is expected to cost each tenant; see `common.policies.Prediction`.
-        None if not known.
+    calibration: tenant -> what was measured on its calibration prompts, a `Profile`.
+    measurements: what planning measured; None if nothing is kept.
+    prediction: what the plan is expected to cost each tenant; None if not known.
     """
 
     family: Family
@@ -73,6 +76,25 @@ class Manifest:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     prediction: Mapping[str, Any] | None = None
     measurements: Mapping[str, Any] | None = None
+
+    def measured_ids(self) -> list[str]:
+        """Ids of the objects that distances, calibration and planning measured."""
+        distances = self.similarity["object"]
+        tables = {} if self.measurements is None else self.measurements["tables"]
+        return [
+            *([] if distances is None else [distances]),
+            *(i for one in self.calibration.values() for i in one.get("objects", {}).values()),
+            *(entry["object"] for entry in tables.values()),
+        ]
+
+    def object_ids(self) -> list[str]:
+        """Ids of all objects that this manifest refers to; one may be there several times."""
+        return [
+            *(i for tenant in self.tenants for i in tenant.tensors.values()),
+            *(i for ids in self.merged.values() for i in ids.values()),
+            *self.residuals,
+            *self.measured_ids(),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {

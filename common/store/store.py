@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from common import generation
 from common.checkpoints import TensorRef, saved_tensors, write_hugging_face
-from common.consolidation import MERGED, MISS, Plan
+from common.checkpoints.generation_config import FILE as GENERATION_FILE
+from common.checkpoints.generation_config import GenerationConfig, decide
 from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError, StoreError, UnknownTenantError
 from common.families import ExpertSpec, Family, ModelConfig
-from common.generation import GenerationConfig
+from common.plan.distance import Distances, tenant_pairs
+from common.plan.plan import MERGED, MISS, Plan
+from common.plan.residual import matrices
 from common.progress import Progress, silent
-from common.residuals import matrices
-from common.similarity import Distances, tenant_pairs
 from common.store.manifest import FILE, Manifest, Tenant
 from common.store.objects import Objects, asset_damage
 
@@ -94,8 +94,8 @@ class Store:
         tenant = self.tenant(name)
         if tenant.generation is not None:
             return tenant.generation
-        path = self.assets_dir(name) / generation.FILE
-        return generation.decide(
+        path = self.assets_dir(name) / GENERATION_FILE
+        return decide(
             tenant.config,
             path if path.is_file() else None,
             default_eos=self.family.default_eos_token_id,
@@ -155,7 +155,7 @@ class Store:
         return (repr(tenant.config), *ids)
 
     def residual_ref(self, index: int) -> TensorRef:
-        """The record of `plan.residuals[index]`: uint8 [bytes], laid out as `common.residuals`
+        """The record of `plan.residuals[index]`: uint8 [bytes], laid out as `common.plan.residual`
         says."""
         nbytes = self.plan.residuals[index].nbytes(dict(self.experts.projections))
         return self.objects.ref(self.manifest.residuals[index], "uint8", (nbytes,))
@@ -305,7 +305,7 @@ class Store:
             _remove_tree(partial)
             partial.mkdir()
             for asset in tenant.assets:
-                if asset not in ("config.json", generation.FILE):
+                if asset not in ("config.json", GENERATION_FILE):
                     (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
             config = self.family.hf_config(tenant.config, self.dtype)
             self._write_generation(name, partial)
@@ -327,11 +327,11 @@ class Store:
     def _write_generation(self, name: str, target: Path) -> None:
         """generation_config.json of an export: the checkpoint's own with the special tokens that
         were decided."""
-        path = self.assets_dir(name) / generation.FILE
+        path = self.assets_dir(name) / GENERATION_FILE
         given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         found = given | self.generation(name).token_ids
         if found:
-            (target / generation.FILE).write_text(
+            (target / GENERATION_FILE).write_text(
                 json.dumps(found, indent=2) + "\n", encoding="utf-8"
             )
 

@@ -22,12 +22,12 @@ from scripts.server.service import Service
 from scripts.server.settings import Settings
 
 if TYPE_CHECKING:
-    from common.serving import AsyncEngine
+    from common.build.online import OnlineEngine
 
 log = logging.getLogger(__name__)
 
 
-def create_app(async_engine: AsyncEngine | None, settings: Settings) -> FastAPI:
+def create_app(async_engine: OnlineEngine | None, settings: Settings) -> FastAPI:
     """The application. Without an engine it says that the store is loaded until
     `app.state.service.attach` is called.
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from common.errors import TenantUnavailableError
-from common.request import Generation, Output
+from common.serving.request import Generation, Output
 from scripts.server.conversation import echoed, prompt_ids, written
 from scripts.server.dependencies import ERRORS, Caller, SharedService
 from scripts.server.errors import ApiError
@@ -307,7 +307,7 @@ def _prompts(
             echoes.append("")
         elif isinstance(prompt, str) and limit is None:
             echoes.append(prompt)
-        elif engine.has_tokenizer(tenant) or tenant in engine.unavailable:
+        elif engine.text(tenant).has_tokenizer or tenant in engine.unavailable:
             echoes.append(echoed(engine, tenant, found, body.skip_special))
         else:
             raise ApiError(

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from common.detokenizer import REPLACEMENT
-from common.engine import Engine
 from common.errors import MoetelError, RequestError
+from common.serving.detokenizer import REPLACEMENT
+from common.serving.engine import Engine
 from scripts.server.errors import ApiError
 from scripts.server.requests import Conversation, Message, Part
 
@@ -53,11 +53,11 @@ RESERVED = frozenset(
 def written(engine: Engine, tenant: str, body: Conversation) -> str:
     """The conversation in the tenant's template. Raises RequestError, ApiError,
     TenantUnavailableError."""
-    template = engine.chat_template(tenant)
+    template = engine.text(tenant).chat_template
     options = _options(tenant, body, frozenset() if template is None else variables(template))
     messages = [_for_template(engine, tenant, template, m) for m in body.messages or ()]
     try:
-        return engine.render_chat(tenant, messages, **options)
+        return engine.text(tenant).render(messages, **options)
     except MoetelError:
         raise
     except (
@@ -219,7 +219,7 @@ def _probe(engine: Engine, tenant: str, role: str, content: Any) -> str | None:
         call = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
         messages = [user, call, turn | {"tool_call_id": _CALL["id"]}]
     try:
-        return engine.render_chat(tenant, messages, add_generation_prompt=False)
+        return engine.text(tenant).render(messages, add_generation_prompt=False)
     except MoetelError:
         raise
     except Exception:  # whatever a template raises

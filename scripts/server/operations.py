@@ -117,7 +117,9 @@ async def tokenize(body: TokenizeRequest, service: SharedService, caller: Caller
     ids = await asyncio.to_thread(_tokenized, body, service, tenant)
     out = TokenizeAnswer(count=len(ids), max_model_len=service.max_model_len(tenant), tokens=ids)
     if body.return_token_strs:
-        out.token_strs = service.require().engine.tokens(tenant, ids)
+        out.token_strs = (
+            service.require().engine.text(tenant).require("token ids have no text").tokens(ids)
+        )
     return out
 
 

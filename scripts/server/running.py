@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from starlette.types import Receive
 
-from common.request import Generation, Output
-from common.sampling import SamplingParams
+from common.sampling_params import SamplingParams
+from common.serving.request import Generation, Output
 from scripts.server.errors import ClientGoneError
 from scripts.server.schema import RequestMetrics
 from scripts.server.service import Service

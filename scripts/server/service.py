@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from common.errors import EngineError, TenantUnavailableError
 from scripts.server.errors import RATE, SERVER, ApiError, retry_after, unknown_model
@@ -20,8 +20,7 @@ from scripts.server.settings import Settings
 from scripts.server.window import Window
 
 if TYPE_CHECKING:
-    from common.serving import AsyncEngine
-    from scripts.server.running import Run
+    from common.build.online import OnlineEngine
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +39,23 @@ class Access:
         return self.key is None or self.key.admin
 
 
+class Stoppable(Protocol):
+    """What answers a request and can be told to end."""
+
+    def stop(self, reason: Exception) -> None: ...
+
+
 class Service:
     """The state of one server. `engine` is None until the store is loaded."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.engine: AsyncEngine | None = None
+        self.engine: OnlineEngine | None = None
         self.started_at = int(time.time())
         self.limiter = RateLimiter(settings.rate_limit)
         self.window = Window()
         self.metrics = Metrics()
-        self.runs: set[Run] = set()
+        self.runs: set[Stoppable] = set()
         self.requests = 0
         """HTTP requests that are being answered, those about the server itself left out."""
         self.draining = False
@@ -58,7 +63,7 @@ class Service:
         self._drain_until = 0.0
         self._warm: set[str] = set()
 
-    def attach(self, engine: AsyncEngine) -> None:
+    def attach(self, engine: OnlineEngine) -> None:
         """The store is loaded."""
         self.engine = engine
 
@@ -66,7 +71,7 @@ class Service:
     def ready(self) -> bool:
         return self.engine is not None and self.engine.healthy and not self.draining
 
-    def require(self) -> AsyncEngine:
+    def require(self) -> OnlineEngine:
         """The engine. Raises ApiError while there is none."""
         if self.engine is None:
             raise ApiError(
@@ -171,21 +176,21 @@ class Service:
         """Loads it at the tenant's first request, outside the event loop: it takes seconds."""
         engine = self.require().engine
         if tenant not in self._warm:
-            await asyncio.to_thread(engine.has_tokenizer, tenant)
+            await asyncio.to_thread(engine.text, tenant)
             self._warm.add(tenant)
-        return engine.has_tokenizer(tenant)
+        return engine.text(tenant).has_tokenizer
 
     def sampling_defaults(self, tenant: str) -> Mapping[str, int | float]:
         """What the tenant's generation_config.json says of sampling. Raises
         TenantUnavailableError."""
         if not self.settings.generation_config:
             return {}
-        return self.require().engine.generation_config(tenant).sampling
+        return self.require().engine.text(tenant).generation.sampling
 
     def warn_of_unused(self, tenant: str) -> None:
         """Log what the tenant's generation_config.json asks for and nobody does."""
         with suppress(TenantUnavailableError):
-            for note in self.require().engine.generation_config(tenant).notes():
+            for note in self.require().engine.text(tenant).generation.notes():
                 log.warning("tenant %s: %s", tenant, note)
 
     def unavailable(self, access: Access) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.consolidation import MERGED, MISS
+from common.plan.plan import MERGED, MISS
 from common.version import __version__
 from scripts.server.metrics import KINDS, residency
 from scripts.server.service import Access, Service

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.detokenizer import REPLACEMENT
-from common.engine import Engine
-from common.sampling import TokenLogprob
+from common.serving.detokenizer import REPLACEMENT
+from common.serving.engine import Engine
+from common.serving.sampling import TokenLogprob
 from scripts.server.schema import ChatLogprobs, CompletionLogprobs, TokenLogprobs, TopLogprob
 
 LOWEST = -9999.0
@@ -37,19 +37,22 @@ class TokenTexts:
 
         Those of a tenant without a tokenizer have no other name.
         """
-        self._engine, self._tenant, self._as_ids = engine, tenant, as_ids
+        self._as_ids = as_ids
+        self._tokenizer = engine.text(tenant).tokenizer
         self._decoder, self._clean_up = None, None
-        if engine.has_tokenizer(tenant):
-            self._decoder = engine.detokenizer(tenant, prompt, skip_special_tokens)
-            self._clean_up = engine.clean_up(tenant)
+        if self._tokenizer is not None:
+            # An encoder's prompt is not what the answer's text goes on from.
+            before = () if engine.store.config(tenant).is_encoder_decoder else prompt
+            self._decoder = self._tokenizer.incremental(before, skip_special_tokens)
+            self._clean_up = self._tokenizer.clean_up()
         self._length = 0
 
     def _take(self, token_id: int, last: bool) -> tuple[Named, int]:
         """Go on after this token; returns its name, and where its text begins in the answer."""
         begin = self._length
-        if self._decoder is None:
+        if self._decoder is None or self._tokenizer is None:
             return (f"token_id:{token_id}", []), begin
-        raw = self._engine.token_bytes(self._tenant, token_id)
+        raw = self._tokenizer.token_bytes(token_id)
         before, text = self._decoder.unfinished, self._decoder.push(token_id, last)
         if self._clean_up is not None:
             text = self._clean_up.push(text, last)
@@ -61,9 +64,9 @@ class TokenTexts:
 
     def _alternative(self, token_id: int) -> Named:
         """What another token would be called here."""
-        if self._decoder is None:
+        if self._decoder is None or self._tokenizer is None:
             return f"token_id:{token_id}", []
-        raw = self._engine.token_bytes(self._tenant, token_id)
+        raw = self._tokenizer.token_bytes(token_id)
         text = self._decoder.peek(token_id)
         if REPLACEMENT in text:
             text = text.removeprefix(self._decoder.unfinished)
@@ -71,7 +74,7 @@ class TokenTexts:
         if raw is not None and not text:
             text = "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
         elif not text:  # it is left out of texts, so it is named as it is written
-            text = self._engine.detokenize(self._tenant, [token_id], skip_special_tokens=False)
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return self._name(token_id, text), list(text.encode() if raw is None else raw)
 
     def _name(self, token_id: int, text: str) -> str:

@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks import allocation
 from benchmarks.common import Spread
-from common.allocation import Config, Curve
+from common.planning.configurations import Config
+from common.planning.residual_curves import Curve
 
 
 def test_planning(tmp_path: Path) -> None:

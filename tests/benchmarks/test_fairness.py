@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks import fairness
-from common.scheduler import SchedulerOptions
-from scripts.traffic import Load, make_trace
+from common.serving.scheduler_options import SchedulerOptions
+from scripts.load.traffic import Load, make_trace
 
 ARITHMETIC, LITTLE, NOTHING, TENANTS = (
     fairness.Steps(*seconds) for seconds in fairness.KINDS.values()

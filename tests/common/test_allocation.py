@@ -12,22 +12,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from common import PlanError
-from common.allocation import (
-    PRICES,
-    Allocator,
-    Config,
-    Curve,
-    Kinds,
-    best_mix,
-    choose,
-    curve,
-    curves,
-    merged_configs,
-    owned_configs,
-)
-from common.fitting import LEFT, Choice, Spectrum, sign_group
-from common.losses import gram_of_distances
-from common.residuals import LOW_RANK, SIGN, Part, Residual
+from common.plan.residual import LOW_RANK, SIGN, Part, Residual
+from common.planning.configurations import Config, best_mix, merged_configs, owned_configs
+from common.planning.losses import gram_of_distances
+from common.planning.residual_curves import PRICES, Curve, Kinds, choose, curve, curves
+from common.planning.residual_fit import LEFT, Choice, Spectrum, sign_group
+from common.planning.spending import Allocator
 from tests.helpers import examples
 
 

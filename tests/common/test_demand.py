@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from common import SamplingParams
-from common.demand import RECENT_S, Demand
-from common.request import Request
-from common.text import TenantText
+from common.serving.demand import RECENT_S, Demand
+from common.serving.request import Request
+from common.serving.text import TenantText
 
 
 def request(tenant: str, at: float = 0.0, most: int = 100, got: int = 0, read: int = 8) -> Request:

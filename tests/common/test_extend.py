@@ -23,10 +23,11 @@ from common import (
     extend_store,
     remove_tenant,
 )
-from common.consolidation import MERGED, MISS
-from common.policies import DEFAULT_EXTRA
-from common.store import replan, set_plan
-from common.store.beside import BESIDE
+from common.build.beside import BESIDE
+from common.build.build import replan
+from common.plan.plan import MERGED, MISS
+from common.planning.policies import DEFAULT_EXTRA
+from common.store.change import set_plan
 from common.store.lock import exclusive
 from scripts import cli
 from tests import checkpoints, helpers

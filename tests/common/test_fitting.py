@@ -10,9 +10,10 @@ import pytest
 
 from common import build_store
 from common.dtypes import BY_NAME, to_float32
-from common.experts import forward
 from common.families import ExpertSpec
-from common.fitting import (
+from common.plan.expert_math import forward
+from common.plan.residual import part_matrix
+from common.planning.residual_fit import (
     LEFT,
     MAX_RANK,
     Choice,
@@ -24,7 +25,6 @@ from common.fitting import (
     spectrum,
     weightings,
 )
-from common.residuals import part_matrix
 from tests import checkpoints
 
 

@@ -15,11 +15,14 @@ from tests.common.conftest import ABSENT
     ("module", "absent"),
     [
         ("common", ("torch", "jax", "transformers")),
-        ("common.engine, common.store, common.text, common.similarity", ("torch", "jax")),
+        (
+            "common.serving.engine, common.store, common.serving.text, common.plan.distance",
+            ("torch", "jax"),
+        ),
         ("torch_engine", ("jax", "flax")),
         ("torch_engine.backend", ("jax", "flax")),
         ("jax_engine", ("torch",)),
-        ("scripts.cli, scripts.build, scripts.inspect", ("torch", "jax")),
+        ("scripts.cli, scripts.commands.build, scripts.commands.inspect_store", ("torch", "jax")),
     ],
 )
 def test_imports_stay_apart(module: str, absent: tuple[str, ...]) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import Plan, PlanError, plan_round_robin
-from common.consolidation import MERGED, Copy
-from common.residuals import (
+from common.plan.plan import MERGED, Copy
+from common.plan.residual import (
     ALIGNMENT,
     LOW_RANK,
     LOW_RANK_BITS,

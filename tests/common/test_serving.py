@@ -19,9 +19,10 @@ from common import (
     SamplingParams,
     SchedulerOptions,
 )
-from common.request import Request
-from common.serving import MAX_FAILURES, AsyncEngine
-from tests.fake_backend import FakeBackend, answer, fake_engine
+from common.build.online import OnlineEngine
+from common.serving.async_engine import MAX_FAILURES
+from common.serving.fake import FakeBackend, answer, fake_engine
+from common.serving.request import Request
 
 TENANTS = ("a", "b", "c")
 
@@ -31,11 +32,11 @@ def params(count: int) -> SamplingParams:
 
 
 class Made:
-    """An AsyncEngine, its backend, and what its listeners heard."""
+    """An OnlineEngine, its backend, and what its listeners heard."""
 
     def __init__(self, options: SchedulerOptions | None = None, **backend: Any):
         engine, self.backend = fake_engine(TENANTS, options, **backend)
-        self.served = AsyncEngine(engine)
+        self.served = OnlineEngine(engine)
         self.finished: list[Request] = []
         self.served.on_finish(self.finished.append)
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.checkpoints import TensorRef, open_checkpoint
-from common.similarity import Distances, compare, measure, tenant_pairs
+from common.plan.distance import Distances, compare, measure, tenant_pairs
 from tests import checkpoints, helpers
 from tests.common.conftest import Family
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.step_times import FEWEST, WINDOW, StepTimes
+from common.serving.step_times import FEWEST, WINDOW, StepTimes
 
 
 def taken(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import common.store
+import common.build.build
 from common import (
     CheckpointError,
     MoetelError,
@@ -29,18 +29,19 @@ from common import (
     plan_round_robin,
     remove_tenant,
 )
+from common.build.build import replan
 from common.checkpoints import TensorRef, open_checkpoint
 from common.dtypes import to_float32
-from common.residuals import LOW_RANK, SIGN, Part
-from common.similarity import measure
-from common.store import replan, set_plan
+from common.plan.distance import measure
+from common.plan.residual import LOW_RANK, SIGN, Part
+from common.store.change import set_plan
 from common.store.lock import exclusive
 from tests import checkpoints, helpers
 from tests.common.conftest import Family
 from tests.helpers import rest_slow
 
 # The plans that these tests state are those of the paper's rule.
-build_store = partial(common.store.build_store, policy="round_robin")
+build_store = partial(common.build.build.build_store, policy="round_robin")
 
 
 @pytest.fixture

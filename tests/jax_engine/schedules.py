@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.backend import Backend, Part, Row
+from common.serving.backend import Backend, Part, Row
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from common.families import FAMILIES
 from common.families.switch_transformers import as_switch
-from jax_engine.dispatch import (
+from jax_engine.experts.dispatch import (
     DenseDispatch,
     Dispatch,
     FeedForward,
@@ -25,9 +25,9 @@ from jax_engine.dispatch import (
     _ragged,
     block_rows,
 )
-from jax_engine.model import Expert, Settings, abstract_model
-from jax_engine.positions import relative_buckets
-from jax_engine.products import PlainProducts
+from jax_engine.experts.products import PlainProducts
+from jax_engine.layers.positions import relative_buckets
+from jax_engine.models.encoder_decoder import Expert, Settings, abstract_model
 from tests.helpers import rest_slow
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from common import EngineError, SamplingParams, SchedulerOptions, Store, load_engine
-from common.backend import Part, Row
-from jax_engine import load_backend, weights
+from common.serving.backend import Part, Row
+from jax_engine import load_backend
 from jax_engine.backend import JaxBackend
+from jax_engine.tenants import weights
 from tests import helpers
 from tests.helpers import assert_close, build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
@@ -570,8 +571,10 @@ def test_nothing_is_read_twice(
     store = build_round_robin(tmp_path / "store", small_family.paths)
     backend = backend_for(store)
 
-    monkeypatch.setattr("jax_engine.pool.fill_pool", without_reading(weights.fill_pool))
-    monkeypatch.setattr("jax_engine.tenants.fill_tenant", without_reading(weights.fill_tenant))
+    monkeypatch.setattr("jax_engine.experts.pool.fill_pool", without_reading(weights.fill_pool))
+    monkeypatch.setattr(
+        "jax_engine.tenants.ready.fill_tenant", without_reading(weights.fill_tenant)
+    )
     backend.update(Store.open(store.path))
 
 

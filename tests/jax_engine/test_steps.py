@@ -17,9 +17,9 @@ import jax
 import pytest
 
 from common import CheckpointError, Engine, SamplingParams, load_engine
-from common.backend import Row
+from common.serving.backend import Row
 from jax_engine.backend import JaxBackend, _use_compilation_cache
-from jax_engine.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
+from jax_engine.steps.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
 from tests import helpers, switch_models
 from tests.helpers import build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily

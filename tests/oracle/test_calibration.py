@@ -13,24 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-import common.calibration
+import common.build.calibration
 from common import PlanError, RequestError, Store, UnknownTenantError, build_store, load_engine
-from common.calibration import (
+from common.build.build import add_tenant, remove_tenant, replan
+from common.build.calibration import (
     LEAST_SAMPLES,
     MOST_SAMPLES,
     SAMPLE_BYTES,
-    CalibrationSet,
-    Example,
-    Profile,
     alone,
     calibrate,
-    divergence,
-    iter_logits,
-    log_softmax,
-    rows_of,
     usual_samples,
 )
-from common.store import add_tenant, remove_tenant, replan
+from common.build.examples import CalibrationSet, Example
+from common.build.scoring import divergence, iter_logits, log_softmax, rows_of
+from common.plan.profile import Profile
+from common.store.profiles import load_profile
 from tests import helpers, switch_models
 from tests.helpers import hf_greedy, prompts
 
@@ -208,8 +205,8 @@ def test_how_much_is_kept_follows_from_the_experts_size(
     assert usual_samples(spec) == MOST_SAMPLES
     large = replace(spec, expert_layers=tuple(map(str, range(32))), num_experts=8, hidden_size=4096)
     assert usual_samples(large) == LEAST_SAMPLES == SAMPLE_BYTES // (4 * 4096 * 32 * 8)
-    monkeypatch.setattr(common.calibration, "LEAST_SAMPLES", 2)
-    monkeypatch.setattr(common.calibration, "MOST_SAMPLES", 3)
+    monkeypatch.setattr(common.build.calibration, "LEAST_SAMPLES", 2)
+    monkeypatch.setattr(common.build.calibration, "MOST_SAMPLES", 3)
     found = calibrate(mixtral.store, {"ana": mixtral.sets["ana"]})["ana"]
     assert np.diff(found.starts).max() == 3
     for wrong in (0, True, 2.0):
@@ -298,11 +295,11 @@ def test_sensitivity_is_positive_where_experts_differ(tmp_path: Path) -> None:
     store = build_store(
         tmp_path / "store", {n: paths[n] for n in ("base", "other")}, calibration=sets
     )
-    profile = Profile.from_store(store, "base")
+    profile = load_profile(store, "base")
     assert profile is not None and profile.sensitivity[0] == 0 and profile.sensitivity[1] > 0
     for names in (["base", "twin"], ["base"]):
         store = build_store(tmp_path / "store", {n: paths[n] for n in names}, calibration=sets)
-        profile = Profile.from_store(store, "base")
+        profile = load_profile(store, "base")
         assert profile is not None and profile.sensitivity.tolist() == [0, 0]
 
 
@@ -430,23 +427,23 @@ def test_profiles_survive_the_store_and_its_changes(mixtral: Case, tmp_path: Pat
     )
     measured = calibrate(store, {n: sets[n] for n in two})
     for name in two:
-        same(Profile.from_store(store, name), measured[name])
+        same(load_profile(store, name), measured[name])
     assert store.manifest.prediction is not None and store.manifest.prediction["unit"] == "nats"
     # A third without examples: the others keep theirs.
     store = add_tenant(store.path, "bob", paths["bob"])
-    assert Profile.from_store(store, "bob") is None
-    same(Profile.from_store(store, "ana"), measured["ana"])
+    assert load_profile(store, "bob") is None
+    same(load_profile(store, "ana"), measured["ana"])
     # With examples: its own are measured beside all the others.
     store = remove_tenant(store.path, "bob")
     store = add_tenant(store.path, "bob", paths["bob"], calibration=sets["bob"])
-    same(Profile.from_store(store, "bob"), calibrate(store, {"bob": sets["bob"]})["bob"])
-    same(Profile.from_store(store, "base"), measured["base"])
+    same(load_profile(store, "bob"), calibrate(store, {"bob": sets["bob"]})["bob"])
+    same(load_profile(store, "base"), measured["base"])
     # A plan without them keeps them for the next one; measuring again replaces them.
     store = replan(store.path, slots="all")
-    same(Profile.from_store(store, "ana"), measured["ana"])
+    same(load_profile(store, "ana"), measured["ana"])
     assert store.verify() == []
     store = replan(store.path, policy="fit", calibration={"ana": sets["base"]})
-    same(Profile.from_store(store, "ana"), calibrate(store, {"ana": sets["base"]})["ana"])
+    same(load_profile(store, "ana"), calibrate(store, {"ana": sets["base"]})["ana"])
     # What goes with a tenant is gone from the disk.
     before = len(store.manifest.objects)
     store = remove_tenant(store.path, "ana")
@@ -463,9 +460,7 @@ def test_calibration_is_measured_whatever_the_plan(mixtral: Case, tmp_path: Path
         store = build_store(
             tmp_path / "store", mixtral.paths, calibration={"ana": mixtral.sets["ana"]}, **options
         )  # type: ignore[arg-type]
-        same(
-            Profile.from_store(store, "ana"), calibrate(store, {"ana": mixtral.sets["ana"]})["ana"]
-        )
+        same(load_profile(store, "ana"), calibrate(store, {"ana": mixtral.sets["ana"]})["ana"])
 
 
 def test_a_measured_profile_is_kept_as_it_is(mixtral: Case, tmp_path: Path) -> None:
@@ -474,8 +469,8 @@ def test_a_measured_profile_is_kept_as_it_is(mixtral: Case, tmp_path: Path) -> N
     store = replan(
         store.path, policy="fit", calibration={"ana": profile, "bob": mixtral.sets["bob"]}
     )
-    same(Profile.from_store(store, "ana"), profile)
-    assert Profile.from_store(store, "bob") is not None and store.verify() == []
+    same(load_profile(store, "ana"), profile)
+    assert load_profile(store, "bob") is not None and store.verify() == []
     before = helpers.fingerprint(store.path)
     other = replace(profile, counts=profile.counts[:, :2])
     message = "calibration of 'ana' is of 2 layers with 2 experts of width 16, the store's have 2, 3 and 16; measure"  # noqa: E501

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import common.store
+import common.build.build
 from common import (
     Engine,
     EngineError,
@@ -29,7 +29,7 @@ from common import (
 from tests import helpers, switch_models
 
 # The plans that these tests state are those of the paper's rule.
-build_store = partial(common.store.build_store, policy="round_robin")
+build_store = partial(common.build.build.build_store, policy="round_robin")
 
 NUM_BASE = 4 + 256
 TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"  # noqa: E501
@@ -295,7 +295,7 @@ def test_many_long_rows_are_computed_in_parts(
     whole = chatty.logits(engine, "plain", rows)
     bound = {
         "torch": "torch_engine.backend.LOGITS_TOKENS",
-        "jax": "jax_engine.sequences.MOST_TOKENS",
+        "jax": "jax_engine.steps.sequences.MOST_TOKENS",
     }[chatty.backend]
     monkeypatch.setattr(bound, 10)
     helpers.assert_close(chatty.logits(engine, "plain", rows), whole, tolerance=1e-5)

@@ -15,8 +15,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from common.experts import activate, forward, inner, inputs_and_output, slope
 from common.families import FAMILIES, ExpertSpec
+from common.plan.expert_math import activate, forward, inner, inputs_and_output, slope
 from tests import helpers, switch_models
 from tests.helpers import assert_close
 

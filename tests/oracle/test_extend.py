@@ -11,10 +11,11 @@ import pytest
 from transformers import MixtralForCausalLM
 
 from common import Store, build_store, extend_store, load_engine, remove_tenant
-from common.calibration import CalibrationSet
-from common.consolidation import MISS
-from common.store import replan, set_plan
-from common.store.beside import BESIDE
+from common.build.beside import BESIDE
+from common.build.build import replan
+from common.build.examples import CalibrationSet
+from common.plan.plan import MISS
+from common.store.change import set_plan
 from scripts import cli
 from tests import helpers, switch_models
 from tests.common.test_extend import Experts, check, equal, own, served, squared

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import common.store
+import common.build.build
 from common import load_engine
 from tests import helpers, switch_models
 from tests.helpers import shared_path
 
 # The plans that these tests state are those of the paper's rule.
-build_store = partial(common.store.build_store, policy="round_robin")
+build_store = partial(common.build.build.build_store, policy="round_robin")
 
 
 def mixtral_expert(model: Any, layer: int, expert: int) -> torch.Tensor:

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 
 from common import Store, build_store
-from common.calibration import CalibrationSet, Profile
+from common.build.build import add_tenant
+from common.build.examples import CalibrationSet
 from common.dtypes import to_float32
-from common.experts import forward
-from common.losses import (
+from common.plan.distance import Distances
+from common.plan.expert_math import forward
+from common.plan.profile import Profile
+from common.planning.losses import (
     Losses,
     gram_of_distances,
     losses_of_weights,
     measure_losses,
     square_matrices,
 )
-from common.similarity import Distances
-from common.store import add_tenant
+from common.store.profiles import load_profile
 from tests import helpers
 from tests.helpers import prompts
 
@@ -54,7 +56,7 @@ def store(root: Path) -> Store:
 
 @pytest.fixture(scope="module")
 def profiles(store: Store) -> dict[str, Profile]:
-    found = {n: Profile.from_store(store, n) for n in store.tenants}
+    found = {n: load_profile(store, n) for n in store.tenants}
     return {n: p for n, p in found.items() if p is not None}
 
 
@@ -305,7 +307,7 @@ def test_a_tenant_calibrated_when_it_was_alone(root: Path, tmp_path: Path) -> No
     sets = {"base": CalibrationSet.texts(prompts(0, [20] * 3))}
     build_store(tmp_path / "store", {"base": root / "base"}, calibration=sets)
     store = add_tenant(tmp_path / "store", "ana", root / "ana")
-    profile = Profile.from_store(store, "base")
+    profile = load_profile(store, "base")
     assert profile is not None and (profile.sensitivity == 0).all() and profile.counts.sum() > 0
     assert (
         store.manifest.prediction is not None

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-import common.policies
+import common.planning.planner
 from common import Store, StoreError, add_tenant, build_store
-from common.calibration import CalibrationSet, Profile
-from common.losses import Losses
-from common.policies import Outcome, Planner
-from common.store import extend_store, remove_tenant, replan, set_plan
-from common.store.measurements import Measurements, objects_of
+from common.build.build import remove_tenant, replan
+from common.build.examples import CalibrationSet
+from common.build.extend import extend_store
+from common.plan.profile import Profile
+from common.planning.losses import Losses
+from common.planning.measurements import Measurements
+from common.planning.planner import Outcome, Planner
+from common.store.change import set_plan
+from common.store.profiles import load_profile
 from tests import helpers
 from tests.helpers import prompts, rest_slow
 
@@ -57,7 +61,7 @@ def store(built: Path, tmp_path: Path) -> Path:
 
 
 def profiles_of(store: Store) -> dict[str, Profile]:
-    return {n: p for n in store.tenants if (p := Profile.from_store(store, n))}
+    return {n: p for n in store.tenants if (p := load_profile(store, n))}
 
 
 def anew(path: Path, traffic: Mapping[str, float] | None = None) -> Planner:
@@ -76,10 +80,10 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Measured
 
     for name in ("measure_losses", "best_ridge"):
-        monkeypatch.setattr(common.policies, name, refuse)
+        monkeypatch.setattr(common.planning.planner, name, refuse)
     for name in ("_loss_of_fits", "_choose_ridge"):
         monkeypatch.setattr(Planner, name, refuse)
-    monkeypatch.setattr(common.policies._Position, "spectra", refuse)
+    monkeypatch.setattr(common.planning.planner.PositionPlanner, "spectra", refuse)
 
 
 def assert_same_losses(a: Losses, b: Losses) -> None:
@@ -208,7 +212,8 @@ def test_a_store_without_measurements_is_read(
 
 def test_damage_is_found_and_named(store: Path) -> None:
     opened = Store.open(store)
-    for object_id in objects_of(opened.manifest.measurements):
+    tables = opened.manifest.measurements["tables"]
+    for object_id in [entry["object"] for entry in tables.values()]:
         path = opened.objects.path(object_id)
         content = bytearray(path.read_bytes())
         content[-1] ^= 1

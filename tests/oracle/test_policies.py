@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 
 from common import Plan, PlanError, Store, StoreError, UnknownTenantError, build_store, load_engine
-from common.calibration import CalibrationSet, Example, Profile, divergence
-from common.consolidation import MERGED
-from common.policies import DEFAULT_EXTRA, POLICIES, Planner
-from common.store import replan
+from common.build.build import replan
+from common.build.examples import CalibrationSet, Example
+from common.build.scoring import divergence
+from common.plan.plan import MERGED
+from common.plan.profile import Profile
+from common.planning.planner import Planner
+from common.planning.policies import DEFAULT_EXTRA, POLICIES
+from common.store.profiles import load_profile
 from tests import helpers, switch_models
 from tests.helpers import assert_close, hf_logits, prompts, rest_slow
 
@@ -267,9 +271,7 @@ def test_a_replan_has_the_memory_of_the_plan_before(mixtral: Case) -> None:
 def planner(
     store: Store, traffic: dict[str, float] | None = None, calibrated: bool = True
 ) -> Planner:
-    profiles = (
-        {n: p for n in store.tenants if (p := Profile.from_store(store, n))} if calibrated else {}
-    )
+    profiles = {n: p for n in store.tenants if (p := load_profile(store, n))} if calibrated else {}
     return Planner(store, profiles, traffic)
 
 
@@ -339,8 +341,8 @@ def test_large_experts_are_planned_as_small_ones_are(
         for policy in ("fit", "residual")
     }
     monkeypatch.setattr("common.dtypes.LARGE", 1)
-    monkeypatch.setattr("common.fitting.LARGE", 1)
-    monkeypatch.setattr("common.fitting.SIGN_ROWS", 16)
+    monkeypatch.setattr("common.planning.residual_fit.LARGE", 1)
+    monkeypatch.setattr("common.planning.residual_fit.SIGN_ROWS", 16)
     for policy, rtol in (("fit", 1e-3), ("residual", 0.15)):
         found = planner(store).plan(policy, extra_bytes=extra).prediction
         np.testing.assert_allclose(found.losses.sum(), expected[policy].losses.sum(), rtol=rtol)
@@ -362,7 +364,7 @@ def test_fewer_samples_than_inputs_do_not_make_fits_look_perfect(mixtral: Case) 
     What a fit has seen it serves with next to no error; that must not keep residuals from being
     bought."""
     store = Store.open(mixtral.path)
-    whole = {n: p for n in store.tenants if (p := Profile.from_store(store, n))}
+    whole = {n: p for n in store.tenants if (p := load_profile(store, n))}
     made = Planner(store, {n: thinned(p, 4) for n, p in whole.items()})
     one_model = store.experts.num_positions * store.copy_bytes
     fitted = made.plan("fit")
@@ -503,7 +505,7 @@ def test_an_expert_that_nobody_picks(policy: str, tmp_path: Path) -> None:
     losses = planner(store).losses
     single = losses.single()
     for t, name in enumerate(store.tenants):
-        profile = Profile.from_store(store, name)
+        profile = load_profile(store, name)
         assert profile is not None and profile.counts[0, 2] == 0 < profile.counts[0, :2].min()
         others = [c for c in range(3) if c != t]
         assert (single[t, 0, 2, others] > 0).all(), "what differs costs something, picked or not"

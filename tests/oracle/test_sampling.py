@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from common import RequestError, SamplingParams
-from common.sampling import adjusted, log_probabilities, sample
+from common.serving.sampling import adjusted, log_probabilities, sample
 from tests.helpers import examples
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
-import common.store
+import common.build.build
 from common import StoreError, add_tenant, load_engine, remove_tenant
-from common.calibration import CalibrationSet
+from common.build.examples import CalibrationSet
 from tests import helpers
 from tests.conftest import Family
 
 # The plans that these tests state are those of the paper's rule.
-build_store = partial(common.store.build_store, policy="round_robin")
+build_store = partial(common.build.build.build_store, policy="round_robin")
 
 
 def test_tenants_of_identical_tensors_share_without_loss(tmp_path: Path) -> None:

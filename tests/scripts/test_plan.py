@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import common.store.build
-import scripts.plan
+import common.build.build
+import scripts.commands.plan
 from common import SamplingParams, Store, add_tenant, build_store, load_engine
-from common.calibration import Profile, calibrate
-from common.policies import Planner
+from common.build.calibration import calibrate
+from common.plan.profile import Profile
+from common.planning.planner import Planner
+from common.store.profiles import load_profile
 from scripts import cli
-from scripts.plan import EXTRAS, Asked, Offer, offers, recommended
+from scripts.commands.plan import EXTRAS, Asked, Offer, offers, recommended
 from tests import helpers
 
 
@@ -229,7 +231,7 @@ def test_calibration_is_measured_once(
         measured.append(list(sets))
         return calibrate(store, sets, **options)
 
-    for module in (scripts.plan, common.store.build):
+    for module in (scripts.commands.plan, common.build.build):
         monkeypatch.setattr(module, "calibrate", counted)
     prompts = tmp_path / "fr.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in (12, 345, 6789)))
@@ -247,8 +249,8 @@ def test_calibration_is_measured_once(
     assert code == 0 and "predicted loss in nats" in " ".join(out.split())
     assert measured == [["fr"]]
     after = Store.open(store.path)
-    kept = Profile.from_store(after, "fr")
-    assert kept is not None and kept.tokens[0] > 20 and Profile.from_store(after, "en") is None
+    kept = load_profile(after, "fr")
+    assert kept is not None and kept.tokens[0] > 20 and load_profile(after, "en") is None
     assert after.verify() == [] and after.manifest.prediction is not None
     assert after.manifest.prediction["unit"] == "nats"
     with load_engine(after) as engine:
@@ -301,7 +303,7 @@ def test_calibration_and_traffic(
     # What the store was planned for is what is compared next time.
     code, out, _ = run(capsys, store, "--extra", "0", "--policy", "medoid")
     assert code == 0 and rows(out)[0][-2] == "0"
-    assert Profile.from_store(after, "ana") is None
+    assert load_profile(after, "ana") is None
 
 
 @pytest.mark.parametrize(

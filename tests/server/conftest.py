@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import build_store, load_engine
-from common.scheduler import SchedulerOptions
+from common.serving.scheduler_options import SchedulerOptions
 from scripts.server.settings import Settings
 from tests import helpers
 from tests.oracle.test_engine import NUM_BASE, byte_tokenizer

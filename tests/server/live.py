@@ -15,8 +15,8 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI
 
-from common.engine import Engine
-from common.serving import AsyncEngine
+from common.build.online import OnlineEngine
+from common.serving.engine import Engine
 from scripts.server.app import create_app
 from scripts.server.settings import Settings
 
@@ -31,8 +31,8 @@ class Loop:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-        async def make() -> AsyncEngine:
-            return AsyncEngine(engine)
+        async def make() -> OnlineEngine:
+            return OnlineEngine(engine)
 
         self.engine = self.run(make())
 

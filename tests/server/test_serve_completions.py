@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.sampling import SamplingParams
+from common.sampling_params import SamplingParams
 from scripts.server.schema import ChatAnswer, ChatChunk, CompletionAnswer
 from tests.server.live import Live, Loop, events
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from common.errors import RequestError
-from common.text import TenantText
+from common.serving.text import TenantText
 from scripts.server.conversation import variables, written
 from scripts.server.errors import ApiError
 from scripts.server.requests import Conversation
@@ -41,11 +41,8 @@ class Speaker:
     def __init__(self, path: Path):
         self._text = TenantText("t", path)
 
-    def chat_template(self, tenant: str) -> str | None:
-        return self._text.chat_template
-
-    def render_chat(self, tenant: str, messages: Any, **options: Any) -> str:
-        return self._text.render(messages, **options)
+    def text(self, tenant: str) -> TenantText:
+        return self._text
 
 
 @pytest.fixture

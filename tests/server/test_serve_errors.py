@@ -129,7 +129,7 @@ def test_a_template_that_refuses_is_the_requests_fault(
     def refuse(*_: Any, **__: Any) -> str:
         raise ValueError("roles must alternate")
 
-    monkeypatch.setattr(loop.engine.engine, "render_chat", refuse)
+    monkeypatch.setattr(loop.engine.engine.text("bob"), "render", refuse)
     body = {"model": "bob", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     found = error(live.post("/v1/chat/completions", body), 400)
     assert "roles must alternate" in found["message"]

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from common.detokenizer import CleanUp, IncrementalDecoder
-from common.sampling import TokenLogprob
-from common.text import TenantText
+from common.serving.sampling import TokenLogprob
+from common.serving.text import TenantText
 from scripts.server.tokens import TokenTexts
 from tests.server import speech
 from tests.server.live import Live, Loop, events
@@ -35,22 +34,12 @@ class Speaker:
     def __init__(self, path: Path):
         self._text = TenantText("t", path)
 
-    def has_tokenizer(self, tenant: str) -> bool:
-        return self._text.has_tokenizer
+    def text(self, tenant: str) -> TenantText:
+        return self._text
 
-    def detokenizer(
-        self, tenant: str, prompt: Any, skip_special_tokens: bool
-    ) -> IncrementalDecoder:
-        return self._text.require("").incremental(prompt, skip_special_tokens)
-
-    def clean_up(self, tenant: str) -> CleanUp | None:
-        return self._text.require("").clean_up()
-
-    def token_bytes(self, tenant: str, token_id: int) -> bytes | None:
-        return self._text.require("").token_bytes(token_id)
-
-    def detokenize(self, tenant: str, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self._text.require("").decode(ids, skip_special_tokens)
+    @property
+    def store(self) -> Any:
+        return SimpleNamespace(config=lambda _: SimpleNamespace(is_encoder_decoder=False))
 
 
 @pytest.fixture(scope="module", params=sorted(speech.KINDS))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from common import Store, build_store, load_engine
-from common.generation import GenerationConfig
+from common.checkpoints.generation_config import GenerationConfig
 from common.store.manifest import Manifest
 from scripts.server.keys import KeyRing, _key, new_key
 from scripts.server.settings import Settings
@@ -129,7 +129,7 @@ def test_a_damaged_tokenizer(damaged: Path, served: Callable[..., Live], kind: s
 def _as_older(monkeypatch: pytest.MonkeyPatch, store: Path, tenants: dict[str, Path]) -> None:
     """Build a store as older versions did: what is in the small files was not looked at."""
     with monkeypatch.context() as patched:
-        patched.setattr("common.store.build.decide_generation", lambda *_: GenerationConfig())
+        patched.setattr("common.build.sources.decide_generation", lambda *_: GenerationConfig())
         build_store(store, tenants)
     made = Manifest.read(store)
     replace(made, tenants=tuple(replace(t, generation=None) for t in made.tenants)).write(store)

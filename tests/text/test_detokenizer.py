@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from common.detokenizer import CleanUp
-from common.text import TenantText, TextStream
+from common.serving.detokenizer import CleanUp
+from common.serving.text import TenantText, TextStream
 from tests.helpers import examples
 from tests.text.kinds import CHARACTERS, KINDS
 

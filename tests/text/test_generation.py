@@ -15,9 +15,9 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import SwitchTransformersForConditionalGeneration
 
 from common import CheckpointError, SamplingParams, Store, add_tenant, build_store, load_engine
+from common.checkpoints.generation_config import _NEUTRAL, SAMPLING, GenerationConfig, decide
 from common.errors import RequestError, TenantUnavailableError
 from common.families import FAMILIES
-from common.generation import _NEUTRAL, SAMPLING, GenerationConfig, decide
 from common.store.manifest import Manifest
 from tests import helpers
 from tests.conftest import Family
@@ -198,7 +198,7 @@ def test_the_tokenizers_end_ends_answers(talking: Path, tmp_path: Path) -> None:
             "t", "the people", SamplingParams(max_new_tokens=8, logit_bias={end: 100})
         )
         assert (out.finish_reason, out.token_ids, out.text) == ("stop", (end,), "")
-        assert engine.generation_config("t").eos_token_ids == (2, end)
+        assert engine.text("t").generation.eos_token_ids == (2, end)
         assert engine.answer_ids("t", "the")[-1] == end
 
 

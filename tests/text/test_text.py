@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import RequestError, StoreError, TenantUnavailableError
-from common.text import TenantText, TextStream
+from common.serving.text import TenantText, TextStream
 from tests.helpers import examples
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

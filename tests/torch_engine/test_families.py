@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from common import SamplingParams, load_engine
+from common.build.build import remove_tenant
+from common.build.extend import extend_store
 from common.checkpoints import open_checkpoint
 from common.families import FAMILIES, Decoder
-from common.residuals import LOW_RANK, SIGN, Part
-from common.store import extend_store, remove_tenant, set_plan
+from common.plan.residual import LOW_RANK, SIGN, Part
+from common.store.change import set_plan
 from tests import helpers
 from tests.families import SIZES, random, tenants
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow

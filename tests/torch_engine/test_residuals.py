@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from common import SamplingParams, load_engine
-from common.residuals import LOW_RANK, LOW_RANK_BITS, SIGN, Part, Residual, part_matrix
-from common.store import Store, set_plan
+from common.plan.residual import LOW_RANK, LOW_RANK_BITS, SIGN, Part, Residual, part_matrix
+from common.store import Store
+from common.store.change import set_plan
 from tests import helpers
 from tests.conftest import Family
 from tests.helpers import assert_close, hf_greedy, hf_logits, rest_slow

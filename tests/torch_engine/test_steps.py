@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from common import EngineError, SamplingParams, SchedulerOptions, StoreError, load_engine
-from common.backend import Part, Row
-from common.engine import Engine
-from common.store import Store, build_store
+from common.build.build import build_store
+from common.serving.backend import Part, Row
+from common.serving.engine import Engine
+from common.store import Store
 from tests import helpers
 from tests.conftest import Family
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.backend import Observer
 from common.errors import EngineError
 from common.families import Decoder
 from common.families.shape import Dense, Rope, Sparse
+from common.serving.backend import Observer
 from torch_engine.layers.attention import attention, group_of, kind_of
 from torch_engine.layers.cache import Arena
 from torch_engine.layers.mlp import dense

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from common.native import HEADERS, Target, cpu_flags, find_target, one_process, switched_off
-from common.residuals import SIGN, Part
+from common.plan.residual import SIGN, Part
 
 logger = logging.getLogger(__name__)
 

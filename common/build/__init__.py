@@ -1,0 +1,1 @@
+"""From checkpoints to a store, and changes of a store."""

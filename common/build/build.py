@@ -1,0 +1,350 @@
+"""Build a store, add a tenant, remove one.
+
+Every tensor is read once: the same pass checks that it is finite, converts it to the store's type,
+measures its distance to the other tenants', hashes it and writes it. A store changes in one step,
+the replacement of store.json; a new store appears in one step, the renaming of its directory. A
+process killed before that step leaves things as they were, plus files that nothing refers to, which
+the next write removes.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from common.build.beside import leave
+from common.build.calibration import calibrate
+from common.build.draft import make_draft
+from common.build.examples import CalibrationSet
+from common.build.settings import Amount, Settings, Slots, resolve
+from common.build.sources import Source, check_agreement, check_name, with_tenant
+from common.checkpoints import open_checkpoint
+from common.dtypes import common_dtype
+from common.errors import StoreError, UnknownTenantError
+from common.plan.distance import Distances
+from common.plan.profile import Profile
+from common.planning.measurements import Measurements
+from common.planning.planner import Planner
+from common.planning.policies import DEFAULT_POLICY, POLICIES
+from common.progress import Progress, silent
+from common.store.change import commit, new_or_existing, putter, with_plan
+from common.store.manifest import Manifest
+from common.store.objects import check_dtype
+from common.store.profiles import load_profile
+from common.store.store import Store, is_store
+from common.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+HALVES = "--dtype bfloat16 takes half the memory, and rounds"
+
+
+def build_store(
+    path: str | Path,
+    tenants: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
+    *,
+    policy: str = DEFAULT_POLICY,
+    slots: Slots = None,
+    budget_bytes: int | None = None,
+    extra: float | None = None,
+    calibration: Mapping[str, CalibrationSet] | None = None,
+    traffic: Mapping[str, float] | None = None,
+    dtype: str = "auto",
+    configs: Mapping[str, str | Path] | None = None,
+    progress: Progress = silent,
+) -> Store:
+    """Build a store from checkpoints, replacing the store at `path` if there is one.
+
+    tenants: name -> checkpoint directory, in the order that the plan counts them.
+    policy: one of `common.planning.policies.POLICIES`; docs/consolidation.md compares them.
+    slots: resident copies, nothing beside them; "all" shares nothing but identical experts.
+    budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the
+        store's type.
+    extra: bytes beyond one copy a position, as a share of one model's expert bytes. Without any of
+        the three: one copy a position and, if the policy can use it, `DEFAULT_EXTRA` for each
+            tenant.
+    calibration: tenant -> examples of its use, measured with the family's engine before planning,
+        and kept.
+    traffic: tenant -> how many requests it has where a tenant that is not named has one.
+    configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see
+        `open_checkpoint`.
+    dtype: the store's type; auto is that of all tensors of all tenants if they agree, else float32:
+        nothing is rounded.
+
+    Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
+    """
+    path = Path(path)
+    settings = Settings(policy, slots, budget_bytes, extra, dict(traffic or {}))
+    settings.check()
+    pairs = list(tenants.items()) if isinstance(tenants, Mapping) else list(tenants)
+    if not pairs:
+        raise StoreError("a store needs at least one tenant; give --tenant NAME=CHECKPOINT")
+    for name, _ in pairs:
+        check_name(name)
+    names = [name for name, _ in pairs]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
+    configs = configs or {}
+    for what, given in (
+        ("a config", configs),
+        ("calibration", calibration or {}),
+        ("traffic", traffic or {}),
+    ):
+        strangers = sorted(set(given) - set(names))
+        if strangers:
+            raise StoreError(
+                f"{what} is given for {strangers[0]!r}, which is no tenant of this build"
+            )
+    sources = [
+        Source.from_checkpoint(name, open_checkpoint(place, configs.get(name)))
+        for name, place in pairs
+    ]
+    check_agreement(sources)
+    if dtype == "auto":
+        types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
+        dtype = common_dtype(types)
+        if len(types) > 1:
+            listed = f"{', '.join(types[:-1])} and {types[-1]}"
+            for source in sources:
+                if any(ref.dtype != dtype for ref in source.refs.values()):
+                    note = f"the store is {dtype}, which holds {listed} without rounding; {HALVES}"
+                    source.read_notes = (*source.read_notes, note)
+    check_dtype(dtype)
+    amount = resolve(settings, sources, dtype)
+    if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(
+            f"{path}: exists and is not a store; name another place, or remove it first"
+        )
+    with new_or_existing(path) as directory:
+        manifest = _assemble(
+            directory, sources, settings, amount, dtype, None, {}, calibration or {}, progress
+        )
+        commit(directory, manifest)
+    return Store.open(path)
+
+
+def add_tenant(
+    path: str | Path,
+    name: str,
+    checkpoint: str | Path,
+    *,
+    config: str | Path | None = None,
+    calibration: CalibrationSet | None = None,
+    progress: Progress = silent,
+) -> Store:
+    """Add a tenant and plan again with the settings that the store was built with; `extend_store`
+    keeps the plan.
+
+    config: as for `build_store`. calibration: examples of the new tenant's use.
+
+    Raises CheckpointError, PlanError or StoreError; the store is then as it was.
+    """
+    examples = {} if calibration is None else {name: calibration}
+    return _change(Path(path), with_tenant(name, checkpoint, config), examples, progress)
+
+
+def replan(
+    path: str | Path,
+    *,
+    policy: str | None = None,
+    slots: Slots = None,
+    budget_bytes: int | None = None,
+    extra: float | None = None,
+    calibration: Mapping[str, CalibrationSet | Profile] | None = None,
+    traffic: Mapping[str, float] | None = None,
+    known: Measurements | None = None,
+    progress: Progress = silent,
+) -> Store:
+    """Plan a store anew for its tenants. Arguments as for `build_store`, but calibration may be
+    what was measured.
+
+    known: `Planner.measurements` of the same tenants, calibration and traffic, so that nothing is
+        measured again; what the store keeps is used in any case.
+
+    policy and traffic default to the store's own. Without any of slots, budget_bytes and extra
+    there is as much memory as the store was planned with last, except that a policy without a use
+    for extra bytes takes none.
+
+    Raises PlanError, StoreError, RequestError; the store is then as it was.
+    """
+    old = Settings.from_json(Store.open(path).manifest.provenance["settings"])
+    if slots is None and budget_bytes is None and extra is None:
+        slots, budget_bytes, extra = old.slots, old.budget_bytes, old.extra
+        if policy in POLICIES and not POLICIES[policy].uses_extra:
+            extra = None
+    settings = Settings(
+        policy or old.policy,
+        slots,
+        budget_bytes,
+        extra,
+        old.traffic if traffic is None else traffic,
+    )
+    settings.check()
+
+    def the_same(store: Store) -> list[Source]:
+        return [Source.from_store(store, t) for t in store.tenants]
+
+    return _change(Path(path), the_same, calibration or {}, progress, settings, known)
+
+
+def remove_tenant(
+    path: str | Path, name: str, *, keep_plan: bool = False, progress: Progress = silent
+) -> Store:
+    """Remove a tenant, free what only it used, and plan again.
+
+    keep_plan: do not plan again; what other tenants are served stays bit for bit. Copies that serve
+        none of them are dropped, and slots are numbered anew in the same order.
+
+    Raises UnknownTenantError, StoreError; the store is then as it was.
+    """
+
+    def without_it(store: Store) -> list[Source]:
+        if name not in store.tenants:
+            raise UnknownTenantError(name, store.tenants)
+        if len(store.tenants) == 1:
+            raise StoreError(
+                f"tenant {name!r} is the only one in this store; delete the directory {store.path} "
+                "instead"
+            )
+        return [Source.from_store(store, t) for t in store.tenants if t != name]
+
+    if keep_plan:
+        return change_beside(
+            Path(path), without_it, lambda old, draft, put: leave(old, draft, name), progress
+        )
+    return _change(Path(path), without_it, {}, progress)
+
+
+def _change(
+    path: Path,
+    edit: Callable[[Store], list[Source]],
+    calibration: Mapping[str, CalibrationSet | Profile],
+    progress: Progress,
+    settings: Settings | None = None,
+    known: Measurements | None = None,
+) -> Store:
+    """Give a store the tenants that `edit` makes of it, planned with its own settings or others.
+
+    known: what planning measured; what the store keeps if not given.
+    """
+    Store.open(path)  # raises if there is none; what holds is read below, under the lock
+    with new_or_existing(path) as directory:
+        store = Store.open(directory)
+        sources = edit(store)
+        names = [s.name for s in sources]
+        strangers = sorted(set(calibration) - set(names))
+        if strangers:
+            raise UnknownTenantError(strangers[0], tuple(names))
+        if settings is None:
+            settings = Settings.from_json(store.manifest.provenance["settings"])
+            settings = replace(
+                settings, traffic={k: v for k, v in settings.traffic.items() if k in names}
+            )
+        amount = resolve(settings, sources, store.dtype)
+        profiles = {
+            name: p for name in names if name in store.tenants and (p := load_profile(store, name))
+        }
+        manifest = _assemble(
+            directory,
+            sources,
+            settings,
+            amount,
+            store.dtype,
+            store.distances,
+            profiles,
+            calibration,
+            progress,
+            known or Measurements.from_store(store),
+        )
+        commit(directory, manifest)
+    return Store.open(path)
+
+
+def change_beside(
+    path: Path,
+    edit: Callable[[Store], list[Source]],
+    change: Callable[[Store, Store, Callable[[np.ndarray], str]], Manifest],
+    progress: Progress,
+) -> Store:
+    """Give a store the tenants that `edit` makes of it, and the plan that `change` makes of the one
+    it has.
+
+    change: (the store before, one with all tensors of the new tenants, what stores an array) -> the
+        manifest, its objects left out.
+    """
+    Store.open(path)
+    with new_or_existing(path) as directory:
+        old = Store.open(directory)
+        draft = make_draft(
+            directory, edit(old), old.dtype, old.distances, old.manifest.provenance, progress
+        )
+        entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
+        manifest = change(old, draft, putter(draft.objects, entries))
+        for object_id in manifest.object_ids():
+            if object_id not in entries:
+                entries[object_id] = dict(old.manifest.objects[object_id])
+        commit(directory, replace(manifest, objects=entries))
+    return Store.open(path)
+
+
+def _assemble(
+    directory: Path,
+    sources: Sequence[Source],
+    settings: Settings,
+    amount: Amount,
+    dtype: str,
+    old: Distances | None,
+    profiles: Mapping[str, Profile],
+    calibration: Mapping[str, CalibrationSet | Profile],
+    progress: Progress,
+    known: Measurements | None = None,
+) -> Manifest:
+    """Put every tensor of every source into `directory`, plan, and describe it all.
+
+    known: what planning measured before, used as far as it still holds.
+    """
+    provenance = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings.to_json(),
+        "versions": {
+            "moetel": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "safetensors": version("safetensors"),
+        },
+    }
+    draft = make_draft(directory, sources, dtype, old, provenance, progress)
+    measured = {name: given for name, given in calibration.items() if isinstance(given, Profile)}
+    for name, profile in measured.items():
+        profile.check(sources[0].config.experts, name)
+    asked = {name: given for name, given in calibration.items() if not isinstance(given, Profile)}
+    profiles = {
+        **profiles,
+        **measured,
+        **(calibrate(draft, asked, progress=progress) if asked else {}),
+    }
+    entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
+    kept = {
+        name: profile.to_json(putter(draft.objects, entries)) for name, profile in profiles.items()
+    }
+    draft = Store(directory, replace(draft.manifest, objects=entries, calibration=kept))
+    if amount.slots is None:
+        return draft.manifest
+    planner = Planner(draft, profiles, settings.traffic, progress, known)
+    outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes)
+    if planner.measurements.worth_keeping:
+        entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
+        found = planner.measurements.to_json(putter(draft.objects, entries))
+        draft = Store(directory, replace(draft.manifest, objects=entries, measurements=found))
+    return with_plan(
+        draft, outcome.plan, outcome.merged, outcome.records, outcome.prediction.to_json()
+    )

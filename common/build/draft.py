@@ -1,0 +1,194 @@
+"""One pass over every tensor: check, convert, compare, hash and write it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.build.sources import Source, convert, notes_of, read_converted, refuse_not_finite
+from common.dtypes import BY_NAME
+from common.plan.distance import Distances, compare, tenant_pairs
+from common.plan.plan import plan_all
+from common.progress import Progress
+from common.store.manifest import Manifest, Tenant
+from common.store.objects import Objects, save_assets
+from common.store.store import Store
+
+# Bytes of tensors that the threads of a build hold at once; one thread may exceed it with its one
+# tensor of every tenant.
+IN_FLIGHT_BYTES = 1 << 30
+
+
+def make_draft(
+    directory: Path,
+    sources: Sequence[Source],
+    dtype: str,
+    old: Distances | None,
+    provenance: Mapping[str, Any],
+    progress: Progress,
+) -> Store:
+    """Put every tensor of every source into `directory`: a store, not yet committed, that shares
+    what is identical.
+
+    old: distances of tenants that need not be measured again.
+    """
+    objects = Objects(directory / "objects")
+    matrix = _store_experts(objects, sources, dtype, old, progress)
+    _store_non_experts(objects, sources, dtype, progress)
+    names = tuple(s.name for s in sources)
+    # The plan follows from what is kept (float32), so that planning again from the store gives the
+    # same plan.
+    distances = Distances(names, matrix.astype(np.float32).astype(np.float64))
+    entries = _object_entries(sources, dtype)
+    similarity: dict[str, Any] = {"object": None, "layers": distances.layer_summary()}
+    if distances.matrix.shape[0]:
+        table = distances.matrix.astype(np.float32)
+        similarity["object"] = objects.put(table)
+        entries[similarity["object"]] = {
+            "dtype": "float32",
+            "shape": list(table.shape),
+            "bytes": table.nbytes,
+        }
+    tenants = []
+    for source in sources:
+        folder, files = save_assets(directory / "assets", source.assets)
+        tenants.append(
+            Tenant(
+                source.name,
+                source.origin,
+                source.config,
+                source.ids,
+                folder,
+                files,
+                notes_of(source, dtype),
+                source.generation,
+            )
+        )
+    # What is planned and measured from here on looks at the tensors through a store that shares
+    # nothing.
+    everything = plan_all(_contents(sources), distances.tenants)
+    return Store(
+        directory,
+        Manifest(
+            sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance
+        ),
+    )
+
+
+def _store_experts(
+    objects: Objects,
+    sources: Sequence[Source],
+    dtype: str,
+    old: Distances | None,
+    progress: Progress,
+) -> np.ndarray:
+    """Store all expert tensors and measure distances. Returns float64 [pairs, layers, experts]."""
+    family, config = sources[0].family, sources[0].config
+    spec = config.experts
+    pairs = tenant_pairs(len(sources))
+    matrix = np.zeros((len(pairs), spec.num_layers, spec.num_experts), dtype=np.float64)
+    new_pairs = []
+    for i, (a, b) in enumerate(pairs):
+        if old is not None and sources[a].name in old.tenants and sources[b].name in old.tenants:
+            matrix[i] = old.matrix[
+                old.pairs.index(
+                    (old.tenants.index(sources[a].name), old.tenants.index(sources[b].name))
+                )
+            ]
+        else:
+            new_pairs.append(i)
+    if not new_pairs and all(s.ids for s in sources):
+        return matrix
+    squared = np.zeros((len(new_pairs), spec.num_layers, spec.num_experts), dtype=np.float64)
+    compared = [pairs[i] for i in new_pairs]
+
+    def one(job: tuple[int, int, str, str]) -> tuple[int, int, np.ndarray, list[str]]:
+        layer, expert, _, tensor = job
+        arrays = [read_converted(objects, s, tensor, dtype) for s in sources]
+        part, finite = compare(arrays, compared)
+        for tenant in np.flatnonzero(~finite):
+            refuse_not_finite(sources[int(tenant)], tensor, dtype)
+        ids = [
+            s.ids.get(tensor) or objects.put(array)
+            for s, array in zip(sources, arrays, strict=True)
+        ]
+        return layer, expert, part, ids
+
+    jobs = list(family.iter_expert_tensors(config))
+    tensor_bytes = max(int(np.prod(shape)) for _, shape in spec.projections) * 4
+    with (
+        ThreadPoolExecutor(_workers(len(sources) * tensor_bytes)) as pool,
+        progress("comparing and storing experts", len(jobs)) as advance,
+    ):
+        for job, (layer, expert, part, ids) in zip(jobs, pool.map(one, jobs), strict=True):
+            squared[:, layer, expert] += part
+            for source, object_id in zip(sources, ids, strict=True):
+                source.ids[job[3]] = object_id
+            advance()
+    matrix[new_pairs] = np.sqrt(squared)
+    return matrix
+
+
+def _store_non_experts(
+    objects: Objects, sources: Sequence[Source], dtype: str, progress: Progress
+) -> None:
+    jobs = [
+        (s, tensor)
+        for s in sources
+        for tensor in s.family.non_expert_shapes(s.config)
+        if tensor not in s.ids
+    ]
+    if not jobs:
+        return
+
+    def one(job: tuple[Source, str]) -> str:
+        source, tensor = job
+        array = convert(source, tensor, dtype)
+        if not compare([array], [])[1][0]:
+            refuse_not_finite(source, tensor, dtype)
+        return objects.put(array)
+
+    largest = max(s.refs[t].nbytes for s, t in jobs) * 2
+    with (
+        ThreadPoolExecutor(_workers(largest)) as pool,
+        progress("storing non-expert weights", len(jobs)) as advance,
+    ):
+        for (source, tensor), object_id in zip(jobs, pool.map(one, jobs), strict=True):
+            source.ids[tensor] = object_id
+            advance()
+
+
+def _workers(bytes_each: int) -> int:
+    return max(1, min(4, os.cpu_count() or 1, IN_FLIGHT_BYTES // max(1, bytes_each)))
+
+
+def _contents(sources: Sequence[Source]) -> np.ndarray:
+    """int64 [tenants, layers, experts]: equal numbers where experts are bit for bit the same."""
+    family, spec = sources[0].family, sources[0].config.experts
+    numbers: dict[tuple[str, ...], int] = {}
+    contents = np.zeros((len(sources), spec.num_layers, spec.num_experts), dtype=np.int64)
+    for t, source in enumerate(sources):
+        for layer in range(spec.num_layers):
+            for expert in range(spec.num_experts):
+                key = tuple(
+                    source.ids[family.expert_tensor(source.config, layer, expert, p)]
+                    for p, _ in spec.projections
+                )
+                contents[t, layer, expert] = numbers.setdefault(key, len(numbers))
+    return contents
+
+
+def _object_entries(sources: Sequence[Source], dtype: str) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        shapes = source.family.all_shapes(source.config)
+        for tensor, object_id in source.ids.items():
+            shape = shapes[tensor]
+            nbytes = int(np.prod(shape, dtype=np.int64)) * BY_NAME[dtype].itemsize
+            entries[object_id] = {"dtype": dtype, "shape": list(shape), "bytes": nbytes}
+    return entries

@@ -1,0 +1,171 @@
+"""A tenant on its way into a store: from a checkpoint, or from the store itself."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from common.build.check_text import decide_generation
+from common.checkpoints import Checkpoint, TensorRef, TensorSource, open_checkpoint
+from common.checkpoints.generation_config import GenerationConfig
+from common.dtypes import BY_NAME, is_lossless
+from common.errors import CheckpointError, StoreError
+from common.families import Family, ModelConfig
+from common.store.objects import Objects, asset_damage
+from common.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass
+class Source:
+    """A tenant on its way into a store; `ids` holds what is stored already.
+
+    notes: of a tenant that was stored before, all that was said of it; read_notes: what its
+        checkpoint's reader says.
+    """
+
+    name: str
+    origin: str
+    family: Family
+    config: ModelConfig
+    refs: Mapping[str, TensorSource]
+    assets: Mapping[str, Path | bytes]
+    ids: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    read_notes: tuple[str, ...] = ()
+    generation: GenerationConfig | None = None
+
+    @classmethod
+    def from_checkpoint(cls, name: str, checkpoint: Checkpoint) -> Source:
+        """Raises CheckpointError for files that serving could not use."""
+        generation = decide_generation(name, checkpoint)
+        return cls(
+            name,
+            str(checkpoint.path.resolve()),
+            checkpoint.family,
+            checkpoint.config,
+            checkpoint.tensors,
+            checkpoint.assets,
+            read_notes=(*checkpoint.notes, *generation.notes()),
+            generation=generation,
+        )
+
+    @classmethod
+    def from_store(cls, store: Store, name: str) -> Source:
+        tenant = store.tenant(name)
+        refs: dict[str, TensorSource] = {
+            tensor: store.ref(name, tensor) for tensor in tenant.tensors
+        }
+        assets: dict[str, Path | bytes] = {}
+        for file, entry in tenant.assets.items():
+            # They are copied and hashed anew: damage would become what the store says is right.
+            assets[file] = asset = store.assets_dir(name) / file
+            what = asset_damage(asset, entry["sha256"])
+            if what is not None:
+                raise StoreError(
+                    f"{asset}: {what}; restore it from a backup or build the store again"
+                )
+        return cls(
+            name,
+            tenant.source,
+            store.family,
+            tenant.config,
+            refs,
+            assets,
+            dict(tenant.tensors),
+            tenant.notes,
+            generation=tenant.generation,
+        )
+
+
+def with_tenant(
+    name: str, checkpoint: str | Path, config: str | Path | None
+) -> Callable[[Store], list[Source]]:
+    """What makes the sources of a store's tenants and, last, a new one's. Raises StoreError for a
+    name that is not allowed, and when it is called CheckpointError or StoreError."""
+    check_name(name)
+
+    def with_it(store: Store) -> list[Source]:
+        if name in store.tenants:
+            raise StoreError(
+                f"tenant {name!r} is in this store already; remove it first or choose another name"
+            )
+        sources = [Source.from_store(store, tenant) for tenant in store.tenants]
+        sources.append(Source.from_checkpoint(name, open_checkpoint(checkpoint, config)))
+        check_agreement(sources)
+        return sources
+
+    return with_it
+
+
+def check_name(name: str) -> None:
+    if not isinstance(name, str) or not TENANT_NAME.fullmatch(name):
+        raise StoreError(
+            f"tenant name {name!r} is not allowed; use letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit"
+        )
+
+
+def check_agreement(sources: Sequence[Source]) -> None:
+    first = sources[0]
+    for other in sources[1:]:
+        differences = first.config.experts.differences(other.config.experts)
+        if differences:
+            raise StoreError(
+                f"tenants {first.name!r} and {other.name!r} cannot share experts "
+                f"({'; '.join(differences)}); "
+                "tenants of one store must be fine-tunes of one architecture"
+            )
+
+
+def read_converted(objects: Objects, source: Source, tensor: str, dtype: str) -> np.ndarray:
+    """A tensor in the store's type. What is stored already is compared with its checksum, as new
+    tensors are hashed: else distances of damaged weights would be kept, and plans made by them.
+    Hashing (1.8 GB/s a thread) costs less than most disks' reading."""
+    ref = source.refs[tensor]
+    if tensor in source.ids and isinstance(ref, TensorRef):
+        return objects.read(ref)
+    return convert(source, tensor, dtype)
+
+
+def convert(source: Source, tensor: str, dtype: str) -> np.ndarray:
+    array = source.refs[tensor].read()
+    if array.dtype == BY_NAME[dtype]:
+        return array
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite and is refused by name
+        return array.astype(BY_NAME[dtype])
+
+
+def refuse_not_finite(source: Source, tensor: str, dtype: str) -> None:
+    ref = source.refs[tensor]
+    converted = "" if ref.dtype == dtype else f" after conversion from {ref.dtype} to {dtype}"
+    raise CheckpointError(
+        f"{ref.path}: tensor {ref.file_tensor} of tenant {source.name!r} holds NaN or infinite "
+        f"values{converted}; "
+        "fix the checkpoint" + (", or build with --dtype float32" if converted else "")
+    )
+
+
+def notes_of(source: Source, dtype: str) -> tuple[str, ...]:
+    """What was converted on the way in, so that it is said and not only done."""
+    if source.notes:
+        return source.notes
+    counts: dict[str, int] = {}
+    for ref in source.refs.values():
+        if ref.dtype != dtype:
+            counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
+    notes = list(source.read_notes)
+    for found, count in sorted(counts.items()):
+        loss = "without loss" if is_lossless(found, dtype) else "rounded"
+        notes.append(f"{count} tensors converted from {found} to {dtype} ({loss})")
+    for note in notes:
+        logger.info("tenant %s: %s", source.name, note)
+    return tuple(notes)

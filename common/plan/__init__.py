@@ -1,0 +1,1 @@
+"""The plan as data: copies, who uses which, residuals, distances, profiles."""

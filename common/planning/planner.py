@@ -1,0 +1,471 @@
+"""Policies: from distances, losses and a budget to a plan, its merged copies and its residuals. By
+name, in POLICIES.
+
+docs/consolidation.md says what each does and what the tables say of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from common.dtypes import BY_NAME
+from common.errors import PlanError
+from common.plan.expert_math import plus
+from common.plan.plan import MERGED, MISS, Copy, Plan
+from common.plan.profile import Profile
+from common.plan.residual import Residual, join_parts, matrices
+from common.planning.configurations import Config, merged_configs, owned_configs
+from common.planning.copies import Sample, best_ridge
+from common.planning.losses import Losses, measure_losses
+from common.planning.measurements import Measurements, key_of
+from common.planning.policies import Policy, policy_named
+from common.planning.position import REFITS, Known, Matrix, PositionPlanner, single_copy
+from common.planning.residual_curves import PRICES, Curve, Kinds, choose, curves
+from common.planning.round_robin import plan_round_robin
+from common.planning.spending import Allocation, Allocator
+from common.progress import Progress, silent
+from common.store.store import Store
+from common.units import is_whole
+
+# Positions on which the ridge of fits is chosen.
+RIDGE_POSITIONS = 6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """losses: float64 [tenants], expected divergence in nats a token with calibration, else squared
+    distance.
+
+    unit: see `Losses.unit`. bound: no plan of the same candidates and bytes is predicted to have
+    less than this (traffic-weighted mean).
+    """
+
+    losses: np.ndarray
+    unit: str
+    bound: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"losses": self.losses.tolist(), "unit": self.unit, "bound": self.bound}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan with the weights that it needs beside the tenants' own. See
+    `common.store.set_plan`."""
+
+    plan: Plan
+    merged: Mapping[int, Matrix]
+    records: Sequence[np.ndarray]
+    prediction: Prediction
+
+
+class Planner:
+    """Plans for one store, any policy and budget; what does not depend on the budget is computed
+    once.
+
+    traffic: tenant -> requests beside a tenant that is not named, which counts as 1. profiles: of
+        calibrated tenants.
+    known: what was measured before; used if it rests on the same weights, profiles and traffic.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        profiles: Mapping[str, Profile] | None = None,
+        traffic: Mapping[str, float] | None = None,
+        progress: Progress = silent,
+        known: Measurements | None = None,
+    ):
+        self.store = store
+        self.profiles = dict(profiles or {})
+        self.progress = progress
+        self.traffic = _traffic(store.tenants, traffic or {})
+        self._key = key_of(store, self.profiles, self.traffic)
+        if known is None or known.key != self._key:
+            known = Measurements(self._key, measure_losses(store, self.profiles, progress))
+        self.losses: Losses = known.losses
+        spec = store.experts
+        self._places = [
+            (layer, e) for layer in range(spec.num_layers) for e in range(spec.num_experts)
+        ]
+        self._itemsize = BY_NAME[store.dtype].itemsize
+        self._chosen_ridge = known.ridge
+        self._fitted = dict(
+            known.fitted
+        )  # position -> float64 [copies that are fitted, tenants], their losses
+        self._spectra = dict(known.spectra)  # (curve set, position) -> of each tenant
+        self._last: tuple[int, PositionPlanner] | None = None
+        self._configs: dict[str, list[list[Config]]] = {}
+
+    @property
+    def unit(self) -> str:
+        return self.losses.unit
+
+    @property
+    def measurements(self) -> Measurements:
+        """All that was measured up to now, for a planner of the same store."""
+        return Measurements(self._key, self.losses, self._chosen_ridge, self._fitted, self._spectra)
+
+    # Candidates.
+
+    def _position(self, p: int) -> PositionPlanner:
+        """Weights and samples of a position; the last one is kept, as several steps in turn look at
+        it."""
+        if self._last is None or self._last[0] != p:
+            known = Known(self.store, self.profiles, self.losses, self.traffic)
+            self._last = (p, PositionPlanner(known, self._places[p], lambda: self._ridge))
+        return self._last[1]
+
+    def _candidates(self, policy: Policy) -> list[list[Config]]:
+        """Configurations of every position."""
+        if policy.copies not in self._configs:
+            if (
+                policy.copies == "fitted"
+                and self.losses.sampled.any()
+                and len(self.store.tenants) > 1
+            ):
+                if len(self._fitted) < len(self._places):
+                    _ = self._ridge  # before the candidates, as a step of its own
+            with self.progress("finding candidates", len(self._places)) as advance:
+                found = []
+                for p in range(len(self._places)):
+                    found.append(self._of_position(policy.copies, p))
+                    advance()
+            self._configs[policy.copies] = found
+        return self._configs[policy.copies]
+
+    def _of_position(self, copies: str, p: int) -> list[Config]:
+        gram, count = self.losses.gram[:, *self._places[p]], len(self.store.tenants)
+        if copies == "owned":
+            return owned_configs(gram, self.traffic, count)
+        if copies == "mean":
+            mix = np.full(count, 1 / count)
+            losses = np.maximum(0, np.einsum("c,tcd,d->t", mix, gram, mix))
+            return [Config(mix[None], np.zeros(count, dtype=np.int64), losses)]
+        merged = merged_configs(gram, self.traffic, count)
+        # One of the tenants' own as the only copy is a candidate too: where the others differ from
+        # it by a few components (a merged LoRA), residuals beside it are small.
+        found = [*merged, owned_configs(gram, self.traffic, 1)[0]]
+        if copies == "fitted" and self.losses.sampled[:, *self._places[p]].any() and count > 1:
+            fits = merged[:-1]  # the last one is a copy for each tenant
+            if p not in self._fitted:
+                self._fitted[p] = np.array([self._loss_of_fits(p, config) for config in fits])
+            found += [
+                Config(config.mixes, config.serves, losses, 2, True)
+                for config, losses in zip(fits, self._fitted[p], strict=True)
+            ]
+        return found
+
+    def _loss_of_fits(self, p: int, config: Config) -> np.ndarray:
+        """float64 [tenants], with copies that are fitted to the tenants that each of the mixtures
+        would serve."""
+        position = self._position(p)
+        weights = [
+            position.copy(mix, np.flatnonzero(config.serves == i), True)
+            for i, mix in enumerate(config.mixes)
+        ]
+        return np.array([position.loss(t, weights[int(i)]) for t, i in enumerate(config.serves)])
+
+    @property
+    def _ridge(self) -> float:
+        """How far fits are held to mixtures, chosen on a few positions spread over the model."""
+        if self._chosen_ridge is None:
+            self._chosen_ridge = self._choose_ridge()
+        return self._chosen_ridge
+
+    def _choose_ridge(self) -> float:
+        count, everyone = len(self.store.tenants), range(len(self.store.tenants))
+        spread = np.unique(np.linspace(0, len(self._places) - 1, RIDGE_POSITIONS).astype(int))
+        mix = np.full(count, 1 / count)
+        with self.progress("choosing how closely copies are fitted", len(spread)) as advance:
+
+            def positions() -> Iterator[
+                tuple[Mapping[int, Matrix], Mapping[int, Sample], np.ndarray]
+            ]:
+                for p in spread:  # one in memory at a time
+                    position = self._position(int(p))
+                    yield position.own, {t: position.weighted_sample(t) for t in everyone}, mix
+                    advance()
+
+            return best_ridge(self.store.experts, positions())
+
+    def _weights(self, tenant: int, place: tuple[int, int]) -> Matrix:
+        return self.store.own_expert(self.store.tenants[tenant], *place)
+
+    def _measure_spectra(self, configs: list[list[Config]]) -> None:
+        """Spectra of what each tenant lacks beside the one copy of each configuration that has one.
+
+        Not beside a mixture where a copy was fitted: what serves tenants better leaves less for
+        residuals too.
+        """
+        wanted = [
+            (p, c)
+            for p, row in enumerate(configs)
+            for c in row
+            if len(c.mixes) == 1
+            and (c.curve, p) not in self._spectra
+            and not (c.curve == 0 and any(other.fitted for other in row))
+        ]
+        if not wanted:
+            return
+        with self.progress("measuring residuals", len(wanted)) as advance:
+            for p, config in wanted:
+                position = self._position(p)
+                copy = position.copy(
+                    config.mixes[0], np.arange(len(self.store.tenants)), config.fitted
+                )
+                self._spectra[config.curve, p] = [
+                    position.spectra(t, copy) for t in range(len(self.store.tenants))
+                ]
+                advance()
+
+    def _curves(self, policy: Policy) -> list[list[list[Curve]]] | None:
+        if not policy.kinds.any:
+            return None
+        count = len(self.store.tenants)
+        nothing = [Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))] * count
+        known = [key for key in product(range(3), range(len(self._places))) if key in self._spectra]
+        drawn = curves(
+            [spectra for key in known for spectra in self._spectra[key]],
+            policy.kinds,
+            self._itemsize,
+        )
+        found = {key: drawn[i * count : (i + 1) * count] for i, key in enumerate(known)}
+        return [[found.get((s, p), nothing) for p in range(len(self._places))] for s in range(3)]
+
+    # Plans.
+
+    def allocator(self, policy: str) -> Allocator:
+        """Prices for a policy that uses extra bytes."""
+        rule = policy_named(policy)
+        configs = self._candidates(rule)
+        if rule.kinds.any:
+            self._measure_spectra(configs)
+        return Allocator(configs, self._curves(rule), self.traffic, self.store.copy_bytes)
+
+    def plan(self, policy: str, slots: int | None = None, extra_bytes: int = 0) -> Outcome:
+        """One copy of `slots` positions (None: all), and what the policy does with `extra_bytes`
+        beside them.
+
+        Raises PlanError, and StoreError where a file of the store is damaged.
+        """
+        rule = policy_named(policy)
+        spec = self.store.experts
+        slots = spec.num_positions if slots is None else slots
+        if not is_whole(slots) or not 0 <= slots <= spec.num_positions:
+            raise PlanError(
+                f"slots is {slots!r}; give a whole number 0..{spec.num_positions}, or None for all"
+            )
+        if not is_whole(extra_bytes) or extra_bytes < 0:
+            raise PlanError(f"extra_bytes is {extra_bytes!r}; give a whole number of bytes from 0")
+        if rule.copies == "paper":
+            plan = plan_round_robin(self.store.distances.score(), self.store.tenants, slots)
+            return Outcome(plan, {}, [], self.predict(plan))
+        kept = self._kept_positions(rule, slots)
+        allocator = (
+            self.allocator(policy)
+            if rule.uses_extra and extra_bytes > 0 and slots == len(self._places)
+            else None
+        )
+        configs = self._candidates(rule)
+        if allocator is None:
+            chosen = [
+                min(range(len(row)), key=lambda i: single_copy(row[i], self.traffic))
+                for row in configs
+            ]
+            return self._build(policy, configs, chosen, None, kept, None)
+        found = allocator.allocate(slots * self.store.copy_bytes + extra_bytes)
+        return self._build(policy, configs, found.chosen.tolist(), found, kept, rule.kinds)
+
+    def _kept_positions(self, rule: Policy, slots: int) -> list[int]:
+        """Which positions are resident: those whose sharing costs least for every look-up that they
+        save."""
+        if slots == len(self._places):
+            return list(range(slots))
+        configs = self._candidates(rule)
+        picks = np.einsum("tle,t->le", self.losses.frequency, self.traffic).reshape(-1)
+        cost = [float(min(single_copy(c, self.traffic) for c in row)[1]) for row in configs]
+        order = sorted(range(len(configs)), key=lambda p: (cost[p] / max(1e-12, picks[p]), p))
+        return sorted(order[:slots])
+
+    def _build(
+        self,
+        policy: str,
+        configs: list[list[Config]],
+        chosen: Sequence[int],
+        allocation: Allocation | None,
+        kept: Sequence[int],
+        kinds: Kinds | None,
+    ) -> Outcome:
+        spec, names = self.store.experts, self.store.tenants
+        count, shapes = len(names), dict(spec.projections)
+        copies: list[Copy] = []
+        merged: dict[int, Matrix] = {}
+        residuals: list[Residual] = []
+        records: list[np.ndarray] = []
+        serving = np.full((count, spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
+        with self.progress("making copies", len(kept)) as advance:
+            for p in kept:
+                place = self._places[p]
+                config = configs[p][chosen[p]]
+                prices = (
+                    np.full(count, np.inf)
+                    if allocation is None or kinds is None
+                    else allocation.price[p]
+                )
+                content, made = self._make(p, config, prices, kinds or Kinds((), False))
+                for number, (mix, weights) in enumerate(zip(config.mixes, content, strict=True)):
+                    serving[np.flatnonzero(config.serves == number), *place] = len(copies)
+                    if weights is None:
+                        copies.append(Copy(*place, int(np.flatnonzero(mix)[0])))
+                    else:
+                        merged[len(copies)] = weights
+                        copies.append(
+                            Copy(*place, MERGED, () if config.fitted else tuple(mix.tolist()))
+                        )
+                for residual, record in made.values():
+                    assert len(record) == residual.nbytes(shapes)
+                    residuals.append(residual)
+                    records.append(record)
+                advance()
+        plan = Plan(
+            policy,
+            names,
+            spec.num_layers,
+            spec.num_experts,
+            tuple(copies),
+            serving,
+            tuple(residuals),
+        )
+        bound = allocation.bound if allocation is not None else None
+        return Outcome(plan, merged, records, self.predict(plan, merged, records, bound))
+
+    def _make(
+        self, p: int, config: Config, prices: np.ndarray, kinds: Kinds
+    ) -> tuple[list[Matrix | None], dict[int, tuple[Residual, np.ndarray]]]:
+        """Weights of a position's copies (None: a tenant's own), and tenants' residuals with their
+        records.
+
+        Fitted copies and residuals are fitted to each other in turn: a copy need not serve what
+        residuals add.
+        """
+        users = [np.flatnonzero(config.serves == i) for i in range(len(config.mixes))]
+        merges = [
+            len(np.flatnonzero(mix)) > 1 or (config.fitted and len(u) > 1)
+            for mix, u in zip(config.mixes, users, strict=True)
+        ]
+        wanted = bool(np.isfinite(prices).any())
+        if not wanted and not any(merges):
+            return [None] * len(merges), {}
+        position = self._position(p)
+
+        def attempt(
+            added: Mapping[int, Matrix],
+        ) -> tuple[list[Matrix], dict[int, tuple[Residual, np.ndarray]], dict[int, Matrix], float]:
+            """Copies beside residuals, residuals fitted to these copies, what they add, and what
+            all of it costs."""
+            copies = [
+                position.copy(m, u, config.fitted, added)
+                for m, u in zip(config.mixes, users, strict=True)
+            ]
+            made, adds, cost = {}, {}, 0.0
+            for t, number in enumerate(config.serves):
+                copy = copies[int(number)]
+                loss = position.loss(t, copy)
+                found = self._residual(t, p, config, float(prices[t]), kinds, copy)
+                if found is not None:
+                    matrix = self._matrices({t: found})[t]
+                    # The spectrum is a prediction; what is kept must help.
+                    if (left := position.loss(t, plus(copy, matrix))) < loss:
+                        made[t], adds[t], loss = found, matrix, left
+                cost += float(self.traffic[t]) * loss
+            return copies, made, adds, cost
+
+        copies, made, adds, best = attempt({})
+        if config.fitted and made:
+            for _ in range(REFITS):
+                others, found, adds, cost = attempt(adds)
+                if cost >= best:
+                    break
+                copies, made, best = others, found, cost
+        return [c if merged else None for c, merged in zip(copies, merges, strict=True)], made
+
+    def _matrices(self, made: Mapping[int, tuple[Residual, np.ndarray]]) -> dict[int, Matrix]:
+        shapes = dict(self.store.experts.projections)
+        return {t: matrices(residual, record, shapes) for t, (residual, record) in made.items()}
+
+    def _residual(
+        self, tenant: int, p: int, config: Config, price: float, kinds: Kinds, copy: Matrix
+    ) -> tuple[Residual, np.ndarray] | None:
+        if not np.isfinite(price) or config.losses[tenant] <= 0:
+            return None
+        if (config.curve, p) not in self._spectra:  # no curve was drawn
+            return None
+        spectra = self._spectra[config.curve, p][tenant]
+        total = sum(s.total for s in spectra)
+        if total <= 0:  # nothing was to be won beside the one copy that its curve was drawn beside
+            return None
+        choices = choose([s.scaled(s.total / total) for s in spectra], price, kinds, self._itemsize)
+        parts, packed = self._position(p).residual(tenant, copy, choices)
+        if not parts:
+            return None
+        return Residual(tenant, *self._places[p], tuple(parts)), join_parts(packed)
+
+    # Predictions.
+
+    def predict(
+        self,
+        plan: Plan,
+        merged: Mapping[int, Matrix] | None = None,
+        records: Sequence[np.ndarray] = (),
+        bound: float | None = None,
+    ) -> Prediction:
+        """What a plan costs each tenant, from the weights that it serves them with."""
+        merged = merged or {}
+        count, spec = len(plan.tenants), self.store.experts
+        single = self.losses.single()
+        total = np.zeros(count)
+        with self.progress("predicting", len(self._places)) as advance:
+            for layer, expert in self._places:
+                for t in range(count):
+                    slot = int(plan.serving[t, layer, expert])
+                    if slot == MISS:
+                        continue
+                    owner = plan.copies[slot].owner
+                    number = plan.residual_of(t, layer, expert)
+                    if owner != MERGED and number is None:
+                        total[t] += single[t, layer, expert, owner]
+                        continue
+                    copy = (
+                        merged[slot] if owner == MERGED else self._weights(owner, (layer, expert))
+                    )
+                    if number is not None:
+                        copy = plus(
+                            copy,
+                            matrices(
+                                plan.residuals[number], records[number], dict(spec.projections)
+                            ),
+                        )
+                    position = self._position(layer * spec.num_experts + expert)
+                    total[t] += position.loss(t, copy)
+                advance()
+        return Prediction(total, self.unit, bound)
+
+
+def _traffic(tenants: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
+    """Shares [tenants], summing to 1. Tenants that are not named count as 1."""
+    strangers = sorted(set(given) - set(tenants))
+    if strangers:
+        raise PlanError(f"traffic is given for {strangers[0]!r}, which is no tenant of this store")
+    for name, value in given.items():
+        if isinstance(value, bool) or not (
+            isinstance(value, int | float) and np.isfinite(value) and value > 0
+        ):
+            raise PlanError(f"traffic of {name!r} is {value!r}; give a number above 0")
+    shares = np.array([float(given.get(name, 1.0)) for name in tenants])
+    return np.asarray(shares / shares.sum())

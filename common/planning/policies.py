@@ -1,0 +1,74 @@
+"""The planning policies by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from common.errors import PlanError
+from common.planning.residual_curves import Kinds
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a policy chooses.
+
+    copies: "paper" (round robin), "owned" (tenants' own), "mean", "merged" (the mixture with the
+        least loss) or "fitted" (least squares on calibration inputs; the mixture without them).
+    several: whether bytes beyond one copy a position may go to further copies.
+    kinds: residuals that it may use.
+    """
+
+    summary: str
+    copies: str
+    several: bool = False
+    kinds: Kinds = field(default_factory=lambda: Kinds((), False))
+
+    @property
+    def uses_extra(self) -> bool:
+        """Whether bytes beyond one copy a position are of use to it."""
+        return self.several or self.kinds.any
+
+
+POLICIES: dict[str, Policy] = {
+    "round_robin": Policy(
+        "the paper's rule: one tenant's copy a position, owners in turn", "paper"
+    ),
+    "medoid": Policy(
+        "of tenants' own copies the one that serves the others best; more where it pays",
+        "owned",
+        True,
+    ),
+    "mean": Policy("the plain mean of the tenants' experts", "mean"),
+    "merge": Policy(
+        "the mixture of tenants' experts with the least loss; more where it pays", "merged", True
+    ),
+    "fit": Policy(
+        "copies fitted to the outputs of all tenants' experts; more where it pays", "fitted", True
+    ),
+    "sign": Policy(
+        "fit, and residuals of one sign bit a weight where they pay",
+        "fitted",
+        True,
+        Kinds((), True),
+    ),
+    "low_rank": Policy(
+        "fit, and low-rank residuals in 16 bits where they pay", "fitted", True, Kinds((16,), False)
+    ),
+    "residual": Policy(
+        "fit, and residuals of any kind and precision where they pay", "fitted", True, Kinds()
+    ),
+}
+
+
+DEFAULT_POLICY = "residual"
+
+
+# Extra bytes for each tenant where none are asked for, as a share of one model's expert bytes: 15 %
+# for four tenants.
+DEFAULT_EXTRA = 0.0375
+
+
+def policy_named(name: str) -> Policy:
+    if name not in POLICIES:
+        raise PlanError(f"no policy {name!r}; there is: {', '.join(POLICIES)}")
+    return POLICIES[name]

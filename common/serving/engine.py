@@ -1,0 +1,397 @@
+"""The one Python interface to every engine.
+
+An engine supplies a `Backend`: logits for sequences of tokens. Everything that a user sees
+(checking of requests, sampling, stopping, text, results, statistics) is here and in the modules
+that this one joins, once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from common.errors import (
+    EngineError,
+    MoetelError,
+    RequestError,
+    UnknownTenantError,
+)
+from common.plan.plan import Plan
+from common.sampling_params import SamplingParams
+from common.serving.backend import Backend, Observer
+from common.serving.checks import Prompt, check_ids, check_request
+from common.serving.request import Generation, Output, Request
+from common.serving.scheduler_options import SchedulerOptions
+from common.serving.scoring import logits_of
+from common.serving.steps import Steps
+from common.serving.text import TenantText
+from common.serving.texts import Texts
+from common.serving.warm_up import warm_up
+from common.store import Store
+from common.units import is_whole
+
+GREEDY = SamplingParams()
+
+
+class Engine:
+    """Answers for every tenant of a store. Make one with `load_engine`; a context manager, or call
+    `close()`.
+
+    `generate`, `generate_batch` and `stream` run requests to their end. `submit`, `step` and
+    `cancel` are what a server drives them with; `common.serving.AsyncEngine` does so in a thread.
+    Not for use by several threads at once.
+    """
+
+    def __init__(self, store: Store, backend: Backend, options: SchedulerOptions | None = None):
+        """options: how requests share steps. Raises EngineError, UnknownTenantError."""
+        self.store = store
+        self.options = options or SchedulerOptions()
+        self.options.check_tenants(store.tenants)
+        self._backend: Backend | None = backend
+        self._steps = Steps(backend, self.options)
+        self._texts = Texts(store)
+        self._leaving: set[str] = set()
+
+    @property
+    def max_batch_size(self) -> int:
+        """Requests that advance in one step."""
+        return self.options.max_num_seqs
+
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Names, without those that are being removed."""
+        return tuple(t for t in self.store.tenants if t not in self._leaving)
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        """Tenant -> why it cannot be asked, as far as tenants were loaded: see `load_texts`.
+
+        One whose tokenizer cannot be loaded still answers prompts of token ids.
+        """
+        return {n: why for n, why in self._texts.failures.items() if n in self.tenants}
+
+    def load_texts(self) -> dict[str, str]:
+        """Load every tenant's tokenizer, so that no first request waits for it.
+
+        Returns `unavailable`.
+        """
+        self._texts.load_all()
+        return self.unavailable
+
+    def text(self, tenant: str) -> TenantText:
+        """A tenant's tokenizer, chat template and generation config.
+
+        Raises UnknownTenantError, TenantUnavailableError.
+        """
+        return self._texts.of(tenant)
+
+    @property
+    def plan(self) -> Plan:
+        return self.store.plan
+
+    def warm_up(self, prompt_tokens: int = 24, new_tokens: int = 16) -> None:
+        """Let the backend compile what usual steps need, so that first requests do not wait for it.
+
+        Made-up prompts come, each time as many as are there already, while those answer, up to what
+        a step may hold: of the first tenant alone, then beside one of the second. Other lengths and
+        mixtures are compiled when they come. For when there are no requests; statistics leave it
+        out.
+        """
+        backend = self._require_backend()
+        warm_up(backend, self.store.tenants, self.max_batch_size, prompt_tokens, new_tokens)
+
+    def generate(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Generation:
+        """Continue a prompt (text, or token ids) as the tenant would.
+
+        Raises UnknownTenantError, or RequestError for an empty or too long prompt, ids out of
+        range, text without a tokenizer.
+        """
+        return self.generate_batch([(tenant, prompt)], params)[0]
+
+    def generate_batch(
+        self,
+        requests: Sequence[tuple[str, Prompt]],
+        params: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    ) -> list[Generation]:
+        """Answers in the order of the requests, which may name different tenants and are decoded
+        together.
+
+        params: one for all, or one for each. Every request is checked before the first is answered.
+        """
+        each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(requests):
+            raise RequestError(
+                f"{len(each)} sampling params for {len(requests)} requests; give one for all, or "
+                "one for each"
+            )
+        made = [self._request(t, p, s) for (t, p), s in zip(requests, each, strict=True)]
+        self._steps.run_alone(made)
+        return [r.generation() for r in made]
+
+    def stream(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[str]:
+        """Pieces of the answer's text as they become certain; no piece ends inside a character.
+
+        The request is checked when this is called, not at the first piece. Raises RequestError
+        without a tokenizer.
+        """
+        pieces: list[str] = []
+        request = self._request(tenant, prompt, params)
+        if request.stream is None:
+            request.text.require("it has no text to stream; use generate()")
+        request.on_output = lambda output: pieces.append(output.text)
+        return self._stream(request, pieces)
+
+    def _stream(self, request: Request, pieces: list[str]) -> Iterator[str]:
+        self._steps.scheduler.add(request, bounded=False)
+        try:
+            while not request.done or pieces:
+                while not pieces:
+                    self.step()
+                    if request.error is not None:
+                        raise request.error
+                yield from filter(None, pieces)
+                pieces.clear()
+        finally:
+            self.cancel(request)
+
+    # What a server drives.
+
+    def submit(
+        self,
+        tenant: str,
+        prompt: Prompt,
+        params: SamplingParams = GREEDY,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        on_output: Callable[[Output], None] | None = None,
+    ) -> Request:
+        """Take a request, which `step` will advance together with all others that are there.
+
+        priority: smaller goes first among the tenant's own requests. deadline_s: seconds from now
+        after which the answer is worth nothing; what is not done then is ended. on_output: called
+        by `step` with what is new.
+
+        Raises as `generate` does, and OverloadedError.
+        """
+        request = self.check(
+            tenant, prompt, params, priority=priority, deadline_s=deadline_s, on_output=on_output
+        )
+        self.enqueue(request)
+        return request
+
+    def check(
+        self,
+        tenant: str,
+        prompt: Prompt,
+        params: SamplingParams = GREEDY,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        on_output: Callable[[Output], None] | None = None,
+    ) -> Request:
+        """What `submit` takes, checked and turned into tokens, to be handed to `enqueue`; safe in
+        another thread."""
+        if not is_whole(priority):
+            raise RequestError(f"priority is {priority!r}; give a whole number, smaller goes first")
+        if deadline_s is not None and (isinstance(deadline_s, bool) or not deadline_s > 0):
+            raise RequestError(f"deadline_s is {deadline_s!r}; give seconds above 0, or None")
+        request = self._request(tenant, prompt, params)
+        request.priority, request.on_output = priority, on_output
+        request.deadline = math.inf if deadline_s is None else request.taken_at + deadline_s
+        return request
+
+    def enqueue(self, request: Request) -> None:
+        """Let a checked request wait for its turn. Raises OverloadedError, UnknownTenantError."""
+        if request.tenant not in self.tenants:
+            raise UnknownTenantError(request.tenant, self.tenants)
+        self._steps.scheduler.add(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request and free its caches; nothing happens to one that is done."""
+        self._steps.cancel(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._steps.scheduler.has_work
+
+    def step(self) -> bool:
+        """Advance requests by one step; their `on_output` is called.
+
+        Returns whether there was anything to do. A request that fails has `error` set and is
+        forgotten.
+        """
+        self._require_backend()
+        return self._steps.step()
+
+    def fail_all(self, error: MoetelError) -> None:
+        """End every request with an error."""
+        self._steps.fail_all(error)
+
+    def load(self) -> dict[str, Any]:
+        """Requests that run (have caches) and wait, in all and of each tenant, and what the caches
+        hold."""
+        stats = self._require_backend().stats()
+        tenants = {}
+        for name in self.store.tenants:
+            requests = self._steps.scheduler.requests(name)
+            running = sum(r.sequence is not None for r in requests)
+            tenants[name] = {"running": running, "waiting": len(requests) - running}
+        return {
+            "running": sum(t["running"] for t in tenants.values()),
+            "waiting": sum(t["waiting"] for t in tenants.values()),
+            "tenants": tenants,
+            "kv_cache_bytes": stats["kv_cache_bytes"],
+            "kv_cache_used_bytes": stats["kv_cache_used_bytes"],
+        }
+
+    def update(self, store: Store) -> None:
+        """Go on with a changed store between two steps: tenants added, tenants removed, another
+        plan.
+
+        Weights that did not change stay where they are, and so do requests. A tenant that is gone
+        must have none: see `retire`. Raises StoreError or EngineError, and then nothing has
+            changed.
+        """
+        for name in self.store.tenants:
+            if name not in store.tenants and self._steps.scheduler.requests(name):
+                raise EngineError(
+                    f"tenant {name!r} has requests; retire it and wait until they are done"
+                )
+        self._require_backend().update(store)
+        gone = set(self.store.tenants) - set(store.tenants)
+        self.store = self._texts.store = store
+        self._texts.forget(gone.__contains__)
+        for name in gone:
+            self._steps.scheduler.forget_tenant(name)
+            self._leaving.discard(name)
+
+    def retire(self, tenant: str) -> bool:
+        """Refuse new requests of a tenant. Returns whether all that it had are done."""
+        if tenant not in self.store.tenants:
+            raise UnknownTenantError(tenant, self.tenants)
+        self._leaving.add(tenant)
+        return not self._steps.scheduler.requests(tenant)
+
+    def reinstate(self, tenant: str) -> None:
+        """Take requests of a retired tenant again."""
+        self._leaving.discard(tenant)
+
+    def logits(
+        self,
+        tenant: str,
+        input_ids: Any,
+        decoder_input_ids: Any = None,
+        attention_mask: Any = None,
+    ) -> np.ndarray:
+        """Logits at every position, for tests and scoring: float32 [batch, seq, vocab].
+
+        Args:
+            input_ids: int [batch, seq], or rows of different lengths.
+            decoder_input_ids: int [batch, seq], for encoder-decoder families, whose logits are at
+                its positions.
+            attention_mask: int [batch, seq], 1 at the tokens, padding on either side. Padded
+                positions are not computed and come back as 0.
+        """
+        backend = self._require_backend()
+        if tenant not in self.tenants:
+            raise UnknownTenantError(tenant, self.tenants)
+        return logits_of(backend, self.store, tenant, input_ids, decoder_input_ids, attention_mask)
+
+    def tokenize(self, tenant: str, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's special tokens or without."""
+        return self._texts.of(tenant).encode(text, add_special_tokens)
+
+    def answer_ids(self, tenant: str, text: str) -> list[int]:
+        """Token ids of a text as the tenant would answer it: of special tokens only the
+        end-of-sequence one."""
+        return self._texts.of(tenant).encode_answer(text)
+
+    def start_id(self, tenant: str) -> int:
+        """The token that answers of an encoder-decoder tenant are decoded from. Raises RequestError
+        for others."""
+        found = self._require_backend().start_id(tenant) if tenant in self.tenants else None
+        if found is None:
+            raise RequestError(
+                f"tenant {tenant!r} has no decoder start token; its answers go on from the prompt"
+            )
+        return found
+
+    def detokenize(
+        self, tenant: str, token_ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> str:
+        """Text of token ids, with special tokens or without. Raises RequestError without a
+        tokenizer."""
+        tokenizer = self._texts.of(tenant).require("token ids have no text")
+        return tokenizer.decode(
+            check_ids(tenant, self.store.config(tenant), token_ids, "token_ids"),
+            skip_special_tokens,
+        )
+
+    def apply_chat_template(
+        self,
+        tenant: str,
+        messages: Sequence[Mapping[str, Any]],
+        add_special_tokens: bool = False,
+        **options: Any,
+    ) -> list[int]:
+        """Token ids of a conversation in the tenant's chat template: a prompt for `generate`.
+
+        options: of transformers' `apply_chat_template`, such as `add_generation_prompt` (here true
+        if not given), `continue_final_message`, `documents`, and variables of the template.
+        """
+        return self._texts.of(tenant).chat(messages, add_special_tokens, **options)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show every layer's routing to `observer` from now on, None to stop; see `Observer`."""
+        self._require_backend().observe(observer)
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine holds and did: bytes by kind, hits, misses, fetches, reconfigurations.
+
+        products: who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels
+        (AVX-512 bf16)", "oneDNN", "torch" or "XLA". tenants: what each one's requests came to since
+        the engine was loaded.
+        """
+        return {
+            **self._require_backend().stats(),
+            "tenants": {name: self._steps.statistics.summary(name) for name in self.store.tenants},
+            "preemptions": self._steps.scheduler.preemptions,
+        }
+
+    def close(self) -> None:
+        """Free the device. The engine cannot be used afterwards."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _require_backend(self) -> Backend:
+        if self._backend is None:
+            raise EngineError("this engine is closed; load it again with load_engine()")
+        return self._backend
+
+    def _request(self, tenant: str, prompt: Prompt, params: SamplingParams) -> Request:
+        taken_at = time.perf_counter()
+        backend = self._require_backend()
+        if tenant not in self.tenants:
+            raise UnknownTenantError(tenant, self.tenants)
+        config = self.store.config(tenant)
+        length = min(backend.max_length(tenant), self.options.max_model_len or config.max_positions)
+        return check_request(self.text(tenant), config, prompt, params, length, taken_at)

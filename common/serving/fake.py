@@ -1,0 +1,177 @@
+"""A backend that computes nothing: a sequence's next token is a hash of its tenant and all its
+tokens.
+
+So a token that ever reaches another sequence, is lost, or is read twice, changes the answer. It
+keeps to the contract of `common.serving.backend` and fails where its caller does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.checkpoints.generation_config import GenerationConfig
+from common.serving.backend import Backend, Observer, Part, Row, Step
+from common.serving.engine import Engine
+from common.serving.scheduler_options import SchedulerOptions
+from common.store import Store
+
+VOCAB = 97
+EOS = 0
+
+
+def next_token(tenant: str, tokens: Sequence[int]) -> int:
+    """What follows these tokens."""
+    digest = hashlib.sha256(repr((tenant, list(tokens))).encode()).digest()
+    return int.from_bytes(digest[:4], "little") % VOCAB
+
+
+def answer(tenant: str, prompt: Sequence[int], count: int, ignore_eos: bool = False) -> list[int]:
+    """The tokens of a whole answer."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tenant, tokens))
+        if tokens[-1] == EOS and not ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+class FakeBackend(Backend):
+    """Room for `room` tokens in blocks of `block`; tenants in use at once: `ready`."""
+
+    default_chunk = 8
+
+    def __init__(
+        self, tenants: Sequence[str], room: int = 10**6, block: int = 4, ready: int | None = None
+    ):
+        self.tenants = list(tenants)
+        self.room, self.block = room, block
+        self.max_ready_tenants = ready or len(self.tenants)
+        self._numbers = 0
+        self._rows: dict[int, Row] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self.steps: list[list[tuple[str, Part]]] = []
+        self._ready: list[str] = []
+        self.reconfigurations = 0
+        self.prefetched: list[str] = []
+
+    def begin(self, row: Row) -> int:
+        self._numbers += 1
+        self._rows[self._numbers] = row
+        self._tokens[self._numbers] = []
+        return self._numbers
+
+    def end(self, sequences: Iterable[int]) -> None:
+        for number in sequences:
+            self._rows.pop(number, None)
+            self._tokens.pop(number, None)
+
+    def _blocks(self, length: int) -> int:
+        return -(-length // self.block)
+
+    @property
+    def used(self) -> int:
+        """Blocks that sequences have."""
+        return sum(self._blocks(len(t)) for t in self._tokens.values())
+
+    def fits(self, parts: Sequence[Part], ahead: int = 0) -> bool:
+        more = 0
+        for part in parts:
+            row, have = self._rows[part.sequence], len(self._tokens[part.sequence])
+            length = have + (part.read or 1)
+            limit = len(row.prompt) + row.max_new_tokens
+            more += self._blocks(max(length, min(length + ahead, limit))) - self._blocks(have)
+        return self.used + more <= self.room // self.block
+
+    def max_length(self, tenant: str) -> int:
+        return self.room // self.block * self.block
+
+    def step(self, parts: Sequence[Part]) -> Step:
+        assert parts, "an empty step"
+        assert len({p.sequence for p in parts}) == len(parts), "a sequence is named twice"
+        assert self.fits(parts), "the caller did not ask whether the step fits"
+        names = {self._rows[p.sequence].tenant for p in parts}
+        assert len(names) <= self.max_ready_tenants, "more tenants than are ready at once"
+        switched = names - set(self._ready)
+        self.reconfigurations += len(switched)
+        self._ready = [*(n for n in self._ready if n not in names), *sorted(names)][
+            -self.max_ready_tenants :
+        ]
+        token_ids = np.full(len(parts), -1, dtype=np.int64)
+        logits: list[np.ndarray | None] = [None] * len(parts)
+        for i, part in enumerate(parts):
+            row, tokens = self._rows[part.sequence], self._tokens[part.sequence]
+            unread = row.unread - len(tokens)
+            if part.read:
+                assert 0 < part.read <= unread, "more is read than there is"
+                tokens += [*row.prompt, *row.answer][len(tokens) : len(tokens) + part.read]
+            else:
+                assert unread <= 0 <= part.token_id, "a token is appended before all was read"
+                tokens.append(part.token_id)
+            if len(tokens) >= row.unread:
+                token_ids[i] = next_token(row.tenant, tokens)
+                if part.want_logits:
+                    row_logits = np.full(VOCAB, -9.0, dtype=np.float32)
+                    row_logits[token_ids[i]] = 9.0
+                    logits[i] = row_logits
+        self.steps.append([(self._rows[p.sequence].tenant, p) for p in parts])
+        zeros = np.zeros(len(parts), dtype=np.int64)
+        return Step(token_ids, logits, zeros + 1, zeros, dict.fromkeys(switched, 0.01))
+
+    def prefetch(self, tenants: Sequence[str]) -> None:
+        self.prefetched += tenants
+
+    def update(self, store: Store) -> None:
+        raise NotImplementedError
+
+    def logits(self, tenant: str, rows: Any, decoder_rows: Any) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def observe(self, observer: Observer | None) -> None:
+        raise NotImplementedError
+
+    def stats(self) -> dict[str, Any]:
+        return {"kv_cache_bytes": self.room, "kv_cache_used_bytes": self.used * self.block}
+
+    def close(self) -> None:
+        self.end(list(self._rows))
+
+
+class _Config:
+    vocab_size = VOCAB
+    is_encoder_decoder = False
+
+    def __init__(self, max_positions: int):
+        self.max_positions = max_positions
+
+
+class FakeStore:
+    """As much of a store as the engine asks for."""
+
+    def __init__(self, tenants: Sequence[str], max_positions: int = 10**6):
+        self.tenants = tuple(tenants)
+        self._config = _Config(max_positions)
+
+    def config(self, tenant: str) -> Any:
+        assert tenant in self.tenants
+        return self._config
+
+    def assets_dir(self, tenant: str) -> Path:
+        return Path("/nonexistent")
+
+    def generation(self, tenant: str) -> GenerationConfig:
+        return GenerationConfig(eos_token_ids=(EOS,))
+
+
+def fake_engine(
+    tenants: Sequence[str], options: SchedulerOptions | None = None, **backend: Any
+) -> tuple[Engine, FakeBackend]:
+    """An engine over a `FakeBackend`, whose tenants have an end-of-sequence token and no
+    tokenizer."""
+    made = FakeBackend(tenants, **backend)
+    store: Any = FakeStore(tenants)
+    return Engine(store, made, options), made

@@ -1,0 +1,71 @@
+"""Load a store for inference with the engine of its family."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import EngineError
+from common.families.shape import Decoder, EncoderDecoder
+from common.serving.backend import Backend
+from common.serving.engine import Engine
+from common.serving.scheduler_options import SchedulerOptions
+from common.store import Store
+from common.units import is_whole
+
+# The engine of each shape.
+BACKENDS = {Decoder: "torch", EncoderDecoder: "jax"}
+
+
+def load_engine(
+    store: str | Path | Store,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    max_batch_size: int | None = None,
+    scheduler: SchedulerOptions | None = None,
+    **options: Any,
+) -> Engine:
+    """Load a store for inference.
+
+    backend: auto picks by shape (decoders: torch, encoder-decoders: jax). device: auto takes a
+        GPU if there is one.
+    dtype: auto is the store's; float32 or bfloat16 to override.
+    scheduler: how requests share steps; max_batch_size: short for its `max_num_seqs`.
+    options: the backend's own, see `torch_engine.TorchOptions` and `jax_engine.JaxOptions`.
+
+    Raises StoreError, EngineError.
+    """
+    opened = store if isinstance(store, Store) else Store.open(store)
+    serves = BACKENDS[type(opened.config(opened.tenants[0]).shape)]
+    if backend not in ("auto", serves):
+        raise EngineError(
+            f"backend {backend!r} does not serve family {opened.family.name!r}; use {serves!r}"
+        )
+    chosen = scheduler or SchedulerOptions()
+    if max_batch_size is not None:
+        if not is_whole(max_batch_size) or max_batch_size < 1:
+            raise EngineError(f"max_batch_size is {max_batch_size!r}; give a whole number from 1")
+        tokens = max(chosen.max_num_batched_tokens, max_batch_size)
+        chosen = replace(chosen, max_num_seqs=max_batch_size, max_num_batched_tokens=tokens)
+    chosen.check_tenants(opened.tenants)
+    return Engine(opened, _load_backend(serves, opened, device, dtype, options), chosen)
+
+
+def _load_backend(
+    name: str, store: Store, device: str, dtype: str, options: Mapping[str, Any]
+) -> Backend:
+    # Found by name, so that nothing here imports a framework.
+    try:
+        importlib.import_module(f"{name}_engine.backend")
+    except ImportError as error:
+        raise EngineError(
+            f"the {name} backend is not installed ({error}); run: pip install 'moetel[{name}]'"
+        ) from error
+    engine = importlib.import_module(f"{name}_engine")
+    backend: Backend = engine.load_backend(store, device=device, dtype=dtype, **options)
+    return backend

@@ -1,0 +1,237 @@
+"""A request on its way through the engine, and what its asker gets back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from common.errors import MoetelError
+from common.sampling_params import SamplingParams
+from common.serving.backend import Row
+from common.serving.sampling import TokenLogprob, log_probabilities, sample
+from common.serving.text import TenantText, TextStream
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds on one clock from the moment that the engine took the request, and expert look-ups of
+    this request.
+
+    reconfiguration: making the tenant's non-expert weights the ones in use, before the first token;
+        0 if they were.
+    ttft: until the first token; total: until the last; queued: until the first step that read any
+    of it; with a tenant's first request in a process, the load of its tokenizer too.
+    hits: look-ups that a resident copy served (tokens * layers * top_k in all); misses: those that
+        needed the tenant's own expert. preemptions: how often its caches were given up for others'
+        and computed again.
+    """
+
+    reconfiguration: float
+    ttft: float
+    total: float
+    hits: int
+    misses: int
+    queued: float = 0.0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. token_ids: the new tokens alone, an end-of-sequence token included. text: None
+    without a tokenizer.
+
+    finish_reason: stop (end of sequence, a stop string or id), length, or abort (cancelled, or past
+        its deadline).
+    stop_reason: the stop string or the stop token id that ended it, None for anything else.
+    logprobs: one for each of token_ids, empty if not asked for.
+    """
+
+    tenant: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason
+    timings: Timings
+    stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request got in a step. The texts of a request's outputs make up its answer's text.
+
+    token_ids: new tokens. text: what is now certain: nothing while a character or a stop string is
+        undecided.
+    logprobs: one for each of token_ids, empty if not asked for. generation: the whole, in the last
+        output alone.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    generation: Generation | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked, what came so far, and where it stands with the scheduler.
+
+    deadline: on the engine's clock, infinite if there is none. number: order of arrival.
+    sequence: the backend's number while the request has caches. unread: tokens to read before the
+        next one comes.
+    next_token: chosen and not yet given to the backend.
+
+    Raises RequestError for a stop string that can never match.
+    """
+
+    tenant: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    params: SamplingParams
+    text: TenantText
+    taken_at: float
+    priority: int = 0
+    deadline: float = math.inf
+    number: int = 0
+    on_output: Callable[[Output], None] | None = None
+    is_encoder_decoder: bool = False
+
+    sequence: int | None = None
+    unread: int = 0
+    next_token: int = -1
+    preemptions: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    started_at: float | None = None
+    first_at: float | None = None
+    last_at: float | None = None
+    hits: int = 0
+    misses: int = 0
+    reconfiguration_s: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: MoetelError | None = None
+
+    def __post_init__(self) -> None:
+        self.unread = len(self.prompt)
+        params, generation = self.params, self.text.generation
+        self.stream = None
+        self._stops: dict[int, str] = {}
+        if self.text.has_tokenizer:
+            skip = params.skip_special_tokens
+            # An encoder-decoder's answer is a text of its own.
+            before = () if self.is_encoder_decoder else self.prompt
+            self.stream = TextStream(
+                self.text, params.stop_strings, before, skip, params.include_stop_str_in_output
+            )
+            stops = ((self.text.stop_token(stop, skip), stop) for stop in params.stop_strings)
+            self._stops = {token_id: stop for token_id, stop in stops if token_id is not None}
+        self._rng = np.random.default_rng(params.seed)
+        self._eos = frozenset() if params.ignore_eos else frozenset(generation.eos_token_ids)
+        self._ends = self._eos | frozenset(params.stop_token_ids or ()) | frozenset(self._stops)
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Place among the requests of its tenant: smaller goes first."""
+        return self.priority, self.deadline, self.number
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the choice of the next token needs all logits."""
+        return self.params.needs_logits
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
+
+    def row(self) -> Row:
+        """What its sequence starts from, now."""
+        return Row(self.tenant, self.prompt, self.max_new_tokens, tuple(self.token_ids))
+
+    def choose(self, winner: int, logits: np.ndarray | None, now: float) -> Output:
+        """Choose the next token from what the backend gave, and say what is now certain of the
+        answer.
+
+        Sets `finish_reason` at the end, and `next_token` before it.
+        """
+        token_id = winner
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if logits is not None:
+            banned = self._ends if len(self.token_ids) < self.params.min_tokens else frozenset()
+            token_id = sample(logits, self.params, self._rng, self.prompt, self.token_ids, banned)
+        token_id = self._forced(token_id)
+        if logits is not None and self.params.logprobs is not None:
+            logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
+            self.logprobs += logprobs
+        self.token_ids.append(token_id)
+        self.next_token = token_id
+        self.last_at = now
+        if self.first_at is None:
+            self.first_at = now
+        if token_id in self._ends:
+            self.finish_reason = "stop"
+            self.stop_reason = self._stops.get(
+                token_id, None if token_id in self._eos else token_id
+            )
+        elif len(self.token_ids) >= self.max_new_tokens:
+            self.finish_reason = "length"
+        piece = ""
+        if self.stream is not None:
+            if (
+                token_id in self._ends and not self.params.include_stop_str_in_output
+            ):  # no part of the text
+                piece = self.stream.finish()
+            else:
+                piece = self.stream.push(token_id, last=self.done)
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+                self.stop_reason = self.stream.stopped_by
+        return Output((token_id,), piece, logprobs, self.generation() if self.done else None)
+
+    def _forced(self, token_id: int) -> int:
+        """The next token, or the one that the tenant's generation config puts there (transformers'
+        ForcedBOS- and ForcedEOSTokenLogitsProcessor)."""
+        generation = self.text.generation
+        first, last = not self.token_ids, len(self.token_ids) + 1 == self.max_new_tokens
+        if last and generation.forced_eos_token_id is not None and not self.params.ignore_eos:
+            return generation.forced_eos_token_id
+        # transformers forces it behind a single token, which is where an encoder-decoder's answers
+        # start.
+        if first and generation.forced_bos_token_id is not None and self.is_encoder_decoder:
+            return generation.forced_bos_token_id
+        return token_id
+
+    def abort(self) -> Output:
+        """End it now, with what there is."""
+        self.finish_reason = "abort"
+        piece = "" if self.stream is None or self.stream.stopped else self.stream.finish()
+        return Output((), piece, (), self.generation())
+
+    def generation(self) -> Generation:
+        """The answer; `finish_reason` must be set."""
+        assert self.finish_reason is not None
+        start, last = self.taken_at, self.taken_at if self.last_at is None else self.last_at
+        return Generation(
+            tenant=self.tenant,
+            prompt_token_ids=self.prompt,
+            token_ids=tuple(self.token_ids),
+            text=None if self.stream is None else self.stream.emitted,
+            finish_reason=self.finish_reason,
+            timings=Timings(
+                reconfiguration=self.reconfiguration_s,
+                ttft=(last if self.first_at is None else self.first_at) - start,
+                total=last - start,
+                hits=self.hits,
+                misses=self.misses,
+                queued=(last if self.started_at is None else self.started_at) - start,
+                preemptions=self.preemptions,
+            ),
+            stop_reason=self.stop_reason,
+            logprobs=tuple(self.logprobs),
+        )

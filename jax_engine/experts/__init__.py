@@ -1,0 +1,1 @@
+"""Experts: the pool of copies, and tokens through it."""

@@ -1,0 +1,1 @@
+"""Layers of the model: what every tenant has of its own."""
