@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from common import SamplingParams, load_engine
+from common import SamplingParams, build_store, load_engine
 from common.build.build import remove_tenant
+from common.build.examples import CalibrationSet
 from common.build.extend import extend_store
 from common.checkpoints import open_checkpoint
 from common.families import FAMILIES, Decoder
 from common.plan.residual import LOW_RANK, SIGN, Part
 from common.store.change import set_plan
+from common.store.profiles import load_profile
 from tests import helpers
 from tests.families import SIZES, random, tenants
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
@@ -237,6 +239,43 @@ def test_tenants_come_and_go(family: str, tmp_path: Path) -> None:
     store = remove_tenant(tmp_path / "store", "a")
     with load_engine(store) as engine:
         compare(engine, {"b": helpers.oracle_of_store(store, models[1:], 0)})
+
+
+@torch.inference_mode()
+def picked(model: Any, rows: list[list[int]]) -> np.ndarray:
+    """int64 [sparse layers, experts], how often transformers' routers pick each expert."""
+    modules = helpers.expert_modules(model)
+    counts = np.zeros((len(modules), 5), dtype=np.int64)
+
+    def count(layer: int) -> Any:
+        def hook(module: Any, given: Any) -> None:
+            np.add.at(counts[layer], given[1].reshape(-1).numpy(), 1)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(count(n)) for n, m in enumerate(modules)]
+    for row in rows:
+        model(torch.tensor([row]))
+    for h in hooks:
+        h.remove()
+    return counts
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_calibrated_plans_with_residuals(family: str, tmp_path: Path) -> None:
+    models, paths = tenants(family, tmp_path, **LAYERS.get(family, {}))
+    rows = helpers.prompts(0, (20, 9, 14), 101)
+    sets = {name: CalibrationSet.texts(rows) for name in paths}
+    store = build_store(tmp_path / "store", paths, policy="residual", extra=0.4, calibration=sets)
+    for name, model in zip(paths, models, strict=True):
+        profile = load_profile(store, name)
+        assert profile is not None
+        np.testing.assert_array_equal(profile.counts, picked(model, rows))
+        assert (profile.sensitivity > 0).all()
+    assert store.plan.residuals
+    oracles = {n: helpers.oracle_of_store(store, models, i) for i, n in enumerate(paths)}
+    with load_engine(store) as engine:
+        compare(engine, oracles)
 
 
 # What belongs to a tenant alone may differ: all that experts do not see.
