@@ -49,7 +49,8 @@ from benchmarks.switch_shape import (
 )
 from common import Engine, Store, build_store, load_engine
 from common.dtypes import BFLOAT16, BY_NAME
-from common.families.switch_transformers import as_switch
+from common.families import EncoderDecoder
+from common.families.shape import Sparse
 from common.plan.residual import LOW_RANK, SIGN, Part, Residual, row_bytes
 from common.serving.backend import Backend, Row
 from common.store.change import set_plan
@@ -228,7 +229,9 @@ def experts_hit(
 ) -> tuple[float, float]:
     """Different experts that a layer's tokens take: of the encoder, and of the decoder in a step.
     Not timed."""
-    encoder = len(as_switch(engine.store.config(side.tenant)).sparse_layers["encoder"])
+    shape = engine.store.config(side.tenant).shape
+    assert isinstance(shape, EncoderDecoder)
+    encoder = sum(isinstance(mlp, Sparse) for mlp in shape.encoder)
     counts: tuple[list[int], list[int]] = ([], [])
 
     def look(
