@@ -23,7 +23,7 @@ from tests import helpers
 from tests.families import SIZES, random, tenants
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 
-NEW = SamplingParams(max_new_tokens=9, ignore_eos=True)
+NEW = SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=0)
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 YARN |= {"original_max_position_embeddings": 64}
@@ -88,7 +88,7 @@ GRANITE: dict[str, dict[str, Any]] = {
 
 
 def compare(engine: Any, models: Mapping[str, Any]) -> None:
-    """Logits of several rows, and greedy tokens of a batch of all tenants."""
+    """Logits of several rows; greedy tokens of a batch of all tenants, and their probabilities."""
     rows = helpers.prompts(2, (7, 1, 19), 101)
     for name, model in models.items():
         ids, mask = helpers.padded(rows, "left")
@@ -101,6 +101,12 @@ def compare(engine: Any, models: Mapping[str, Any]) -> None:
     for (name, row), answer in zip(requests, engine.generate_batch(requests, NEW), strict=True):
         expected = hf_greedy(models[name], row, NEW.max_new_tokens)
         assert list(answer.token_ids) == expected, f"{name}, {len(row)} tokens"
+        # What the cache holds may be wrong where greedy tokens are not.
+        whole = torch.from_numpy(hf_logits(models[name], [[*row, *expected]])[0]).double()
+        theirs = whole.log_softmax(-1)[len(row) - 1 : -1].gather(1, torch.tensor(expected)[:, None])
+        ours = np.array([t.logprob for t in answer.logprobs])
+        tolerance = max(TOLERANCE, 1e-5 * float(whole.abs().max()))
+        assert_close(ours, theirs[:, 0].numpy(), tolerance, f"{name}, answer")
 
 
 def check(family: str, changes: dict[str, Any], path: Path) -> None:
