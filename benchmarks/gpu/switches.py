@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch_engine.tenants.by_copy import TenantsByCopy
 
 from benchmarks.common import Report, Spread, ratios
 from benchmarks.gpu.clock import Clock, pinned
@@ -15,6 +14,7 @@ from benchmarks.gpu.stores import KV_BYTES
 from benchmarks.material.shape import Shape
 from common import Store, load_engine
 from common.serving.backend import Backend, Row
+from torch_engine.tenants.by_copy import TenantsByCopy
 
 
 def reconfiguration(store: Store, device: torch.device, clock: Clock) -> Report:
