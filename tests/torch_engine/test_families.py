@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import SamplingParams, build_store, load_engine
+from common import MoetelError, SamplingParams, build_store, load_engine
 from common.build.build import remove_tenant
 from common.build.examples import CalibrationSet
 from common.build.extend import extend_store
@@ -315,6 +315,21 @@ def test_tenants_of_a_batch_may_differ_in_what_is_their_own(family: str, tmp_pat
     oracles = {n: helpers.oracle(models, i, store.plan) for i, n in enumerate(paths)}
     with load_engine(store) as engine:
         compare(engine, oracles)
+
+
+def test_tenants_must_agree_in_their_layers(tmp_path: Path) -> None:
+    """Sparse layers of one number, but other dense ones: no step could compute both."""
+    few = random("qwen3_moe", 0, mlp_only_layers=[1])
+    more = random("qwen3_moe", 1, mlp_only_layers=[1, 3], num_hidden_layers=4)
+    other = random("qwen3_moe", 1, mlp_only_layers=[0])
+    paths = {
+        n: helpers.save(m, tmp_path / n)
+        for n, m in (("few", few), ("more", more), ("other", other))
+    }
+    for name, what in (("more", "model_layers: 3 != 4"), ("other", "expert_layers: ")):
+        pair = {n: paths[n] for n in ("few", name)}
+        with pytest.raises(MoetelError, match=what):
+            helpers.build_round_robin(tmp_path / "store", pair)
 
 
 @pytest.mark.parametrize("family", rest_slow(DECODERS, 3))
