@@ -1,8 +1,8 @@
 """Tenants' non-expert weights on the device; reconfiguration is handing another tenant's to the
 same compiled step.
 
-Variables that tenants have equal, as fine-tunes have that leave a part of the model as it was, are
-on the device once.
+Variables that tenants have equal are on the device once. Fine-tunes often leave a part of the model
+as it was.
 """
 
 from __future__ import annotations
