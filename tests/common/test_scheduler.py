@@ -106,7 +106,7 @@ def test_every_answer_is_what_it_would_be_alone(
         mock.patch.object(backend, "step", step),
         # So that floods are known as such in few steps.
         mock.patch.multiple("common.serving.step_times", FEWEST=4, EVERY=2),
-        mock.patch.multiple("common.serving.scheduler", FEW=1),
+        mock.patch.multiple("common.serving.flood", FEW=1),
     ):
         answer_all(engine, backend, events, seed)
     assert all(len(parts) <= seqs for parts in backend.steps)
