@@ -1,5 +1,5 @@
-"""Random schedules of sequences through a backend: they join, wait, are read in pieces, put off and
-begun again."""
+"""Random schedules of sequences through a backend: they join, wait, are read in pieces,
+preempted and begun again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from common.serving.backend import Backend, Part, Row
+from tests.helpers import assert_close
+
+CLOSE = 1e-4
 
 
 @dataclass
@@ -63,6 +66,22 @@ def advance(backend: Backend, chosen: Sequence[tuple[Asked, int]]) -> dict[str, 
     return step.reconfiguration_s
 
 
+def begun(backend: Backend, tenant: str, prompt: list[int], count: int) -> Asked:
+    """A sequence that has read its prompt."""
+    asked = Asked(tenant, prompt, count)
+    asked.begin(backend)
+    advance(backend, [(asked, asked.unread)])
+    return asked
+
+
+def finish(backend: Backend, asked: Asked) -> list[int]:
+    """The answer, all that is left of it read and taken; the sequence ends."""
+    while not asked.is_done:
+        advance(backend, [(asked, asked.unread)])
+    backend.end([asked.number or 0])
+    return asked.answer
+
+
 def alone(backend: Backend, requests: Sequence[Asked]) -> list[Asked]:
     """The same requests, one after the other, each read at once."""
     found = [Asked(r.tenant, r.prompt, r.count) for r in requests]
@@ -79,9 +98,9 @@ def alone(backend: Backend, requests: Sequence[Asked]) -> list[Asked]:
 def run(
     backend: Backend, requests: Sequence[Asked], seed: int, most_tenants: int | None = None
 ) -> int:
-    """Answer requests in a random order. Returns how many were put off and begun again."""
+    """Answer requests in a random order. Returns how many were preempted and begun again."""
     rng = random.Random(seed)
-    put_off = 0
+    preempted = 0
     while going := [r for r in requests if not r.is_done]:
         chosen: list[tuple[Asked, int]] = []
         for asked in rng.sample(going, rng.randint(1, len(going))):
@@ -90,7 +109,7 @@ def run(
                 continue
             if asked.number is not None and rng.random() < 0.07:
                 backend.end([asked.number])
-                asked.number, put_off = None, put_off + 1
+                asked.number, preempted = None, preempted + 1
             if asked.number is None:
                 asked.begin(backend)
             read = rng.choice([asked.unread, rng.randint(1, asked.unread)]) if asked.unread else 0
@@ -103,7 +122,7 @@ def run(
             if asked.is_done and asked.number is not None:
                 backend.end([asked.number])
                 asked.number = None
-    return put_off
+    return preempted
 
 
 def requests_of(
@@ -122,3 +141,10 @@ def requests_of(
         )
         for _ in range(count)
     ]
+
+
+def check_equal(found: Sequence[Asked], expected: Sequence[Asked]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.answer == theirs.answer
+        for a, b in zip(ours.logits[-len(theirs.logits) :], theirs.logits, strict=True):
+            assert_close(a, b, CLOSE)

@@ -23,16 +23,9 @@ from common.checkpoints import TensorRef
 from common.plan.plan import MISS, Plan
 from common.store import Store
 from torch_engine import native
+from torch_engine.layers.mlp import ACTIVATIONS
 from torch_engine.products import PackedWeight, Weight, as_tensor, linear, pack_native
 from torch_engine.residuals import ResidentResiduals, RowResidual, add_residuals, residuals_within
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 @dataclass

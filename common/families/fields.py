@@ -131,6 +131,12 @@ class Fields:
             raise self.error(field, f"is {value!r}; expected a number")
         return float(value)
 
+    def positive_number(self, field: str, default: float) -> float:
+        value = self.number(field, default)
+        if not 0 < value < float("inf"):
+            raise self.error(field, f"is {value!r}; expected a number above 0")
+        return value
+
     def flag(self, field: str, default: bool) -> bool:
         value = self.raw.get(field)
         if value is None:

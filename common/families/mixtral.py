@@ -6,7 +6,7 @@ Source: transformers, models/mixtral/modeling_mixtral.py; layouts on disk: conve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.families.decoder import FUSED, NAMES, READ, DecoderFamily
 from common.families.fields import Fields
@@ -32,7 +32,7 @@ class MixtralFamily(DecoderFamily):
         },
         FUSED,
     )
-    defaults: ClassVar[Mapping[str, int | float]] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "vocab_size": 32000,
         "hidden_size": 4096,
         "intermediate_size": 14336,

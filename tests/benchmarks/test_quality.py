@@ -159,7 +159,7 @@ def test_training_what_is_missing(
 ) -> None:
     pytest.importorskip("num2words")
     sizes = "--hidden-size 16 --intermediate-size 16 --layers 1 --heads 2 --kv-heads 1 --experts 2 --vocab-size 300"  # noqa: E501
-    tiny = f"{sizes} --languages en fr --batch 2 --base-steps 2 --tune-steps 1 --scored 2 --threads 1".split()  # noqa: E501
+    tiny = f"{sizes} --languages en fr --batch 2 --base-steps 2 --tune-steps 1 --threads 1".split()
     monkeypatch.setitem(quality.RECIPES, "numbers", ("benchmarks.material.train_demo", *tiny))
     there = tmp_path / "numbers"
     (there / "seed3").mkdir(parents=True)

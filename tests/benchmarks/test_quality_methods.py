@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality.methods import Method, names, usual_methods
+from benchmarks.quality.methods import PLANNED, Method, names, usual_methods
 from benchmarks.quality.plot import draw, rank_correlation
 from benchmarks.quality.workshop import Material, Workshop, evaluate
 from common import PlanError, build_store, load_engine
 from common.build.examples import CalibrationSet
-from common.planning.policies import POLICIES
 from scripts import cli
 from scripts.demo.number_words import expected
 from scripts.quality.measure import evaluate_store
@@ -37,7 +36,6 @@ def test_methods_serve_what_they_say(tmp_path: Path) -> None:
         "base",
         "average",
         "ties:density=0.3,scale=0.5",
-        "dare_experts",
     ]
     asked += ["mean", "residual@0.1", "round_robin:slots=20"]
     methods = [Method.parse(m) for m in asked]
@@ -50,9 +48,8 @@ def test_methods_serve_what_they_say(tmp_path: Path) -> None:
         "base",
         "average",
         "ties, density 0.3, scale 0.5",
-        "dare experts",
     ]
-    assert seen[1:7] == labels and seen[7:] == ["mean", "residual + 10 %", "round robin, slots 20"]
+    assert seen[1:6] == labels and seen[6:] == ["mean", "residual + 10 %", "round robin, slots 20"]
     by = {r.method: r for r in results}
     one = by["alone"].memory.experts // 2
     for label in labels:
@@ -69,11 +66,7 @@ def test_methods_serve_what_they_say(tmp_path: Path) -> None:
     # fr, the second tenant: another's layers cost far more than another's experts, and residuals
     # mend most of these.
     assert kl["residual + 10 %"] < min(kl["mean"], kl["round robin"])
-    assert (
-        max(kl["mean"], kl["round robin"], kl["dare experts"])
-        < kl["average"]
-        < kl["round robin one model"]
-    )
+    assert max(kl["mean"], kl["round robin"]) < kl["average"] < kl["round robin one model"]
     assert results[0].seed == 5 and by["average"].worst_tenant() is None
     titles, rows = table(results)
     assert titles[-1] == "exact match, fr" and [r[0] for r in rows] == seen
@@ -115,9 +108,9 @@ def test_no_scores_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_every_policy_is_a_method() -> None:
-    assert set(POLICIES) < set(names())
+    assert set(PLANNED) < set(names())
     usual = usual_methods([0.05, 0.15], with_base=False)
-    assert {m.name for m in usual} == {*POLICIES, "round_robin_one_model", "average"}
+    assert {m.name for m in usual} == {*PLANNED, "round_robin_one_model", "average"}
     for method in usual:
         method.check()
     assert {m.label for m in usual} >= {"round robin", "residual + 5 %", "residual + 15 %"}

@@ -13,7 +13,7 @@ from common import EngineError, StoreError
 from common.serving.backend import Backend, Part, Row
 from tests.contract.backends import NEWCOMER, TENANTS, FakeMade, JaxMade, Made, TorchMade
 from tests.helpers import assert_close, prompts, rest_slow
-from tests.schedules import Asked, advance, alone, requests_of, run
+from tests.schedules import Asked, advance, alone, begun, check_equal, finish, requests_of, run
 
 PROMISED = {
     "device",
@@ -32,28 +32,6 @@ PROMISED = {
 
 def used(backend: Backend) -> int:
     return int(backend.stats()["kv_cache_used_bytes"])
-
-
-def begun(backend: Backend, tenant: str, prompt: list[int], count: int) -> Asked:
-    """A sequence that has read its prompt."""
-    asked = Asked(tenant, prompt, count)
-    asked.begin(backend)
-    advance(backend, [(asked, asked.unread)])
-    return asked
-
-
-def finish(backend: Backend, asked: Asked) -> list[int]:
-    while not asked.is_done:
-        advance(backend, [(asked, asked.unread)])
-    backend.end([asked.number or 0])
-    return asked.answer
-
-
-def check_equal(found: list[Asked], expected: list[Asked]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.answer == theirs.answer
-        for a, b in zip(ours.logits[-len(theirs.logits) :], theirs.logits, strict=True):
-            assert_close(a, b)
 
 
 @pytest.fixture(scope="class")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("jax")
 
+from common import Store
+from jax_engine import load_backend
+from jax_engine.backend import JaxBackend
 from tests import helpers, switch_models
 
 
@@ -40,3 +44,26 @@ def switch_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
     base = switch_models.random_switch(0, **sizes)
     models = [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)]
     return save_family(tmp_path_factory.mktemp("switch"), models)
+
+
+@pytest.fixture(scope="session")
+def small_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
+    """base, ana and bob: three encoder layers, one of them sparse, and two decoder layers; 4
+    experts, float32."""
+    base = switch_models.random_switch(0, num_layers=3, num_sparse_encoder_layers=1)
+    return save_family(
+        tmp_path_factory.mktemp("small"),
+        [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)],
+    )
+
+
+def backend_for(store: Store, **options: Any) -> JaxBackend:
+    """A backend, or a skip where our own kernels cannot be had."""
+    if options.get("products") == "native":
+        from jax_engine import native
+
+        if native.load() is None:
+            pytest.skip("no kernels of our own here: see native.load for what they need")
+    backend = load_backend(store, **options)
+    assert isinstance(backend, JaxBackend)
+    return backend

@@ -16,9 +16,9 @@ import torch
 
 from common import Engine, EngineError, SamplingParams, Store, load_engine
 from common.plan.residual import LOW_RANK, SIGN, Part, Residual, matrices, row_bytes
-from jax_engine import residuals as module
-from jax_engine.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
-from jax_engine.residuals import FIELDS, KINDS, LayerResiduals, part_on_device
+from jax_engine.experts import residuals as module
+from jax_engine.experts.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
+from jax_engine.experts.residuals import FIELDS, KINDS, LayerResiduals, part_on_device
 from tests.helpers import assert_close, build_round_robin, padded, prompts, random_record, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.jax_engine.test_oracle import EVERY_WAY, check, load

@@ -13,16 +13,14 @@ import pytest
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
-from scripts.server.fields import MEANINGLESS, Refused
-from scripts.server.requests import (
+from scripts.server.chat_requests import (
     ChatRequest,
-    CompletionRequest,
     Conversation,
     DetokenizeRequest,
-    StreamOptions,
-    Taken,
     TokenizeRequest,
 )
+from scripts.server.fields import MEANINGLESS, Refused
+from scripts.server.requests import CompletionRequest, StreamOptions, Taken
 from tests import helpers
 from tests.server.live import Live, error
 from tests.server.speaking import CHAT, COMPLETION

@@ -19,7 +19,7 @@ from common import EngineError, load_engine
 from common import native as targets
 from tests import helpers
 from torch_engine import native, products
-from torch_engine.model import rms_norm
+from torch_engine.layers.norm import rms_norm
 from torch_engine.pool import ACTIVATIONS
 from torch_engine.products import linears, pack_native
 
@@ -243,7 +243,9 @@ def test_decode_attention(
     tables = [numbers[:1].copy(), numbers[1:4].copy(), numbers[4:22].copy()]
     fused = noise(2, 3, groups * per_group + 2, size).to(dtype)
     q = fused[:, : groups * per_group]  # rows of q lie apart, as they do beside rotated keys
-    out = native.decode_attention(found, q, keys, values, groups, tables, block, lengths, window)
+    out = native.decode_attention(
+        found, q, keys, values, groups, tables, block, lengths, window, 0.3
+    )
     for row, length in enumerate(lengths):
         first = 0 if window is None else max(0, length - window)
         positions = np.arange(first, length)
@@ -256,7 +258,8 @@ def test_decode_attention(
             .repeat_interleave(per_group, 0)
             for t in (keys, values)
         )
-        exact = F.scaled_dot_product_attention(q[row].double()[:, None], k, v)[:, 0].reshape(-1)
+        one = q[row].double()[:, None]
+        exact = F.scaled_dot_product_attention(one, k, v, scale=0.3)[:, 0].reshape(-1)
         close(out[row], exact, dtype)
 
 

@@ -10,19 +10,18 @@ import torch
 from transformers.models.mixtral import modeling_mixtral as hf
 
 from common.families import FAMILIES, Decoder
+from common.families.shape import Router
 from tests import helpers
 from tests.conftest import Family
 from torch_engine import products
-from torch_engine.model import rms_norm, route_top_k
-from torch_engine.non_expert import (
-    FlatLayout,
-    TenantsByCopy,
-    TenantsInPlace,
-    TenantWeights,
-    entries,
-)
+from torch_engine.layers.norm import rms_norm
+from torch_engine.layers.rotary import RotaryTable, rotate
+from torch_engine.layers.router import route
 from torch_engine.pool import find_grouped_mm, grouped_mm_fits
-from torch_engine.rotary import RotaryTable, rotate
+from torch_engine.tenants.by_copy import TenantsByCopy
+from torch_engine.tenants.in_place import TenantsInPlace
+from torch_engine.tenants.layout import FlatLayout
+from torch_engine.tenants.weights import TenantWeights, entries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,7 +40,7 @@ def test_routing_equals_transformers(experts: int, top_k: int) -> None:
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
     x = torch.randn(30, 16, generator=torch.Generator().manual_seed(2))
     logits, weights, ids = router(x)
-    found_weights, found_ids = route_top_k(logits, top_k)
+    found_weights, found_ids = route(Router(top_k, renormalise=True), logits)
     assert torch.equal(found_ids, ids)
     torch.testing.assert_close(found_weights, weights)
 
@@ -159,7 +158,7 @@ def test_flat_layout_is_aligned_and_ordered(family: Family, tmp_path: Path) -> N
     assert list(layout.stage_ends) == sorted(layout.stage_ends)
     assert len(layout.stage_ends) == config.experts.num_layers + 2
     names = {
-        store.role_tensor("base", *s) for entry in entries(config.shape) for s in entry.sources
+        store.role_tensor("base", s, e.layer) for e in entries(config.shape) for s in e.sources
     }
     assert names == set(store.family.non_expert_shapes(config))
 

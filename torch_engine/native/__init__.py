@@ -431,8 +431,7 @@ def experts(
 def rms_norms(
     kernels: Kernels, x: Tensor, starts: np.ndarray, weights: Sequence[Tensor], eps: np.ndarray
 ) -> Tensor:
-    """`torch_engine.model.rms_norm` of several runs of rows, each with a weight and an epsilon of
-    its own.
+    """RMS norms of several runs of rows, each with a weight and an epsilon of its own.
 
     starts: int64 [runs + 1], where each run's rows begin. eps: float32 [runs].
     """
@@ -461,12 +460,13 @@ def decode_attention(
     block: int,
     lengths: np.ndarray,
     window: int | None,
+    scale: float,
 ) -> Tensor:
     """Attention of one new token a row, itself in the cache already: [B, N, D] -> [B, N * D].
 
     keys, values: a layer's cache [tokens, groups * D or more], the last axis contiguous. tables:
         for each row int64,
-    the numbers of its blocks of `block` tokens. lengths: int64 [B].
+    the numbers of its blocks of `block` tokens. lengths: int64 [B]. scale: of the products.
     """
     rows, heads, size = q.shape
     longest = int(lengths.max())
@@ -489,7 +489,7 @@ def decode_attention(
         lengths.ctypes.data,
         longest,
         longest if window is None else window,
-        size**-0.5,
+        scale,
         scores.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),

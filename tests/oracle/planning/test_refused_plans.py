@@ -21,7 +21,7 @@ def test_what_cannot_be_planned_is_refused(mixtral: Case, tmp_path: Path) -> Non
     refused: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (
             PlanError,
-            "no policy 'best'; there is: round_robin, medoid",
+            "no policy 'best'; there is: round_robin, fit",
             lambda: replan(path, policy="best"),
         ),
         (PlanError, "no policy 'best'", lambda: planner(Store.open(path)).plan("best")),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.build.examples import CalibrationSet
-from common.planning.policies import DEFAULT_EXTRA, POLICIES
+from common.planning.policies import DEFAULT_EXTRA, KNOWN_POLICIES
 from common.store.profiles import load_profile
 from tests import helpers
 from tests.helpers import assert_close, prompts
@@ -19,7 +19,7 @@ from tests.oracle.planning.case import calibration, check, planner, small, tiny
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_one_tenant(policy: str, calibrated: bool, tmp_path: Path) -> None:
     sets = {"only": CalibrationSet.texts(prompts(0, [20] * 3))} if calibrated else {}
-    extra = 0.5 if POLICIES[policy].uses_extra else None
+    extra = 0.5 if KNOWN_POLICIES[policy].uses_extra else None
     store = small(tmp_path, {"only": tiny()}, policy=policy, extra=extra, calibration=sets)
     check(store, store.experts.num_positions * store.copy_bytes)
     assert store.plan.num_slots == 3 and not store.plan.residuals and not store.manifest.merged
@@ -31,7 +31,7 @@ def test_one_tenant(policy: str, calibrated: bool, tmp_path: Path) -> None:
 def test_identical_tenants_share_all(policy: str, calibrated: bool, tmp_path: Path) -> None:
     base, other = tiny(), helpers.tuned(tiny(), 1)
     sets = calibration(("a", "b", "c")) if calibrated else {}
-    rule = POLICIES[policy]
+    rule = KNOWN_POLICIES[policy]
     extra = 3.0 if rule.uses_extra else None
     store = small(
         tmp_path, {"a": base, "b": base, "c": other}, policy=policy, extra=extra, calibration=sets
@@ -86,7 +86,7 @@ def test_a_tenant_without_calibration_among_others(policy: str, tmp_path: Path) 
     base = tiny()
     models = {"base": base, "ana": helpers.tuned(base, 1), "bob": helpers.tuned(base, 2)}
     sets = {n: s for n, s in calibration().items() if n != "bob"}
-    extra = 0.3 if POLICIES[policy].uses_extra else None
+    extra = 0.3 if KNOWN_POLICIES[policy].uses_extra else None
     store = small(tmp_path, models, policy=policy, extra=extra, calibration=sets)
     check(store, int((1 + (extra or 0)) * 3 * store.copy_bytes))
     losses = planner(store).losses
@@ -102,7 +102,7 @@ def test_a_tenant_without_calibration_among_others(policy: str, tmp_path: Path) 
 def test_stores_of_half_precision(dtype: str, policy: str, tmp_path: Path) -> None:
     base = tiny()
     models = {"base": base, "ana": helpers.tuned(base, 1), "bob": helpers.tuned(base, 2)}
-    extra = 0.3 if POLICIES[policy].uses_extra else None
+    extra = 0.3 if KNOWN_POLICIES[policy].uses_extra else None
     store = small(
         tmp_path, models, policy=policy, extra=extra, dtype=dtype, calibration=calibration()
     )

@@ -18,8 +18,7 @@ from common.checkpoints import (
     open_checkpoint,
     write_t5x,
 )
-from common.families.shape import EncoderDecoder, RelativePositions
-from common.families.switch_transformers import as_switch
+from common.families.switch_transformers import shape_of
 from tests import helpers, switch
 from tests.helpers import shared_path
 from tests.oracle.checkpoints.t5x.same import WI, assert_same
@@ -107,16 +106,11 @@ def test_every_shape_is_found(variant: str, tmp_path: Path) -> None:
     )
     found, expected = open_checkpoint(path), open_checkpoint(tmp_path / "hf")
     assert_same(found, expected)
-    mine, theirs = as_switch(found.config), as_switch(expected.config)
-    for field in theirs.__dataclass_fields__:
-        if field not in ("raw", "shape", "relative_attention_max_distance"):
-            assert getattr(mine, field) == getattr(theirs, field), field
+    assert found.config.experts == expected.config.experts
+    mine, theirs = shape_of(found.config), shape_of(expected.config)
     # The one thing that no shape of an array tells, see `open_checkpoint`'s notes.
-    distance = theirs.relative_attention_max_distance
-    positions = RelativePositions(theirs.relative_attention_num_buckets, distance)
-    assert isinstance(mine.shape, EncoderDecoder)
-    told = replace(mine.shape.attention, positions=positions)
-    assert replace(mine.shape, attention=told) == theirs.shape
+    told = replace(mine.attention, positions=theirs.attention.positions)
+    assert replace(mine, attention=told) == theirs
     assert open_checkpoint(path, tmp_path / "hf").config.raw == expected.config.raw
 
 
@@ -148,7 +142,7 @@ def test_gated(tmp_path: Path) -> None:
     write_t5x(tmp_path / "t5x", source)
     found = open_checkpoint(tmp_path / "t5x")
     assert_same(found, source)
-    assert as_switch(found.config).gated and found.config.experts.activation == "gelu_new"
+    assert shape_of(found.config).experts.gated and found.config.experts.activation == "gelu_new"
     assert {p.name for p in (tmp_path / "t5x").glob("target.encoder.layers_1.mlp.expert.*")} == {
         f"target.encoder.layers_1.mlp.expert.{p}.kernel" for p in ("wi_0", "wi_1", "wo")
     }

@@ -11,14 +11,21 @@ import pytest
 
 from common import CheckpointError
 from common.checkpoints import (
+    Checkpoint,
     open_checkpoint,
     read_asset,
     write_t5x,
 )
 from common.checkpoints.t5x_config import sparse_step
-from common.families.switch_transformers import as_switch
+from common.families.shape import Mlp, sparse_layers
+from common.families.switch_transformers import shape_of
 from tests import switch
 from tests.oracle.checkpoints.t5x.same import moved_experts
+
+
+def sides(checkpoint: Checkpoint) -> tuple[tuple[Mlp, ...], tuple[Mlp, ...]]:
+    shape = shape_of(checkpoint.config)
+    return shape.encoder, shape.decoder
 
 
 def test_sparse_layers_that_transformers_has_no_rule_for(
@@ -26,7 +33,7 @@ def test_sparse_layers_that_transformers_has_no_rule_for(
 ) -> None:
     path = switch.write_t5x(tmp_path / "checkpoint_3", moved_experts(parameters))
     found = open_checkpoint(path)
-    assert as_switch(found.config).sparse_layers == {"encoder": (2, 5), "decoder": (1, 3)}
+    assert [sparse_layers(s) for s in sides(found)] == [(2, 5), (1, 3)]
     assert found.config.raw["moetel_sparse_layers"] == {"encoder": [2, 5], "decoder": [1, 3]}
     assert found.config.experts.num_layers == 4
     with pytest.raises(CheckpointError, match=r"sparse encoder layers \[2, 5\]"):
@@ -35,7 +42,7 @@ def test_sparse_layers_that_transformers_has_no_rule_for(
     config = switch.random_switch(num_layers=6).config.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     given = open_checkpoint(path, tmp_path / "config.json")
-    assert as_switch(given.config).sparse_layers == {"encoder": (2, 5), "decoder": (1, 3)}
+    assert [sparse_layers(s) for s in sides(given)] == [(2, 5), (1, 3)]
     assert given.config.raw["relative_attention_max_distance"] == 20
     assert any(
         "sparse encoder layers are [2, 5]" in note and "mean [1, 4]" in note for note in given.notes
@@ -122,7 +129,7 @@ def test_config_fields_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "spiece.model").write_bytes(b"pieces")
     found = open_checkpoint(checkpoint)
     assert raw.items() <= found.config.raw.items()
-    assert as_switch(found.config).layer_norm_epsilon == 1e-5
+    assert shape_of(found.config).norm_eps == 1e-5
     assert set(found.assets) == {"config.json", "spiece.model"}
     assert "epsilon" not in found.notes[0] and "eos" not in found.notes[0]
     other = tmp_path / "other"
@@ -130,7 +137,7 @@ def test_config_fields_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps({"layer_norm_epsilon": 1e-4}), encoding="utf-8")
     (other / "tokenizer.json").write_text("{}", encoding="utf-8")
     named = open_checkpoint(checkpoint, other)
-    assert as_switch(named.config).layer_norm_epsilon == 1e-4
+    assert shape_of(named.config).norm_eps == 1e-4
     assert json.loads(read_asset(named.assets["config.json"])) == named.config.raw
     assert (
         named.assets["tokenizer.json"] == other / "tokenizer.json"
@@ -156,7 +163,7 @@ def test_gated_configs(tmp_path: Path) -> None:
     write_t5x(path, source)
     (path / "config.json").write_text(json.dumps({"dense_act_fn": "silu"}), encoding="utf-8")
     found = open_checkpoint(path)
-    assert found.config.experts.activation == "silu" and as_switch(found.config).gated
+    assert found.config.experts.activation == "silu" and shape_of(found.config).experts.gated
     (path / "config.json").write_text(json.dumps({"feed_forward_proj": "relu"}), encoding="utf-8")
     with pytest.raises(
         CheckpointError, match=r"'feed_forward_proj' is 'relu', .* wi_0 and wi_1 \(gated\)"
