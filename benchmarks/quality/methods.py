@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.quality import merging
-from common.planning.policies import POLICIES
+from common.planning.policies import KNOWN_POLICIES
 from scripts.quality.task import TaskError
+
+PLANNED = {name: policy for name, policy in KNOWN_POLICIES.items() if name != "all"}
+"""The policies that plan; nothing shared is the method `alone`."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,14 @@ class Method:
     def calibrates(self) -> bool:
         """Whether the plan depends on calibration, where there is one."""
         return (
-            self.name in POLICIES
+            self.name in PLANNED
             and self.name != "round_robin"
             and bool(self.options.get("calibrated", True))
         )
 
     def check(self) -> None:
         """Raises TaskError or PlanError for options that the method does not take."""
-        if self.name in POLICIES:
+        if self.name in PLANNED:
             known: tuple[str, ...] = ("slots", "calibrated")
         elif self.recipe() is not None:
             known = tuple(self.options)  # checked by the recipe
@@ -97,9 +100,9 @@ class Method:
                     f"{', '.join(known) or 'none'}"
                 )
         if self.extra is not None and (
-            self.name not in POLICIES or (self.extra and not POLICIES[self.name].uses_extra)
+            self.name not in PLANNED or (self.extra and not PLANNED[self.name].uses_extra)
         ):
-            users = ", ".join(name for name, policy in POLICIES.items() if policy.uses_extra)
+            users = ", ".join(name for name, policy in PLANNED.items() if policy.uses_extra)
             raise TaskError(
                 f"method {self.name!r} has no use for extra memory; leave @ out, or take one of: "
                 f"{users}"
@@ -111,7 +114,7 @@ def names() -> tuple[str, ...]:
     return (
         "alone",
         "base",
-        *POLICIES,
+        *PLANNED,
         "round_robin_one_model",
         *merging.METHODS,
         *(f"{m}_experts" for m in merging.METHODS),
@@ -126,7 +129,7 @@ def usual_methods(extra: Sequence[float], with_base: bool) -> list[Method]:
     """
     found = [Method("round_robin"), Method("round_robin_one_model")]
     found += [Method(m) for m in merging.METHODS if with_base or m not in merging.NEED_BASE]
-    for name, policy in POLICIES.items():
+    for name, policy in PLANNED.items():
         if name != "round_robin" and not policy.kinds.any:
             found.append(Method(name, 0.0 if policy.uses_extra else None))
         if policy.uses_extra:

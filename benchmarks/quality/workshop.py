@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import merging
-from benchmarks.quality.methods import Method
+from benchmarks.quality.methods import PLANNED, Method
 from common import Store, build_store
 from common.build.examples import CalibrationSet
 from common.checkpoints import open_checkpoint
 from common.planning.measurements import Measurements
 from common.planning.planner import Planner
-from common.planning.policies import DEFAULT_EXTRA, POLICIES
+from common.planning.policies import DEFAULT_EXTRA
 from common.progress import Progress, silent
 from common.store.change import set_plan
 from common.store.profiles import load_profile
@@ -94,7 +94,7 @@ class Workshop:
             return alone_store(self.store, self.store.tenants), None
         if recipe is not None and method.name.endswith("_experts"):
             return merging.merge_experts(self.store.path, recipe, material.base), None
-        if method.name in POLICIES:
+        if method.name in PLANNED:
             return self._planned(method)
         merged = self._directory / "merged"
         shutil.rmtree(merged, ignore_errors=True)
@@ -123,7 +123,7 @@ class Workshop:
             self._planners[calibrated] = Planner(
                 store, profiles, progress=self._progress, known=known
             )
-        policy, slots = POLICIES[method.name], method.options.get("slots")
+        policy, slots = PLANNED[method.name], method.options.get("slots")
         extra = method.extra
         if extra is None:  # as `moetel build` has it
             extra = (

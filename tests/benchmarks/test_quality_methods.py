@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality.methods import Method, names, usual_methods
+from benchmarks.quality.methods import PLANNED, Method, names, usual_methods
 from benchmarks.quality.plot import draw, rank_correlation
 from benchmarks.quality.workshop import Material, Workshop, evaluate
 from common import PlanError, build_store, load_engine
 from common.build.examples import CalibrationSet
-from common.planning.policies import POLICIES
 from scripts import cli
 from scripts.demo.number_words import expected
 from scripts.quality.measure import evaluate_store
@@ -115,9 +114,9 @@ def test_no_scores_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_every_policy_is_a_method() -> None:
-    assert set(POLICIES) < set(names())
+    assert set(PLANNED) < set(names())
     usual = usual_methods([0.05, 0.15], with_base=False)
-    assert {m.name for m in usual} == {*POLICIES, "round_robin_one_model", "average"}
+    assert {m.name for m in usual} == {*PLANNED, "round_robin_one_model", "average"}
     for method in usual:
         method.check()
     assert {m.label for m in usual} >= {"round robin", "residual + 5 %", "residual + 15 %"}
