@@ -1,13 +1,13 @@
-"""Stores of random tenants of real shapes, for measurements of speed: no download, minutes to
-write, kept for later."""
+"""Random models of real shapes, for measurements of speed: no download, seconds to write."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ _MIXTRAL: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
-    "head_dim": 64,
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
@@ -59,7 +58,7 @@ _SWITCH: dict[str, Any] = {
 }
 
 MODELS: dict[str, dict[str, Any]] = {
-    # A Mixtral of 0.8 B parameters, half the layers of the one that benchmarks/mixtral_cpu.py runs.
+    # A Mixtral of 0.8 B parameters.
     "mixtral": _MIXTRAL,
     # Mixtral-8x7B's proportions at a thirty-second of its size: half its width, an eighth of its
     # layers and vocabulary. Non-expert weights are 3.6 % of the experts' as there (3.3 %); in the
@@ -75,7 +74,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     # google/switch-base-8.
     "switch": _SWITCH,
-    # For trying the command itself.
+    # For trying commands themselves.
     "tiny-mixtral": _MIXTRAL
     | {
         "hidden_size": 32,
@@ -84,7 +83,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
         "vocab_size": 96,
         "max_position_embeddings": 512,
     },
@@ -104,9 +102,26 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_random(path: Path, config: dict[str, Any], dtype: str, seed: int) -> Path:
-    """Write a random checkpoint; routers spread tokens over experts. Seeds give tenants without
-    anything in common."""
+def write_random(
+    path: Path,
+    config: dict[str, Any],
+    dtype: str,
+    seed: int = 0,
+    *,
+    moved: float | None = None,
+    equal: Sequence[str] = (),
+    same_layers: bool = False,
+) -> Path:
+    """Write a random checkpoint; routers spread tokens over experts.
+
+    Args:
+        config: as config.json has it.
+        seed: seeds give tenants without anything in common, but for norms.
+        moved: the weights are those of seed 0, and noise of this seed is added: a fine-tune. Its
+            standard deviation is this share of the weights'.
+        equal: tensors whose names hold one of these parts are those of seed 0.
+        same_layers: every layer has the weights of layer 0, which a store keeps once.
+    """
     family = FAMILIES[config["model_type"]]
     checked = family.parse_config(config, "a random model")
     noise = np.random.default_rng(0).standard_normal(NOISE, dtype=np.float32)
@@ -115,14 +130,24 @@ def write_random(path: Path, config: dict[str, Any], dtype: str, seed: int) -> P
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         # Each tensor repeats one block of noise from another start: fresh noise for gigabytes would
         # take minutes.
-        for number, (name, shape) in enumerate(family.all_shapes(checked).items()):
+        numbers: dict[str, int] = {}
+        for name, shape in family.all_shapes(checked).items():
             if len(shape) == 1:
                 yield name, np.ones(shape, BY_NAME[dtype])
                 continue
-            start = (number * 7919 + seed * 104729) % NOISE
-            values = np.resize(np.roll(noise, -start), int(np.prod(shape))) * np.float32(
-                _spread(name, shape, config)
-            )
+            known = re.sub(r"\.(layers|block)\.\d+\.", ".", name) if same_layers else name
+            number = numbers.setdefault(known, len(numbers))
+            mine = 0 if any(part in name for part in equal) else seed
+            count = int(np.prod(shape))
+
+            def block(of: int, number: int = number, count: int = count) -> np.ndarray:
+                start = (number * 7919 + of * 104729) % NOISE
+                return np.resize(np.roll(noise, -start), count)
+
+            values = block(mine if moved is None else 0)
+            if moved and mine:
+                values = values + moved * block(mine)
+            values *= np.float32(_spread(name, shape, config))
             yield name, values.astype(BY_NAME[dtype]).reshape(shape)
 
     write_hugging_face(path, family.hf_config(checked, dtype), tensors())
@@ -136,10 +161,9 @@ def _spread(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
     std = 1 / math.sqrt(shape[-1])
     if ".q." in name:  # T5 does not divide attention scores by the head's size
         std /= math.sqrt(config["d_kv"])
-    if any(part in name for part in (".o.", ".wo.", "o_proj", ".w2.")):
-        std *= (
-            0.2  # else what all tokens share grows with depth, and routers send them to few experts
-        )
+    if any(part in name for part in (".o.", ".wo.", "o_proj", ".w2.", "down_proj")):
+        # Else what all tokens share grows with depth, and routers send them to few experts.
+        std *= 0.2
     return std
 
 

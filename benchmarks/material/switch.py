@@ -23,11 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from common.checkpoints import write_hugging_face
 from common.dtypes import BFLOAT16
-from common.families.switch_transformers import as_switch
-from jax_engine.experts.dispatch import DenseDispatch
-from jax_engine.experts.products import PlainProducts
-from jax_engine.models.encoder_decoder import Expert, Initial, Settings, SwitchTransformer
-from jax_engine.tenants.weights import canonical_tensors, family
+from common.families import FAMILIES, ModelConfig
+from common.families.shape import DECODER_EMBED, ENCODER_EMBED
+from jax_engine.layers.attention import prompt_mask
+from jax_engine.layers.variables import Expert, Initializer
+from jax_engine.models.checkpoints import canonical_tensors, training_spec
+from jax_engine.models.encoder_decoder import EncoderDecoderModel
 from scripts.demo.number_words import LANGUAGES
 
 
@@ -96,7 +97,7 @@ class Pairs:
 
 
 def loss(
-    model: SwitchTransformer, prompts: jax.Array, answers: jax.Array
+    model: EncoderDecoderModel, prompts: jax.Array, answers: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy of the answers' tokens, plus 0.01 of the routers' load-balancing loss; and
     the former alone.
@@ -104,39 +105,37 @@ def loss(
     Load balance: Switch Transformers (arXiv 2101.03961), section 2.2, mean over layers; 1 if
         experts share evenly.
     """
-    config = model.settings.config
-    spec = config.experts
-    slot_of = jnp.tile(jnp.arange(spec.num_experts, dtype=jnp.int32), (spec.num_layers, 1))
+    shape = model.spec.shape
+    experts = shape.experts.count
+    slot_of = jnp.tile(jnp.arange(experts, dtype=jnp.int32), (len(shape.sparse_layers), 1))
     balance: list[jax.Array] = []
 
     def feed(block: Any, x: jax.Array, live: jax.Array) -> jax.Array:
-        if block.layer is not None:
+        if block.position is not None:
             probabilities = jax.nn.softmax(block.router.logits(block.ff_norm(x)), axis=-1)
-            chosen = jax.nn.one_hot(probabilities.argmax(axis=-1), spec.num_experts)
+            chosen = jax.nn.one_hot(probabilities.argmax(axis=-1), experts)
             share, mean = (
                 (v * live[..., None]).sum(axis=(0, 1)) / live.sum() for v in (chosen, probabilities)
             )
-            balance.append(spec.num_experts * (share * mean).sum())
+            balance.append(experts * (share * mean).sum())
         found: jax.Array = block.feed(x, slot_of, live, ())
         return found
 
     live = prompts != 0
-    x, bias = model.embed("encoder", prompts), model.bias_of_encoder(live)
+    x, bias = model.embed(ENCODER_EMBED, prompts), model.bias_of_encoder(live)
     for block in model.encoder:
         x = feed(block, block.encode(x, bias), live)
     encoded = model.encoded(x)
     answer_live = answers != 0
-    start = jnp.full((len(answers), 1), config.decoder_start_token_id, answers.dtype)
-    x = model.embed("decoder", jnp.concatenate([start, answers[:, :-1]], axis=1))
-    zero, length = jnp.int32(0), answers.shape[1]
-    bias, encoder_bias = model.bias_of_decoder(zero, length, length), model.bias_to_encoder(live)
-    for block, cache, theirs in zip(
-        model.decoder, model.new_cache(len(answers), length), encoded, strict=True
-    ):
-        x, _ = block.decode(x, bias, cache, zero, theirs, encoder_bias)
+    start = jnp.full((len(answers), 1), shape.decoder_start_token_id, answers.dtype)
+    x = model.embed(DECODER_EMBED, jnp.concatenate([start, answers[:, :-1]], axis=1))
+    length = answers.shape[1]
+    bias, encoder_bias = model.bias_of_decoder(jnp.arange(length)[None], length), prompt_mask(live)
+    for block, theirs in zip(model.decoder, encoded, strict=True):
+        x, _ = block.decode(x, bias, None, None, theirs, encoder_bias)
         x = feed(block, x, answer_live)
     each = optax.softmax_cross_entropy_with_integer_labels(
-        model.logits(x, config.vocab_size), answers
+        model.logits(x, shape.vocab_size), answers
     )
     entropy = (each * answer_live).sum() / answer_live.sum()
     total: jax.Array = entropy + 0.01 * jnp.stack(balance).mean()
@@ -166,7 +165,7 @@ def step(model: Any, optimizer: Any, prompts: jax.Array, answers: jax.Array) -> 
 
 
 def train(
-    model: SwitchTransformer,
+    model: EncoderDecoderModel,
     pairs: Pairs,
     steps: int,
     batch: int,
@@ -187,9 +186,8 @@ def train(
     return [float(v) for v in losses]
 
 
-def make_model(recipe: Recipe, vocab_size: int) -> SwitchTransformer:
-    """Random weights in the shape of a recipe: every second layer sparse on both sides, tied,
-    ReLU."""
+def make_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The shape of a recipe: every second layer sparse on both sides, tied, ReLU."""
     raw = {
         "model_type": "switch_transformers",
         "vocab_size": vocab_size,
@@ -214,27 +212,34 @@ def make_model(recipe: Recipe, vocab_size: int) -> SwitchTransformer:
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
-    config = as_switch(family().parse_config(raw, "recipe"))
-    slots = (config.experts.num_experts,) * config.experts.num_layers
-    s = Settings(config, PlainProducts("float32", "float32"), DenseDispatch(), slots, vocab_size)
-    return SwitchTransformer(s, Initial(recipe.seed))
+    return FAMILIES["switch_transformers"].parse_config(raw, "recipe")
 
 
-def save(model: SwitchTransformer, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def make_model(config: ModelConfig, seed: int) -> EncoderDecoderModel:
+    """Random weights."""
+    return EncoderDecoderModel(training_spec(config), Initializer(seed))
+
+
+def save(
+    model: EncoderDecoderModel,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+) -> None:
     """Write a Hugging Face checkpoint in bfloat16."""
     path.mkdir(parents=True, exist_ok=True)
-    config = model.settings.config
-    tensors = ((name, array.astype(BFLOAT16)) for name, array in canonical_tensors(model))
-    write_hugging_face(path, family().hf_config(config, "bfloat16"), tensors)
+    tensors = ((name, array.astype(BFLOAT16)) for name, array in canonical_tensors(model, config))
+    family = FAMILIES[config.experts.family]
+    write_hugging_face(path, family.hf_config(config, "bfloat16"), tensors)
     ids = {k: config.raw.get(k) for k in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
     (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(path)
 
 
-def moved(model: SwitchTransformer, base: dict[str, np.ndarray]) -> dict[str, float]:
+def moved(tensors: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, float]:
     """Relative L2 distance from the base: of all expert weights together, and of all others."""
     sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
-    for name, array in canonical_tensors(model):
+    for name, array in tensors.items():
         kind = sums[".experts." in name]
         kind[0] += float(np.square(array - base[name]).sum())
         kind[1] += float(np.square(base[name]).sum())

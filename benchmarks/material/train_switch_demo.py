@@ -25,12 +25,20 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.material.recipe import add_recipe, given, write_metrics
-from benchmarks.material.switch import Pairs, Recipe, make_model, moved, save, train
+from benchmarks.material.switch import (
+    Pairs,
+    Recipe,
+    make_config,
+    make_model,
+    moved,
+    save,
+    train,
+)
 from benchmarks.material.tokenizer import make_tokenizer
 from common import MoetelError
 from common.checkpoints import open_checkpoint
 from common.progress import bars
-from jax_engine.tenants.weights import canonical_tensors, load_model
+from jax_engine.models.checkpoints import canonical_tensors, load_model
 from scripts import arguments
 from scripts.cli import fail
 from scripts.demo.number_words import ALL_LANGUAGES, LANGUAGES, expected, training_numbers
@@ -67,8 +75,9 @@ def run(recipe: Recipe, out: Path) -> None:
     numbers = training_numbers()
     texts = [expected(n, language) for language in recipe.languages for n in numbers[::7]]
     tokenizer = number_tokenizer(texts, recipe.vocab_size)
-    base = make_model(recipe, len(tokenizer))
-    sizes = {name: array.size for name, array in canonical_tensors(base)}
+    config = make_config(recipe, len(tokenizer))
+    base = make_model(config, recipe.seed)
+    sizes = {name: array.size for name, array in canonical_tensors(base, config)}
     losses: dict[str, list[float]] = {}
     distances = {}
     for name in ("base", *recipe.languages):
@@ -83,9 +92,10 @@ def run(recipe: Recipe, out: Path) -> None:
             losses[name] = train(
                 model, pairs, steps, recipe.batch, lr, recipe.seed + (not is_base), advance
             )
-        save(model, tokenizer, out / name)
+        save(model, config, tokenizer, out / name)
         if not is_base:
-            distances[name] = moved(model, dict(canonical_tensors(base)))
+            mine, theirs = (dict(canonical_tensors(m, config)) for m in (model, base))
+            distances[name] = moved(mine, theirs)
     write_metrics(
         out,
         recipe,
@@ -126,7 +136,7 @@ def tune(
     with bars(f"tuning {source.name}", steps) as advance:
         drawn = Pairs(tokenizer, [(prompt, [answer]) for prompt, answer in pairs])
         losses = train(model, drawn, steps, batch, lr, seed, advance)
-    save(model, tokenizer, out)
+    save(model, checkpoint.config, tokenizer, out)
     return losses
 
 

@@ -172,6 +172,8 @@ class EncoderDecoder:
 
     own_tables: which of encoder_embed, decoder_embed and head are tensors of their own; the others
         are `embed`.
+    decoder_start_token_id: what answers are decoded from, unless generation_config.json says
+        another.
     """
 
     vocab_size: int
@@ -184,6 +186,7 @@ class EncoderDecoder:
     norm_eps: float
     own_tables: tuple[str, ...] = ()
     scalars: Scalars = field(default_factory=Scalars)
+    decoder_start_token_id: int = 0
 
     @property
     def layers(self) -> tuple[Mlp, ...]:

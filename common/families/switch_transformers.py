@@ -12,7 +12,7 @@ Positions count the sparse layers of the encoder, then those of the decoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -92,7 +92,6 @@ class SwitchTransformersConfig(ModelConfig):
     relative_attention_max_distance: int
     layer_norm_epsilon: float
     tie_word_embeddings: bool
-    decoder_start_token_id: int
     untied: tuple[str, ...] = ()
 
     @property
@@ -103,14 +102,6 @@ class SwitchTransformersConfig(ModelConfig):
     def layers(self, side: Side) -> int:
         """Number of layers of one side."""
         return self.num_layers if side == "encoder" else self.num_decoder_layers
-
-    @property
-    def architecture(self) -> tuple[Any, ...]:
-        """What decides the compiled computation, the vocabulary's size apart: equal for tenants
-        that can share it."""
-        skipped = ("raw", "shape", "experts", "sparse_layers", "decoder_start_token_id")
-        rest = tuple(getattr(self, f) for f in self.__dataclass_fields__ if f not in skipped)
-        return (self.experts, tuple(self.sparse_layers[s] for s in SIDES), *rest)
 
 
 class SwitchTransformersFamily(Family):
@@ -237,6 +228,7 @@ class SwitchTransformersFamily(Family):
             norm_eps=epsilon,
             own_tables=tuple(role for role, name in TABLE_OF_ROLE.items() if name in own),
             scalars=Scalars(head_input=d_model**-0.5 if tied else 1.0),
+            decoder_start_token_id=start,
         )
         experts = ExpertSpec(
             family=self.name,
@@ -267,7 +259,6 @@ class SwitchTransformersFamily(Family):
             relative_attention_max_distance=distance,
             layer_norm_epsilon=epsilon,
             tie_word_embeddings=tied,
-            decoder_start_token_id=start,
             untied=tuple(name for name in TABLES if name in untied),
         )
 
@@ -334,19 +325,6 @@ def as_switch(config: ModelConfig) -> SwitchTransformersConfig:
     """The config of a Switch tenant; anything else is our own mistake."""
     assert isinstance(config, SwitchTransformersConfig)
     return config
-
-
-def iter_blocks(config: SwitchTransformersConfig) -> Iterator[tuple[Side, int, int | None]]:
-    """(side, layer, number of the sparse layer as plans count them, or None for a dense one),
-    encoder first."""
-    sparse = 0
-    for side in SIDES:
-        for n in range(config.layers(side)):
-            if n in config.sparse_layers[side]:
-                yield side, n, sparse
-                sparse += 1
-            else:
-                yield side, n, None
 
 
 def matrix_name(config: SwitchTransformersConfig, role: str) -> str:

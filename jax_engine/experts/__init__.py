@@ -1,1 +1,1 @@
-"""Experts: the pool of copies, and tokens through it."""
+"""Experts: the router, the pool of copies, and tokens through it."""

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.checkpoints import TensorRef
-from common.families.switch_transformers import SIDES, Side
 from common.plan.plan import MISS, Plan
 from common.store import Store
-from jax_engine.models.encoder_decoder import Settings
-from jax_engine.tenants.ready import Architecture, Leaves
+from jax_engine.models.architecture import Architecture, Leaves
 from jax_engine.tenants.weights import fill_pool, pack_copy
 
 
@@ -39,11 +37,11 @@ def slots_of_plan(plan: Plan) -> tuple[list[list[int]], np.ndarray]:
     )
 
 
-Content = tuple[str, ...]
+CopyContent = tuple[str, ...]
 """What a copy is: the ids of its objects in the store, in the order of the projections."""
 
 
-class ExpertPool:
+class DevicePool:
     """Resident copies as leaves of the model's pool state, in the form that the dispatch wants."""
 
     def __init__(
@@ -54,12 +52,12 @@ class ExpertPool:
         spare_slots: int,
         put: Callable[[Any], jax.Array],
         put_spare: Callable[[Any], jax.Array],
-        before: ExpertPool | None = None,
+        before: DevicePool | None = None,
     ):
         """before: the pool of the store's last state, whose copies are taken over where they are
         the same."""
         self._store, self._layers = store, layers
-        self._settings: Settings = architecture.settings
+        self._spec = architecture.spec
         self._put_spare = put_spare
         self._names = [name for name, _ in store.experts.projections]
         self._contents = [
@@ -71,7 +69,7 @@ class ExpertPool:
                 layers[layer]
             ):  # stacked slots are padded to a multiple of the mesh's axis
                 return np.zeros(dict(store.experts.projections)[projection], np.float32)
-            if before is not None and before._settings.dispatch.stacked:
+            if before is not None and before._spec.dispatch.stacked:
                 stacked = before._stacked(self._contents[layer][slot], projection)
                 if stacked is not None:
                     return stacked
@@ -88,15 +86,14 @@ class ExpertPool:
                 return before._leaf(layer, None, projection) if same else None
             return before._resident(self._contents[layer][slot], projection)
 
-        state = fill_pool(architecture.pool_state, read, self._settings, put, kept)
+        state = fill_pool(architecture.pool_state, read, self._spec, put, kept)
         self.leaves: Leaves = tuple(jax.tree.leaves(state))
-        sides: list[tuple[Side, int]] = [
-            (s, n) for s in SIDES for n in self._settings.config.sparse_layers[s]
+        self.copies = [
+            architecture.layer_copies(self.leaves, n) for n in self._spec.shape.sparse_layers
         ]
-        self.copies = [architecture.layer_copies(self.leaves, side, n) for side, n in sides]
         # Mapped now, so that a damaged store is found before the first request, and a replaced one
         # does no harm.
-        self._missing: dict[tuple[int, int, int], tuple[Content, list[np.ndarray]]] = {}
+        self._missing: dict[tuple[int, int, int], tuple[CopyContent, list[np.ndarray]]] = {}
         for tenant, layer, expert in np.argwhere(store.plan.serving == MISS).tolist():
             refs = store.copy_refs(store.tenants[tenant], layer, expert)
             self._missing[tenant, layer, expert] = (
@@ -105,7 +102,7 @@ class ExpertPool:
             )
         self.spare_slots = spare_slots
         wanted = {content for content, _ in self._missing.values()}
-        self._spare: OrderedDict[Content, tuple[jax.Array, ...]] = OrderedDict(
+        self._spare: OrderedDict[CopyContent, tuple[jax.Array, ...]] = OrderedDict(
             (content, copy)
             for content, copy in (before._spare.items() if before else ())
             if content in wanted
@@ -118,20 +115,20 @@ class ExpertPool:
     @property
     def slots(self) -> tuple[int, ...]:
         """Places of each layer on the device, padding included."""
-        return self._settings.slots
+        return self._spec.slots
 
     def _leaf(self, layer: int, slot: int | None, projection: str) -> jax.Array:
         """The array that holds a projection of a slot, or of all slots of a stacked layer."""
         return self.copies[layer][slot or 0][self._names.index(projection)]
 
-    def _resident(self, content: Content, projection: str) -> jax.Array | None:
+    def _resident(self, content: CopyContent, projection: str) -> jax.Array | None:
         """The packed projection of a copy that some slot has."""
         for layer, contents in enumerate(self._contents):
             if content in contents:
                 return self._leaf(layer, contents.index(content), projection)
         return None
 
-    def _stacked(self, content: Content, projection: str) -> np.ndarray | None:
+    def _stacked(self, content: CopyContent, projection: str) -> np.ndarray | None:
         """The same of stacked slots, taken off the device."""
         for layer, contents in enumerate(self._contents):
             if content in contents:
@@ -155,10 +152,10 @@ class ExpertPool:
         if content not in self._spare:
             while len(self._spare) >= self.spare_slots:
                 self._spare.popitem(last=False)
-            if self._settings.dispatch.stacked:
-                packed: list[Any] = [self._settings.products.prepare(m)[None] for m in matrices]
+            if self._spec.dispatch.stacked:
+                packed: list[Any] = [self._spec.products.prepare(m)[None] for m in matrices]
             else:
-                packed = pack_copy(matrices, self._settings.products)
+                packed = pack_copy(matrices, self._spec.products)
             self._spare[content] = tuple(self._put_spare(jnp.asarray(m)) for m in packed)
             self.fetches += 1
             self.fetched_bytes += sum(m.nbytes for m in self._spare[content])
@@ -182,5 +179,5 @@ class ExpertPool:
         self._missing.clear()
 
 
-def _content(refs: Mapping[str, TensorRef]) -> Content:
+def _content(refs: Mapping[str, TensorRef]) -> CopyContent:
     return tuple(ref.path.stem for ref in refs.values())

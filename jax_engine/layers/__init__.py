@@ -1,1 +1,1 @@
-"""Layers of the model: what every tenant has of its own."""
+"""Layers of the model: what a tenant has of its own."""

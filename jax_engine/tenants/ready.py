@@ -19,100 +19,42 @@ import jax
 import numpy as np
 from flax import nnx
 
-from common.families.switch_transformers import SIDES, Side, SwitchTransformersConfig, as_switch
+from common.families import ModelConfig
 from common.store import Store
 from jax_engine.experts.residuals import LoadedResiduals, Residuals
-from jax_engine.models.encoder_decoder import Settings, abstract_model, split
+from jax_engine.layers.variables import Source
+from jax_engine.models.architecture import Architecture, Leaves
 from jax_engine.tenants.weights import fill_tenant
 
-Leaves = tuple[jax.Array, ...]
-Key = tuple[tuple[str, ...], bool, int]
+VariableKey = tuple[tuple[str, ...], bool, int]
 """What a variable holds: hashes of its tensors, whether they are packed, and the rows that
 embeddings are filled up to."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What tenants of one shape share: the graphdef, and the structure of pool and tenant states
-    (abstract)."""
-
-    settings: Settings
-    graphdef: Any
-    pool_tree: Any
-    tenant_tree: Any
-    tenant_state: Any
-    pool_state: Any
-
-    @classmethod
-    def of(cls, settings: Settings) -> Architecture:
-        graphdef, pool, tenant = split(abstract_model(settings))
-        return cls(
-            settings, graphdef, jax.tree.structure(pool), jax.tree.structure(tenant), tenant, pool
-        )
-
-    def block_leaves(self, tenant: Leaves, side: Side, n: int) -> Leaves:
-        """A tenant's own variables of one layer, in the order of `nnx.split(block, Expert,
-        nnx.Param)`."""
-        return tuple(jax.tree.leaves(jax.tree.unflatten(self.tenant_tree, tenant)[side][n]))
-
-    def layer_copies(self, pool: Leaves, side: Side, n: int) -> tuple[Leaves, ...]:
-        """The copies of one sparse layer, as `Dispatch` takes them."""
-        flat = jax.tree.leaves(jax.tree.unflatten(self.pool_tree, pool).get(side, {}).get(n, {}))
-        width = len(self.settings.config.experts.projections)
-        return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
-
-    @cached_property
-    def _outside(self) -> tuple[int, ...]:
-        """Which of a tenant's leaves belong to no layer: embeddings, head, biases, last norms."""
-        count = self.tenant_tree.num_leaves
-        tree = jax.tree.unflatten(self.tenant_tree, range(count))
-        inside = {i for side in SIDES for i in jax.tree.leaves(tree[side])}
-        return tuple(i for i in range(count) if i not in inside)
-
-    def outer_leaves(self, tenant: Leaves) -> Leaves:
-        """A tenant's variables that belong to no layer."""
-        return tuple(tenant[i] for i in self._outside)
-
-    def outer_model(self, outer: Leaves) -> Any:
-        """The module with `outer_leaves` in it and no weights in its layers, for tracing."""
-        leaves = jax.tree.leaves(self.tenant_state)
-        for i, leaf in zip(self._outside, outer, strict=True):
-            leaves[i] = leaf
-        return self.model(tuple(jax.tree.leaves(self.pool_state)), tuple(leaves))
-
-    def model(self, pool: Leaves, tenant: Leaves) -> Any:
-        """The module with these arrays in it; cheap enough only while tracing."""
-        return nnx.merge(
-            self.graphdef,
-            jax.tree.unflatten(self.pool_tree, pool),
-            jax.tree.unflatten(self.tenant_tree, tenant),
-        )
 
 
 @dataclass(frozen=True)
 class ReadyTenant:
     """One tenant's state on the device.
 
-    slot_of: int32 [layers, experts]; from the layer's slots on: a miss. residuals: the records are
-    all tenants' own together, in the same arrays for each of them.
+    slot_of: int32 [sparse layers, experts]; from the layer's slots on: a miss.
+    residuals: the records are all tenants' own together, in the same arrays for each of them.
     """
 
     index: int
     name: str
-    config: SwitchTransformersConfig
+    config: ModelConfig
     architecture: Architecture
     leaves: Leaves
     slot_of: jax.Array
     residuals: Residuals
     vocab_size: jax.Array
     can_miss: bool
-    _layers: dict[tuple[Side, int], Leaves] = field(default_factory=dict, compare=False, repr=False)
+    _layers: dict[int, Leaves] = field(default_factory=dict, compare=False, repr=False)
 
-    def layer(self, side: Side, n: int) -> Leaves:
+    def layer(self, n: int) -> Leaves:
         """The variables of one layer, see `Architecture.block_leaves`."""
-        if (side, n) not in self._layers:
-            self._layers[side, n] = self.architecture.block_leaves(self.leaves, side, n)
-        return self._layers[side, n]
+        if n not in self._layers:
+            self._layers[n] = self.architecture.block_leaves(self.leaves, n)
+        return self._layers[n]
 
     @cached_property
     def outer(self) -> Leaves:
@@ -125,7 +67,7 @@ class ReadyTenant:
         return tuple(np.array(self.slot_of))
 
 
-class ReadyTenants:
+class DeviceTenants:
     """Up to `capacity` tenants on the device, least recently used first out."""
 
     switches: int
@@ -135,27 +77,29 @@ class ReadyTenants:
         self,
         store: Store,
         capacity: int,
-        architecture_of: Callable[[SwitchTransformersConfig], Architecture],
+        architecture_of: Callable[[str], Architecture],
         slot_of: np.ndarray,
         residuals: LoadedResiduals,
         can_miss: np.ndarray,
         put: Callable[[Any], jax.Array],
-        before: ReadyTenants | None = None,
+        before: DeviceTenants | None = None,
     ):
-        """slot_of: int32 [tenants, layers, experts]; can_miss: bool [tenants]. before: of the
-        store's last state, whose weights are taken over where they are the same."""
+        """Load as many tenants as are ready at once.
+
+        Args:
+            architecture_of: that of a tenant, by name.
+            slot_of: int32 [tenants, sparse layers, experts].
+            can_miss: bool [tenants].
+            before: of the store's last state, whose weights are taken over where they are the same.
+        """
         self._store, self.capacity, self._architecture_of = store, capacity, architecture_of
-        self._slot_of, self._residuals, self._can_miss, self._put = (
-            slot_of,
-            residuals,
-            can_miss,
-            put,
-        )
+        self._slot_of, self._can_miss = slot_of, can_miss
+        self._residuals, self._put = residuals, put
         self.switches = before.switches if before else 0
         self.copied_bytes = before.copied_bytes if before else 0
         self._in_use: set[str] = set(before._in_use) & set(store.tenants) if before else set()
         self._ready: OrderedDict[str, ReadyTenant] = OrderedDict()
-        self._made: WeakValueDictionary[Key, jax.Array] = WeakValueDictionary()
+        self._made: WeakValueDictionary[VariableKey, jax.Array] = WeakValueDictionary()
         if before is not None:
             self._made.update(before._made)
         self._made_bytes = 0
@@ -166,12 +110,11 @@ class ReadyTenants:
             self._ready[name] = self._load(name)
 
     def _load(self, name: str) -> ReadyTenant:
-        config = as_switch(self._store.config(name))
-        architecture = self._architecture_of(config)
-        settings, index = architecture.settings, self._store.tenants.index(name)
+        config, index = self._store.config(name), self._store.tenants.index(name)
+        architecture = self._architecture_of(name)
 
         def once(
-            sources: tuple[str, ...], packed: bool, make: Callable[[], jax.Array]
+            sources: tuple[Source, ...], packed: bool, make: Callable[[], jax.Array]
         ) -> jax.Array:
             key = self._key(name, architecture, sources, packed)
             made = self._made.get(key)
@@ -180,13 +123,10 @@ class ReadyTenants:
                 self._made_bytes += made.nbytes
             return made
 
-        state = fill_tenant(
-            architecture.tenant_state,
-            lambda tensor: self._store.ref(name, tensor).map(),
-            settings,
-            self._put,
-            once,
-        )
+        def read(source: Source) -> np.ndarray:
+            return self._store.ref(name, self._store.family.tensor_name(config, *source)).map()
+
+        state = fill_tenant(architecture.tenant_state, read, architecture.spec, self._put, once)
         return ReadyTenant(
             index=index,
             name=name,
@@ -200,18 +140,15 @@ class ReadyTenants:
         )
 
     def _key(
-        self, name: str, architecture: Architecture, sources: Sequence[str], packed: bool
-    ) -> Key:
-        tensors = self._store.tenant(name).tensors
-        return (
-            tuple(tensors[source] for source in sources),
-            packed,
-            architecture.settings.vocab_size,
-        )
+        self, name: str, architecture: Architecture, sources: Sequence[Source], packed: bool
+    ) -> VariableKey:
+        config, tensors = self._store.config(name), self._store.tenant(name).tensors
+        names = (self._store.family.tensor_name(config, *source) for source in sources)
+        return tuple(tensors[n] for n in names), packed, architecture.spec.vocab_size
 
     def _held_for(self, name: str) -> list[jax.Array | None]:
         """What of a tenant's variables is there, as others have it too."""
-        architecture = self._architecture_of(as_switch(self._store.config(name)))
+        architecture = self._architecture_of(name)
         each = [
             variable.get_metadata() for _, variable in nnx.to_flat_state(architecture.tenant_state)
         ]
@@ -221,10 +158,12 @@ class ReadyTenants:
         ]
 
     def acquire(self, names: Iterable[str]) -> tuple[dict[str, ReadyTenant], dict[str, float]]:
-        """Make these tenants the ones in use. Returns them, and the seconds that it took for each
-        that was not.
+        """Make these tenants the ones in use.
 
-        names: at most `capacity` different ones.
+        Args:
+            names: at most `capacity` different ones.
+        Returns:
+            The tenants, and the seconds that it took for each that was not in use.
         """
         wanted = dict.fromkeys(names)
         assert len(wanted) <= self.capacity, "more tenants than are ready at once"

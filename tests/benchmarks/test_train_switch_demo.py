@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, SwitchTransformersForConditionalGenerati
 from benchmarks.material import switch
 from benchmarks.material import train_switch_demo as script
 from common.checkpoints import open_checkpoint
-from jax_engine.tenants.weights import canonical_tensors, load_model
+from jax_engine.models.checkpoints import canonical_tensors, load_model
 from scripts.demo.number_words import ALL_LANGUAGES, expected, training_numbers
 from tests import helpers
 
@@ -65,7 +65,8 @@ def test_a_run_writes_what_hugging_face_loads_and_reports_what_it_did(tiny: Path
             tiny / name, output_loading_info=True
         )
         assert not loading["missing_keys"] and not loading["unexpected_keys"]
-        ours = dict(canonical_tensors(load_model(open_checkpoint(tiny / name))))
+        checkpoint = open_checkpoint(tiny / name)
+        ours = dict(canonical_tensors(load_model(checkpoint), checkpoint.config))
         theirs = model.state_dict()
         assert all(
             np.array_equal(array, theirs[key].float().numpy()) for key, array in ours.items()

@@ -10,54 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from common import SamplingParams, load_engine
+from common import SamplingParams, build_store, load_engine
 from common.build.build import remove_tenant
+from common.build.examples import CalibrationSet
 from common.build.extend import extend_store
 from common.checkpoints import open_checkpoint
 from common.families import FAMILIES, Decoder
 from common.plan.residual import LOW_RANK, SIGN, Part
 from common.store.change import set_plan
+from common.store.profiles import load_profile
 from tests import helpers
+from tests.families import SIZES, random, tenants
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 
 NEW = SamplingParams(max_new_tokens=9, ignore_eos=True)
-
-ODD: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 36,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "num_experts_per_tok": 3,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# head_dim is not hidden_size / heads where a family allows it.
-SIZES: dict[str, dict[str, Any]] = {
-    "mixtral": ODD | {"num_local_experts": 5, "intermediate_size": 20, "head_dim": 10},
-    "qwen3_moe": ODD
-    | {
-        "num_experts": 5,
-        "moe_intermediate_size": 20,
-        "intermediate_size": 28,
-        "head_dim": 10,
-        "num_hidden_layers": 3,
-    },
-    "olmoe": ODD | {"num_experts": 5, "intermediate_size": 20},
-    "granitemoe": ODD
-    | {
-        "num_local_experts": 5,
-        "intermediate_size": 20,
-        "head_dim": 10,
-        "embedding_multiplier": 2.5,
-        "attention_multiplier": 0.21,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 1.7,
-        "tie_word_embeddings": True,
-    },
-}
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 YARN |= {"original_max_position_embeddings": 64}
@@ -119,17 +85,6 @@ GRANITE: dict[str, dict[str, Any]] = {
     "yarn": {"rope_parameters": YARN},
     "sizes of a block": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4},
 }
-
-
-def random(family: str, seed: int, **changes: Any) -> Any:
-    return helpers.random_model(family, seed, **(SIZES[family] | changes))
-
-
-def tenants(family: str, path: Path, **changes: Any) -> tuple[list[Any], dict[str, Path]]:
-    """Two models of a family, the second a fine-tune of the first, and where they are saved."""
-    base = random(family, 3, **changes)
-    models = [base, helpers.tuned(base, 4)]
-    return models, {n: helpers.save(m, path / n) for n, m in zip(("a", "b"), models, strict=True)}
 
 
 def compare(engine: Any, models: Mapping[str, Any]) -> None:
@@ -284,6 +239,43 @@ def test_tenants_come_and_go(family: str, tmp_path: Path) -> None:
     store = remove_tenant(tmp_path / "store", "a")
     with load_engine(store) as engine:
         compare(engine, {"b": helpers.oracle_of_store(store, models[1:], 0)})
+
+
+@torch.inference_mode()
+def picked(model: Any, rows: list[list[int]]) -> np.ndarray:
+    """int64 [sparse layers, experts], how often transformers' routers pick each expert."""
+    modules = helpers.expert_modules(model)
+    counts = np.zeros((len(modules), 5), dtype=np.int64)
+
+    def count(layer: int) -> Any:
+        def hook(module: Any, given: Any) -> None:
+            np.add.at(counts[layer], given[1].reshape(-1).numpy(), 1)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(count(n)) for n, m in enumerate(modules)]
+    for row in rows:
+        model(torch.tensor([row]))
+    for h in hooks:
+        h.remove()
+    return counts
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_calibrated_plans_with_residuals(family: str, tmp_path: Path) -> None:
+    models, paths = tenants(family, tmp_path, **LAYERS.get(family, {}))
+    rows = helpers.prompts(0, (20, 9, 14), 101)
+    sets = {name: CalibrationSet.texts(rows) for name in paths}
+    store = build_store(tmp_path / "store", paths, policy="residual", extra=0.4, calibration=sets)
+    for name, model in zip(paths, models, strict=True):
+        profile = load_profile(store, name)
+        assert profile is not None
+        np.testing.assert_array_equal(profile.counts, picked(model, rows))
+        assert (profile.sensitivity > 0).all()
+    assert store.plan.residuals
+    oracles = {n: helpers.oracle_of_store(store, models, i) for i, n in enumerate(paths)}
+    with load_engine(store) as engine:
+        compare(engine, oracles)
 
 
 # What belongs to a tenant alone may differ: all that experts do not see.
