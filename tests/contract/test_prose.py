@@ -30,6 +30,7 @@ CODE = re.compile(r"`([^`]+)`")
 SENTENCE_END = re.compile(r"[.!?][\"')*_]*\s+[\"'(*_]*[A-Z]")
 ROOMS = "common|moetel|torch_engine|jax_engine|scripts|benchmarks|tests|examples|docs"
 FILE = re.compile(rf"(?:{ROOMS})/[\w./-]*")
+MODULE = re.compile(r"python -m ((?:scripts|benchmarks)[\w.]*)")
 COMMAND = re.compile(r"(?<!from )\bmoetel ([a-z][\w-]*)")
 
 
@@ -115,6 +116,10 @@ def faults_of_commands(page: Path) -> list[str]:
     spans = [(n, span) for n, line in lines(page, code=False) for span in CODE.findall(line)]
     wrong = []
     for number, line in [*lines(page, code=True), *spans]:
+        for name in MODULE.findall(line):
+            place = REPOSITORY / name.rstrip(".").replace(".", "/")
+            if not place.with_suffix(".py").is_file() and not (place / "__main__.py").is_file():
+                wrong.append(f"{number}: no module {name}")
         for match in COMMAND.finditer(line.partition("#")[0]):
             name, given = match[1], line[match.end() :].partition("#")[0]
             if name not in COMMANDS:
@@ -157,9 +162,13 @@ def test_the_rules_find_what_they_forbid(tmp_path: Path) -> None:
     """Else the tests above would pass whatever is written."""
     page = tmp_path / "page.md"
     long = " ".join(["word"] * (MAX_WORDS + 1))
-    page.write_text(f"One. Two.\n\nA sentence that\ngoes on.\n\n{long}.\n\n`moetel nothing`\n")
+    commands = "`moetel nothing` is\nnot `python -m scripts.no`."
+    page.write_text(f"One. Two.\n\nA sentence that\ngoes on.\n\n{long}.\n\n{commands}\n")
     sentences = faults_of_sentences(page)
-    assert [s.partition(":")[0] for s in sentences] == ["1", "4", "6"], sentences
-    assert faults_of_commands(page) == ["8: no command moetel nothing"]
+    assert [s.partition(":")[0] for s in sentences] == ["1", "4", "6", "9"], sentences
+    assert faults_of_commands(page) == [
+        "8: no command moetel nothing",
+        "9: no module scripts.no",
+    ]
     page.write_text("[a](absent.md) and `common/absent.py`\n")
     assert faults_of_links(page) == ["1: no absent.md", "1: no file common/absent.py"]
