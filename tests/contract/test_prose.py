@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import moetel
 from scripts.cli import COMMANDS, MODULES
 from tests.helpers import REPOSITORY
 
@@ -156,6 +157,12 @@ def test_every_result_has_a_line_in_the_index() -> None:
     index = (RESULTS / "README.md").read_text(encoding="utf-8")
     absent = [p.name for p in RESULTS.glob("*.md") if p.name != "README.md" and p.name not in index]
     assert not absent, f"docs/results/README.md does not list {', '.join(sorted(absent))}"
+
+
+def test_the_reference_has_all_that_users_import() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    named = set(re.findall(r"^::: moetel\.(\w+)$", text, re.MULTILINE))
+    assert named == set(moetel.__all__) - {"__version__"}
 
 
 def test_the_rules_find_what_they_forbid(tmp_path: Path) -> None:
