@@ -46,7 +46,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Raises StoreError for no store, or a damaged manifest; `verify` checks the rest."""
+        """Open a store. Raises StoreError for none, or a damaged manifest; see also `verify`."""
         path = Path(path)
         return cls(path, Manifest.read(path))
 
