@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch_engine.tenants.by_copy import TenantsByCopy
 
 from benchmarks.common import Report, Spread, ratios
 from benchmarks.gpu.clock import Clock, pinned
@@ -15,6 +14,7 @@ from benchmarks.gpu.stores import KV_BYTES
 from benchmarks.material.shape import Shape
 from common import Store, load_engine
 from common.serving.backend import Backend, Row
+from torch_engine.tenants.by_copy import TenantsByCopy
 
 
 def reconfiguration(store: Store, device: torch.device, clock: Clock) -> Report:
@@ -128,7 +128,8 @@ def hidden_switch(store: Store, device: torch.device, clock: Clock, tiny: bool) 
     with load_engine(store, device=str(device), dtype="bfloat16", **options) as engine:
         backend, (now, coming, other) = engine._require_backend(), store.tenants[:3]
         ways = ("in place", "not there", "brought meanwhile")
-        long, first = ({way: [] for way in ways} for _ in range(2))  # type: dict[str, list[float]]
+        long: dict[str, list[float]] = {way: [] for way in ways}
+        first: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(4 if tiny else 8):
             busy, short = prompts(2, 8) if tiny else prompts(8, 512), prompts(1, 20)
             for way in ways:
