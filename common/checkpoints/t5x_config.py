@@ -9,7 +9,8 @@ from typing import Any
 
 from common.errors import CheckpointError
 from common.families import FAMILIES, Dims
-from common.families.switch_transformers import SIDES, SPARSE_LAYERS, Side, as_switch
+from common.families.shape import sparse_layers
+from common.families.switch_transformers import SIDES, SPARSE_LAYERS, Side, shape_of
 
 FAMILY = FAMILIES["switch_transformers"]
 
@@ -238,9 +239,8 @@ def _sparse(raw: dict[str, Any], told: _Told, side: Side, where: str) -> list[st
     layers, num_layers = told.sparse[side], told.layers[side]
     stated = [f for f in (SPARSE_LAYERS, count_field, step_field) if raw.get(f) is not None]
     if stated:
-        says = as_switch(
-            FAMILY.parse_config(_other_side_fixed(raw, told, side), where)
-        ).sparse_layers[side]
+        shape = shape_of(FAMILY.parse_config(_other_side_fixed(raw, told, side), where))
+        says = sparse_layers(shape.encoder if side == "encoder" else shape.decoder)
         if says == layers:
             return []
         if SPARSE_LAYERS in stated or raw.get(count_field) != len(layers):

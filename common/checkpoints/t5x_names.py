@@ -19,7 +19,7 @@ from common.checkpoints.tensorstore_array import ArrayOnDisk, ExpertBlocks, Lazy
 from common.dtypes import BY_NAME, common_dtype
 from common.errors import CheckpointError
 from common.families import Dims
-from common.families.switch_transformers import as_switch
+from common.families.switch_transformers import UNTIED
 
 EMBEDDING = "token_embedder.embedding"
 
@@ -155,12 +155,10 @@ def array_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
             f"{checkpoint.path}: holds a {checkpoint.family.name} model; "
             "only Switch Transformers have a layout in T5X, keep this one in Hugging Face's"
         )
-    if as_switch(checkpoint.config).untied:
+    if untied := checkpoint.config.raw.get(UNTIED):
         raise CheckpointError(
-            f"{checkpoint.path}: {', '.join(as_switch(checkpoint.config).untied)} differ from the "
-            "shared table that "
-            "config.json ties them to; T5X has no layout for that, keep this model in Hugging "
-            "Face's"
+            f"{checkpoint.path}: {', '.join(untied)} differ from the shared table that config.json "
+            "ties them to; T5X has no layout for that, keep this model in Hugging Face's"
         )
     found: dict[str, list[str]] = {}
     for canonical in checkpoint.tensors:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from common.errors import CheckpointError
@@ -27,6 +26,7 @@ from common.families.shape import (
     Router,
     Scalars,
     alternate,
+    sparse_layers,
 )
 
 Side = Literal["encoder", "decoder"]
@@ -68,45 +68,13 @@ READ = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class SwitchTransformersConfig(ModelConfig):
-    """The fields of a Switch config.json that change the maths; names as in
-    `transformers.SwitchTransformersConfig`.
-
-    sparse_layers: numbers of the sparse layers of each side. tie_word_embeddings: the decoder's
-    output is scaled, and all tables but `untied` are `shared.weight`. expert_capacity is what
-    transformers drops tokens by; serving is dropless unless asked otherwise.
-    """
-
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    num_decoder_layers: int
-    sparse_layers: Mapping[Side, tuple[int, ...]]
-    gated: bool
-    expert_capacity: int
-    router_bias: bool
-    router_dtype: str
-    relative_attention_num_buckets: int
-    relative_attention_max_distance: int
-    layer_norm_epsilon: float
-    tie_word_embeddings: bool
-    untied: tuple[str, ...] = ()
-
-    @property
-    def own_tables(self) -> tuple[str, ...]:
-        """The tables beside `shared.weight` that are tensors of their own."""
-        return self.untied if self.tie_word_embeddings else TABLES[1:]
-
-    def layers(self, side: Side) -> int:
-        """Number of layers of one side."""
-        return self.num_layers if side == "encoder" else self.num_decoder_layers
-
-
 class SwitchTransformersFamily(Family):
-    """See the module's docstring. What config.json leaves out has the default of
-    SwitchTransformersConfig."""
+    """See the module's docstring. What config.json leaves out has the default of transformers'
+    SwitchTransformersConfig.
+
+    Its `expert_capacity` is what transformers drops tokens by; serving is dropless unless asked
+    otherwise.
+    """
 
     name = "switch_transformers"
     title = "Switch Transformer"
@@ -123,7 +91,7 @@ class SwitchTransformersFamily(Family):
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$"
     )
 
-    def parse(self, fields: Fields) -> SwitchTransformersConfig:
+    def parse(self, fields: Fields) -> ModelConfig:
         raw = fields.raw
         d_model, d_ff = (
             fields.positive_int("d_model", default=768),
@@ -158,7 +126,7 @@ class SwitchTransformersFamily(Family):
             )
         activation, gated = _activation(fields)
         sparse = {
-            side: _sparse_layers(fields, side, count)
+            side: _stated_sparse(fields, side, count)
             for side, count in zip(SIDES, (num_layers, num_decoder_layers), strict=True)
         }
         if not any(sparse.values()):
@@ -241,33 +209,15 @@ class SwitchTransformersFamily(Family):
             projections=shape.experts.projections(d_model),
             model_layers=len(layers),
         )
-        return SwitchTransformersConfig(
-            experts=experts,
-            shape=shape,
-            raw=dict(fields.given),
-            d_kv=d_kv,
-            d_ff=d_ff,
-            num_heads=heads,
-            num_layers=num_layers,
-            num_decoder_layers=num_decoder_layers,
-            sparse_layers=sparse,
-            gated=gated,
-            expert_capacity=capacity,
-            router_bias=bias,
-            router_dtype=router_dtype,
-            relative_attention_num_buckets=buckets,
-            relative_attention_max_distance=distance,
-            layer_norm_epsilon=epsilon,
-            tie_word_embeddings=tied,
-            untied=tuple(name for name in TABLES if name in untied),
-        )
+        return ModelConfig(experts, shape, dict(fields.given))
 
     def tied_tables(self, config: ModelConfig) -> tuple[str, ...]:
-        c = as_switch(config)
-        return tuple(n for n in TABLES if n not in c.untied) if c.tie_word_embeddings else ()
+        own = {TABLE_OF_ROLE[role] for role in shape_of(config).own_tables}
+        tied = tuple(name for name in TABLES if name not in own)
+        return tied if len(tied) > 1 else ()
 
     def untied(self, config: ModelConfig, names: Sequence[str]) -> dict[str, Any]:
-        return {**config.raw, UNTIED: [*names, *as_switch(config).untied]}
+        return {**config.raw, UNTIED: [*names, *config.raw.get(UNTIED, ())]}
 
     def file_name_of(self, name: str) -> str:
         return name.removeprefix("switch_transformers.")
@@ -282,15 +232,15 @@ class SwitchTransformersFamily(Family):
     ) -> str:
         if layer is None:
             return {**TABLE_OF_ROLE, **NORMS}[role]
-        c = as_switch(config)
-        in_decoder = layer >= c.num_layers
-        side, n = SIDES[in_decoder], layer - c.num_layers * in_decoder
+        shape = shape_of(config)
+        in_decoder = layer >= len(shape.encoder)
+        side, n = SIDES[in_decoder], layer - len(shape.encoder) * in_decoder
         mlp = _mlp(side, n)
         if expert is not None:
-            return f"{mlp}.experts.expert_{expert}.{matrix_name(c, role)}.weight"
+            return f"{mlp}.experts.expert_{expert}.{_matrix(shape, role)}.weight"
         block = f"{side}.block.{n}.layer"
         if role.startswith("dense_"):
-            return f"{mlp}.{matrix_name(c, role.removeprefix('dense_'))}.weight"
+            return f"{mlp}.{_matrix(shape, role.removeprefix('dense_'))}.weight"
         if role.startswith("router"):
             return f"{mlp}.router.classifier.{'bias' if role == 'router_bias' else 'weight'}"
         if role == "post_norm":
@@ -305,15 +255,12 @@ class SwitchTransformersFamily(Family):
         return f"{block}.{number}.{attention}.{role.removeprefix('cross_')}.weight"
 
     def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
-        c = as_switch(config)
-        for side in SIDES:
-            if (
-                _by_step(self.fields(c.raw, "config"), side, c.layers(side))
-                != c.sparse_layers[side]
-            ):
+        shape = shape_of(config)
+        for side, layers in zip(SIDES, (shape.encoder, shape.decoder), strict=True):
+            sparse = sparse_layers(layers)
+            if _by_step(self.fields(config.raw, "config"), side, len(layers)) != sparse:
                 raise CheckpointError(
-                    f"sparse {side} layers {list(c.sparse_layers[side])} of {c.layers(side)} are "
-                    "not every n-th from "
+                    f"sparse {side} layers {list(sparse)} of {len(layers)} are not every n-th from "
                     "the second, which is all that Hugging Face's config can say; keep this model "
                     "as T5X or Orbax"
                 )
@@ -321,17 +268,17 @@ class SwitchTransformersFamily(Family):
         return {k: v for k, v in found.items() if k not in (SPARSE_LAYERS, UNTIED)}
 
 
-def as_switch(config: ModelConfig) -> SwitchTransformersConfig:
-    """The config of a Switch tenant; anything else is our own mistake."""
-    assert isinstance(config, SwitchTransformersConfig)
-    return config
+def shape_of(config: ModelConfig) -> EncoderDecoder:
+    """The shape of a Switch tenant; anything else is our own mistake."""
+    assert isinstance(config.shape, EncoderDecoder)
+    return config.shape
 
 
-def matrix_name(config: SwitchTransformersConfig, role: str) -> str:
+def _matrix(shape: EncoderDecoder, role: str) -> str:
     """What files call a matrix of a feed-forward."""
     if role == "down":
         return "wo"
-    return {"gate": "wi_0", "up": "wi_1"}[role] if config.gated else "wi"
+    return {"gate": "wi_0", "up": "wi_1"}[role] if shape.experts.gated else "wi"
 
 
 def _mlp(side: str, n: int) -> str:
@@ -381,7 +328,7 @@ def _by_step(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(num_layers) if step and (step == 1 or i % step == 1))
 
 
-def _sparse_layers(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
+def _stated_sparse(fields: Fields, side: Side, num_layers: int) -> tuple[int, ...]:
     given = fields.raw.get(SPARSE_LAYERS)
     if given is None:
         return _by_step(fields, side, num_layers)

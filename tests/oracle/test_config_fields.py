@@ -21,7 +21,14 @@ from common import CheckpointError
 from common.checkpoints import open_checkpoint
 from common.families import FAMILIES
 from common.families.fields import HARMLESS, NEUTRAL
-from common.families.shape import Decoder, Rope, Scalars
+from common.families.shape import (
+    Decoder,
+    EncoderDecoder,
+    RelativePositions,
+    Rope,
+    Scalars,
+    sparse_layers,
+)
 from tests import families, helpers, switch_models
 from tests.helpers import rest_slow
 from tests.oracle.directories import check_same, copied, edit_config, theirs
@@ -145,15 +152,27 @@ def test_absent_fields_have_the_classs_defaults(name: str) -> None:
 
 def test_a_switchs_absent_fields_have_the_classs_defaults() -> None:
     theirs = SwitchTransformersConfig()
-    config: Any = FAMILIES["switch_transformers"].parse_config({}, "config.json")
-    assert config.experts.num_experts == theirs.num_experts
-    assert config.experts.hidden_size == theirs.hidden_size
-    same = {f for f in dir(theirs) if hasattr(config, f) and not f.startswith("_")}
-    compared = [f for f in sorted(same) if not callable(getattr(theirs, f))]
-    assert len(compared) > 6
-    for field in compared:
-        assert getattr(config, field) == getattr(theirs, field), field
-    assert config.sparse_layers["encoder"] == tuple(range(1, 12, theirs.encoder_sparse_step))
+    shape = FAMILIES["switch_transformers"].parse_config({}, "config.json").shape
+    assert isinstance(shape, EncoderDecoder)
+    router = shape.experts.router
+    assert (shape.vocab_size, shape.hidden) == (theirs.vocab_size, theirs.d_model)
+    assert (shape.experts.count, shape.experts.inner) == (theirs.num_experts, theirs.d_ff)
+    assert (shape.experts.activation, shape.experts.gated) == (theirs.dense_act_fn, False)
+    assert (router.dtype, router.bias) == (theirs.router_dtype, theirs.router_bias)
+    assert router.capacity == theirs.expert_capacity
+    assert (shape.attention.heads, shape.attention.head_dim) == (theirs.num_heads, theirs.d_kv)
+    assert shape.attention.positions == RelativePositions(
+        theirs.relative_attention_num_buckets, theirs.relative_attention_max_distance
+    )
+    assert shape.norm_eps == theirs.layer_norm_epsilon
+    assert len(shape.encoder) == theirs.num_layers
+    assert len(shape.decoder) == theirs.num_decoder_layers
+    for layers, step in (
+        (shape.encoder, theirs.encoder_sparse_step),
+        (shape.decoder, theirs.decoder_sparse_step),
+    ):
+        assert sparse_layers(layers) == tuple(range(1, 12, step))
+    assert (not shape.own_tables) == theirs.tie_word_embeddings
 
 
 @pytest.fixture(scope="module")

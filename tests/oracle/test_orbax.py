@@ -17,7 +17,8 @@ import pytest
 
 from common import CheckpointError
 from common.checkpoints import open_checkpoint, write_orbax
-from common.families.switch_transformers import as_switch
+from common.families.shape import RelativePositions
+from common.families.switch_transformers import shape_of
 from tests import switch
 from tests.helpers import fingerprint, rest_slow, shared_path
 from tests.oracle.test_t5x import assert_same
@@ -228,7 +229,7 @@ def test_written_types_and_chunks(hf: Path, tmp_path: Path) -> None:
     assert array["chunks"] == [1, 16, 24]  # an expert can be read alone
     found = open_checkpoint(tmp_path)
     assert found.dtype == "bfloat16" and found.notes == ()
-    assert as_switch(found.config).relative_attention_max_distance == 20
+    assert shape_of(found.config).attention.positions == RelativePositions(8, 20)
 
 
 def test_gated(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_gated(tmp_path: Path) -> None:
     write_orbax(tmp_path / "orbax", source)
     found = open_checkpoint(tmp_path / "orbax")
     assert_same(found, source)
-    assert as_switch(found.config).gated
+    assert shape_of(found.config).experts.gated
 
 
 def test_writing_is_repeatable(hf: Path, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from common.checkpoints import (
 )
 from common.checkpoints.t5x_config import sparse_step
 from common.checkpoints.tensorstore_array import even_chunks
-from common.families.shape import EncoderDecoder, RelativePositions
-from common.families.switch_transformers import as_switch
+from common.families.shape import Mlp, sparse_layers
+from common.families.switch_transformers import shape_of
 from tests import helpers, switch
 from tests.helpers import shared_path
 
@@ -127,6 +127,11 @@ def test_what_is_written_equals_t5x_own_files(tmp_path: Path) -> None:
     )
 
 
+def sides(checkpoint: Checkpoint) -> tuple[tuple[Mlp, ...], tuple[Mlp, ...]]:
+    shape = shape_of(checkpoint.config)
+    return shape.encoder, shape.decoder
+
+
 @pytest.mark.parametrize("variant", switch.VARIANTS)
 def test_every_shape_is_found(variant: str, tmp_path: Path) -> None:
     """T5X's files made by flax and TensorStore from a Hugging Face model, against that model's own
@@ -138,16 +143,11 @@ def test_every_shape_is_found(variant: str, tmp_path: Path) -> None:
     )
     found, expected = open_checkpoint(path), open_checkpoint(tmp_path / "hf")
     assert_same(found, expected)
-    mine, theirs = as_switch(found.config), as_switch(expected.config)
-    for field in theirs.__dataclass_fields__:
-        if field not in ("raw", "shape", "relative_attention_max_distance"):
-            assert getattr(mine, field) == getattr(theirs, field), field
+    assert found.config.experts == expected.config.experts
+    mine, theirs = shape_of(found.config), shape_of(expected.config)
     # The one thing that no shape of an array tells, see `open_checkpoint`'s notes.
-    distance = theirs.relative_attention_max_distance
-    positions = RelativePositions(theirs.relative_attention_num_buckets, distance)
-    assert isinstance(mine.shape, EncoderDecoder)
-    told = replace(mine.shape.attention, positions=positions)
-    assert replace(mine.shape, attention=told) == theirs.shape
+    told = replace(mine.attention, positions=theirs.attention.positions)
+    assert replace(mine, attention=told) == theirs
     assert open_checkpoint(path, tmp_path / "hf").config.raw == expected.config.raw
 
 
@@ -179,7 +179,7 @@ def test_gated(tmp_path: Path) -> None:
     write_t5x(tmp_path / "t5x", source)
     found = open_checkpoint(tmp_path / "t5x")
     assert_same(found, source)
-    assert as_switch(found.config).gated and found.config.experts.activation == "gelu_new"
+    assert shape_of(found.config).experts.gated and found.config.experts.activation == "gelu_new"
     assert {p.name for p in (tmp_path / "t5x").glob("target.encoder.layers_1.mlp.expert.*")} == {
         f"target.encoder.layers_1.mlp.expert.{p}.kernel" for p in ("wi_0", "wi_1", "wo")
     }
@@ -248,7 +248,7 @@ def test_sparse_layers_that_transformers_has_no_rule_for(
 ) -> None:
     path = switch.write_t5x(tmp_path / "checkpoint_3", moved_experts(parameters))
     found = open_checkpoint(path)
-    assert as_switch(found.config).sparse_layers == {"encoder": (2, 5), "decoder": (1, 3)}
+    assert [sparse_layers(s) for s in sides(found)] == [(2, 5), (1, 3)]
     assert found.config.raw["moetel_sparse_layers"] == {"encoder": [2, 5], "decoder": [1, 3]}
     assert found.config.experts.num_layers == 4
     with pytest.raises(CheckpointError, match=r"sparse encoder layers \[2, 5\]"):
@@ -257,7 +257,7 @@ def test_sparse_layers_that_transformers_has_no_rule_for(
     config = switch.random_switch(num_layers=6).config.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     given = open_checkpoint(path, tmp_path / "config.json")
-    assert as_switch(given.config).sparse_layers == {"encoder": (2, 5), "decoder": (1, 3)}
+    assert [sparse_layers(s) for s in sides(given)] == [(2, 5), (1, 3)]
     assert given.config.raw["relative_attention_max_distance"] == 20
     assert any(
         "sparse encoder layers are [2, 5]" in note and "mean [1, 4]" in note for note in given.notes
@@ -344,7 +344,7 @@ def test_config_fields_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "spiece.model").write_bytes(b"pieces")
     found = open_checkpoint(checkpoint)
     assert raw.items() <= found.config.raw.items()
-    assert as_switch(found.config).layer_norm_epsilon == 1e-5
+    assert shape_of(found.config).norm_eps == 1e-5
     assert set(found.assets) == {"config.json", "spiece.model"}
     assert "epsilon" not in found.notes[0] and "eos" not in found.notes[0]
     other = tmp_path / "other"
@@ -352,7 +352,7 @@ def test_config_fields_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps({"layer_norm_epsilon": 1e-4}), encoding="utf-8")
     (other / "tokenizer.json").write_text("{}", encoding="utf-8")
     named = open_checkpoint(checkpoint, other)
-    assert as_switch(named.config).layer_norm_epsilon == 1e-4
+    assert shape_of(named.config).norm_eps == 1e-4
     assert json.loads(read_asset(named.assets["config.json"])) == named.config.raw
     assert (
         named.assets["tokenizer.json"] == other / "tokenizer.json"
@@ -378,7 +378,7 @@ def test_gated_configs(tmp_path: Path) -> None:
     write_t5x(path, source)
     (path / "config.json").write_text(json.dumps({"dense_act_fn": "silu"}), encoding="utf-8")
     found = open_checkpoint(path)
-    assert found.config.experts.activation == "silu" and as_switch(found.config).gated
+    assert found.config.experts.activation == "silu" and shape_of(found.config).experts.gated
     (path / "config.json").write_text(json.dumps({"feed_forward_proj": "relu"}), encoding="utf-8")
     with pytest.raises(
         CheckpointError, match=r"'feed_forward_proj' is 'relu', .* wi_0 and wi_1 \(gated\)"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import SamplingParams, build_store, load_engine
+from common import MoetelError, SamplingParams, build_store, load_engine
 from common.build.build import remove_tenant
 from common.build.examples import CalibrationSet
 from common.build.extend import extend_store
@@ -23,7 +23,7 @@ from tests import helpers
 from tests.families import SIZES, random, tenants
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 
-NEW = SamplingParams(max_new_tokens=9, ignore_eos=True)
+NEW = SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=0)
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 YARN |= {"original_max_position_embeddings": 64}
@@ -88,7 +88,7 @@ GRANITE: dict[str, dict[str, Any]] = {
 
 
 def compare(engine: Any, models: Mapping[str, Any]) -> None:
-    """Logits of several rows, and greedy tokens of a batch of all tenants."""
+    """Logits of several rows; greedy tokens of a batch of all tenants, and their probabilities."""
     rows = helpers.prompts(2, (7, 1, 19), 101)
     for name, model in models.items():
         ids, mask = helpers.padded(rows, "left")
@@ -101,6 +101,12 @@ def compare(engine: Any, models: Mapping[str, Any]) -> None:
     for (name, row), answer in zip(requests, engine.generate_batch(requests, NEW), strict=True):
         expected = hf_greedy(models[name], row, NEW.max_new_tokens)
         assert list(answer.token_ids) == expected, f"{name}, {len(row)} tokens"
+        # What the cache holds may be wrong where greedy tokens are not.
+        whole = torch.from_numpy(hf_logits(models[name], [[*row, *expected]])[0]).double()
+        theirs = whole.log_softmax(-1)[len(row) - 1 : -1].gather(1, torch.tensor(expected)[:, None])
+        ours = np.array([t.logprob for t in answer.logprobs])
+        tolerance = max(TOLERANCE, 1e-5 * float(whole.abs().max()))
+        assert_close(ours, theirs[:, 0].numpy(), tolerance, f"{name}, answer")
 
 
 def check(family: str, changes: dict[str, Any], path: Path) -> None:
@@ -309,6 +315,21 @@ def test_tenants_of_a_batch_may_differ_in_what_is_their_own(family: str, tmp_pat
     oracles = {n: helpers.oracle(models, i, store.plan) for i, n in enumerate(paths)}
     with load_engine(store) as engine:
         compare(engine, oracles)
+
+
+def test_tenants_must_agree_in_their_layers(tmp_path: Path) -> None:
+    """Sparse layers of one number, but other dense ones: no step could compute both."""
+    few = random("qwen3_moe", 0, mlp_only_layers=[1])
+    more = random("qwen3_moe", 1, mlp_only_layers=[1, 3], num_hidden_layers=4)
+    other = random("qwen3_moe", 1, mlp_only_layers=[0])
+    paths = {
+        n: helpers.save(m, tmp_path / n)
+        for n, m in (("few", few), ("more", more), ("other", other))
+    }
+    for name, what in (("more", "model_layers: 3 != 4"), ("other", "expert_layers: ")):
+        pair = {n: paths[n] for n in ("few", name)}
+        with pytest.raises(MoetelError, match=what):
+            helpers.build_round_robin(tmp_path / "store", pair)
 
 
 @pytest.mark.parametrize("family", rest_slow(DECODERS, 3))
