@@ -112,14 +112,16 @@ def exact(
 
 
 def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a[:, None] + b[None]).reshape(-1, 2)
+    sums: np.ndarray = (a[:, None] + b[None]).reshape(-1, 2)
+    return sums
 
 
 def _front(points: np.ndarray) -> np.ndarray:
     """Points without those that another is no dearer and no worse than."""
     points = points[np.lexsort((points[:, 1], points[:, 0]))]
     least = np.minimum.accumulate(points[:, 1])
-    return points[np.append(True, points[1:, 1] < least[:-1])]
+    front: np.ndarray = points[np.append(True, points[1:, 1] < least[:-1])]
+    return front
 
 
 def candidates(case: Case, rng: np.random.Generator) -> list[list[Config]]:
@@ -156,10 +158,10 @@ def plans(case: Case, seed: int, shares: list[float], curve_sets: int) -> dict[s
     one_model, taken = case.positions * case.copy_bytes, []
     for share in shares:
         begun = time.perf_counter()
-        made = allocator.allocate(int(one_model * (1 + share)))
+        plan = allocator.allocate(int(one_model * (1 + share)))
         taken.append(time.perf_counter() - begun)
-        value = float((made.losses @ traffic).sum())
-        row[f"gap at {share:.0%}"] = f"{value / made.bound - 1:.2e}" if made.bound > 0 else "-"
+        value = float((plan.losses @ traffic).sum())
+        row[f"gap at {share:.0%}"] = f"{value / plan.bound - 1:.2e}" if plan.bound > 0 else "-"
     row["allocation, s"] = Spread.of(taken)
     row["peak memory, GiB"] = f"{peak_rss_gib():.1f}"
     return row
@@ -239,7 +241,8 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
     report.note(machine())
     report.note("a case is layers x experts x tenants; gap: predicted loss over the bound, less 1")
     for sizes in args.cases:
-        case = Case(*sizes, args.hidden_size, args.intermediate_size)
+        layers, experts, tenants = sizes
+        case = Case(layers, experts, tenants, args.hidden_size, args.intermediate_size)
         report.add(**plans(case, 0, args.extra, args.curve_sets))
     small = Report("Small cases", ("extra", "plan / best", "bound / best"))
     small.note(

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,12 @@ import numpy as np
 
 from benchmarks.common import Report, Spread, add_output, write_output
 from common.sampling_params import SamplingParams
-from common.serving.backend import Backend, Observer, Part, Row, Step
+from common.serving.backend import Part, Step
+from common.serving.fake import FakeBackend
 from common.serving.request import Request
 from common.serving.scheduler import Scheduler
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.text import TenantText
-from common.store import Store
 from scripts.load.traffic import Call, Flood, Load, make_trace
 
 TENANTS = ("a", "b", "c", "d")
@@ -93,45 +93,16 @@ class Answer:
         return self.call.at_s + self.e2el_s
 
 
-class _NoBackend(Backend):
+class _NoBackend(FakeBackend):
     """Room for any number of sequences, which nothing computes."""
 
     default_chunk = 64
-    max_ready_tenants = len(TENANTS)
-
-    def __init__(self) -> None:
-        self._begun = 0
-
-    def begin(self, row: Row) -> int:
-        self._begun += 1
-        return self._begun
-
-    def end(self, sequences: Iterable[int]) -> None:
-        pass
 
     def fits(self, parts: Sequence[Part], ahead: int = 0) -> bool:
         return True
 
     def max_length(self, tenant: str) -> int:
         return 10**9
-
-    def step(self, parts: Sequence[Part]) -> Step:
-        raise NotImplementedError
-
-    def update(self, store: Store) -> None:
-        raise NotImplementedError
-
-    def logits(self, tenant: str, rows: Any, decoder_rows: Any) -> list[np.ndarray]:
-        raise NotImplementedError
-
-    def observe(self, observer: Observer | None) -> None:
-        raise NotImplementedError
-
-    def stats(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        pass
 
 
 def simulate(
@@ -147,7 +118,7 @@ def simulate(
     closed: so many requests are always under way, in the order of their arrival, whenever that was
         to be.
     """
-    scheduler, rng = Scheduler(_NoBackend(), options), np.random.default_rng(seed)
+    scheduler, rng = Scheduler(_NoBackend(TENANTS), options), np.random.default_rng(seed)
     texts = {
         name: TenantText(name, Path("/nonexistent")) for name in {call.tenant for call in calls}
     }

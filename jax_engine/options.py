@@ -18,7 +18,7 @@ class JaxOptions:
         float32; our own kernels hold them in bfloat16.
     products: native (our own CPU kernels), plain (XLA), or auto: the first that works here.
     mesh: (data, expert), devices along each axis; None: one device.
-    expert_capacity: tokens an expert takes of each row, the others keep their residual alone, as in
+    expert_capacity: tokens an expert takes of each row, the others go past the experts, as in
         transformers; "config": the tenants' own; None: nothing is dropped.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all.

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         deep = several(store, layers_that_fit(full, device, 2), 4)
 
         def left_s() -> float:
-            return args.minutes * 60 - (time.perf_counter() - begun)
+            return float(args.minutes * 60) - (time.perf_counter() - begun)
 
         reports += last_parts(deep, device, clock, args.tiny, left_s)
     reports[0].note(f"{machine()}; whole suite {time.perf_counter() - begun:.0f} s")

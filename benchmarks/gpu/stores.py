@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def several(store: Store, num_layers: int, num_tenants: int) -> Store:
     plan = plan_round_robin(
         np.zeros((num_layers, config.experts.num_experts)), tuple(t.name for t in tenants)
     )
-    changed = {
+    changed: dict[str, Any] = {
         "objects": known,
         "tenants": tuple(tenants),
         "plan": plan,
@@ -79,14 +80,15 @@ def several(store: Store, num_layers: int, num_tenants: int) -> Store:
 def layers_that_fit(shape: Shape, device: torch.device, ready_tenants: int) -> int:
     """How many layers' experts the card holds beside so many tenants, caches and room to compute;
     all on a CPU."""
+    layers = shape.parsed.experts.num_layers
     if device.type != "cuda":
-        return shape.config["num_hidden_layers"]
+        return layers
     free, _ = torch.cuda.mem_get_info(device)
     vocabulary = 2 * shape.head_weights * 2  # embedding and head
-    rest = (shape.step_weights(0) - shape.head_weights) / shape.config["num_hidden_layers"]
+    rest = (shape.step_weights(0) - shape.head_weights) / layers
     layer = 2 * (shape.num_experts * shape.expert_weights + ready_tenants * rest)
     room = 0.9 * free - KV_BYTES - (4 << 30) - ready_tenants * vocabulary
-    return max(1, min(shape.config["num_hidden_layers"], int(room / layer)))
+    return max(1, min(layers, int(room / layer)))
 
 
 def non_expert_store(root: Path, full: Shape) -> Store:

@@ -128,7 +128,8 @@ def hidden_switch(store: Store, device: torch.device, clock: Clock, tiny: bool) 
     with load_engine(store, device=str(device), dtype="bfloat16", **options) as engine:
         backend, (now, coming, other) = engine._require_backend(), store.tenants[:3]
         ways = ("in place", "not there", "brought meanwhile")
-        long, first = ({way: [] for way in ways} for _ in range(2))  # type: dict[str, list[float]]
+        long: dict[str, list[float]] = {way: [] for way in ways}
+        first: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(4 if tiny else 8):
             busy, short = prompts(2, 8) if tiny else prompts(8, 512), prompts(1, 20)
             for way in ways:

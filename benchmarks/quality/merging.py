@@ -1,24 +1,21 @@
 """Merging: one model made of several fine-tunes of a base. The baselines that shared experts are
 measured against.
 
-    average          mean of the tenants' weights
-    task_arithmetic  base + scale * sum of (tenant - base)                             (arXiv
-    2212.04089) ties             differences trimmed, signs elected, mean of those that agree
-    (arXiv 2306.01708) dare             differences dropped at random, the rest rescaled, then
-    summed     (arXiv 2311.03099) dare_ties        differences dropped at random and rescaled, then
-    as in ties       (arXiv 2311.03099)
+average: mean of the tenants' weights
+task_arithmetic: base + scale * sum of (tenant - base) (arXiv 2212.04089)
+ties: differences trimmed, signs elected, mean of those that agree (arXiv 2306.01708)
+dare: differences dropped at random, the rest rescaled, then summed (arXiv 2311.03099)
 
 Tensor by tensor: memory for one tensor of the base and of every tenant, in float32, and for one
 shard of the result. TIES trims every tensor by itself, each matrix of an expert being one. mergekit
 0.1.5 gives the same bit for bit except that it trims all experts of a layer as one tensor, as
-transformers 5 holds them; the paper's own code trims over the whole model. dare_ties takes the mean
-of what agrees, as the papers' authors do; mergekit's default is the sum.
+transformers 5 holds them; the paper's own code trims over the whole model.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,17 +32,14 @@ from common.checkpoints import (
 from common.checkpoints.staging import new_directory
 from common.dtypes import BY_NAME, common_dtype, to_float32
 from common.errors import CheckpointError, PlanError
-from common.plan.plan import MERGED, Copy, Plan
 from common.progress import Progress, silent
-from common.store import Store
-from common.store.change import set_plan
 
-METHODS = ("average", "task_arithmetic", "ties", "dare", "dare_ties")
+METHODS = ("average", "task_arithmetic", "ties", "dare")
 NEED_BASE = METHODS[1:]
 
 # What the papers recommend where nothing is tuned: task arithmetic 0.4 (TIES, section 5, after
 # 2212.04089), TIES 1.
-SCALES = {"task_arithmetic": 0.4, "ties": 1.0, "dare": 0.4, "dare_ties": 1.0}
+SCALES = {"task_arithmetic": 0.4, "ties": 1.0, "dare": 0.4}
 
 
 @dataclass(frozen=True)
@@ -154,14 +148,12 @@ def merge_arrays(
         raise PlanError(f"{recipe.method} needs the base that the tenants were tuned from")
     start = to_float32(base)
     differences = [a - start for a in arrays]
-    if recipe.method.startswith("dare"):
+    if recipe.method == "dare":
         numbers = tenants or range(len(arrays))
         rngs = [np.random.default_rng([recipe.seed, t, zlib.crc32(name.encode())]) for t in numbers]
         differences = [drop(d, recipe.drop, rng) for d, rng in zip(differences, rngs, strict=True)]
     if recipe.method == "ties":
-        differences = [trim(d, recipe.density) for d in differences]
-    if recipe.method.endswith("ties"):
-        change = elect_and_mean(differences)
+        change = elect_and_mean([trim(d, recipe.density) for d in differences])
     else:
         change = np.asarray(sum(differences[1:], differences[0]))
     return np.asarray(start + np.float32(recipe.factor) * change)
@@ -209,58 +201,6 @@ def merge(
         config = first.family.hf_config(first.config, dtype)
         tensors = saved_tensors(first.family, first.config, merged)
         write_hugging_face(directory, config, tensors, on_tensor=advance)
-
-
-class _MergedExperts(Mapping[int, Mapping[str, np.ndarray]]):
-    """Slot -> projection -> float32 [out, in] of every position in row-major order, made when asked
-    for."""
-
-    def __init__(self, store: Store, recipe: Recipe, base: Checkpoint | None):
-        self._store, self._recipe, self._base = store, recipe, base
-        self._experts = store.experts.num_experts
-
-    def __len__(self) -> int:
-        return self._store.experts.num_positions
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self)))
-
-    def __getitem__(self, slot: int) -> Mapping[str, np.ndarray]:
-        layer, expert = divmod(slot, self._experts)
-        store = self._store
-        found = {}
-        for projection, _ in store.experts.projections:
-            name = store.family.expert_tensor(
-                store.config(store.tenants[0]), layer, expert, projection
-            )
-            start = None if self._base is None else self._base.tensors[name].read()
-            found[projection] = merge_arrays(
-                self._recipe, start, [store.ref(t, name).read() for t in store.tenants], name
-            )
-        return found
-
-
-def merge_experts(path: str | Path, recipe: Recipe, base: str | Path | None) -> Store:
-    """Replace a store's plan: one merged copy a position serves all tenants, each with its own
-    non-expert weights.
-
-    Raises PlanError, CheckpointError, StoreError; the store is then as it was.
-    """
-    store = Store.open(path)
-    opened = _open_base(recipe, base)
-    if opened is not None and (differences := store.experts.differences(opened.config.experts)):
-        raise PlanError(
-            f"{opened.path}: the base's experts differ from the store's ({'; '.join(differences)})"
-        )
-    layers, experts = store.experts.num_layers, store.experts.num_experts
-    copies = tuple(
-        Copy(layer, expert, MERGED) for layer in range(layers) for expert in range(experts)
-    )
-    serving = np.broadcast_to(
-        np.arange(len(copies)).reshape(layers, experts), (len(store.tenants), layers, experts)
-    )
-    plan = Plan(f"{recipe.method}_experts", store.tenants, layers, experts, copies, serving)
-    return set_plan(path, plan, merged=_MergedExperts(store, recipe, opened))
 
 
 def _open_base(recipe: Recipe, base: str | Path | None) -> Checkpoint | None:

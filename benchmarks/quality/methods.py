@@ -2,9 +2,8 @@
 
 A method is a policy of `moetel build` (with @EXTRA, a share of one model's expert memory), `alone`,
 `base` (the base answers for all), `round_robin_one_model` (the paper's rule without
-reconfiguration: shared experts, the first tenant's other layers for all), a merging method (one
-model for all) or a merging method with `_experts` behind its name (experts merged, every tenant
-keeps its other layers).
+reconfiguration: shared experts, the first tenant's other layers for all) or a merging method (one
+model for all).
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ class Method:
 
     def recipe(self) -> merging.Recipe | None:
         """How to merge, None for methods that do not."""
-        name = self.name.removesuffix("_experts")
-        return merging.Recipe.of(name, self.options) if name in merging.METHODS else None
+        known = self.name in merging.METHODS
+        return merging.Recipe.of(self.name, self.options) if known else None
 
     @property
     def calibrates(self) -> bool:
@@ -117,7 +116,6 @@ def names() -> tuple[str, ...]:
         *PLANNED,
         "round_robin_one_model",
         *merging.METHODS,
-        *(f"{m}_experts" for m in merging.METHODS),
     )
 
 

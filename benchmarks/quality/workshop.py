@@ -92,8 +92,6 @@ class Workshop:
         recipe, material = method.recipe(), self.material
         if method.name == "alone":
             return alone_store(self.store, self.store.tenants), None
-        if recipe is not None and method.name.endswith("_experts"):
-            return merging.merge_experts(self.store.path, recipe, material.base), None
         if method.name in PLANNED:
             return self._planned(method)
         merged = self._directory / "merged"

@@ -64,11 +64,10 @@ class Top1Router(nnx.Module):
         probabilities = probabilities.astype(found.dtype).astype(x.dtype)
         expert = jnp.argmax(probabilities, axis=-1)
         if self.capacity is not None and together:
-            # Each row's tokens fill its experts in order; what comes too late keeps its residual
-            # alone.
+            # Each row's tokens fill its experts in order; what comes too late goes past them.
             chosen = (
                 jax.nn.one_hot(expert, probabilities.shape[-1], dtype=jnp.int32) * live[..., None]
             )
-            place = (jnp.cumsum(chosen, axis=1) * chosen).sum(axis=-1)
-            live = live & (place <= self.capacity)
+            taken = (jnp.cumsum(chosen, axis=1) * chosen).sum(axis=-1)
+            live = live & (taken <= self.capacity)
         return jnp.where(live, slot_of[expert], -1).astype(jnp.int32), probabilities.max(axis=-1)

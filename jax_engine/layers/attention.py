@@ -42,9 +42,9 @@ class MultiHeadAttention(nnx.Module):
         std = hidden**-0.5
 
         def linear(roles: str, std: float) -> Linear:
-            sources = [(f"cross_{role}" if cross else role, layer) for role in roles]
+            tensors = [(f"cross_{role}" if cross else role, layer) for role in roles]
             dims = (hidden, inner) if roles == "o" else (inner, hidden)
-            return Linear(products, sources, dims, std, initial)
+            return Linear(products, tensors, dims, std, initial)
 
         if cross:
             self.q = linear("q", std * self.head_dim**-0.5)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from jax_engine.experts.products import Products
-from jax_engine.layers.variables import Initializer, Source, tenant_variable
+from jax_engine.layers.variables import Initializer, TensorRole, tenant_variable
 
 
 class Linear(nnx.Module):
@@ -17,16 +17,16 @@ class Linear(nnx.Module):
     def __init__(
         self,
         products: Products,
-        sources: Sequence[Source],
+        roles: Sequence[TensorRole],
         dims: tuple[int, ...],
         std: float,
         initial: Initializer,
     ):
         """dims: [out, in] of each matrix. std: of the initial values."""
         outputs, inputs = dims
-        self.products, self.out_features = products, outputs * len(sources)
+        self.products, self.out_features = products, outputs * len(roles)
         value = initial.normal((self.out_features, inputs), products.weights, std)
-        self.weight = tenant_variable(products.pack(value), sources, packed=True)
+        self.weight = tenant_variable(products.pack(value), roles, packed=True)
 
     def __call__(self, x: Array) -> Array:
         """[..., in] -> [..., out]."""

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jax_engine.layers.variables import Source, tenant_variable
+from jax_engine.layers.variables import TensorRole, tenant_variable
 
 
 class Norm(nnx.Module):
     """Root-mean-square norm without bias or mean, in float32."""
 
-    def __init__(self, source: Source, hidden: int, epsilon: float):
+    def __init__(self, role: TensorRole, hidden: int, epsilon: float):
         self.epsilon = epsilon
-        self.weight = tenant_variable(jnp.ones(hidden, jnp.float32), (source,), packed=False)
+        self.weight = tenant_variable(jnp.ones(hidden, jnp.float32), (role,), packed=False)
 
     def __call__(self, x: Array) -> Array:
         """[..., H] -> [..., H] in the type of x."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-Source = tuple[str, int | None]
+TensorRole = tuple[str, int | None]
 """What a tensor is: its role, and its layer among all layers (None: of the whole model). A family
 names it (`Family.tensor_name`)."""
 
@@ -27,14 +27,14 @@ class Expert(nnx.Variable[Array]):
     """
 
 
-def tenant_variable(value: Any, sources: Sequence[Source], packed: bool) -> nnx.Param[Array]:
+def tenant_variable(value: Any, roles: Sequence[TensorRole], packed: bool) -> nnx.Param[Array]:
     """A tenant's own variable.
 
     Args:
-        sources: its tensors, stacked along their first axis.
+        roles: its tensors, stacked along their first axis.
         packed: whether it is a matrix that `Products` packs.
     """
-    return nnx.Param(value, sources=tuple(sources), packed=packed)
+    return nnx.Param(value, roles=tuple(roles), packed=packed)
 
 
 class Initializer:

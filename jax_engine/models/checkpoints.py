@@ -11,7 +11,7 @@ from common.checkpoints import Checkpoint
 from common.families import FAMILIES, ModelConfig
 from jax_engine.experts.dispatch import DenseDispatch
 from jax_engine.experts.products import PlainProducts
-from jax_engine.layers.variables import Source
+from jax_engine.layers.variables import TensorRole
 from jax_engine.models.architecture import abstract_model, split
 from jax_engine.models.encoder_decoder import EncoderDecoderModel
 from jax_engine.models.spec import ModelSpec, check_shape
@@ -39,8 +39,8 @@ def load_model(checkpoint: Checkpoint) -> EncoderDecoderModel:
     def own(layer: int, expert: int, projection: str) -> np.ndarray:
         return tensors[family.expert_tensor(config, layer, expert, projection)].read()
 
-    def read(source: Source) -> np.ndarray:
-        return tensors[family.tensor_name(config, *source)].read()
+    def read(role: TensorRole) -> np.ndarray:
+        return tensors[family.tensor_name(config, *role)].read()
 
     tenant = fill_tenant(tenant, read, spec)
     model: EncoderDecoderModel = nnx.merge(graphdef, fill_pool(pool, own, spec), tenant)
@@ -54,8 +54,8 @@ def canonical_tensors(
     family = FAMILIES[config.experts.family]
     _, pool, tenant = split(model)
     for _, variable in nnx.to_flat_state(tenant):
-        sources = variable.get_metadata()["sources"]
-        names = [family.tensor_name(config, *source) for source in sources]
+        roles = variable.get_metadata()["roles"]
+        names = [family.tensor_name(config, *role) for role in roles]
         yield from zip(names, np.split(np.asarray(variable[...]), len(names)), strict=True)
     for _, variable in nnx.to_flat_state(pool):
         data = variable.get_metadata()

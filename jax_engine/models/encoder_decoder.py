@@ -2,8 +2,8 @@
 
 Source: Switch Transformers (arXiv 2101.03961) and T5 (arXiv 1910.10683); order of operations as in
 transformers, models/switch_transformers/modeling_switch_transformers.py.
-Legend: rows B, tokens of a row T (decoder) or S (encoder), cache length L, hidden H, heads N, head
-size D, experts E, vocabulary V.
+Legend: rows B, tokens of a row T (decoder) or S (encoder), cache length L, vocabulary V.
+Hidden H, heads N, head size D, experts E.
 """
 
 from __future__ import annotations

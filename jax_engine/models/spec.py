@@ -92,23 +92,23 @@ def _unsupported(shape: EncoderDecoder) -> Iterator[tuple[str, object]]:
         same = Sparse(mlp.position) if isinstance(mlp, Sparse) else Dense(mlp.inner)
         pairs.append((f"layers[{n}]", mlp, same))
     whole = EncoderDecoder(
-        shape.vocab_size,
-        shape.hidden,
-        shape.max_positions,
-        a,
-        e,
-        shape.encoder,
-        shape.decoder,
-        shape.norm_eps,
-        shape.own_tables,
-        shape.scalars,
-        shape.decoder_start_token_id,
+        vocab_size=shape.vocab_size,
+        hidden=shape.hidden,
+        max_positions=shape.max_positions,
+        attention=a,
+        experts=e,
+        encoder=shape.encoder,
+        decoder=shape.decoder,
+        norm_eps=shape.norm_eps,
+        own_tables=shape.own_tables,
+        scalars=shape.scalars,
+        decoder_start_token_id=shape.decoder_start_token_id,
     )
     pairs.append(("shape", shape, whole))
     for where, found, computed in pairs:
         for field in fields(found):  # type: ignore[arg-type]
             value = getattr(found, field.name)
-            if value != getattr(computed, field.name):
+            if value != getattr(computed, field.name, field.default):
                 yield f"{where}.{field.name}", value
     if not isinstance(a.positions, RelativePositions):
         yield "attention.positions", a.positions

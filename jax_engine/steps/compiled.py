@@ -5,7 +5,7 @@ calls: one for the encoder, one for the decoder. Other steps run layer by layer 
 Both are made of the same methods of the model.
 
 Shapes are rounded up (`steps.buckets`). So a whole call is compiled once for each triple of rows,
-prompt length and cache length that occurs, whichever tenants use it.
+prompt length and cache length, whichever tenants use it.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class CompiledSteps:
             every: winners and logits at every position, as if all were read at once, and nothing to
                 keep. Else of each row's last token, as if tokens had come one by one.
         Returns:
-            Winners int32 [B] or [B, T], logits float32 [..., V], and keys and values [B, N, T, D]
-            of each layer to keep.
+            Winners int32 [B] or [B, T], logits float32 [..., V], and of each layer the keys and
+            values to keep, [B, N, T, D].
         """
         found: tuple[Array, Array, list[KeyValues]] = self._answer(
             every,

@@ -1,7 +1,7 @@
 """Decoding: one token more for sequences that are read.
 
-An answer that was given before, and whose cache was freed since, is put into the decoder at once,
-with the start token, when its prompt is read again.
+A sequence that was preempted has an answer, and no cache. When its prompt is read again, start
+token and answer go through the decoder at once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 as a router has run.
 
 What a tenant computes alone is a `Forward`. It stops at each sparse layer with its normed tokens
-and their slots, and goes on when it is given the experts' outputs. `steps.expert_runner` drives
+and their slots. It goes on when it is given the experts' outputs. `steps.expert_runner` drives
 forwards side by side. Between two sparse layers a forward is one compiled call.
 """
 
@@ -33,8 +33,11 @@ T], and what an observer gave [B, T, H] or None."""
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """Where a forward stands: normed tokens [B, T, H], their slots int32 [B, T] and gates [B, T] in
-    a sparse layer (its number among the sparse ones)."""
+    """Where a forward stands.
+
+    layer: number among the sparse ones. x: normed tokens [B, T, H]. slots: int32 [B, T].
+    gates: [B, T].
+    """
 
     layer: int
     x: Array

@@ -1,7 +1,7 @@
 """Reading prompts, in one step or in several.
 
-After r of n tokens the encoder is through floor(layers * r / n) of its layers for the whole prompt,
-since its attention looks both ways.
+The encoder's attention looks both ways, so a prompt goes through each layer as a whole. After r of
+n tokens it is through floor(layers * r / n) layers.
 """
 
 from __future__ import annotations

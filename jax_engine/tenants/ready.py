@@ -1,8 +1,8 @@
 """Tenants' non-expert weights on the device; reconfiguration is handing another tenant's to the
 same compiled step.
 
-Variables that tenants have equal, as fine-tunes have that leave a part of the model as it was, are
-on the device once.
+Variables that tenants have equal are on the device once. Fine-tunes often leave a part of the model
+as it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flax import nnx
 from common.families import ModelConfig
 from common.store import Store
 from jax_engine.experts.residuals import LoadedResiduals, Residuals
-from jax_engine.layers.variables import Source
+from jax_engine.layers.variables import TensorRole
 from jax_engine.models.architecture import Architecture, Leaves
 from jax_engine.tenants.weights import fill_tenant
 
@@ -114,17 +114,17 @@ class DeviceTenants:
         architecture = self._architecture_of(name)
 
         def once(
-            sources: tuple[Source, ...], packed: bool, make: Callable[[], jax.Array]
+            roles: tuple[TensorRole, ...], packed: bool, make: Callable[[], jax.Array]
         ) -> jax.Array:
-            key = self._key(name, architecture, sources, packed)
+            key = self._key(name, architecture, roles, packed)
             made = self._made.get(key)
             if made is None:
                 made = self._made[key] = make()
                 self._made_bytes += made.nbytes
             return made
 
-        def read(source: Source) -> np.ndarray:
-            return self._store.ref(name, self._store.family.tensor_name(config, *source)).map()
+        def read(role: TensorRole) -> np.ndarray:
+            return self._store.ref(name, self._store.family.tensor_name(config, *role)).map()
 
         state = fill_tenant(architecture.tenant_state, read, architecture.spec, self._put, once)
         return ReadyTenant(
@@ -140,10 +140,10 @@ class DeviceTenants:
         )
 
     def _key(
-        self, name: str, architecture: Architecture, sources: Sequence[Source], packed: bool
+        self, name: str, architecture: Architecture, roles: Sequence[TensorRole], packed: bool
     ) -> VariableKey:
         config, tensors = self._store.config(name), self._store.tenant(name).tensors
-        names = (self._store.family.tensor_name(config, *source) for source in sources)
+        names = (self._store.family.tensor_name(config, *role) for role in roles)
         return tuple(tensors[n] for n in names), packed, architecture.spec.vocab_size
 
     def _held_for(self, name: str) -> list[jax.Array | None]:
@@ -153,7 +153,7 @@ class DeviceTenants:
             variable.get_metadata() for _, variable in nnx.to_flat_state(architecture.tenant_state)
         ]
         return [
-            self._made.get(self._key(name, architecture, data["sources"], data["packed"]))
+            self._made.get(self._key(name, architecture, data["roles"], data["packed"]))
             for data in each
         ]
 

@@ -12,41 +12,39 @@ from flax import nnx
 
 from common.families.shape import EMBED
 from jax_engine.experts.products import Products, to_numpy
-from jax_engine.layers.variables import Source
+from jax_engine.layers.variables import TensorRole
 from jax_engine.models.encoder_decoder import TABLES
 from jax_engine.models.spec import ModelSpec
 
 
 def fill_tenant(
     state: Any,
-    read: Callable[[Source], np.ndarray],
+    read: Callable[[TensorRole], np.ndarray],
     spec: ModelSpec,
     put: Callable[[Any], jax.Array] = jnp.asarray,
     once: Callable[
-        [tuple[Source, ...], bool, Callable[[], jax.Array]], jax.Array
-    ] = lambda sources, packed, make: make(),
+        [tuple[TensorRole, ...], bool, Callable[[], jax.Array]], jax.Array
+    ] = lambda roles, packed, make: make(),
 ) -> Any:
     """A tenant's variables from its tensors.
 
     Args:
         state: what `split` gives of an abstract model.
-        once: (a variable's sources, whether it is packed, makes it) -> the variable, made or there
+        once: (a variable's roles, whether it is packed, makes it) -> the variable, made or there
             already.
     """
 
     def fill(path: Any, variable: Any) -> Any:
         data = variable.get_metadata()
-        return variable.replace(once(tuple(data["sources"]), data["packed"], lambda: made(data)))
+        return variable.replace(once(tuple(data["roles"]), data["packed"], lambda: made(data)))
 
     def made(data: Any) -> jax.Array:
         parts = [
-            spec.products.prepare(read(source))
-            if data["packed"]
-            else to_numpy(read(source), "float32")
-            for source in data["sources"]
+            spec.products.prepare(read(role)) if data["packed"] else to_numpy(read(role), "float32")
+            for role in data["roles"]
         ]
         array = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if data["sources"][0][0] in (EMBED, *TABLES) and len(array) < spec.vocab_size:
+        if data["roles"][0][0] in (EMBED, *TABLES) and len(array) < spec.vocab_size:
             padding = np.zeros((spec.vocab_size - len(array), array.shape[1]), array.dtype)
             array = np.concatenate([array, padding])
         return put(spec.products.pack(array) if data["packed"] else array)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from common.errors import MoetelError
 from common.version import __version__
-from scripts.server import completions, operations
+from scripts.server import chat, completions, models, operations
 from scripts.server.errors import SERVER, ApiError, from_exception
 from scripts.server.front import Front
 from scripts.server.origins import Origins
@@ -57,8 +57,8 @@ def create_app(async_engine: OnlineEngine | None, settings: Settings) -> FastAPI
         (HTTPException, _http),
     ):
         app.add_exception_handler(error, handler)
-    app.include_router(completions.router)
-    app.include_router(operations.router)
+    for routes in (models, completions, chat, operations):
+        app.include_router(routes.router)
     app.openapi = _without_422(app)  # type: ignore[method-assign]
     return app
 

@@ -12,8 +12,8 @@ from typing import Any
 from common.errors import MoetelError, RequestError
 from common.serving.detokenizer import REPLACEMENT
 from common.serving.engine import Engine
+from scripts.server.chat_requests import Conversation, Message, Part
 from scripts.server.errors import ApiError
-from scripts.server.requests import Conversation, Message, Part
 
 log = logging.getLogger(__name__)
 

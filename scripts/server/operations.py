@@ -14,15 +14,11 @@ from starlette.responses import FileResponse, Response
 
 from common.errors import CheckpointError, PlanError, RequestError, StoreError, UnknownTenantError
 from common.version import __version__
+from scripts.server.chat_requests import DetokenizeRequest, TokenizeRequest
 from scripts.server.conversation import written
 from scripts.server.dependencies import ERRORS, Caller, SharedService
 from scripts.server.errors import SERVER, ApiError, JSONAnswer, unknown_model
-from scripts.server.requests import (
-    DetokenizeRequest,
-    LoadTenantRequest,
-    TokenizeRequest,
-    UnloadTenantRequest,
-)
+from scripts.server.requests import LoadTenantRequest, UnloadTenantRequest
 from scripts.server.schema import (
     DetokenizeAnswer,
     Load,

@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from benchmarks.quality import merging
-from benchmarks.quality.merging import Recipe, merge, merge_arrays, merge_experts
-from common import CheckpointError, PlanError, build_store
-from common.checkpoints import open_checkpoint
-from common.plan.plan import MERGED
+from benchmarks.quality.merging import Recipe, merge, merge_arrays
+from common import CheckpointError, PlanError
 from tests import helpers
 from tests.conftest import Family
 
@@ -42,15 +40,13 @@ def test_equals_mergekit(recipe: Recipe, key: str, mergekit: dict[str, np.ndarra
     assert np.abs(found - mergekit["base"]).max() > 0.05
 
 
-@pytest.mark.parametrize("method", ["dare", "dare_ties"])
 def test_equals_mergekit_with_its_draws(
-    method: str, mergekit: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    mergekit: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks = iter(mergekit["masks_0.6"])
     monkeypatch.setattr(merging, "drop", lambda difference, rate, rng: difference * next(masks))
-    found = merge_arrays(Recipe(method, scale=1.0), mergekit["base"], list(mergekit["tuned"]))
-    expected = mergekit["dare_linear_0.6" if method == "dare" else "dare_ties_0.6"]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    found = merge_arrays(Recipe("dare", scale=1.0), mergekit["base"], list(mergekit["tuned"]))
+    np.testing.assert_allclose(found, mergekit["dare_linear_0.6"], rtol=0, atol=1e-6)
 
 
 def test_ties_by_hand() -> None:
@@ -87,28 +83,6 @@ def test_average_is_the_mean_of_all_weights(family: Family, tmp_path: Path) -> N
     ]
     for parameter, mean in zip(found.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter, mean, rtol=0, atol=1e-6)
-
-
-def test_merged_experts_leave_other_layers(family: Family, tmp_path: Path) -> None:
-    tenants = {name: family.paths[name] for name in ("ana", "bob")}
-    build_store(tmp_path / "store", tenants, policy="round_robin")
-    store = merge_experts(
-        tmp_path / "store", Recipe("task_arithmetic", scale=1.0), family.paths["base"]
-    )
-    assert {c.owner for c in store.plan.copies} == {MERGED} and store.extra_bytes == 0
-    store.export("bob", tmp_path / "bob")
-    found, own, base, ana = (
-        open_checkpoint(tmp_path / "bob"),
-        *(open_checkpoint(family.paths[n]) for n in ("bob", "base", "ana")),
-    )
-    for name, ref in found.tensors.items():
-        if ".experts." in name:
-            expected = (
-                own.tensors[name].read() + ana.tensors[name].read() - base.tensors[name].read()
-            )
-            np.testing.assert_allclose(ref.read(), expected, rtol=0, atol=1e-5)
-        else:
-            assert (ref.read() == own.tensors[name].read()).all()
 
 
 def test_what_cannot_be_merged_is_named(family: Family, tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ def test_methods_serve_what_they_say(tmp_path: Path) -> None:
         "base",
         "average",
         "ties:density=0.3,scale=0.5",
-        "dare_experts",
     ]
     asked += ["mean", "residual@0.1", "round_robin:slots=20"]
     methods = [Method.parse(m) for m in asked]
@@ -49,9 +48,8 @@ def test_methods_serve_what_they_say(tmp_path: Path) -> None:
         "base",
         "average",
         "ties, density 0.3, scale 0.5",
-        "dare experts",
     ]
-    assert seen[1:7] == labels and seen[7:] == ["mean", "residual + 10 %", "round robin, slots 20"]
+    assert seen[1:6] == labels and seen[6:] == ["mean", "residual + 10 %", "round robin, slots 20"]
     by = {r.method: r for r in results}
     one = by["alone"].memory.experts // 2
     for label in labels:
@@ -68,11 +66,7 @@ def test_methods_serve_what_they_say(tmp_path: Path) -> None:
     # fr, the second tenant: another's layers cost far more than another's experts, and residuals
     # mend most of these.
     assert kl["residual + 10 %"] < min(kl["mean"], kl["round robin"])
-    assert (
-        max(kl["mean"], kl["round robin"], kl["dare experts"])
-        < kl["average"]
-        < kl["round robin one model"]
-    )
+    assert max(kl["mean"], kl["round robin"]) < kl["average"] < kl["round robin one model"]
     assert results[0].seed == 5 and by["average"].worst_tenant() is None
     titles, rows = table(results)
     assert titles[-1] == "exact match, fr" and [r[0] for r in rows] == seen

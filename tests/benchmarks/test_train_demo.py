@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -131,19 +129,6 @@ def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     )
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-
-
-@pytest.mark.slow
-def test_it_starts_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.material.train_demo", "--help"],
-        cwd=helpers.REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--base-steps" in done.stdout
 
 
 # --- presets

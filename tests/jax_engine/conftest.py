@@ -40,3 +40,14 @@ def switch_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
     base = switch_models.random_switch(0, **sizes)
     models = [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)]
     return save_family(tmp_path_factory.mktemp("switch"), models)
+
+
+@pytest.fixture(scope="session")
+def small_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
+    """base, ana and bob: three encoder layers, one of them sparse, and two decoder layers; 4
+    experts, float32."""
+    base = switch_models.random_switch(0, num_layers=3, num_sparse_encoder_layers=1)
+    return save_family(
+        tmp_path_factory.mktemp("small"),
+        [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)],
+    )

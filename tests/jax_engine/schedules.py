@@ -1,5 +1,5 @@
-"""Random schedules of sequences through a backend: they join, wait, are read in pieces, put off and
-begun again."""
+"""Random schedules of sequences through a backend: they join, wait, are read in pieces,
+preempted and begun again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
+from common import Store
 from common.serving.backend import Backend, Part, Row
+from jax_engine import load_backend
+from jax_engine.backend import JaxBackend
+from tests.helpers import assert_close
+
+CLOSE = 1e-4
 
 
 @dataclass
@@ -79,9 +86,9 @@ def alone(backend: Backend, requests: Sequence[Asked]) -> list[Asked]:
 def run(
     backend: Backend, requests: Sequence[Asked], seed: int, most_tenants: int | None = None
 ) -> int:
-    """Answer requests in a random order. Returns how many were put off and begun again."""
+    """Answer requests in a random order. Returns how many were preempted and begun again."""
     rng = random.Random(seed)
-    put_off = 0
+    preempted = 0
     while going := [r for r in requests if not r.is_done]:
         chosen: list[tuple[Asked, int]] = []
         for asked in rng.sample(going, rng.randint(1, len(going))):
@@ -90,7 +97,7 @@ def run(
                 continue
             if asked.number is not None and rng.random() < 0.07:
                 backend.end([asked.number])
-                asked.number, put_off = None, put_off + 1
+                asked.number, preempted = None, preempted + 1
             if asked.number is None:
                 asked.begin(backend)
             read = rng.choice([asked.unread, rng.randint(1, asked.unread)]) if asked.unread else 0
@@ -103,7 +110,7 @@ def run(
             if asked.is_done and asked.number is not None:
                 backend.end([asked.number])
                 asked.number = None
-    return put_off
+    return preempted
 
 
 def requests_of(
@@ -122,3 +129,22 @@ def requests_of(
         )
         for _ in range(count)
     ]
+
+
+def backend_for(store: Store, **options: Any) -> JaxBackend:
+    """A backend, or a skip where our own kernels cannot be had."""
+    if options.get("products") == "native":
+        from jax_engine import native
+
+        if native.load() is None:
+            pytest.skip("no kernels of our own here: see native.load for what they need")
+    backend = load_backend(store, **options)
+    assert isinstance(backend, JaxBackend)
+    return backend
+
+
+def check_equal(found: Sequence[Asked], expected: Sequence[Asked]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.answer == theirs.answer
+        for a, b in zip(ours.logits[-len(theirs.logits) :], theirs.logits, strict=True):
+            assert_close(a, b, CLOSE)

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from common.errors import RequestError
 from common.serving.text import TenantText
+from scripts.server.chat_requests import Conversation
 from scripts.server.conversation import variables, written
 from scripts.server.errors import ApiError
-from scripts.server.requests import Conversation
 from tests.server import speech
 
 PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"

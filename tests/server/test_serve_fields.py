@@ -16,16 +16,14 @@ from openai.types.chat.chat_completion_stream_options_param import ChatCompletio
 from transformers import AutoTokenizer
 
 from common import build_store, load_engine
-from scripts.server.fields import MEANINGLESS, Refused
-from scripts.server.requests import (
+from scripts.server.chat_requests import (
     ChatRequest,
-    CompletionRequest,
     Conversation,
     DetokenizeRequest,
-    StreamOptions,
-    Taken,
     TokenizeRequest,
 )
+from scripts.server.fields import MEANINGLESS, Refused
+from scripts.server.requests import CompletionRequest, StreamOptions, Taken
 from scripts.server.settings import Settings
 from tests import helpers
 from tests.server import speech

@@ -1,4 +1,4 @@
-"""Parts of the JAX engine alone: position buckets, dispatch, large configs."""
+"""Tokens through the copies of a layer, in every way."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from flax import nnx
-from transformers.models.switch_transformers.modeling_switch_transformers import (
-    SwitchTransformersAttention,
-)
 
-from common.families import FAMILIES
 from jax_engine.experts.dispatch import (
     DenseDispatch,
     Dispatch,
@@ -24,29 +18,7 @@ from jax_engine.experts.dispatch import (
     _ragged,
     block_rows,
 )
-from jax_engine.experts.products import PlainProducts
-from jax_engine.layers.relative_positions import relative_buckets
-from jax_engine.layers.variables import Expert
-from jax_engine.models.architecture import abstract_model
-from jax_engine.models.spec import ModelSpec, check_shape
 from tests.helpers import rest_slow
-
-
-@pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize(
-    ("buckets", "distance"),
-    [(8, 16), (32, 128), (32, 64), (12, 20), (64, 1000), (4, 3), (16, 100), (128, 2048)],
-)
-def test_position_buckets_are_hugging_faces(
-    buckets: int, distance: int, bidirectional: bool
-) -> None:
-    offsets = np.arange(-5000, 5001)
-    theirs = SwitchTransformersAttention._relative_position_bucket(
-        torch.from_numpy(offsets), bidirectional, buckets, distance
-    )
-    assert np.array_equal(
-        relative_buckets(offsets, bidirectional, buckets, distance), theirs.numpy()
-    )
 
 
 def reference(
@@ -124,42 +96,3 @@ def test_a_tokens_result_does_not_depend_on_the_others() -> None:
 def test_blocks_grow_with_the_tokens_of_a_slot() -> None:
     sizes = [block_rows(tokens, 8) for tokens in range(1, 4096)]
     assert sizes[0] == 1 and max(sizes) == 32 and all(a <= b for a, b in itertools.pairwise(sizes))
-
-
-@pytest.mark.parametrize(
-    ("experts", "parameters"),
-    rest_slow([(8, 0.62e9), (64, 3.8e9), (128, 7.4e9), (256, 14.7e9)], names=2),
-)
-def test_real_sizes_build_abstractly(experts: int, parameters: float) -> None:
-    """google/switch-base-N, as its config.json has it, without memory. Sizes: the hub's."""
-    raw = {
-        "model_type": "switch_transformers",
-        "vocab_size": 32128,
-        "d_model": 768,
-        "d_kv": 64,
-        "d_ff": 3072,
-        "num_layers": 12,
-        "num_decoder_layers": 12,
-        "num_heads": 12,
-        "num_sparse_encoder_layers": 6,
-        "num_sparse_decoder_layers": 6,
-        "encoder_sparse_step": 2,
-        "decoder_sparse_step": 2,
-        "num_experts": experts,
-        "dense_act_fn": "relu",
-        "feed_forward_proj": "relu",
-        "decoder_start_token_id": 0,
-    }
-    config = FAMILIES["switch_transformers"].parse_config(raw, "config.json")
-    spec = ModelSpec(
-        check_shape(config.shape, "base"),
-        PlainProducts("float32", "float32"),
-        LoopDispatch(),
-        (experts,) * 12,
-        32128,
-    )
-    _, pool, tenant = nnx.split(abstract_model(spec), Expert, nnx.Param)
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves((pool, tenant)))
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((pool, tenant)))
-    assert abs(count - parameters) < 0.03 * parameters
-    assert len(jax.tree.leaves(pool)) == 12 * experts * 2

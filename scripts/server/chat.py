@@ -1,0 +1,138 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from common.serving.request import Output
+from scripts.server.answers import (
+    AnswerTexts,
+    check_number,
+    jobs_of,
+    prompt_limit,
+    request_number,
+    respond,
+    usage_of,
+    whole_output,
+)
+from scripts.server.chat_requests import ChatRequest
+from scripts.server.conversation import prompt_ids, written
+from scripts.server.dependencies import ERRORS, Caller, SharedService
+from scripts.server.front import arrival
+from scripts.server.running import Run
+from scripts.server.schema import (
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatMessage,
+    Delta,
+)
+from scripts.server.service import Service
+
+router = APIRouter(prefix="/v1", responses=ERRORS)
+
+
+@router.post(
+    "/chat/completions",
+    response_model=ChatAnswer,
+    response_model_exclude_unset=True,
+    responses={
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": "An answer, or a stream of chunks.",
+        }
+    },
+)
+async def chat(
+    body: ChatRequest, request: Request, service: SharedService, caller: Caller
+) -> Response:
+    """Answer a conversation, which is written out by the tenant's own chat template."""
+    tenant = service.resolve(body.model, caller)
+    service.count(caller, tenant)
+    check_number(body, service, 1)
+    await service.has_tokenizer(tenant)
+    prompt, ids = await asyncio.to_thread(_conversation, body, service, tenant)
+    limit = body.answer_limit or service.max_model_len(tenant)
+    jobs = jobs_of(body, service, tenant, [ids], limit, arrival(request.scope).at)
+    number, created = request_number("chatcmpl", body, request), int(time.time())
+    texts = AnswerTexts(body, service, jobs)
+
+    def finish(out: ChatChoice | ChatChunkChoice, index: int, output: Output) -> None:
+        """What choices of whole answers and of chunks have in common."""
+        generation = output.generation
+        out.logprobs = None
+        if body.num_logprobs is not None:
+            out.logprobs = texts[index].chat(output.logprobs, generation is not None)
+        out.finish_reason = None if generation is None else generation.finish_reason
+        out.stop_reason = None if generation is None else generation.stop_reason
+        if body.return_token_ids:
+            out.token_ids = list(output.token_ids)
+
+    def whole(run: Run) -> ChatAnswer:
+        choices = []
+        for i, g in enumerate(run.generations):
+            message = ChatMessage(role="assistant", content=g.text or "", refusal=None)
+            choices.append(ChatChoice(index=i, message=message))
+            finish(choices[-1], i, whole_output(g))
+        out = ChatAnswer(
+            id=number, object="chat.completion", created=created, model=tenant, choices=choices
+        )
+        out.usage, out.metrics = usage_of(run.generations, body.num_answers), run.metrics()
+        asked_of_prompt(out)
+        return out
+
+    def asked_of_prompt(out: ChatAnswer | ChatChunk) -> None:
+        if body.return_token_ids:
+            out.prompt_token_ids = ids
+        if body.return_prompt_text:
+            out.prompt_text = prompt
+
+    def piece(choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(
+            id=number,
+            object="chat.completion.chunk",
+            created=created,
+            model=tenant,
+            choices=choices,
+        )
+
+    def chunk(index: int, output: Output, begins: bool) -> ChatChunk:
+        # The role comes with the first text, so that chunks are as many as steps, and times between
+        # them are true.
+        delta = (
+            Delta(role="assistant", content=output.text) if begins else Delta(content=output.text)
+        )
+        choice = ChatChunkChoice(index=index, delta=delta)
+        finish(choice, index, output)
+        out = piece([choice])
+        if begins:
+            asked_of_prompt(out)
+        return out
+
+    def last(run: Run) -> ChatChunk:
+        out = piece([])
+        out.usage, out.metrics = usage_of(run.generations, body.num_answers), run.metrics()
+        return out
+
+    return await respond(body, request, service, jobs, whole, chunk, last)
+
+
+def _conversation(body: ChatRequest, service: Service, tenant: str) -> tuple[str, list[int]]:
+    """The conversation as the tenant's template writes it, and its token ids. For a thread."""
+    engine = service.require().engine
+    text = written(engine, tenant, body)
+    limit = prompt_limit(body, service, tenant, body.answer_limit or 1)
+    return text, prompt_ids(
+        engine,
+        tenant,
+        text,
+        bool(body.add_special_tokens),
+        limit,
+        body.truncation_side or "left",
+        "messages",
+    )
