@@ -337,7 +337,7 @@ def with_merged(
     return replace(plan, copies=tuple(copies)), merged
 
 
-def build_round_robin(path: Path, tenants: Mapping[str, Path], **options: Any) -> Store:
-    """A store by the paper's rule: every copy is a tenant's own, as `oracle` supposes, and nothing
-    is added to it."""
-    return build_store(path, tenants, policy="round_robin", **options)
+def build_round_robin(path: Path, tenants: Any, **options: Any) -> Store:
+    """A store by the paper's rule, unless options say otherwise: every copy is a tenant's own, as
+    `oracle` supposes, and nothing is added to it."""
+    return build_store(path, tenants, **({"policy": "round_robin"} | options))

@@ -20,7 +20,7 @@ from common.plan.expert_math import Matrices, inner, inputs_and_output, slope
 from common.plan.residual import LOW_RANK, SIGN, Part, pack_low_rank, pack_sign, part_matrix
 
 # Share of a component's squared singular value that is left when its vectors are kept in so many
-# bits; measured with `fit` below on Gaussian matrices (tests/common/test_fitting.py).
+# bits; measured with `fit` below on Gaussian matrices (tests/common/planning/test_residual_fit.py).
 LEFT = {2: 0.3, 4: 0.04, 8: 3e-4, 16: 1e-7, 32: 1e-13}
 BITS = tuple(LEFT)
 # Step of the best uniform quantiser with so many bits, in standard deviations of a Gaussian (Max

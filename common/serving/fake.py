@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from common.checkpoints.generation_config import GenerationConfig
+from common.errors import EngineError
+from common.families.family import ExpertSpec
 from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.serving.engine import Engine
 from common.serving.scheduler_options import SchedulerOptions
@@ -22,6 +24,9 @@ from common.store import Store
 
 VOCAB = 97
 EOS = 0
+
+# One layer. What its experts give for a token are the logits behind it.
+EXPERTS = ExpertSpec("fake", ("layer",), 8, VOCAB, 1, "identity", 1, ())
 
 
 def next_token(tenant: str, tokens: Sequence[int]) -> int:
@@ -40,6 +45,14 @@ def answer(tenant: str, prompt: Sequence[int], count: int, ignore_eos: bool = Fa
     return tokens[len(prompt) :]
 
 
+def _logits(tenant: str, tokens: Sequence[int], count: int) -> np.ndarray:
+    """Behind each of the last `count` tokens: float32 [count, vocab]."""
+    found = np.full((count, VOCAB), -9.0, dtype=np.float32)
+    for i in range(count):
+        found[i, next_token(tenant, tokens[: len(tokens) - count + 1 + i])] = 9.0
+    return found
+
+
 class FakeBackend(Backend):
     """Room for `room` tokens in blocks of `block`; tenants in use at once: `ready`."""
 
@@ -50,13 +63,15 @@ class FakeBackend(Backend):
     ):
         self.tenants = list(tenants)
         self.room, self.block = room, block
+        self._wanted_ready = ready
         self.max_ready_tenants = ready or len(self.tenants)
+        self._observer: Observer | None = None
         self._numbers = 0
         self._rows: dict[int, Row] = {}
         self._tokens: dict[int, list[int]] = {}
         self.steps: list[list[tuple[str, Part]]] = []
         self._ready: list[str] = []
-        self.reconfigurations = 0
+        self.hits = self.reconfigurations = 0
         self.prefetched: list[str] = []
 
     def begin(self, row: Row) -> int:
@@ -101,41 +116,92 @@ class FakeBackend(Backend):
         self._ready = [*(n for n in self._ready if n not in names), *sorted(names)][
             -self.max_ready_tenants :
         ]
+        new = [self._advance(part) for part in parts]
+        added = self._show(parts, new)
         token_ids = np.full(len(parts), -1, dtype=np.int64)
         logits: list[np.ndarray | None] = [None] * len(parts)
         for i, part in enumerate(parts):
             row, tokens = self._rows[part.sequence], self._tokens[part.sequence]
-            unread = row.unread - len(tokens)
-            if part.read:
-                assert 0 < part.read <= unread, "more is read than there is"
-                tokens += [*row.prompt, *row.answer][len(tokens) : len(tokens) + part.read]
-            else:
-                assert unread <= 0 <= part.token_id, "a token is appended before all was read"
-                tokens.append(part.token_id)
-            if len(tokens) >= row.unread:
-                token_ids[i] = next_token(row.tenant, tokens)
-                if part.want_logits:
-                    row_logits = np.full(VOCAB, -9.0, dtype=np.float32)
-                    row_logits[token_ids[i]] = 9.0
-                    logits[i] = row_logits
+            if len(tokens) < row.unread:
+                continue
+            token_ids[i] = next_token(row.tenant, tokens)
+            if part.want_logits or i in added:
+                values = _logits(row.tenant, tokens, 1)[0] + added.get(i, np.float32(0))
+                token_ids[i] = values.argmax()
+                logits[i] = values if part.want_logits else None
         self.steps.append([(self._rows[p.sequence].tenant, p) for p in parts])
-        zeros = np.zeros(len(parts), dtype=np.int64)
-        return Step(token_ids, logits, zeros + 1, zeros, dict.fromkeys(switched, 0.01))
+        hits = np.array([len(ids) for ids in new], dtype=np.int64)
+        self.hits += int(hits.sum())
+        return Step(token_ids, logits, hits, np.zeros_like(hits), dict.fromkeys(switched, 0.01))
+
+    def _advance(self, part: Part) -> list[int]:
+        """Take a part's tokens into its sequence, and give them."""
+        row, tokens = self._rows[part.sequence], self._tokens[part.sequence]
+        unread = row.unread - len(tokens)
+        if part.read:
+            assert 0 < part.read <= unread, "more is read than there is"
+            new = [*row.prompt, *row.answer][len(tokens) : len(tokens) + part.read]
+        else:
+            assert unread <= 0 <= part.token_id, "a token is appended before all was read"
+            new = [part.token_id]
+        tokens += new
+        return new
+
+    def _show(self, parts: Sequence[Part], new: Sequence[Sequence[int]]) -> dict[int, np.ndarray]:
+        """Show the parts' new tokens to the observer: what it adds behind the last one of each,
+        by part."""
+        found: dict[int, np.ndarray] = {}
+        if self._observer is None:
+            return found
+        by_tenant: dict[str, list[int]] = {}
+        for i, part in enumerate(parts):
+            by_tenant.setdefault(self._rows[part.sequence].tenant, []).append(i)
+        for tenant, mine in by_tenant.items():
+            ids = np.array([token for i in mine for token in new[i]], dtype=np.int64)
+            x, gates = np.eye(VOCAB, dtype=np.float32)[ids], np.ones((len(ids), 1), np.float32)
+            more = self._observer(tenant, 0, x, ids[:, None] % EXPERTS.num_experts, gates)
+            if more is not None:
+                lasts = np.cumsum([len(new[i]) for i in mine]) - 1
+                found |= {i: more[last] for i, last in zip(mine, lasts, strict=True)}
+        return found
 
     def prefetch(self, tenants: Sequence[str]) -> None:
         self.prefetched += tenants
 
     def update(self, store: Store) -> None:
-        raise NotImplementedError
+        if store.experts != EXPERTS:
+            raise EngineError("its experts have other shapes than those in use")
+        self.tenants = list(store.tenants)
+        self.max_ready_tenants = self._wanted_ready or len(self.tenants)
+        self._ready = [name for name in self._ready if name in self.tenants]
 
-    def logits(self, tenant: str, rows: Any, decoder_rows: Any) -> list[np.ndarray]:
-        raise NotImplementedError
+    def logits(
+        self,
+        tenant: str,
+        rows: Sequence[Sequence[int]],
+        decoder_rows: Sequence[Sequence[int]] | None,
+    ) -> list[np.ndarray]:
+        assert decoder_rows is None
+        return [_logits(tenant, row, len(row)) for row in rows]
 
     def observe(self, observer: Observer | None) -> None:
-        raise NotImplementedError
+        self._observer = observer
 
     def stats(self) -> dict[str, Any]:
-        return {"kv_cache_bytes": self.room, "kv_cache_used_bytes": self.used * self.block}
+        return {
+            "device": "none",
+            "dtype": "float32",
+            "pool_bytes": 0,
+            "residual_bytes": 0,
+            "non_expert_bytes": 0,
+            "hits": self.hits,
+            "misses": 0,
+            "fetches": 0,
+            "reconfigurations": self.reconfigurations,
+            "ready_tenants": list(self._ready),
+            "kv_cache_bytes": self.room,
+            "kv_cache_used_bytes": self.used * self.block,
+        }
 
     def close(self) -> None:
         self.end(list(self._rows))
@@ -152,8 +218,10 @@ class _Config:
 class FakeStore:
     """As much of a store as the engine asks for."""
 
-    def __init__(self, tenants: Sequence[str], max_positions: int = 10**6):
-        self.tenants = tuple(tenants)
+    def __init__(
+        self, tenants: Sequence[str], max_positions: int = 10**6, experts: ExpertSpec = EXPERTS
+    ):
+        self.tenants, self.experts = tuple(tenants), experts
         self._config = _Config(max_positions)
 
     def config(self, tenant: str) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("jax")
 
+from common import Store
+from jax_engine import load_backend
+from jax_engine.backend import JaxBackend
 from tests import helpers, switch_models
 
 
@@ -51,3 +55,15 @@ def small_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
         tmp_path_factory.mktemp("small"),
         [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)],
     )
+
+
+def backend_for(store: Store, **options: Any) -> JaxBackend:
+    """A backend, or a skip where our own kernels cannot be had."""
+    if options.get("products") == "native":
+        from jax_engine import native
+
+        if native.load() is None:
+            pytest.skip("no kernels of our own here: see native.load for what they need")
+    backend = load_backend(store, **options)
+    assert isinstance(backend, JaxBackend)
+    return backend

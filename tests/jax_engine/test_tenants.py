@@ -10,13 +10,8 @@ import pytest
 
 from common import SamplingParams, SchedulerOptions, load_engine
 from tests.helpers import build_round_robin, prompts
-from tests.jax_engine.conftest import SwitchFamily
-from tests.jax_engine.schedules import (
-    Asked,
-    advance,
-    alone,
-    backend_for,
-)
+from tests.jax_engine.conftest import SwitchFamily, backend_for
+from tests.schedules import Asked, advance, alone
 
 
 @pytest.mark.slow

@@ -13,15 +13,9 @@ from jax_engine.backend import JaxBackend
 from jax_engine.tenants import weights
 from tests import helpers
 from tests.helpers import build_round_robin, prompts, rest_slow
-from tests.jax_engine.conftest import SwitchFamily
-from tests.jax_engine.schedules import (
-    Asked,
-    advance,
-    alone,
-    backend_for,
-    check_equal,
-)
+from tests.jax_engine.conftest import SwitchFamily, backend_for
 from tests.jax_engine.test_residuals import mixed
+from tests.schedules import Asked, advance, alone, check_equal
 from tests.switch_models import (
     hf_greedy,
     oracle,

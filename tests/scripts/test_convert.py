@@ -18,7 +18,7 @@ from common.checkpoints import open_checkpoint, safetensors_file, tensorstore_ar
 from scripts import cli
 from tests import helpers, switch
 from tests.helpers import shared_path
-from tests.oracle.test_t5x import assert_same, moved_experts
+from tests.oracle.checkpoints.t5x.same import assert_same, moved_experts
 
 
 def to_t5x(*args: Any) -> int:

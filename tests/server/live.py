@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from common.build.online import OnlineEngine
 from common.serving.engine import Engine
 from scripts.server.app import create_app
+from scripts.server.schema import ErrorAnswer
 from scripts.server.settings import Settings
 
 T = TypeVar("T")
@@ -96,3 +97,14 @@ def events(text: str) -> list[str]:
     found = text.removesuffix("\n\n").split("\n\n")
     assert all(e.startswith("data: ") and "\n" not in e for e in found)
     return [e.removeprefix("data: ") for e in found]
+
+
+GOOD = {"model": "ana", "prompt": "hello", "temperature": 0, "max_tokens": 4}
+
+
+def error(reply: Any, status: int) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    assert reply.headers["x-request-id"]
+    ErrorAnswer.model_validate(reply.json(), strict=True)
+    found: dict[str, Any] = reply.json()["error"]
+    return found

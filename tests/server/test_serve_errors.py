@@ -12,19 +12,8 @@ from typing import Any
 import pytest
 
 from common.errors import OverloadedError
-from scripts.server.schema import ErrorAnswer
 from scripts.server.settings import Settings
-from tests.server.live import Live, Loop, events, wait_for
-
-GOOD = {"model": "ana", "prompt": "hello", "temperature": 0, "max_tokens": 4}
-
-
-def error(reply: Any, status: int) -> dict[str, Any]:
-    assert reply.status_code == status, reply.text
-    assert reply.headers["x-request-id"]
-    ErrorAnswer.model_validate(reply.json(), strict=True)
-    found: dict[str, Any] = reply.json()["error"]
-    return found
+from tests.server.live import GOOD, Live, Loop, error, events, wait_for
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from scripts import cli
 from scripts.server.keys import ALL, Key, KeyFileError, KeyRing, new_key
 from scripts.server.limits import RateLimiter
 from scripts.server.settings import Settings
-from tests.server.live import Live, Loop
-from tests.server.test_serve_errors import GOOD, error
+from tests.server.live import GOOD, Live, Loop, error
 
 
 def bearer(secret: str) -> dict[str, str]:

@@ -14,8 +14,7 @@ from common import build_store, load_engine
 from common.version import __version__
 from scripts.server.settings import Settings
 from scripts.server.window import SAMPLES, Window, quantile
-from tests.server.live import Live, Loop, events, wait_for
-from tests.server.test_serve_errors import GOOD, error
+from tests.server.live import GOOD, Live, Loop, error, events, wait_for
 
 
 def test_health_and_version(live: Live) -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scripts.server.keys import KeyRing, _key, new_key
 from scripts.server.settings import Settings
 from tests.helpers import examples
-from tests.server.live import Live, Loop
-from tests.server.test_serve_errors import GOOD, error
+from tests.server.live import GOOD, Live, Loop, error
 
 PAGE = {"Origin": "http://localhost:5173"}
 PREFLIGHT = PAGE | {

@@ -18,9 +18,8 @@ from common.store.manifest import Manifest
 from scripts.server.keys import KeyRing, _key, new_key
 from scripts.server.settings import Settings
 from tests import helpers
-from tests.server.live import Live, Loop
+from tests.server.live import GOOD, Live, Loop, error
 from tests.server.test_serve_command import serving
-from tests.server.test_serve_errors import GOOD, error
 from tests.server.test_serve_operations import scrape
 
 

@@ -1,0 +1,358 @@
+"""What `common.serving.backend` promises, held against the fake, the torch and the JAX backend."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import EngineError, StoreError
+from common.serving.backend import Backend, Part, Row
+from tests.contract.backends import NEWCOMER, TENANTS, FakeMade, JaxMade, Made, TorchMade
+from tests.helpers import assert_close, prompts, rest_slow
+from tests.schedules import Asked, advance, alone, begun, check_equal, finish, requests_of, run
+
+PROMISED = {
+    "device",
+    "dtype",
+    "pool_bytes",
+    "residual_bytes",
+    "non_expert_bytes",
+    "hits",
+    "misses",
+    "fetches",
+    "reconfigurations",
+    "kv_cache_bytes",
+    "kv_cache_used_bytes",
+}
+
+
+def used(backend: Backend) -> int:
+    return int(backend.stats()["kv_cache_used_bytes"])
+
+
+@pytest.fixture(scope="class")
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    made_by: type[Made] = request.cls.made_by
+    if made_by.framework is not None:
+        pytest.importorskip(made_by.framework)
+    return made_by(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="class")
+def backend(made: Made) -> Iterator[Backend]:
+    """One for all tests of a class: each leaves it without sequences."""
+    backend = made.load()
+    yield backend
+    backend.close()
+
+
+class BackendContract:
+    """What holds of every backend. A subclass says of which."""
+
+    made_by: type[Made]
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_left(self, backend: Backend) -> Iterator[None]:
+        yield
+        left = used(backend)
+        backend.end(range(1, 10_000))
+        assert left == 0
+
+    def test_begin_takes_no_memory_and_computes_nothing(self, backend: Backend) -> None:
+        before = backend.stats()
+        numbers = [backend.begin(Row(name, (5, 6, 7), 9)) for name in TENANTS * 2]
+        assert len(set(numbers)) == len(numbers)
+        assert backend.stats() == before
+        backend.end(numbers)
+
+    @pytest.mark.parametrize("tenant", TENANTS)
+    def test_alone_a_sequence_gets_what_its_tenant_answers(
+        self, made: Made, backend: Backend, tenant: str
+    ) -> None:
+        (prompt,) = prompts(1, [9])
+        (asked,) = alone(backend, [Asked(tenant, prompt, 5)])
+        assert asked.answer == made.answer(tenant, prompt, 5)
+
+    @pytest.mark.parametrize("seed", rest_slow(range(4)))
+    def test_others_in_the_step_and_cuts_of_the_reading_change_nothing(
+        self, backend: Backend, seed: int
+    ) -> None:
+        expected = alone(backend, requests_of(TENANTS, seed, 5, longest=14, answer=6))
+        found = requests_of(TENANTS, seed, 5, longest=14, answer=6)
+        run(backend, found, seed)
+        check_equal(found, expected)
+
+    def test_a_sequence_that_is_left_out_waits(self, backend: Backend) -> None:
+        waits, goes = (
+            begun(backend, n, p, 6) for n, p in zip(TENANTS, prompts(2, [8, 5]), strict=False)
+        )
+        for _ in range(3):
+            advance(backend, [(goes, 0)])
+        assert len(waits.answer) == 1
+        advance(backend, [(goes, 0), (waits, 0)])
+        for asked in (waits, goes):
+            answer = finish(backend, asked)
+            assert answer == alone(backend, [Asked(asked.tenant, asked.prompt, 6)])[0].answer
+
+    def test_no_token_while_there_is_more_to_read_and_logits_where_asked(
+        self, backend: Backend
+    ) -> None:
+        rows = prompts(3, [7, 4])
+        long, short = (
+            backend.begin(Row(n, tuple(r), 3)) for n, r in zip(TENANTS, rows, strict=False)
+        )
+        step = backend.step([Part(long, 3, want_logits=True), Part(short, 4)])
+        assert step.token_ids.dtype == np.int64 and step.token_ids[0] == -1 < step.token_ids[1]
+        assert step.logits == [None, None]
+        following = int(step.token_ids[1])
+        step = backend.step([Part(short, token_id=following), Part(long, 4, want_logits=True)])
+        assert (step.token_ids >= 0).all() and step.logits[0] is None
+        values = step.logits[1]
+        assert values is not None and values.dtype == np.float32 and values.ndim == 1
+        assert values.argmax() == step.token_ids[1]
+        backend.end([long, short])
+        # Asked for logits or not, the tokens are the same.
+        asked = [Asked(n, r, k) for n, r, k in zip(TENANTS, rows, (1, 2), strict=False)]
+        answers = [one.answer for one in alone(backend, asked)]
+        assert answers == [[step.token_ids[1]], [following, step.token_ids[0]]]
+
+    def test_an_answer_that_was_given_up_is_read_again(self, backend: Backend) -> None:
+        (prompt,) = prompts(4, [6])
+        (whole,) = alone(backend, [Asked("ana", prompt, 7)])
+        again = Asked("ana", prompt, 7, whole.answer[:4])
+        again.begin(backend)
+        advance(backend, [(again, 8)])
+        assert again.unread == 2 and len(again.answer) == 4
+        assert finish(backend, again) == whole.answer
+
+    def test_end_frees_caches_and_passes_over_unknown_numbers(self, backend: Backend) -> None:
+        first, second = (begun(backend, n, prompts(5, [20])[0], 4) for n in ("ana", "bob"))
+        both = used(backend)
+        backend.end([first.number or 0, 10**9])
+        assert 0 < used(backend) < both
+        backend.end([first.number or 0, second.number or 0])
+        assert used(backend) == 0
+
+    def test_what_fits_runs(self, made: Made, backend: Backend) -> None:
+        """Sequences take all the room there is; some are put off for others."""
+        small = made.load(small=True)
+        most, refused, rng = small.stats()["kv_cache_bytes"], 0, random.Random(0)
+        asked = requests_of(TENANTS, 6, 7, longest=14, answer=8)
+        while going := [a for a in asked if not a.is_done]:
+            chosen = rng.sample(going, rng.randint(1, len(going)))
+            for one in chosen:
+                if one.number is None:
+                    one.begin(small)
+            parts = [(a, rng.randint(1, a.unread) if a.unread else 0) for a in chosen]
+            while not small.fits([a.part(read) for a, read in parts]):
+                refused += 1
+                if len(parts) > 1:
+                    parts.pop()
+                    continue
+                for other in going:  # it fits if it has all the caches
+                    if other is not parts[0][0] and other.number is not None:
+                        small.end([other.number])
+                        other.number = None
+                assert small.fits([a.part(read) for a, read in parts])
+            advance(small, parts)
+            assert 0 < used(small) <= most
+            for one in asked:
+                if one.is_done and one.number is not None:
+                    small.end([one.number])
+                    one.number = None
+        assert refused > 0 and used(small) == 0
+        small.close()
+        for one in asked:
+            assert (
+                one.answer == alone(backend, [Asked(one.tenant, one.prompt, one.count)])[0].answer
+            )
+
+    def test_room_ahead_is_there(self, made: Made) -> None:
+        small = made.load(small=True)
+        first = Asked("ana", prompts(7, [6])[0], 10**6)
+        first.begin(small)
+        fits = [n for n in range(200) if small.fits([first.part(6)], ahead=n)]
+        assert fits == list(range(len(fits))) and 1 < len(fits) < 200
+        advance(small, [(first, 6)])
+        for _ in range(fits[-1]):
+            assert small.fits([first.part(0)])
+            advance(small, [(first, 0)])
+        small.end([first.number or 0])
+        short = Asked("ana", [5, 6], 1)
+        short.begin(small)
+        assert small.fits([short.part(2)], ahead=10**6), "no farther than the answer may come"
+        small.close()
+
+    def test_the_longest_sequence_has_room(self, made: Made) -> None:
+        small = made.load(small=True)
+        length, both = small.max_length("bob"), small.start_id("bob") is None
+        asked = Asked("bob", prompts(8, [length - 4 if both else length])[0], 4 if both else length)
+        asked.begin(small)
+        while not asked.is_done:
+            assert small.fits([asked.part(asked.unread)])
+            advance(small, [(asked, asked.unread)])
+        small.close()
+
+    def test_as_many_tenants_as_are_ready_share_steps(self, made: Made, backend: Backend) -> None:
+        few = made.load(ready=2)
+        assert few.max_ready_tenants == 2
+        asked = [Asked(n, p, 4) for n, p in zip(TENANTS, prompts(9, [5, 6, 7]), strict=True)]
+        for one in asked:
+            one.begin(few)
+        counted = 0
+        last: set[str] = set()
+        for turn in range(12):
+            pair = [a for i, a in enumerate(asked) if i != turn // 2 % 3 and not a.is_done]
+            if not pair:
+                continue
+            took = advance(few, [(a, a.unread) for a in pair])
+            names = {a.tenant for a in pair}
+            assert set(took) <= names - last, "tenants in use already take no time"
+            counted += len(took)
+            last = names
+        assert few.stats()["reconfigurations"] == counted >= 3
+        for one in asked:
+            assert finish(few, one) == alone(backend, [Asked(one.tenant, one.prompt, 4)])[0].answer
+        few.close()
+
+    def test_a_hint_changes_no_answer(self, made: Made, backend: Backend) -> None:
+        asked = begun(backend, "ana", prompts(1, [9])[0], 5)
+        backend.prefetch(["bob", "base"])
+        assert finish(backend, asked) == made.answer("ana", asked.prompt, 5)
+
+    def test_logits_at_every_position(self, backend: Backend) -> None:
+        (asked,) = alone(backend, [Asked("ana", prompts(2, [6])[0], 4)])
+        start = backend.start_id("ana")
+        if start is None:
+            rows = [[*asked.prompt, *asked.answer[:-1]], asked.prompt[:2]]
+            found = backend.logits("ana", rows, None)
+        else:
+            rows = [[start, *asked.answer[:-1]], [start]]
+            found = backend.logits("ana", [asked.prompt, asked.prompt[:2]], rows)
+        vocab = len(asked.logits[0])
+        assert [values.shape for values in found] == [(len(row), vocab) for row in rows]
+        assert all(values.dtype == np.float32 for values in found)
+        assert_close(found[0][-4:], np.stack(asked.logits))
+
+    def test_start_id(self, backend: Backend) -> None:
+        for name in TENANTS:
+            start = backend.start_id(name)
+            (values,) = backend.logits(name, [[5]], None if start is None else [[start]])
+            assert start is None or 0 <= start < values.shape[1]
+
+    def test_an_observer_sees_every_look_up_and_adds_to_the_layers(self, backend: Backend) -> None:
+        (before,) = alone(backend, [Asked("ana", prompts(3, [7])[0], 3)])
+        rng = np.random.default_rng(0)
+        seen: list[tuple[str, int, int]] = []
+
+        def observer(name: str, layer: int, x: Any, ids: Any, gates: Any) -> np.ndarray | None:
+            assert x.dtype == gates.dtype == np.float32 and ids.dtype == np.int64
+            assert len(x) == len(ids) and x.ndim == 2 and ids.shape == gates.shape
+            seen.append((name, layer, ids.size))
+            return rng.normal(0, 30, x.shape).astype(np.float32) if adds else None
+
+        backend.observe(observer)
+        adds = False
+        asked = [Asked(n, p, 3) for n, p in zip(TENANTS, prompts(3, [7, 4, 5]), strict=True)]
+        for one in asked:
+            one.begin(backend)
+        advance(backend, [(a, a.unread) for a in asked])
+        advance(backend, [(a, 0) for a in asked])
+        assert {name for name, _, _ in seen} == set(TENANTS)
+        assert len({layer for _, layer, _ in seen}) == 1 + max(layer for _, layer, _ in seen)
+        for one in asked:
+            shown = sum(size for name, _, size in seen if name == one.tenant)
+            assert shown == one.hits + one.misses
+        adds = True
+        (changed,) = alone(backend, [Asked("ana", before.prompt, 3)])
+        assert np.abs(changed.logits[0] - before.logits[0]).max() > 0.1
+        backend.observe(None)
+        count = len(seen)
+        for one in asked:
+            finish(backend, one)
+        assert len(seen) == count
+        check_equal(alone(backend, [Asked("ana", before.prompt, 3)]), [before])
+
+    def test_a_step_that_fails_harms_no_other_sequence(self, backend: Backend) -> None:
+        good, bad = (begun(backend, "ana", p, 5) for p in prompts(4, [6, 5]))
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no")
+
+        backend.observe(fail)
+        with pytest.raises(RuntimeError, match="no"):
+            backend.step([bad.part(0)])
+        backend.observe(None)
+        backend.end([bad.number or 0])
+        assert finish(backend, good) == alone(backend, [Asked("ana", good.prompt, 5)])[0].answer
+
+    def test_stats_have_what_is_promised_and_count(self, backend: Backend) -> None:
+        before = backend.stats()
+        assert before.keys() >= PROMISED
+        assert all(before[key] >= 0 for key in PROMISED - {"device", "dtype"})
+        (asked,) = alone(backend, [Asked("bob", prompts(5, [8])[0], 3)])
+        after = backend.stats()
+        assert asked.hits + asked.misses > 0
+        assert after["hits"] - before["hits"] == asked.hits
+        assert after["misses"] - before["misses"] == asked.misses
+
+    def test_update_keeps_sequences_and_serves_who_came(self, made: Made, backend: Backend) -> None:
+        running = made.load()
+        asked = begun(running, "ana", prompts(6, [9])[0], 8)
+        unread = Asked("bob", prompts(6, [9])[0], 4)
+        unread.begin(running)
+        advance(running, [(unread, 5)])
+        running.update(made.more)
+        came = begun(running, NEWCOMER, asked.prompt, 4)
+        advance(running, [(asked, 0), (unread, 4), (came, 0)])
+        for one in (asked, unread):
+            expected = alone(backend, [Asked(one.tenant, one.prompt, one.count)])
+            finish(running, one)
+            check_equal([one], expected)
+        finish(running, came)
+        fresh = made.load()
+        fresh.update(made.more)
+        check_equal([came], alone(fresh, [Asked(NEWCOMER, came.prompt, 4)]))
+        for one in (running, fresh):
+            assert used(one) == 0
+            one.close()
+
+    def test_update_reads_no_weight_that_is_there(self, made: Made) -> None:
+        whole = made.load(slots=None)
+        asked = begun(whole, "base", prompts(7, [6])[0], 5)
+        (other,) = alone(whole, [Asked("base", asked.prompt, 5)])
+        with made.without_reading(slots=None) as store:
+            whole.update(store)
+        assert finish(whole, asked) == other.answer
+        whole.close()
+
+    def test_a_refused_update_changes_nothing(self, made: Made, backend: Backend) -> None:
+        asked = begun(backend, "ana", prompts(8, [6])[0], 5)
+        before = backend.stats()
+        for store in made.refused:
+            with pytest.raises((StoreError, EngineError)):
+                backend.update(store)
+            assert backend.stats() == before
+        assert finish(backend, asked) == made.answer("ana", asked.prompt, 5)
+
+    def test_closing_twice_is_safe(self, made: Made) -> None:
+        closed = made.load()
+        begun(closed, "ana", [5, 6, 7], 3)
+        closed.close()
+        closed.close()
+
+
+class TestFake(BackendContract):
+    made_by = FakeMade
+
+
+class TestTorch(BackendContract):
+    made_by = TorchMade
+
+
+class TestJax(BackendContract):
+    made_by = JaxMade
