@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch_engine.pool import find_grouped_mm
 
 from benchmarks.common import (
     Clock,
@@ -39,7 +40,6 @@ from benchmarks.common import (
     write_output,
 )
 from torch_engine import native
-from torch_engine.pool import find_grouped_mm
 from torch_engine.products import PackedWeight, can_pack, linear, pack, pack_native
 
 HINTS = (1, 16, 64, 256)

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     add_shape(parser, Shape(num_hidden_layers=8))
     add_output(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
+    parser.add_argument("--products", choices=("auto", "native", "plain"), default="auto")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--tenants", type=int, default=4, help="at least 2")
     parser.add_argument(

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     add_shape(parser)
     add_output(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
+    parser.add_argument("--products", choices=("auto", "native", "plain"), default="auto")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prefill", type=int, nargs="*", default=[256])

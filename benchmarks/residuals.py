@@ -53,10 +53,10 @@ from common.plan.residual import (
 from common.serving.backend import Row
 from common.store import Store
 from common.store.change import set_plan
-from torch_engine import native
 from torch_engine.backend import TorchBackend
-from torch_engine.pool import TokenTenants
-from torch_engine.residuals import ResidentResiduals
+from torch_engine.experts.pool import PoolPlan
+from torch_engine.experts.residuals import HeldResiduals
+from torch_engine.experts.routing import TokenTenants
 
 KINDS = ("sign", "low rank", "both")
 COLUMNS = (
@@ -158,7 +158,7 @@ class Bench:
         self,
         backend: TorchBackend,
         shape: Shape,
-        residuals: dict[str, ResidentResiduals],
+        residuals: dict[str, HeldResiduals],
         repeats: int,
     ):
         self.backend, self.shape, self.residuals, self.repeats = backend, shape, residuals, repeats
@@ -249,7 +249,6 @@ def measure(args: argparse.Namespace, shape: Shape, report: Report) -> None:
         with load_engine(store, device="cpu", products=args.products) as engine:
             backend = engine._require_backend()
             assert isinstance(backend, TorchBackend)
-            kernels = native.load(dtype) if backend.products == "native" else None
             sides = {"none": backend.pool.residuals}
             report.note(machine())
             report.note(
@@ -257,7 +256,7 @@ def measure(args: argparse.Namespace, shape: Shape, report: Report) -> None:
             )
             for kind in KINDS:
                 changed = with_kind(store, kind, args.low_rank_share)
-                sides[kind] = ResidentResiduals(changed, backend.device, kernels)
+                sides[kind] = backend.pool.make_residuals(PoolPlan(changed))
                 (parts,) = {r.parts for r in changed.plan.residuals}
                 each = changed.plan.residuals[0].nbytes(dict(store.experts.projections))
                 report.note(
@@ -330,7 +329,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     add_shape(parser, Shape(num_hidden_layers=6))
     add_output(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
+    parser.add_argument("--products", choices=("auto", "native", "plain"), default="auto")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--tenants", type=int, default=4)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16])

@@ -430,7 +430,9 @@ class SwitchTransformer(nnx.Module):
 
     def embed(self, side: Side, ids: Array) -> Array:
         """int32 [B, T] -> [B, T, H]."""
-        return self.settings.products.rows(self._table(f"{side}_embedding").weight[...], ids)
+        table = self._table(f"{side}_embedding").weight[...]
+        width = self.settings.config.experts.hidden_size
+        return self.settings.products.rows(table, ids, width)
 
     def _table(self, use: str) -> Linear:
         table: Linear = getattr(self, "shared" if use in self.shared_uses else use)

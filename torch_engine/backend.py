@@ -3,7 +3,7 @@ caches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, block_bytes, token_width
+from torch_engine.experts.grouped import GroupedPool
+from torch_engine.experts.grouped_product import grouped_mm_fits
+from torch_engine.experts.loop import LoopPool
+from torch_engine.experts.own import KernelPool
+from torch_engine.experts.pool import ExpertPool
 from torch_engine.model import Run, Segment, Singles, forward, heads, heads_of
 from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace, TenantWeights
 from torch_engine.options import TorchOptions
-from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
-from torch_engine.products import Weight, can_pack, pack, pack_native
+from torch_engine.products import PlainWeight, Weight, pack_native
 
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
@@ -76,14 +80,17 @@ class TorchBackend(Backend):
         self.device = _device(options.device)
         self.dtype = _dtype(options.dtype, store, self.device)
         self.products = _choose_products(options.products, self.dtype, self.device)
-        product = {"native": pack_native, "packed": pack, "plain": _plain}[self.products]
+        kernels = native.load(self.dtype) if self.products == "native" else None
+        product: Callable[[Tensor], Weight] = pack_native if kernels else PlainWeight
         self.experts = self._expert_implementation(options)
         try:
             self.pool: ExpertPool
             if self.experts == "grouped":
                 self.pool = GroupedPool(store, self.dtype, self.device, options.spare_slots)
+            elif kernels is not None:
+                self.pool = KernelPool(store, self.dtype, options.spare_slots, kernels)
             else:
-                self.pool = LoopPool(store, self.dtype, self.device, options.spare_slots, product)
+                self.pool = LoopPool(store, self.dtype, self.device, options.spare_slots)
             self._wanted_ready = options.ready_tenants
             self.max_ready_tenants = self._max_ready(store)
             self.ready: ReadyTenants
@@ -413,14 +420,11 @@ class TorchBackend(Backend):
 
 
 def _choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The first of native, packed and plain that works for this type on this device, if none is
-    asked for."""
+    """The first of native and plain that works for this type on this device, if none is asked
+    for."""
     works = ["plain"]
-    if device.type == "cpu":
-        if can_pack(dtype):
-            works.insert(0, "packed")
-        if native.load(dtype) is not None:
-            works.insert(0, "native")
+    if device.type == "cpu" and native.load(dtype) is not None:
+        works.insert(0, "native")
     if wanted not in ("auto", *works):
         raise EngineError(
             f"products={wanted!r} does not work for {dtype} on {device} here; use auto or "
@@ -435,11 +439,7 @@ def _products_name(products: str, dtype: torch.dtype) -> str:
         kernels = native.load(dtype)
         assert kernels is not None
         return f"own kernels ({kernels.target})"
-    return {"packed": "oneDNN", "plain": "torch"}[products]
-
-
-def _plain(weight: Tensor) -> Weight:
-    return weight
+    return "torch"
 
 
 @dataclass

@@ -27,8 +27,9 @@ from common.families import MixtralConfig
 from common.serving.backend import Observer
 from torch_engine import native
 from torch_engine.cache import BLOCK, Arena, Blocks, padded_tables
+from torch_engine.experts.pool import ExpertPool
+from torch_engine.experts.routing import TokenTenants
 from torch_engine.non_expert import TenantWeights
-from torch_engine.pool import ExpertPool, TokenTenants
 from torch_engine.products import linear, linears
 from torch_engine.rotary import rotate
 
@@ -108,7 +109,7 @@ class Rows:
     def norm(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """`rms_norm` with each tenant's weight, in one call of our own kernels where they are
         used."""
-        if self._kernels is not None and len(x) <= self._kernels.max_rows:
+        if self._kernels is not None:
             return native.rms_norms(self._kernels, x, self.starts, weights, self._eps)
         parts = zip(self.slices(), weights, strict=True)
         return _joined(
@@ -416,7 +417,7 @@ def heads(segments: Sequence[Segment], hidden: Sequence[Tensor]) -> list[Tensor]
 
 
 def _last_norm(weights: TenantWeights, x: Tensor) -> Tensor:
-    if weights.kernels is not None and len(x) <= weights.kernels.max_rows:
+    if weights.kernels is not None:
         starts, eps = (
             np.array([0, len(x)]),
             np.array([weights.config.rms_norm_eps], dtype=np.float32),

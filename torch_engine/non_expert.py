@@ -26,7 +26,7 @@ from torch import Tensor
 from common.families import MixtralConfig
 from common.store import Store
 from torch_engine import native
-from torch_engine.products import PackedWeight, Weight, as_tensor
+from torch_engine.products import PlainWeight, Weight, as_tensor
 from torch_engine.rotary import RotaryTable
 
 
@@ -60,8 +60,8 @@ class TenantWeights:
     """Called before stage 0 (embedding), 1..layers, layers + 1 (head) is used: waits for its copy
     on CUDA."""
 
-    def all(self) -> Iterator[Weight]:
-        """Every tensor."""
+    def all(self) -> Iterator[Tensor | Weight]:
+        """Everything."""
         yield self.embed
         for layer in self.layers:
             yield from (layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.router)
@@ -131,9 +131,8 @@ def arrange(
         for n in range(config.experts.num_layers)
     )
     head = product("head")
-    kernels = head.kernels if isinstance(head, PackedWeight) else None
     return TenantWeights(
-        config, tensor("embed"), layers, tensor("norm"), head, rotary, kernels, wait
+        config, tensor("embed"), layers, tensor("norm"), head, rotary, head.kernels, wait
     )
 
 
@@ -229,7 +228,9 @@ class TenantsInPlace:
         self._last: frozenset[str] = frozenset()
         self._ready: OrderedDict[str, TenantWeights] = OrderedDict()
         self._seconds: dict[str, float] = {}
-        self._made: WeakValueDictionary[tuple[bool, Content], Weight] = WeakValueDictionary()
+        self._made: WeakValueDictionary[tuple[bool, Content], Tensor | Weight] = (
+            WeakValueDictionary()
+        )
         self._made_bytes = 0
         for name in store.tenants[:capacity]:
             self._ready[name] = self._load(store, name)
@@ -251,7 +252,7 @@ class TenantsInPlace:
             parts = mapped_entry(store, name, by_name[entry])
             return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype)
 
-        def once(entry: str, multiplied: bool) -> Weight:
+        def once(entry: str, multiplied: bool) -> Tensor | Weight:
             key = multiplied, content_of(store, name, by_name[entry])
             made = self._made.get(key)
             if made is None:
@@ -265,10 +266,15 @@ class TenantsInPlace:
             assert isinstance(found, Tensor)
             return found
 
-        rotary = RotaryTable(config, self._dtype, torch.device("cpu"))
-        return arrange(config, tensor, lambda entry: once(entry, True), rotary)
+        def product(entry: str) -> Weight:
+            found = once(entry, True)
+            assert isinstance(found, Weight)
+            return found
 
-    def _held_for(self, name: str) -> list[Weight | None]:
+        rotary = RotaryTable(config, self._dtype, torch.device("cpu"))
+        return arrange(config, tensor, product, rotary)
+
+    def _held_for(self, name: str) -> list[Tensor | Weight | None]:
         """What of a tenant's weights is there, as others have it too."""
         contents = [
             content_of(self._store, name, entry) for entry in entries(_config(self._store, name))
@@ -381,7 +387,7 @@ class _HostTenant:
     layout: FlatLayout
     host: Tensor
     rotary: RotaryTable
-    common: dict[str, Tensor]
+    common: dict[str, PlainWeight]
 
 
 class TenantsByCopy:
@@ -400,7 +406,7 @@ class TenantsByCopy:
         self.switches = 0
         self.copied_bytes = 0
         self._store = store
-        self._common: WeakValueDictionary[Content, Tensor] = WeakValueDictionary()
+        self._common: WeakValueDictionary[Content, PlainWeight] = WeakValueDictionary()
         self._tenants = self._on_hosts(store, store.tenants, capacity)
         largest = max(t.layout.elements for t in self._tenants.values())
         self._buffers = [
@@ -456,14 +462,14 @@ class TenantsByCopy:
         contents: of its entries. equal: of entries that several tenants have.
         """
         config = _config(store, name)
-        common: dict[str, Tensor] = {}
+        common: dict[str, PlainWeight] = {}
         for entry in entries(config):
             content = contents[entry.name]
             if content not in equal and content not in self._common:
                 continue
             if (held := self._common.get(content)) is None:
-                held = torch.empty(entry.shape, dtype=self._dtype, device=self._device)
-                _fill(held, mapped_entry(store, name, entry))
+                held = PlainWeight(torch.empty(entry.shape, dtype=self._dtype, device=self._device))
+                _fill(held.tensor, mapped_entry(store, name, entry))
                 self._common[content] = held
             common[entry.name] = held
         layout = FlatLayout.of(config, common)
@@ -566,9 +572,10 @@ class TenantsByCopy:
                 torch.cuda.current_stream(self._device).wait_event(arrived[stage])
 
         buffer.tenant = name
-        weights = layout.views(config, buffer.data) | tenant.common
+        views = layout.views(config, buffer.data)
+        weights = {entry: PlainWeight(view) for entry, view in views.items()} | tenant.common
         buffer.weights = arrange(
-            config, weights.__getitem__, weights.__getitem__, tenant.rotary, wait
+            config, lambda e: weights[e].tensor, weights.__getitem__, tenant.rotary, wait
         )
         return buffer
 

@@ -52,8 +52,10 @@ from scripts.load_test import System
 from scripts.qos import Experiment, compare
 from scripts.qos_systems import EngineSystem, Paper, Setup
 from scripts.traffic import Load
+from torch_engine.experts.grouped import GroupedPool
+from torch_engine.experts.loop import LoopPool
+from torch_engine.experts.routing import TokenTenants
 from torch_engine.non_expert import TenantsByCopy
-from torch_engine.pool import GroupedPool, LoopPool, TokenTenants
 
 MIXTRAL_8X7B = Shape(4096, 14336, 32, 8, 2, 32, 8, 32000)
 TINY = Shape(64, 128, 4, 8, 2, 4, 2, 512)
@@ -183,7 +185,7 @@ def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:
     spec = store.experts
     pools = [
         GroupedPool(store, torch.bfloat16, device, 1),
-        LoopPool(store, torch.bfloat16, device, 1, lambda w: w),
+        LoopPool(store, torch.bfloat16, device, 1),
     ]
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 16, 64, 256, 1024):
