@@ -28,6 +28,7 @@ int64_t block_size(int64_t K) {
 
 // Rows of a work item when `count` rows are shared out: whole tiles, items of about the same size.
 inline int64_t chunk_of(int64_t count) {
+    if (count == 0) return kTile;
     const int64_t chunks = (count + kChunk - 1) / kChunk, tiles = (count + kTile * chunks - 1) / (kTile * chunks);
     return tiles * kTile;
 }
