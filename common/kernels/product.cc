@@ -36,7 +36,8 @@ struct Panel {
     const uint8_t *codes;
     const float *scale;
     int64_t K, left;  // left: outputs of the block that exist
-    bool first;       // y is to be overwritten
+    int64_t nbytes;  // of the weights, which the next panel follows
+    bool first;      // y is to be overwritten
 };
 
 // y[m][at .. at + 16 J - 1] (+)= x[m][0..K-1] w[K][64]. bfloat16 x comes in whole pairs.
@@ -81,6 +82,8 @@ ALWAYS void part(const X *const *x, float *const *y, int64_t at, const Panel<W> 
                 weights[j] = v_add_signed(weights[j], bits, v_load(panel.scale + at + 16 * j));
             }
         }
+#pragma GCC unroll 4
+        for (int j = 0; j < J; j++) v_keep(weights[j]);
 #pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
             const v16 value = v_set1(widened(x[m][k + second]));
@@ -89,6 +92,14 @@ ALWAYS void part(const X *const *x, float *const *y, int64_t at, const Panel<W> 
         }
     };
     int64_t k = 0;
+    if (J == 1) {  // one of four lines is read, so the next panel's same quarter is asked for
+        const char *next = reinterpret_cast<const char *>(panel.w) + panel.nbytes + at / 16 * (panel.nbytes / 4);
+        for (; k + lanes<W> <= panel.K; k += lanes<W>, next += 64) {
+            __builtin_prefetch(next, 0, 2);
+            step(k, 0);
+            if (lanes<W> == 2) step(k, 1);
+        }
+    }
     for (; k + 4 <= panel.K; k += 4) {
         for (int line = 0; line < ahead.lines; line++, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
         step(k, 0), step(k, 1), step(k + 2, 0), step(k + 2, 1);
@@ -138,32 +149,35 @@ void panels(Rows<const X> x, Rows<float> y, int64_t count, const W *block, int64
     constexpr bool widens = std::is_same_v<X, bf16> && (Signed || !BF16_PRODUCTS);
     using In = std::conditional_t<widens, float, X>;
     alignas(64) In copies[kTile][kPanel];
-    const int64_t tiles = (count + kTile - 1) / kTile;
+    // AVX2 meets float32 weights sooner with two rows one after the other than with both.
+    const bool apart = VECTOR_REGISTERS < 16 && sizeof(W) == 4 && count == 2;
+    const int64_t tiles = apart ? 2 : (count + kTile - 1) / kTile;
+    // Rows that lie a power of two apart push one another out of a cache; with many tiles copies cost more than that.
+    const bool copying = count > 1 && (tiles < 4 || VECTOR_REGISTERS < 16);
     for (int64_t k = 0; k < K; k += kPanel) {
         const int64_t length = std::min(kPanel, K - k);
         const bool odd = sizeof(In) == 2 && length % 2;  // what follows a row's last input is another row's
         const W *w = std::is_same_v<W, Zero> ? nullptr : block + k * kBlock;
-        const Panel<W> panel = {w, codes + (Signed ? 8 * k : 0), scale, length + odd, left, k == 0 && !adding};
+        const int64_t nbytes = length * kBlock * static_cast<int64_t>(sizeof(W));
+        const Panel<W> panel = {w, codes + (Signed ? 8 * k : 0), scale, length + odd, left, nbytes, k == 0 && !adding};
         // The panel that follows in memory is what this thread reads next, in this block or the next. One tile alone
         // that takes all outputs at once reads as the processor's own prefetcher likes it.
-        const char *next = reinterpret_cast<const char *>(w + length * kBlock);
-        const char *end = next + length * kBlock * static_cast<int64_t>(sizeof(W));
+        const char *next = reinterpret_cast<const char *>(w) + nbytes;
+        const char *end = next + nbytes;
         for (int64_t t = 0, row = 0; t < tiles; t++) {
             const int M = static_cast<int>((count - row) / (tiles - t));
             const In *from[kTile];
             float *to[kTile];
             for (int m = 0; m < M; m++, row++) {
                 to[m] = y[row];
-                if constexpr (widens) {
+                from[m] = copies[m];
+                if constexpr (widens)
                     widen(copies[m], x[row] + k, length);
-                    from[m] = copies[m];
-                } else {
+                else if (copying || odd)
+                    std::memcpy(copies[m], x[row] + k, static_cast<size_t>(length) * sizeof(In));
+                else
                     from[m] = x[row] + k;
-                    if (!odd) continue;
-                    std::memcpy(copies[m], from[m], static_cast<size_t>(length) * sizeof(In));
-                    copies[m][length] = 0;
-                    from[m] = copies[m];
-                }
+                if (odd) copies[m][length] = 0;
             }
             const int64_t parts = 4 / vectors_of(M), shares = tiles * parts;
             const bool reading = shares > 1 && next < end && !std::is_same_v<W, Zero>;

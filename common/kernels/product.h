@@ -15,7 +15,8 @@ namespace moetel {
 using bf16 = uint16_t;  // the upper half of a float32
 
 constexpr int64_t kBlock = 64;   // outputs in a block of the packed layout
-constexpr int64_t kChunk = 192;  // rows of a work item: more work for one thread at the end costs more than it saves
+// Rows of a work item: more work for one thread at the end costs more than it saves, and AVX2 reads rows most often.
+constexpr int64_t kChunk = VECTOR_REGISTERS >= 16 ? 192 : 96;
 constexpr int kTile = 6;         // rows whose sums stay in registers
 
 inline int64_t blocks_of(int64_t N) { return (N + kBlock - 1) / kBlock; }

@@ -233,6 +233,14 @@ ALWAYS float v_sum(v16 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+/* Keeps a value in a register: gcc would read it from memory again for each use, which takes an AVX2 product half of its
+ * rate. */
+#if VECTOR_REGISTERS >= 16
+ALWAYS void v_keep(v16 &v) { asm("" : "+v"(v)); }
+#else
+ALWAYS void v_keep(v16 &v) { asm("" : "+x"(v.a), "+x"(v.b)); }
+#endif
+
 /* e^x to about one unit in the last place: 2^n times a Taylor polynomial on |r| <= ln(2) / 2. */
 ALWAYS v16 v_exp(v16 x) {
     x = v_min(v_max(x, v_set1(-87.3f)), v_set1(88.3f)); /* so that 2^n is a float32 */
