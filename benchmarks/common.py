@@ -1,5 +1,4 @@
-"""What benchmarks share: statistics, the machine's description and bandwidth, random Mixtrals
-written in seconds."""
+"""What benchmarks share: statistics, tables, the machine's description and rates."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 
 @dataclass(frozen=True)
@@ -147,142 +145,28 @@ def seconds(call: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
 
 
 def memory_bandwidth(
-    size_bytes: int = 1 << 30, repeats: int = 9, clock: Clock = time.perf_counter
+    size_bytes: int = 1 << 30,
+    repeats: int = 9,
+    clock: Clock = time.perf_counter,
+    device: str = "cpu",
 ) -> float:
     """Bytes a second of a plain read by all threads (a sum over more than the caches hold): the
     best of several."""
-    data = torch.ones(size_bytes // 4)
+    data = torch.ones(size_bytes // 4, device=device)
     data.sum()
-    return size_bytes / min(seconds(data.sum, clock) for _ in range(repeats))
+    return size_bytes / min(seconds(lambda: _read(data.sum()), clock) for _ in range(repeats))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Mixtral's sizes; the defaults are the 'mini' of 1.5 B parameters."""
-
-    hidden_size: int = 1024
-    intermediate_size: int = 3584
-    num_hidden_layers: int = 16
-    num_local_experts: int = 8
-    num_experts_per_tok: int = 2
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 4
-    vocab_size: int = 32000
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "model_type": "mixtral",
-            "architectures": ["MixtralForCausalLM"],
-            "head_dim": self.head_dim,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": False,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
-        }
-
-    @property
-    def expert_weights(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
-
-    def step_weights(self, experts_hit: float) -> float:
-        """Weights that a decode step reads when `experts_hit` different experts are hit a layer;
-        embeddings aside."""
-        kv = self.num_key_value_heads * self.head_dim
-        attention = 2 * self.hidden_size**2 + 2 * self.hidden_size * kv
-        layer = (
-            attention
-            + self.hidden_size * self.num_local_experts
-            + experts_hit * self.expert_weights
-        )
-        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
-
-    def prefill_flops(self, tokens: int) -> float:
-        """Multiplications and additions of a prompt's products; attention scores and the one head
-        row aside."""
-        return (
-            2
-            * tokens
-            * (self.step_weights(self.num_experts_per_tok) - self.vocab_size * self.hidden_size)
-        )
+def matmul_rate(
+    dtype: torch.dtype, size: int, clock: Clock = time.perf_counter, device: str = "cpu"
+) -> float:
+    """Operations a second of a square product of this size, torch's best."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    # Not torch.mm: in bfloat16 it takes minutes on processors that do not multiply the type.
+    times = (seconds(lambda: _read(torch.nn.functional.linear(a, a)), clock) for _ in range(4))
+    return 2 * size**3 / min(times)
 
 
-def add_shape(parser: argparse.ArgumentParser, default: Shape = Shape()) -> None:
-    for name, value in default.__dict__.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}"
-        )
-
-
-def shape_of(args: argparse.Namespace) -> Shape:
-    return Shape(**{name: getattr(args, name) for name in Shape().__dict__})
-
-
-def write_random(
-    path: Path, shape: Shape, dtype: torch.dtype, seed: int = 0, moved: float = 0.0
-) -> Path:
-    """Write a random checkpoint, a shard a layer. Routers get unit noise, so that tokens spread
-    over experts.
-
-    Each tensor repeats one block of noise from another start: fresh noise for gigabytes would take
-    minutes.
-    moved: how far all other weights are from those of the same seed with moved = 0, as a share of
-        these.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    block = torch.empty(1 << 20).normal_(generator=generator)
-    if moved:
-        block += moved * torch.empty_like(block).normal_(
-            generator=torch.Generator().manual_seed(int(1e6 * moved))
-        )
-    weight_map: dict[str, str] = {}
-    total = 0
-
-    def noise(*size: int, std: float = 0.02) -> torch.Tensor:
-        count = torch.Size(size).numel()
-        shifted = block.roll(int(torch.randint(len(block), (1,), generator=generator)))
-        return (shifted.repeat(-(-count // len(block)))[:count] * std).to(dtype).view(size)
-
-    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal total
-        save_file(tensors, path / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-
-    hidden, inter = shape.hidden_size, shape.intermediate_size
-    kv = shape.num_key_value_heads * shape.head_dim
-    for layer in range(shape.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        router = torch.empty(shape.num_local_experts, hidden).normal_(generator=generator).to(dtype)
-        tensors = {f"{prefix}.block_sparse_moe.gate.weight": router}
-        for name, rows, columns in (
-            ("q", hidden, hidden),
-            ("k", kv, hidden),
-            ("v", kv, hidden),
-            ("o", hidden, hidden),
-        ):
-            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = noise(rows, columns)
-        for name in ("input", "post_attention"):
-            tensors[f"{prefix}.{name}_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
-        for expert in range(shape.num_local_experts):
-            for name, size in (
-                ("w1", (inter, hidden)),
-                ("w2", (hidden, inter)),
-                ("w3", (inter, hidden)),
-            ):
-                tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = noise(*size)
-        shard(f"layer-{layer}.safetensors", tensors)
-    vocab = (shape.vocab_size, hidden)
-    rest = {"model.embed_tokens.weight": noise(*vocab, std=1.0), "lm_head.weight": noise(*vocab)}
-    shard("rest.safetensors", rest | {"model.norm.weight": torch.ones(hidden, dtype=dtype)})
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(
-        json.dumps(shape.config | {"dtype": str(dtype).removeprefix("torch.")})
-    )
-    return path
+def _read(result: torch.Tensor) -> float:
+    """One entry of it, for which a device must have computed it."""
+    return float(result.reshape(-1)[0])

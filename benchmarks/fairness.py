@@ -44,7 +44,7 @@ from common.serving.scheduler import Scheduler
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.text import TenantText
 from common.store import Store
-from scripts.traffic import Call, Flood, Load, make_trace
+from scripts.load.traffic import Call, Flood, Load, make_trace
 
 TENANTS = ("a", "b", "c", "d")
 FLOODING = TENANTS[-1]

@@ -1,5 +1,4 @@
-"""What the default policy takes to plan tenants of a large model: seconds of one position by step,
-and memory.
+"""How long does the default policy plan tenants of a large model, by step, and in what memory?
 
 A store of a few positions of the real shapes is written (Mixtral-8x7B's by default; every tenant is
 the first one with its expert weights moved a little), calibrated with random inputs as many as a
@@ -20,20 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.common import (
     Report,
-    Shape,
     add_output,
-    add_shape,
     machine,
     peak_rss_gib,
     seconds,
-    shape_of,
     write_output,
-    write_random,
 )
+from benchmarks.material.random_models import write_random
+from benchmarks.material.shape import Shape, add_model, shape_of
 from common import Store, build_store
 from common.build.calibration import LEAST_SAMPLES
 from common.plan.profile import Profile
@@ -82,7 +78,16 @@ def random_profile(store: Store, samples: int, seed: int) -> Profile:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_shape(parser, Shape(4096, 14336, 1, 2, vocab_size=1000))
+    add_model(
+        parser,
+        mixtral={
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 1,
+            "num_local_experts": 2,
+            "vocab_size": 1000,
+        },
+    )
     add_output(parser)
     parser.add_argument("--tenants", type=int, default=4)
     parser.add_argument("--extra", type=float, help="of one model's experts; default: the policy's")
@@ -105,7 +110,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
         tenants = {
-            f"tenant{i}": write_random(root / f"tenant{i}", shape, torch.bfloat16, moved=0.05 * i)
+            f"tenant{i}": write_random(
+                root / f"tenant{i}", shape.config, "bfloat16", seed=i, moved=0.05 * i
+            )
             for i in range(count)
         }
         store = build_store(root / "store", tenants, policy="round_robin")
@@ -141,9 +148,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             "h for the model": f"{hours:.2f}",
         }
     )
+    spec = shape.parsed.experts
     flops = 2 * shape.expert_weights * count * count * samples
     report.note(
-        f"experts of {shape.hidden_size} x {shape.intermediate_size}, {count} tenants, {samples} "
+        f"experts of {spec.hidden_size} x {spec.intermediate_size}, {count} tenants, {samples} "
         "samples of each, "
         f"{extra:.0%} extra; {len(outcome.plan.residuals)} residuals and {len(outcome.merged)} "
         f"merged copies on {here} "
@@ -161,11 +169,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 def product_rate(shape: Shape) -> float:
     """Operations a second of a product of an expert's size."""
-    a = np.ones((256, shape.hidden_size), np.float32)
-    b = np.ones((shape.hidden_size, shape.intermediate_size), np.float32)
+    spec = shape.parsed.experts
+    a = np.ones((256, spec.hidden_size), np.float32)
+    b = np.ones((spec.hidden_size, spec.intermediate_size), np.float32)
     a @ b
     spent = min(seconds(lambda: a @ b) for _ in range(3))
-    return 2 * a.size * shape.intermediate_size / spent
+    return 2 * a.size * spec.intermediate_size / spent
 
 
 if __name__ == "__main__":

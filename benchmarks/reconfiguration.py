@@ -1,4 +1,4 @@
-"""Tenant switches on a CPU: time and bytes copied, with every tenant kept ready and with one.
+"""What does a tenant switch cost, with every tenant kept ready and with one?
 
 Random tenants share a store; each mode serves the same prompts in turn, once to the tenant that the
 last prompt went to and once to the next one. A switch among ready tenants is a look-up and copies
@@ -16,26 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.common import (
     Report,
-    Shape,
     Spread,
     add_output,
-    add_shape,
     machine,
     memory_bandwidth,
-    shape_of,
     write_output,
-    write_random,
 )
+from benchmarks.driving import idle
+from benchmarks.material.random_models import write_random
+from benchmarks.material.shape import add_model, shape_of
 from common import build_store, load_engine
 from common.serving.backend import Row
 from common.serving.engine import Engine
 
-# Experts take no part in a switch; small ones keep the store quick to write.
-SHAPE = Shape(intermediate_size=256)
 COLUMNS = (
     "ready tenants",
     "switch, ms",
@@ -59,10 +55,10 @@ class Mode:
 
     def first_token(self, tenant: str, prompt: tuple[int, ...]) -> tuple[float, float]:
         """Seconds until the first token, and those of them spent on the switch."""
-        begun = time.perf_counter()
+        begun = idle(time.perf_counter)
         batch = self.engine._require_backend().start([Row(tenant, prompt, 1)])
         step = batch.prefill(want_logits=False)
-        first_s = time.perf_counter() - begun
+        first_s = idle(time.perf_counter) - begun
         batch.close()
         return first_s, step.reconfiguration_s.get(tenant, 0.0)
 
@@ -85,8 +81,14 @@ class Mode:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_shape(parser, SHAPE)
+    # Experts take no part in a switch; small ones keep the store quick to write.
+    add_model(
+        parser,
+        mixtral={"num_hidden_layers": 16, "intermediate_size": 256},
+        switch={"d_ff": 256},
+    )
     add_output(parser)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tenants", type=int, default=3, help="at least 2")
     parser.add_argument("--switches", type=int, default=12)
@@ -98,23 +100,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error("--tenants must be at least 2: a switch needs another tenant")
     shape = shape_of(args)
     rng = np.random.default_rng(0)
-    report = Report("Tenant switch (reconfiguration) on a CPU", COLUMNS)
+    report = Report("Tenant switch (reconfiguration)", COLUMNS)
     report.note(machine())
     report.note(f"{args.tenants} tenants, {shape}, {args.dtype}; prompts of {args.prompt} tokens")
-    report.note(
-        f"memory read {memory_bandwidth(args.bandwidth_bytes) / 1e9:.1f} GB/s (torch, this run)"
-    )
+    bandwidth = memory_bandwidth(args.bandwidth_bytes, device=args.device)
+    report.note(f"memory read {bandwidth / 1e9:.1f} GB/s (torch, this run)")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
-        dtype = getattr(torch, args.dtype)
         names = [f"tenant{i}" for i in range(args.tenants)]
         store = build_store(
             root / "store",
-            {n: write_random(root / n, shape, dtype, i) for i, n in enumerate(names)},
+            {n: write_random(root / n, shape.config, args.dtype, i) for i, n in enumerate(names)},
             policy="round_robin",
         )
         modes = {
-            ready: Mode(load_engine(store, backend="torch", device="cpu", ready_tenants=ready))
+            ready: Mode(load_engine(store, device=args.device, ready_tenants=ready))
             for ready in (args.tenants, 1)
         }
         for turn in range(args.switches + args.tenants):
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 }
             )
             mode.engine.close()
-    write_output(args, [report], "Tenant switch on a CPU")
+    write_output(args, [report], f"Tenant switch, {args.family}")
     return report.rows
 
 

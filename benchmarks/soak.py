@@ -1,5 +1,4 @@
-"""A server under everything that clients do, for as many requests as two hours of ordinary traffic
-bring.
+"""Does `moetel serve` bear everything that clients do, for as long as two hours of traffic?
 
     python -m benchmarks.soak STORE --requests 20000 --extra-tenant it=CHECKPOINT --markdown FILE
 
@@ -30,9 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from benchmarks.common import Report, add_output, machine, write_output
 from common.store import Store
 
+COMPLETIONS = "/v1/completions"
 BODY_LIMIT = 20_000
 PROMPTS = 40  # different ones of each tenant
 TOKENS = 12
@@ -55,41 +57,29 @@ KINDS = {
 class Soak:
     """What was seen. wrong: requests that got another answer than they should."""
 
-    port: int
+    client: httpx2.AsyncClient
     tenants: list[str]
     rng: random.Random
     expected: dict[tuple[str, int], str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    async def send(
-        self, path: str, body: bytes, read_bytes: int | None = None
-    ) -> tuple[int, bytes]:
-        """POST and read the answer, or only so much of it and go away. Status 0: the connection
+    async def send(self, path: str, body: Any) -> tuple[int, bytes]:
+        """POST and read the answer. body: bytes, or what is to be JSON. Status 0: the connection
         broke."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n"
-        )
-        data = b""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
-            # A server that refuses a long body may close the connection while it is still being
-            # sent.
-            with contextlib.suppress(ConnectionError):
-                writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
-                await writer.drain()
-            with contextlib.suppress(ConnectionError):
-                while read_bytes is None or len(data) < read_bytes:
-                    part = await reader.read(1 << 16)
-                    if not part:
-                        break
-                    data += part
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-        return (int(data.split(b" ", 2)[1]) if data.startswith(b"HTTP/") else 0), data
+            answer = await self.client.post(path, content=content)
+        except httpx2.TransportError:
+            # A server that refuses a long body may close the connection while it is being sent.
+            return 0, b""
+        return answer.status_code, answer.content
+
+    async def leave_in_the_middle(self, body: Any) -> None:
+        """Read the beginning of a stream and go away."""
+        async with self.client.stream("POST", COMPLETIONS, json=body) as answer:
+            async for _ in answer.aiter_bytes():
+                break
 
     async def one(self) -> None:
         """One request of a random kind."""
@@ -105,33 +95,22 @@ class Soak:
         }
         self.counts[kind] += 1
         if kind == "invalid JSON":
-            await self.refused(
-                kind, 400, self.rng.choice([b"{", b"[]", b"\xff\xfe", b'{"model": }', b"null"])
-            )
+            bad = self.rng.choice([b"{", b"[]", b"\xff\xfe", b'{"model": }', b"null"])
+            await self.refused(kind, 400, bad)
         elif kind == "wrong field":
-            await self.refused(kind, 400, json.dumps({**asked, "temperature": "hot"}).encode())
+            await self.refused(kind, 400, {**asked, "temperature": "hot"})
         elif kind == "too long":
-            await self.refused(
-                kind, 413, json.dumps({**asked, "prompt": "1 " * BODY_LIMIT}).encode()
-            )
+            await self.refused(kind, 413, {**asked, "prompt": "1 " * BODY_LIMIT})
         elif kind == "unknown tenant":
-            await self.refused(kind, 404, json.dumps({**asked, "model": "nobody"}).encode())
+            await self.refused(kind, 404, {**asked, "model": "nobody"})
         elif kind == "deadline":
-            status, _ = await self.send(
-                "/v1/completions",
-                json.dumps({**asked, "max_tokens": 200, "deadline_ms": 1}).encode(),
-            )
+            late = {**asked, "max_tokens": 200, "deadline_ms": 1}
+            status, _ = await self.send(COMPLETIONS, late)
             self.check(kind, status in (200, 408), f"status {status}")
         elif kind == "left in the middle":
-            await self.send(
-                "/v1/completions",
-                json.dumps({**asked, "max_tokens": 200, "stream": True}).encode(),
-                400,
-            )
+            await self.leave_in_the_middle({**asked, "max_tokens": 200, "stream": True})
         elif kind == "sampled":
-            status, data = await self.send(
-                "/v1/completions", json.dumps({**asked, "temperature": 1.0}).encode()
-            )
+            status, data = await self.send(COMPLETIONS, {**asked, "temperature": 1.0})
             self.check(
                 kind,
                 status == 200 and tokens_of(data) == TOKENS,
@@ -146,7 +125,7 @@ class Soak:
         # Ended where the tenant ends it: what it would say after that are ties that any rounding
         # decides.
         asked |= {"stream": kind == "stream", "ignore_eos": False, "max_tokens": 100}
-        status, data = await self.send("/v1/completions", json.dumps(asked).encode())
+        status, data = await self.send(COMPLETIONS, asked)
         text = streamed_text(data) if kind == "stream" else text_of(data)
         if status != 200 or text is None:
             self.check(kind, False, f"status {status}")
@@ -158,8 +137,8 @@ class Soak:
             f"{tenant} answers prompt {number} with {text!r}, before with {first!r}",
         )
 
-    async def refused(self, kind: str, status: int, body: bytes) -> None:
-        found, data = await self.send("/v1/completions", body)
+    async def refused(self, kind: str, status: int, body: Any) -> None:
+        found, data = await self.send(COMPLETIONS, body)
         # What is far too long may be cut off before the refusal is read.
         right = found == status or (kind == "too long" and found == 0)
         self.check(kind, right and (found == 0 or b'"error"' in data), f"status {found}")
@@ -173,38 +152,23 @@ def prompt(number: int) -> str:
     return str(1000 + 37 * number)
 
 
-def body_of(data: bytes) -> bytes:
-    """The body of an answer, without the marks of chunked encoding."""
-    head, _, body = data.partition(b"\r\n\r\n")
-    if b"transfer-encoding: chunked" not in head.lower():
-        return body
-    found = b""
-    while body:
-        size, _, rest = body.partition(b"\r\n")
-        count = int(size or b"0", 16)
-        if not count:
-            break
-        found, body = found + rest[:count], rest[count + 2 :]
-    return found
-
-
 def text_of(data: bytes) -> str | None:
     try:
-        return str(json.loads(body_of(data))["choices"][0]["text"])
+        return str(json.loads(data)["choices"][0]["text"])
     except (ValueError, KeyError, IndexError):
         return None
 
 
 def tokens_of(data: bytes) -> int | None:
     try:
-        return int(json.loads(body_of(data))["usage"]["completion_tokens"])
+        return int(json.loads(data)["usage"]["completion_tokens"])
     except (ValueError, KeyError):
         return None
 
 
 def streamed_text(data: bytes) -> str | None:
     """The text of a whole stream; None if it does not end as it should."""
-    events = [e.removeprefix(b"data: ") for e in body_of(data).split(b"\n\n") if e]
+    events = [e.removeprefix(b"data: ") for e in data.split(b"\n\n") if e]
     if not events or events[-1] != b"[DONE]":
         return None
     return "".join(str(c["text"]) for e in events[:-1] for c in json.loads(e).get("choices", []))
@@ -225,10 +189,10 @@ async def tenants_come_and_go(soak: Soak, name: str, checkpoint: str, stop: asyn
             ("/v1/load_tenant", {"tenant_name": name, "tenant_path": checkpoint}),
             ("/v1/unload_tenant", {"tenant_name": name}),
         ):
-            status, data = await soak.send(path, json.dumps(body).encode())
-            soak.check(path, status == 200, f"status {status}: {body_of(data)[:200]!r}")
+            status, data = await soak.send(path, body)
+            soak.check(path, status == 200, f"status {status}: {data[:200]!r}")
             asked = {"model": name, "prompt": "7", "max_tokens": 4, "ignore_eos": True}
-            status, _ = await soak.send("/v1/completions", json.dumps(asked).encode())
+            status, _ = await soak.send(COMPLETIONS, asked)
             soak.check(
                 path,
                 status == (200 if path == "/v1/load_tenant" else 404),
@@ -296,12 +260,8 @@ async def sigterm_under_load(soak: Soak, process: subprocess.Popen[str], report:
             "max_tokens": 100,
             "ignore_eos": True,
         }
-        try:
-            status, data = await soak.send(
-                "/v1/completions", json.dumps({**body, "stream": True}).encode()
-            )
-        except ConnectionError:
-            return None  # came when the door was shut already
+        # Status 0: it came when the door was shut already.
+        status, data = await soak.send(COMPLETIONS, {**body, "stream": True})
         return None if status in (0, 503) else streamed_text(data) is not None
 
     asked = [asyncio.create_task(whole()) for _ in range(24)]
@@ -330,23 +290,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seed", type=int, default=0)
     add_output(parser)
     args = parser.parse_args(argv)
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.serve",
-        str(args.store),
-        "--port",
-        "0",
-        "--enable-admin",
-    ]
-    command += [
-        "--max-request-bytes",
-        str(BODY_LIMIT),
-        "--log-level",
-        "error",
-        "--dtype",
-        "float32",
-    ]
+    flags = f"--port 0 --enable-admin --max-request-bytes {BODY_LIMIT} --log-level error"
+    command = [sys.executable, "-m", "scripts.cli", "serve", str(args.store), *flags.split()]
+    command += ["--dtype", "float32"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
     )
@@ -359,17 +305,24 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         line = process.stdout.readline()
         if "://" not in line:
             raise SystemExit(f"the server did not start: {line!r}")
-        soak = Soak(
-            int(line.rsplit(":", 1)[1]),
-            list(Store.open(args.store).tenants),
-            random.Random(args.seed),
-        )
 
-        async def everything() -> None:
-            await run(args, soak, process.pid, report)
-            await sigterm_under_load(soak, process, report)
+        async def everything() -> Soak:
+            # A connection a request: those that are kept open would be cut by a stop.
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+            url = line[line.index("http://") :].strip()
+            async with httpx2.AsyncClient(
+                base_url=url,
+                limits=limits,
+                timeout=None,
+                headers={"Content-Type": "application/json"},
+            ) as client:
+                tenants = list(Store.open(args.store).tenants)
+                soak = Soak(client, tenants, random.Random(args.seed))
+                await run(args, soak, process.pid, report)
+                await sigterm_under_load(soak, process, report)
+                return soak
 
-        asyncio.run(everything())
+        soak = asyncio.run(everything())
     finally:
         process.kill()
         process.wait()

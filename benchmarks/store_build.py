@@ -1,5 +1,4 @@
-"""Building a store: bytes a second and peak memory, on checkpoints far larger than the memory that
-a build may use.
+"""How fast is a store built, and in how much memory?
 
 Two random tenants are written shard by shard; the build runs in a process of its own, whose growth
 over its imports is reported. The floor is a plain copy of the same files, synced to the disk, in
@@ -17,19 +16,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import (
     Report,
-    Shape,
     add_output,
-    add_shape,
     machine,
     seconds,
-    shape_of,
     write_output,
-    write_random,
 )
+from benchmarks.material.random_models import write_random
+from benchmarks.material.shape import add_model, shape_of
 
 BUILD = """
 import sys, time
@@ -60,7 +55,7 @@ def copy_all(files: list[Path], target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_shape(parser, Shape(num_hidden_layers=8))
+    add_model(parser)
     add_output(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -76,10 +71,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
         for seed, name in enumerate(("a", "b")):
-            write_random(root / name, shape, torch.bfloat16, seed)
+            write_random(root / name, shape.config, "bfloat16", seed)
         files = sorted(root.glob("*/*.safetensors"))
         size = sum(f.stat().st_size for f in files)
-        tensor = shape.hidden_size * shape.intermediate_size * 2
+        spec = shape.parsed.experts
+        tensor = spec.hidden_size * spec.intermediate_size * 2
         report.note(
             f"{size / 1e9:.2f} GB in two bfloat16 checkpoints; the largest expert tensor has "
             f"{tensor / 1e6:.1f} MB"

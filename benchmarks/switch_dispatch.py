@@ -1,5 +1,5 @@
 """Ways to send the tokens of one Switch layer through its experts on a CPU, in jax: what
-`jax_engine.dispatch` chooses from.
+`jax_engine.experts.dispatch` chooses from.
 
 Each call uses the next of several layers' weights, so that they do not stay in a cache. Routing is
 balanced. Every way is checked against float64 numpy on a few tokens before it is timed.
@@ -19,7 +19,7 @@ from jax import lax
 
 from benchmarks.common import Report, Spread, add_output, machine, memory_bandwidth, write_output
 from jax_engine import native
-from jax_engine.dispatch import (
+from jax_engine.experts.dispatch import (
     DenseDispatch,
     FeedForward,
     LoopDispatch,

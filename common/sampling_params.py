@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from common.bounds import Bound, bounded, check_bounds
 from common.errors import RequestError
 from common.units import is_whole
 
 MAX_LOGPROBS = 20  # OpenAI's and vLLM's bound
+LARGEST = sys.float_info.max
+FLAG = Bound(choices=(True, False))
 
 
 @dataclass(frozen=True)
@@ -46,75 +50,38 @@ class SamplingParams:
     Raises RequestError for a value out of range.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
+    max_new_tokens: int = bounded(128, Bound(whole=True, low=1))
+    temperature: float = bounded(0.0, Bound(low=0, high=LARGEST, note=" (greedy)"))
+    top_k: int = bounded(0, Bound(whole=True, low=-1, note=" (0 or -1: all)"))
+    top_p: float = bounded(1.0, Bound(above=0, high=1))
+    seed: int | None = bounded(None, Bound(whole=True, low=0, optional=True))
     stop: str | Sequence[str] | None = field(default_factory=tuple)
     stop_token_ids: Sequence[int] | None = field(default_factory=tuple)
-    ignore_eos: bool = False
-    min_p: float = 0.0
-    min_tokens: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    ignore_eos: bool = bounded(False, FLAG)
+    min_p: float = bounded(0.0, Bound(low=0, high=1))
+    min_tokens: int = bounded(0, Bound(whole=True, low=0))
+    presence_penalty: float = bounded(0.0, Bound(low=-2, high=2))
+    frequency_penalty: float = bounded(0.0, Bound(low=-2, high=2))
+    repetition_penalty: float = bounded(1.0, Bound(above=0, high=LARGEST))
     logit_bias: Mapping[int, float] | None = None
-    logprobs: int | None = None
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
+    logprobs: int | None = bounded(None, Bound(whole=True, low=0, high=MAX_LOGPROBS, optional=True))
+    skip_special_tokens: bool = bounded(True, FLAG)
+    include_stop_str_in_output: bool = bounded(False, FLAG)
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
-        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise RequestError(
-                f"max_new_tokens is {self.max_new_tokens!r}; give a whole number from 1"
-            )
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise RequestError(
-                f"temperature is {self.temperature!r}; give a number from 0 (greedy)"
-            )
-        if not is_whole(self.top_k) or self.top_k < -1:
-            raise RequestError(f"top_k is {self.top_k!r}; give a whole number from 1, or 0 for all")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p!r}; give a number above 0 and at most 1")
-        if self.seed is not None and (not is_whole(self.seed) or self.seed < 0):
-            raise RequestError(f"seed is {self.seed!r}; give a whole number from 0, or None")
+        check_bounds(self, RequestError)
         if any(not isinstance(s, str) or not s for s in stop):
             raise RequestError("stop holds an empty string or no string; give non-empty strings")
         if any(not (is_whole(i) or isinstance(i, np.integer)) for i in self.stop_token_ids or ()):
             raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; give whole numbers")
-        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
-            raise RequestError(f"min_p is {self.min_p!r}; give a number from 0 to 1")
-        if not is_whole(self.min_tokens) or self.min_tokens < 0:
-            raise RequestError(f"min_tokens is {self.min_tokens!r}; give a whole number from 0")
         if self.min_tokens > self.max_new_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens} and max_new_tokens {self.max_new_tokens}; give "
                 "at most as many"
             )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if not _is_number(value) or not -2 <= value <= 2:
-                raise RequestError(f"{name} is {value!r}; give a number from -2 to 2")
-        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < float(
-            "inf"
-        ):
-            raise RequestError(
-                f"repetition_penalty is {self.repetition_penalty!r}; give a number above 0"
-            )
-        if self.logprobs is not None and (
-            not is_whole(self.logprobs) or not 0 <= self.logprobs <= MAX_LOGPROBS
-        ):
-            raise RequestError(
-                f"logprobs is {self.logprobs!r}; give a whole number from 0 to {MAX_LOGPROBS}, or "
-                "None"
-            )
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 
     @property
@@ -145,10 +112,6 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.floating) and not isinstance(value, bool)
 
 
 def _items(name: str, value: Any) -> tuple[Any, ...]:

@@ -1,104 +1,66 @@
-"""The backend that `Engine` drives: what a store gives, and the sequences that are
-computed with it."""
+"""The backend that `Engine` drives: what a store gives, and the sequences that are computed with
+it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from common.errors import EngineError
-from common.families.switch_transformers import as_switch
 from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
-from jax_engine.compiled import Compiled
 from jax_engine.devices import Devices
-from jax_engine.dispatch import Dispatch, LoopDispatch, MeshDispatch, NativeDispatch
-from jax_engine.loaded import Loaded
+from jax_engine.experts.dispatch import Dispatch, LoopDispatch, MeshDispatch, NativeDispatch
+from jax_engine.experts.products import NativeProducts, PlainProducts, Products
+from jax_engine.models.spec import check_shape, computed_shape
 from jax_engine.options import JaxOptions
-from jax_engine.products import NativeProducts, PlainProducts, Products
-from jax_engine.sequences import Sequences
+from jax_engine.steps.compilation import CountedJit, use_compilation_cache
+from jax_engine.steps.scoring import score
+from jax_engine.steps.sequences import Sequences
+from jax_engine.tenants.loaded_store import Computing, LoadedStore
 
 MOST_CACHE = 4 << 30
 """Bytes of caches, unless an option says otherwise."""
 
-DEFAULT_LEAST_COMPILE_S = 1.0
-"""jax's own: another value is the user's."""
-
-
-def _use_compilation_cache(wanted: str | None) -> None:
-    """Let jax keep compiled steps in a folder. What the user has set already, in jax or its
-    environment, stays."""
-    if wanted is None or (
-        wanted == "auto" and getattr(jax.config, "jax_compilation_cache_dir", None)
-    ):
-        return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update(
-        "jax_compilation_cache_dir", str(cache / "moetel" / "jax") if wanted == "auto" else wanted
-    )
-    # jax keeps what took it a second to compile. A step by layers is dozens of calls that take half
-    # of one each.
-    least = "jax_persistent_cache_min_compile_time_secs"
-    if least.upper() not in os.environ and getattr(jax.config, least) == DEFAULT_LEAST_COMPILE_S:
-        jax.config.update(least, 0.0)
-
 
 class JaxBackend(Backend):
-    """Switch Transformer on one device or a mesh."""
+    """Encoder-decoders on one device or a mesh."""
 
     def __init__(self, store: Store, options: JaxOptions):
         """Raises StoreError, EngineError."""
         self._options, self._devices = options, Devices(options)
+        for name in store.tenants:
+            check_shape(store.config(name).shape, name)
         self.stored_dtype = store.dtype if options.dtype == "auto" else options.dtype
         self._products = _products(options, self.stored_dtype, self._devices)
-        self._dispatch: Dispatch
-        if self._devices.is_mesh:
-            self._dispatch = MeshDispatch(self._devices.mesh)
-        elif isinstance(self._products, NativeProducts):
-            self._dispatch = NativeDispatch(self._products.kernels)
-        else:
-            self._dispatch = LoopDispatch()
-        _use_compilation_cache(options.compilation_cache)
+        self._dispatch = _dispatch(self._devices, self._products)
+        use_compilation_cache(options.compilation_cache)
         # switch-base-8 on two cores: 40 tokens of prompts take as long as a step of 16 answers;
         # accelerators compute more while they read their weights.
         self.default_chunk = 48 if self._devices.platform == "cpu" else 512
-        self._compiled = Compiled()
+        self._jit = CountedJit()
         self._observer: Observer | None = None
-        self.loaded = self._load(store, None)
-        self.sequences = Sequences(self._devices, self._products.compute, self._compiled)
-        self.sequences.room_bytes = options.kv_cache_bytes or min(
+        self._computing = Computing(
+            self._devices, self._products, self._dispatch, options, self._jit
+        )
+        self.loaded = LoadedStore(store, self._computing)
+        self.sequences = Sequences(self._devices, self._products.compute, self._jit)
+        self.sequences.caches.budget_bytes = options.kv_cache_bytes or min(
             MOST_CACHE, self._devices.free_bytes // 4
         )
-        self._check_room(store)
+        self._check_cache(store)
 
-    def _load(self, store: Store, before: Loaded | None) -> Loaded:
-        return Loaded(
-            store,
-            self._devices,
-            self._products,
-            self._dispatch,
-            self._options,
-            self._compiled,
-            before,
-        )
-
-    def _check_room(self, store: Store) -> None:
+    def _check_cache(self, store: Store) -> None:
         """Raises EngineError if the caches cannot hold one short sequence of each tenant."""
+        caches = self.sequences.caches
         for name in store.tenants:
-            least, most = (
-                self.sequences.alone_bytes(as_switch(store.config(name)), 1),
-                self.sequences.room_bytes,
-            )
-            if least > most:
+            least = caches.alone_bytes(check_shape(store.config(name).shape, name), 1)
+            if least > caches.budget_bytes:
                 raise EngineError(
-                    f"kv_cache_bytes is {most}; one short sequence of tenant {name!r} takes "
-                    f"{least}: give as much at "
-                    "least"
+                    f"kv_cache_bytes is {caches.budget_bytes}; one short sequence of tenant "
+                    f"{name!r} takes {least}: give as much at least"
                 )
 
     @property
@@ -122,7 +84,7 @@ class JaxBackend(Backend):
         return self.sequences.fits(self.loaded, parts, ahead)
 
     def max_length(self, tenant: str) -> int:
-        return self.sequences.max_length(self.loaded.config(tenant))
+        return self.sequences.caches.max_length(self.loaded.shape(tenant))
 
     def logits(
         self,
@@ -131,7 +93,7 @@ class JaxBackend(Backend):
         decoder_rows: Sequence[Sequence[int]] | None,
     ) -> list[np.ndarray]:
         assert decoder_rows is not None and len(decoder_rows) == len(rows)
-        return self.sequences.logits(self.loaded, tenant, rows, decoder_rows, self._observer)
+        return score(self._devices, self.loaded, tenant, rows, decoder_rows, self._observer)
 
     def update(self, store: Store) -> None:
         before = self.loaded.store
@@ -153,17 +115,15 @@ class JaxBackend(Backend):
                     f"{store.path}: tenant {name!r} is gone, but has unfinished requests; end them "
                     "first"
                 )
-            if (
-                as_switch(store.config(name)).architecture
-                != as_switch(before.config(name)).architecture
-            ):
+            now, then = (check_shape(of.config(name).shape, name) for of in (store, before))
+            if computed_shape(now) != computed_shape(then):
                 raise EngineError(
                     f"{store.path}: tenant {name!r} has another config than before, and unfinished "
                     "requests; end them "
                     "first"
                 )
-        self._check_room(store)
-        self.loaded = self._load(store, self.loaded)
+        self._check_cache(store)
+        self.loaded = LoadedStore(store, self._computing, self.loaded)
 
     def observe(self, observer: Observer | None) -> None:
         self._observer = observer
@@ -182,7 +142,7 @@ class JaxBackend(Backend):
             "spare_slots": pool.spare_slots,
             "spare_filled": pool.spare_filled,
             "non_expert_bytes": ready.device_bytes,
-            "kv_cache_bytes": self.sequences.room_bytes,
+            "kv_cache_bytes": self.sequences.caches.budget_bytes,
             "kv_cache_used_bytes": self.sequences.used_bytes,
             "hits": pool.hits,
             "misses": pool.misses,
@@ -191,12 +151,20 @@ class JaxBackend(Backend):
             "reconfigurations": ready.switches,
             "reconfigured_bytes": ready.copied_bytes,
             "ready_tenants": ready.ready,
-            "compilations": self._compiled.traces.total(),
+            "compilations": self._jit.traces.total(),
         }
 
     def close(self) -> None:
         self.sequences.close()
         self.loaded.close()
+
+
+def _dispatch(devices: Devices, products: Products) -> Dispatch:
+    if devices.is_mesh:
+        return MeshDispatch(devices.mesh)
+    return (
+        NativeDispatch(products.kernels) if isinstance(products, NativeProducts) else LoopDispatch()
+    )
 
 
 def _products(options: JaxOptions, dtype: str, devices: Devices) -> Products:

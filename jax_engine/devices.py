@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from common.errors import EngineError
-from jax_engine.buckets import power_of_two
 from jax_engine.options import JaxOptions
+from jax_engine.steps.buckets import power_of_two
 
 Array = jax.Array
 

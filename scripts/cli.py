@@ -1,15 +1,20 @@
-"""The console command `moetel`: `moetel build`, `moetel inspect`, ... Each is also `python -m
-scripts.<name>`."""
+"""The console command `moetel`: `moetel build`, `moetel plan`, ...; also `python -m scripts.cli`.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from rich.console import Console
+
+from common import MoetelError
 from common.version import __version__
-from scripts.command import guarded
 
 COMMANDS = {
     "build": "build a store from checkpoints",
@@ -29,8 +34,32 @@ COMMANDS = {
     "export": "write a tenant, as served, as a Hugging Face checkpoint",
 }
 
-# Commands whose module has another name.
-MODULES = {"eval": "evaluate", "lm-eval": "lm_eval"}
+MODULES = {"inspect": "inspect_store", "lm-eval": "lm_eval"}
+"""Commands whose module in `scripts.commands` has another name."""
+
+
+def fail(message: str) -> int:
+    """Print an error on standard error; returns the exit code 1."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"error: {message}", style="bold red", markup=False
+    )
+    return 1
+
+
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command; errors that Moetel raises on purpose become a message and exit code 1."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        return run(args)
+    except MoetelError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return fail("interrupted")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {}
     for name, summary in COMMANDS.items():
-        modules[name] = module = importlib.import_module(f"scripts.{MODULES.get(name, name)}")
+        modules[name] = module = importlib.import_module(
+            f"scripts.commands.{MODULES.get(name, name)}"
+        )
         module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
     args = parser.parse_args(argv)
     return guarded(modules[args.command].run, args)

@@ -77,24 +77,41 @@ def examples(count: int) -> int:
 
 
 def random_mixtral(seed: int, **changes: Any) -> MixtralForCausalLM:
-    """Random weights wide enough that tokens spread over experts and greedy choices are clear."""
+    """A small Mixtral of random weights, see `random_model`."""
+    return random_model("mixtral", seed, **(SIZES | changes))
+
+
+def random_model(family: str, seed: int, **config: Any) -> Any:
+    """Random weights wide enough that tokens spread over experts and greedy choices are clear.
+
+    config: fields of the config class of transformers' `family`.
+    """
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     # Eager experts take every shape; transformers' grouped products want aligned ones.
-    model = MixtralForCausalLM(
-        MixtralConfig(**(SIZES | changes), experts_implementation="eager")
-    ).eval()
+    made = AutoConfig.for_model(family, **config, experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(made).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if name.endswith(".bias"):
+                parameter.normal_(0, 0.3)
+            elif parameter.ndim == 1:
                 parameter.uniform_(0.7, 1.3)
-            elif name.endswith("gate.weight") or "embed" in name or "lm_head" in name:
+            elif name.endswith(("gate.weight", "router.weight")) or "embed" in name:
+                parameter.normal_(0, 1.0)
+            elif "lm_head" in name:
                 parameter.normal_(0, 1.0)
             else:
                 parameter.normal_(0, 0.15)
     return model
+
+
+def expert_modules(model: Any) -> list[Any]:
+    """The experts of each sparse layer: transformers' modules with `gate_up_proj` [E, 2I, H] and
+    `down_proj` [E, H, I]."""
+    return [m for m in model.modules() if hasattr(m, "gate_up_proj")]
 
 
 def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralForCausalLM:
@@ -107,7 +124,7 @@ def tuned(model: MixtralForCausalLM, seed: int, size: float = 0.05) -> MixtralFo
     with torch.no_grad():
         for name, parameter in found.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * size
-            if ".mlp.experts." in name:
+            if ".experts." in name:
                 noise *= 1 + torch.arange(len(parameter))[:, None, None]
             parameter += noise.to(parameter.dtype)
     return found
@@ -132,10 +149,21 @@ def save(model: MixtralForCausalLM, path: Path, **options: Any) -> Path:
     return path
 
 
-def load(path: Path, dtype: Any = "float32") -> MixtralForCausalLM:
-    from transformers import MixtralForCausalLM
+def tensor_names(path: Path) -> list[str]:
+    """Names of all tensors in a directory's files."""
+    from safetensors import safe_open
 
-    return MixtralForCausalLM.from_pretrained(
+    found: list[str] = []
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "np") as tensors:
+            found += tensors.keys()
+    return found
+
+
+def load(path: Path, dtype: Any = "float32") -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, experts_implementation="eager"
     ).eval()
 
@@ -148,7 +176,7 @@ def oracle(tenants: Sequence[MixtralForCausalLM], index: int, plan: Plan) -> Mix
         for expert in range(plan.num_experts):
             slot = plan.serving[index, layer, expert]
             owner = index if slot < 0 else plan.copies[slot].owner
-            ours, theirs = (m.model.layers[layer].mlp.experts for m in (model, tenants[owner]))
+            ours, theirs = (expert_modules(m)[layer] for m in (model, tenants[owner]))
             ours.gate_up_proj.data[expert] = theirs.gate_up_proj.data[expert]
             ours.down_proj.data[expert] = theirs.down_proj.data[expert]
     return model
@@ -233,14 +261,14 @@ def oracle_of_store(
 
     model = copy.deepcopy(models[index]).float()
     for layer in range(store.plan.num_layers):
-        experts = model.model.layers[layer].mlp.experts
+        experts = expert_modules(model)[layer]
         for expert in range(store.plan.num_experts):
             served = {
                 p: torch.from_numpy(w)
                 for p, w in store.served_expert(store.tenants[index], layer, expert).items()
             }
-            experts.gate_up_proj.data[expert] = torch.cat((served["w1"], served["w3"]))
-            experts.down_proj.data[expert] = served["w2"]
+            experts.gate_up_proj.data[expert] = torch.cat((served["gate"], served["up"]))
+            experts.down_proj.data[expert] = served["down"]
     return model
 
 

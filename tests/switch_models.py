@@ -125,8 +125,11 @@ def oracle_of_store(model: Model, store: Store, name: str) -> Model:
         for layer, mlp in enumerate(sparse_mlps(found)):
             for expert in range(store.plan.num_experts):
                 module = mlp.experts[f"expert_{expert}"]
-                for projection, weight in store.served_expert(name, layer, expert).items():
-                    getattr(module, projection).weight.copy_(torch.from_numpy(weight))
+                served = store.served_expert(name, layer, expert)
+                up = "wi_1" if "gate" in served else "wi"
+                for projection, weight in served.items():
+                    theirs = {"gate": "wi_0", "up": up, "down": "wo"}[projection]
+                    getattr(module, theirs).weight.copy_(torch.from_numpy(weight))
     return found
 
 

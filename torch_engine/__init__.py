@@ -1,4 +1,4 @@
-"""The PyTorch engine: Mixtral on CUDA and CPU."""
+"""The PyTorch engine: decoders on CUDA and CPU."""
 
 from __future__ import annotations
 

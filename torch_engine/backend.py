@@ -4,8 +4,6 @@ caches."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,73 +11,50 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError, EngineError, StoreError
-from common.families import MixtralConfig
+from common.families import Decoder
 from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
-from torch_engine.cache import BLOCK, Arena, Blocks, block_bytes, token_width
+from torch_engine.device import (
+    choose_products,
+    find_device,
+    find_dtype,
+    free_cache_bytes,
+    products_name,
+)
 from torch_engine.experts.grouped import GroupedPool
 from torch_engine.experts.grouped_product import grouped_mm_fits
 from torch_engine.experts.loop import LoopPool
 from torch_engine.experts.own import KernelPool
 from torch_engine.experts.pool import ExpertPool
-from torch_engine.model import Run, Segment, Singles, forward, heads, heads_of
-from torch_engine.non_expert import ReadyTenants, TenantsByCopy, TenantsInPlace, TenantWeights
+from torch_engine.layers.attention import kind_of
+from torch_engine.layers.cache import BLOCK, Arena, block_bytes, token_width
+from torch_engine.models.decoder import check, forward, heads
 from torch_engine.options import TorchOptions
 from torch_engine.products import PlainWeight, Weight, pack_native
+from torch_engine.segments import Segment
+from torch_engine.sequences import CachedSequence, segment_of, whole_prompts
+from torch_engine.tenants.by_copy import TenantsByCopy
+from torch_engine.tenants.in_place import TenantsInPlace
+from torch_engine.tenants.ready import ReadyTenants
+from torch_engine.tenants.weights import shape_of
 
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
 
-# What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded,
-# and on a CPU at most this many bytes.
-CPU_CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 4 << 30
-CUDA_CACHE_SHARE = 0.8  # the rest is for activations
 MAX_BLOCKS_PER_TENANT = 64  # of whole contexts: more than so many sequences at once is of no use
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise EngineError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise EngineError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise EngineError(
-            f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices, "
-            "use cpu"
-        )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def _dtype(wanted: str, store: Store, device: torch.device) -> torch.dtype:
-    name = store.dtype if wanted == "auto" else wanted
-    if name == "float16" and device.type == "cpu":
-        if wanted != "auto":
-            raise EngineError(
-                "float16 is not computed on a CPU; use float32 (which holds every float16 value) "
-                "or bfloat16"
-            )
-        name = "float32"
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
 class TorchBackend(Backend):
-    """Mixtral on one device."""
+    """Decoders on one device."""
 
     def __init__(self, store: Store, options: TorchOptions):
+        self._shapes(store)
         self.store = store
-        self.device = _device(options.device)
-        self.dtype = _dtype(options.dtype, store, self.device)
-        self.products = _choose_products(options.products, self.dtype, self.device)
+        self.device = find_device(options.device)
+        self.dtype = find_dtype(options.dtype, store, self.device)
+        self.products = choose_products(options.products, self.dtype, self.device)
         kernels = native.load(self.dtype) if self.products == "native" else None
         product: Callable[[Tensor], Weight] = pack_native if kernels else PlainWeight
         self.experts = self._expert_implementation(options)
@@ -110,7 +85,7 @@ class TorchBackend(Backend):
         self.default_chunk = 128 if self.device.type == "cpu" else 1024
         self.prefetches = self.device.type == "cuda"
         self.cache = self._make_cache(options.kv_cache_bytes)
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, CachedSequence] = {}
         self._numbers = 0
 
     def _max_ready(self, store: Store) -> int:
@@ -118,22 +93,20 @@ class TorchBackend(Backend):
         return min(len(store.tenants), self._wanted_ready or default)
 
     @staticmethod
-    def _configs(store: Store) -> list[MixtralConfig]:
-        found = []
-        for name in store.tenants:
-            config = store.config(name)
-            assert isinstance(config, MixtralConfig)
-            found.append(config)
-        return found
+    def _shapes(store: Store) -> list[Decoder]:
+        shapes = [shape_of(store, name) for name in store.tenants]
+        for shape, name in zip(shapes, store.tenants, strict=True):
+            check(shape, name)
+        return shapes
 
     def _make_cache(self, wanted: int | None) -> Arena:
-        configs = self._configs(self.store)
-        layers, width = configs[0].experts.num_layers, max(token_width(c) for c in configs)
+        shapes = self._shapes(self.store)
+        layers, width = len(shapes[0].layers), max(token_width(s) for s in shapes)
         one = block_bytes(layers, width, self.dtype)
         nbytes = wanted
         if nbytes is None:
-            nbytes = _free_cache_bytes(self.device)
-            most = sum(-(-c.max_positions // BLOCK) for c in configs) * MAX_BLOCKS_PER_TENANT
+            nbytes = free_cache_bytes(self.device)
+            most = sum(-(-s.max_positions // BLOCK) for s in shapes) * MAX_BLOCKS_PER_TENANT
             nbytes = min(nbytes, most * one)
         if nbytes < one:
             raise EngineError(
@@ -159,9 +132,7 @@ class TorchBackend(Backend):
         self._numbers += 1
         if self.prefetches:
             self.pool.expect(self.store.tenants.index(row.tenant))
-        self._sequences[self._numbers] = _Sequence(
-            row.tenant, (*row.prompt, *row.answer), row.unread, _limit(row)
-        )
+        self._sequences[self._numbers] = CachedSequence.of(row)
         return self._numbers
 
     def end(self, sequences: Iterable[int]) -> None:
@@ -195,10 +166,10 @@ class TorchBackend(Backend):
                 f"{store.path}: its experts have other shapes than those in use; load it as an "
                 "engine"
             )
-        for name, config in zip(store.tenants, self._configs(store), strict=True):
-            if token_width(config) > self.cache.keys[0].shape[1]:
+        for name, shape in zip(store.tenants, self._shapes(store), strict=True):
+            if token_width(shape) > self.cache.keys[0].shape[1]:
                 raise EngineError(
-                    f"tenant {name!r} has keys of {token_width(config)} numbers a token, the "
+                    f"tenant {name!r} has keys of {token_width(shape)} numbers a token, the "
                     "caches of this engine "
                     f"have room for {self.cache.keys[0].shape[1]}; load the engine again with this "
                     "tenant in the store"
@@ -230,57 +201,17 @@ class TorchBackend(Backend):
         weights = self.ready.acquire(by_tenant)
         segments, order, start = [], [], 0
         # Those whose attention can be computed together, together.
-        for name in sorted(by_tenant, key=lambda n: heads_of(weights[n].config)):
+        for name in sorted(by_tenant, key=lambda n: kind_of(weights[n].shape.attention)):
             mine = by_tenant[name]
             # Single tokens first: see `Segment`.
             mine.sort(key=lambda i: parts[i].read > 0)
-            segments.append(self._segment(name, weights[name], start, [parts[i] for i in mine]))
+            index = self.store.tenants.index(name)
+            read = [(self._sequences[parts[i].sequence], parts[i]) for i in mine]
+            segments.append(segment_of(index, weights[name], start, read, self.cache, self.device))
             order += mine
             start = segments[-1].stop
         hidden, misses = forward(segments, self.pool, self.cache, self.observer)
         return self._step(parts, order, segments, hidden, misses)
-
-    def _segment(
-        self, name: str, weights: TenantWeights, start: int, parts: Sequence[Part]
-    ) -> Segment:
-        """Take the parts' tokens into their sequences, with room in the cache."""
-        ids: list[int] = []
-        positions, places = [], []
-        blocks, lengths, runs = [], [], []
-        for part in parts:
-            sequence = self._sequences[part.sequence]
-            first, count = sequence.length, part.read or 1
-            if part.read:
-                done = len(sequence.tokens) - sequence.unread
-                new = sequence.tokens[done : done + count]
-                sequence.unread -= count
-            else:
-                new = (part.token_id,)
-            sequence.length += count
-            self.cache.reserve(sequence.blocks, sequence.length)
-            if part.read:
-                known = sequence.blocks.places(0, sequence.length) if first else None
-                run_places = None if known is None else torch.from_numpy(known).to(self.device)
-                runs.append(Run(len(ids), len(ids) + count, first, run_places))
-            else:
-                blocks.append(sequence.blocks)
-                lengths.append(sequence.length)
-            ids += new
-            positions.append(np.arange(first, sequence.length))
-            places.append(sequence.blocks.places(first, sequence.length))
-        at = np.concatenate(positions)
-        return Segment(
-            tenant_index=self.store.tenants.index(name),
-            weights=weights,
-            start=start,
-            stop=start + len(ids),
-            token_ids=torch.tensor(ids, dtype=torch.int64).to(self.device),
-            positions=torch.from_numpy(at).to(self.device),
-            places=torch.from_numpy(np.concatenate(places)).to(self.device),
-            last=int(at.max()),
-            singles=Singles(blocks, np.array(lengths, dtype=np.int64)) if blocks else None,
-            runs=runs,
-        )
 
     def _step(
         self,
@@ -290,7 +221,7 @@ class TorchBackend(Backend):
         hidden: Tensor,
         misses: np.ndarray,
     ) -> Step:
-        """What the parts get. order: the part that each of the segments' singles and runs, one
+        """What the parts get. order: the part that each of the segments' singles and chunks, one
         after another, is."""
         token_ids = np.full(len(parts), -1, dtype=np.int64)
         logits: list[np.ndarray | None] = [None] * len(parts)
@@ -356,30 +287,13 @@ class TorchBackend(Backend):
             while stop < len(rows) and (stop == start or tokens + len(rows[stop]) <= LOGITS_TOKENS):
                 tokens += len(rows[stop])
                 stop += 1
-            segment = self._prompts(tenant, rows[start:stop])
+            index, weights = self.store.tenants.index(tenant), self.ready.acquire([tenant])[tenant]
+            segment = whole_prompts(index, weights, rows[start:stop], self.device)
             hidden, _ = forward([segment], self.pool, None, self.observer)
             values = heads([segment], [hidden])[0].cpu().numpy()
-            found += np.split(values, [run.stop for run in segment.runs[:-1]])
+            found += np.split(values, [chunk.stop for chunk in segment.chunks[:-1]])
             start = stop
         return found
-
-    def _prompts(self, tenant: str, rows: Sequence[Sequence[int]]) -> Segment:
-        """Whole prompts whose keys are not kept."""
-        stops = np.cumsum([len(r) for r in rows]).tolist()
-        positions = np.concatenate([np.arange(len(r)) for r in rows])
-        ids = np.concatenate([np.array(r, dtype=np.int64) for r in rows])
-        return Segment(
-            tenant_index=self.store.tenants.index(tenant),
-            weights=self.ready.acquire([tenant])[tenant],
-            start=0,
-            stop=len(ids),
-            token_ids=torch.from_numpy(ids).to(self.device),
-            positions=torch.from_numpy(positions).to(self.device),
-            places=None,
-            last=int(positions.max()),
-            singles=None,
-            runs=[Run(stop - len(r), stop, 0, None) for stop, r in zip(stops, rows, strict=True)],
-        )
 
     def observe(self, observer: Observer | None) -> None:
         self.observer = observer
@@ -390,7 +304,7 @@ class TorchBackend(Backend):
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "experts": self.experts,
-            "products": _products_name(self.products, self.dtype),
+            "products": products_name(self.products, self.dtype),
             "pool_slots": self.store.plan.num_slots,
             "pool_bytes": self.pool.device_bytes,
             "residual_bytes": self.pool.residual_bytes,
@@ -417,59 +331,3 @@ class TorchBackend(Backend):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-
-
-def _choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The first of native and plain that works for this type on this device, if none is asked
-    for."""
-    works = ["plain"]
-    if device.type == "cpu" and native.load(dtype) is not None:
-        works.insert(0, "native")
-    if wanted not in ("auto", *works):
-        raise EngineError(
-            f"products={wanted!r} does not work for {dtype} on {device} here; use auto or "
-            f"{works[0]}"
-        )
-    return works[0] if wanted == "auto" else wanted
-
-
-def _products_name(products: str, dtype: torch.dtype) -> str:
-    """Who multiplies, as `stats` says it."""
-    if products == "native":
-        kernels = native.load(dtype)
-        assert kernels is not None
-        return f"own kernels ({kernels.target})"
-    return "torch"
-
-
-@dataclass
-class _Sequence:
-    """tokens: prompt and, after a preemption, answer; `unread` of them are not in the cache yet.
-    length: tokens in the
-    cache. limit: the most that it can come to hold."""
-
-    tenant: str
-    tokens: tuple[int, ...]
-    unread: int
-    limit: int
-    length: int = 0
-    blocks: Blocks = field(default_factory=Blocks)
-
-
-def _limit(row: Row) -> int:
-    return len(row.prompt) + max(row.max_new_tokens, len(row.answer))
-
-
-def _free_cache_bytes(device: torch.device) -> int:
-    """What caches may take of the memory that is free now."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(CUDA_CACHE_SHARE * free)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration):
-        return CPU_CACHE_BYTES
-    return min(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * available))

@@ -103,11 +103,6 @@ def pack_native(weight: Tensor) -> Weight:
     return PackedWeight(weight, kernels)
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """`x @ weight.T`: [rows, in] -> [rows, out]."""
-    return weight.multiply(x)
-
-
 def linears(x: Tensor, starts: np.ndarray, weights: Sequence[Weight]) -> Tensor:
     """Products of runs of rows, each with a matrix of its own of one shape.
 

@@ -32,7 +32,7 @@ from common.plan.distance import Distances
 from common.plan.profile import Profile
 from common.planning.measurements import Measurements
 from common.planning.planner import Planner
-from common.planning.policies import DEFAULT_POLICY, POLICIES
+from common.planning.policies import DEFAULT_POLICY, policy_named
 from common.progress import Progress, silent
 from common.store.change import commit, new_or_existing, putter, with_plan
 from common.store.manifest import Manifest
@@ -64,7 +64,7 @@ def build_store(
     """Build a store from checkpoints, replacing the store at `path` if there is one.
 
     tenants: name -> checkpoint directory, in the order that the plan counts them.
-    policy: one of `common.policies.POLICIES`; docs/consolidation.md compares them.
+    policy: one of `common.planning.policies.POLICIES`; docs/consolidation.md compares them.
     slots: resident copies, nothing beside them; "all" shares nothing but identical experts.
     budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the
         store's type.
@@ -179,7 +179,7 @@ def replan(
     old = Settings.from_json(Store.open(path).manifest.provenance["settings"])
     if slots is None and budget_bytes is None and extra is None:
         slots, budget_bytes, extra = old.slots, old.budget_bytes, old.extra
-        if policy in POLICIES and not POLICIES[policy].uses_extra:
+        if policy is not None and not policy_named(policy).uses_extra:
             extra = None
     settings = Settings(
         policy or old.policy,

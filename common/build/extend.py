@@ -13,7 +13,7 @@ from common.build.build import change_beside
 from common.build.settings import Settings, check_extra
 from common.build.sources import with_tenant
 from common.errors import PlanError
-from common.planning.policies import DEFAULT_EXTRA, POLICIES
+from common.planning.policies import DEFAULT_EXTRA, policy_named
 from common.planning.residual_curves import Kinds
 from common.progress import Progress, silent
 from common.store.manifest import Manifest
@@ -49,7 +49,7 @@ def extend_store(
 
     def beside(old: Store, draft: Store, put: Callable[[np.ndarray], str]) -> Manifest:
         settings = Settings.from_json(old.manifest.provenance["settings"])
-        kinds = POLICIES[settings.policy].kinds
+        kinds = policy_named(settings.policy).kinds
         manifest = join(
             old,
             draft,
@@ -80,7 +80,7 @@ def _bytes_beside(settings: Settings, old: Store, draft: Store, extra: float | N
     one_model = old.experts.num_positions * old.copy_bytes
     if extra is not None:
         return int(extra * one_model)
-    if settings.slots is not None or not POLICIES[settings.policy].uses_extra:
+    if settings.slots is not None or not policy_named(settings.policy).uses_extra:
         return 0
     if settings.extra is not None:
         added, removed = came_and_went(old)

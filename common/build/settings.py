@@ -9,7 +9,7 @@ from typing import Any, Literal
 from common.build.sources import Source
 from common.dtypes import BY_NAME
 from common.errors import PlanError
-from common.planning.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
+from common.planning.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES, policy_named
 from common.store.store import non_expert_bytes
 from common.units import format_bytes, is_whole
 
@@ -32,8 +32,15 @@ class Settings:
     traffic: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        if self.policy not in POLICIES:
-            raise PlanError(f"no policy {self.policy!r}; there is: {', '.join(POLICIES)}")
+        policy = policy_named(self.policy)
+        if policy.copies == "all" and (self.slots, self.budget_bytes) not in (
+            (None, None),
+            ("all", None),
+        ):
+            raise PlanError(
+                "policy 'all' keeps all that tenants have; leave slots and budget out, or choose "
+                "another policy"
+            )
         if sum(v is not None for v in (self.slots, self.budget_bytes, self.extra)) > 1:
             raise PlanError("give one of slots, a budget, and a share of extra bytes")
         if (
@@ -46,7 +53,7 @@ class Settings:
             raise PlanError(f"budget_bytes is {self.budget_bytes!r}; give a whole number of bytes")
         if self.extra is not None:
             check_extra(self.extra)
-            if self.extra > 0 and not POLICIES[self.policy].uses_extra:
+            if self.extra > 0 and not policy.uses_extra:
                 raise PlanError(
                     f"policy {self.policy!r} keeps one copy a position and has no use for extra "
                     "bytes; "
@@ -94,7 +101,7 @@ class Amount:
 def resolve(settings: Settings, sources: Sequence[Source], dtype: str) -> Amount:
     """How much memory there is for what. Raises PlanError if it cannot be had."""
     spec = sources[0].config.experts
-    policy = POLICIES[settings.policy]
+    policy = policy_named(settings.policy)
     copy_bytes = spec.copy_elements * BY_NAME[dtype].itemsize
     if settings.budget_bytes is not None:
         largest = max(sources, key=lambda s: non_expert_bytes(s.family, s.config, dtype))
@@ -113,7 +120,7 @@ def resolve(settings: Settings, sources: Sequence[Source], dtype: str) -> Amount
         return Amount(
             spec.num_positions, room - spec.num_positions * copy_bytes if policy.uses_extra else 0
         )
-    if settings.slots == "all":
+    if settings.slots == "all" or policy.copies == "all":
         return Amount(None)
     if settings.slots is not None:
         if settings.slots > spec.num_positions:

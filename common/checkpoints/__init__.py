@@ -7,7 +7,12 @@ import re
 from pathlib import Path
 
 from common.checkpoints.checkpoint import Checkpoint, TensorSource, read_asset
-from common.checkpoints.hugging_face import is_hugging_face, open_hugging_face, write_hugging_face
+from common.checkpoints.hugging_face import (
+    is_hugging_face,
+    open_hugging_face,
+    saved_tensors,
+    write_hugging_face,
+)
 from common.checkpoints.orbax import METADATA, is_orbax, open_orbax, write_orbax
 from common.checkpoints.safetensors_file import TensorRef
 from common.checkpoints.t5x import INDEX, is_t5x_index, open_t5x, read_msgpack, write_t5x
@@ -119,6 +124,7 @@ __all__ = [
     "find_arrays",
     "open_checkpoint",
     "read_asset",
+    "saved_tensors",
     "write_hugging_face",
     "write_orbax",
     "write_t5x",

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from common.dtypes import common_dtype
-from common.families import Family, ModelConfig, Shape
+from common.families import Dims, Family, ModelConfig
 
 
 class TensorSource(Protocol):
@@ -27,7 +27,7 @@ class TensorSource(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
-    def shape(self) -> Shape: ...
+    def shape(self) -> Dims: ...
     @property
     def nbytes(self) -> int: ...
 

@@ -165,7 +165,7 @@ def decide(
     start = None
     if config.is_encoder_decoder:
         start = one("decoder_start_token_id")
-        start = getattr(config, "decoder_start_token_id", None) if start is None else start
+        start = getattr(config.shape, "decoder_start_token_id", None) if start is None else start
     return GenerationConfig(
         eos_token_ids=tuple(dict.fromkeys(ends)),
         pad_token_id=_known(given, raw, "pad_token_id", size),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,24 @@ def _untied(
         "their values differ"
         for name in differing
     ]
+
+
+def saved_tensors(
+    family: Family, config: ModelConfig, read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name in files, array) of a model as its family saves it, one at a time.
+
+    read: a tensor by its canonical name; all of one type.
+    """
+    for file_tensor, parts in family.saved(config).items():
+        name, region = parts[0]
+        whole = read(name)
+        if region.index is not None:
+            whole = np.empty(region.whole, dtype=whole.dtype)
+            for name, region in parts:
+                assert region.rows is not None
+                whole[region.index, slice(*region.rows)] = read(name)
+        yield file_tensor, whole
 
 
 def write_hugging_face(

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from common.checkpoints.mapping import map_bytes
 from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError
-from common.families import Region, Shape
+from common.families import Dims, Region
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TensorRef:
     path: Path
     file_tensor: str
     dtype: str
-    shape: Shape
+    shape: Dims
     offset: int  # of a type that weights do not have, `dtype` is the header's code
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import CheckpointError
-from common.families import FAMILIES, Shape
+from common.families import FAMILIES, Dims
 from common.families.switch_transformers import SIDES, SPARSE_LAYERS, Side, as_switch
 
 FAMILY = FAMILIES["switch_transformers"]
@@ -36,7 +36,7 @@ SCANNED = re.compile(r"(encoder|decoder)\.(encoder|decoder|layers|blocks?|layer_
 
 
 def config_for(
-    shapes: Mapping[str, Shape],
+    shapes: Mapping[str, Dims],
     where: str,
     given: Mapping[str, Any] | None = None,
     given_where: str = "",
@@ -110,7 +110,7 @@ class _Told:
     """What the shapes tell: fields with the array they follow from, and the sparse layers of each
     side."""
 
-    def __init__(self, shapes: Mapping[str, Shape], where: str):
+    def __init__(self, shapes: Mapping[str, Dims], where: str):
         self.shapes, self.where = shapes, where
         scanned = next((n for n in shapes if SCANNED.match(n)), None)
         if scanned is not None:
@@ -170,7 +170,7 @@ class _Told:
             "tie_word_embeddings": self._presence("decoder.logits_dense.kernel", when_there=False),
         }
 
-    def _shape(self, name: str, rank: int) -> Shape:
+    def _shape(self, name: str, rank: int) -> Dims:
         shape = self.shapes.get(name)
         if shape is None:
             raise CheckpointError(

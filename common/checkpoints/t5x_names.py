@@ -18,7 +18,7 @@ from common.checkpoints.checkpoint import Checkpoint, TensorSource
 from common.checkpoints.tensorstore_array import ArrayOnDisk, ExpertBlocks, LazyTensor
 from common.dtypes import BY_NAME, common_dtype
 from common.errors import CheckpointError
-from common.families import Shape
+from common.families import Dims
 from common.families.switch_transformers import as_switch
 
 EMBEDDING = "token_embedder.embedding"
@@ -32,8 +32,8 @@ class Place:
     transposed: bool
     expert: int | None = None
 
-    def array_shape(self, shape: Shape, num_experts: int) -> Shape:
-        """Shape of T5X's array, from the canonical tensor's."""
+    def array_shape(self, shape: Dims, num_experts: int) -> Dims:
+        """Dims of T5X's array, from the canonical tensor's."""
         shape = shape[::-1] if self.transposed else shape
         return shape if self.expert is None else (num_experts, *shape)
 
@@ -101,7 +101,7 @@ def place_of(canonical: str) -> Place:
 
 
 def locate(
-    shapes: Mapping[str, Shape], num_experts: int, arrays: Mapping[str, ArrayOnDisk]
+    shapes: Mapping[str, Dims], num_experts: int, arrays: Mapping[str, ArrayOnDisk]
 ) -> dict[str, LazyTensor]:
     """Every canonical tensor (`shapes`) among T5X's arrays, by their names in the tree.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.dtypes import BFLOAT16, BY_NAME
 from common.errors import CheckpointError
-from common.families import Shape
+from common.families import Dims
 
 # TensorStore raises these for files that are missing, damaged or cannot be written.
 FAULTS = (ValueError, OSError, KeyError, NotImplementedError)
@@ -59,7 +59,7 @@ class ArrayOnDisk(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
-    def shape(self) -> Shape: ...
+    def shape(self) -> Dims: ...
     @property
     def chunk_rows(self) -> int: ...
 
@@ -81,7 +81,7 @@ class InlineArray:
         return self.data.dtype.name
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> Dims:
         return self.data.shape
 
     @property
@@ -99,7 +99,7 @@ class StoredArray:
     path: Path
     name: str
     dtype: str
-    shape: Shape
+    shape: Dims
     chunk_rows: int
     handle: Any
     bits: bool = False
@@ -164,7 +164,7 @@ def write_array(spec: Mapping[str, Any], path: Path, array: np.ndarray) -> None:
         raise OSError(f"{path}: {explain(error)}") from error
 
 
-def even_chunks(shape: Shape, max_elements: int) -> list[int]:
+def even_chunks(shape: Dims, max_elements: int) -> list[int]:
     """A chunk shape that divides `shape` evenly with at most `max_elements`, cutting the largest
     axis first.
 
@@ -240,7 +240,7 @@ class LazyTensor:
     disk."""
 
     array: ArrayOnDisk
-    shape: Shape
+    shape: Dims
     transposed: bool
     expert: int | None
     blocks: ExpertBlocks = field(repr=False, compare=False)

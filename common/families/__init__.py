@@ -1,17 +1,20 @@
-"""Families of MoE models that tenants can belong to."""
+"""Families of MoE models that tenants can belong to: a file each, found by its `FAMILY`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from common.errors import CheckpointError
-from common.families.base import ExpertSpec, Family, ModelConfig, Region, Shape
-from common.families.mixtral import MixtralConfig, MixtralFamily
-from common.families.switch_transformers import SwitchTransformersConfig, SwitchTransformersFamily
+from common.families.family import ExpertSpec, Family, ModelConfig, Region
+from common.families.shape import Decoder, Dims, EncoderDecoder, Shape
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (MixtralFamily(), SwitchTransformersFamily())
+    module.FAMILY.name: module.FAMILY
+    for module in (import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__))
+    if hasattr(module, "FAMILY")
 }
 
 
@@ -29,14 +32,13 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
 
 __all__ = [
     "FAMILIES",
+    "Decoder",
+    "Dims",
+    "EncoderDecoder",
     "ExpertSpec",
     "Family",
-    "MixtralConfig",
-    "MixtralFamily",
     "ModelConfig",
     "Region",
     "Shape",
-    "SwitchTransformersConfig",
-    "SwitchTransformersFamily",
     "family_of",
 ]

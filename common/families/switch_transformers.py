@@ -12,13 +12,22 @@ Positions count the sparse layers of the encoder, then those of the decoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from common.errors import CheckpointError
-from common.families.base import ExpertSpec, Family, Fields, ModelConfig, Region, Shape
-from common.families.config_fields import check_fields
+from common.families.family import ExpertSpec, Family, ModelConfig
+from common.families.fields import Fields
+from common.families.shape import (
+    Attention,
+    EncoderDecoder,
+    Experts,
+    RelativePositions,
+    Router,
+    Scalars,
+    alternate,
+)
 
 Side = Literal["encoder", "decoder"]
 SIDES: tuple[Side, Side] = ("encoder", "decoder")
@@ -40,6 +49,11 @@ UNTIED = "moetel_untied"
 
 SHARED, HEAD = "shared.weight", "lm_head.weight"
 TABLES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD)
+TABLE_OF_ROLE = dict(zip(("embed", "encoder_embed", "decoder_embed", "head"), TABLES, strict=True))
+NORMS = {
+    "encoder_norm": "encoder.final_layer_norm.weight",
+    "norm": "decoder.final_layer_norm.weight",
+}
 
 # The fields that `parse` reads.
 READ = frozenset(
@@ -78,10 +92,7 @@ class SwitchTransformersConfig(ModelConfig):
     relative_attention_max_distance: int
     layer_norm_epsilon: float
     tie_word_embeddings: bool
-    decoder_start_token_id: int
     untied: tuple[str, ...] = ()
-
-    is_encoder_decoder: ClassVar[bool] = True
 
     @property
     def own_tables(self) -> tuple[str, ...]:
@@ -92,20 +103,15 @@ class SwitchTransformersConfig(ModelConfig):
         """Number of layers of one side."""
         return self.num_layers if side == "encoder" else self.num_decoder_layers
 
-    @property
-    def architecture(self) -> tuple[Any, ...]:
-        """What decides the compiled computation, the vocabulary's size apart: equal for tenants
-        that can share it."""
-        skipped = ("raw", "vocab_size", "experts", "sparse_layers", "decoder_start_token_id")
-        rest = tuple(getattr(self, f) for f in self.__dataclass_fields__ if f not in skipped)
-        return (self.experts, tuple(self.sparse_layers[s] for s in SIDES), *rest)
-
 
 class SwitchTransformersFamily(Family):
     """See the module's docstring. What config.json leaves out has the default of
     SwitchTransformersConfig."""
 
     name = "switch_transformers"
+    title = "Switch Transformer"
+    architecture = "SwitchTransformersForConditionalGeneration"
+    read = READ
     default_eos_token_id = 1
     aliases: ClassVar[Mapping[str, str]] = {
         "hidden_size": "d_model",
@@ -116,8 +122,6 @@ class SwitchTransformersFamily(Family):
     ignored = re.compile(
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$"
     )
-
-    attention = re.compile(r"\.(SelfAttention|EncDecAttention)\.")
 
     def parse(self, fields: Fields) -> SwitchTransformersConfig:
         raw = fields.raw
@@ -162,24 +166,11 @@ class SwitchTransformersFamily(Family):
                 "num_sparse_encoder_layers",
                 "leaves no sparse layer; a model without experts has none to share",
             )
-        wi, wo = (d_ff, d_model), (d_model, d_ff)
         router_dtype = fields.text("router_dtype", "float32")
         if router_dtype not in ("float32", "bfloat16", "float16"):
             raise fields.error(
                 "router_dtype", f"is {router_dtype!r}; supported: float32, bfloat16, float16"
             )
-        experts = ExpertSpec(
-            family=self.name,
-            expert_layers=tuple(_mlp(side, n) for side in SIDES for n in sparse[side]),
-            num_experts=num_experts,
-            hidden_size=d_model,
-            intermediate_size=d_ff,
-            activation=activation,
-            top_k=1,
-            projections=(("wi_0", wi), ("wi_1", wi), ("wo", wo))
-            if gated
-            else (("wi", wi), ("wo", wo)),
-        )
         start = raw.get("decoder_start_token_id")
         vocab_size = fields.positive_int("vocab_size", default=32128)
         if start is None:
@@ -196,31 +187,80 @@ class SwitchTransformersFamily(Family):
                 f"is {buckets} with relative_attention_max_distance {distance}; "
                 "buckets must be even, at least 4, and less than twice the distance",
             )
+        heads, d_kv = (
+            fields.positive_int("num_heads", default=12),
+            fields.positive_int("d_kv", default=64),
+        )
+        capacity, bias = (
+            fields.positive_int("expert_capacity", default=64),
+            fields.flag("router_bias", False),
+        )
+        epsilon = fields.number("layer_norm_epsilon", 1e-6)
+        own = tuple(name for name in TABLES[1:] if not tied or name in untied)
+        layers = alternate(
+            [
+                n in sparse[side]
+                for side, count in zip(SIDES, (num_layers, num_decoder_layers), strict=True)
+                for n in range(count)
+            ],
+            d_ff,
+        )
+        shape = EncoderDecoder(
+            vocab_size=vocab_size,
+            hidden=d_model,
+            max_positions=MAX_POSITIONS,
+            attention=Attention(
+                heads=heads,
+                kv_heads=heads,
+                head_dim=d_kv,
+                scale=1.0,
+                positions=RelativePositions(buckets, distance),
+            ),
+            experts=Experts(
+                count=num_experts,
+                inner=d_ff,
+                activation=activation,
+                gated=gated,
+                router=Router(1, dtype=router_dtype, gates="hidden", bias=bias, capacity=capacity),
+            ),
+            encoder=layers[:num_layers],
+            decoder=layers[num_layers:],
+            norm_eps=epsilon,
+            own_tables=tuple(role for role, name in TABLE_OF_ROLE.items() if name in own),
+            scalars=Scalars(head_input=d_model**-0.5 if tied else 1.0),
+            decoder_start_token_id=start,
+        )
+        experts = ExpertSpec(
+            family=self.name,
+            expert_layers=tuple(_mlp(side, n) for side in SIDES for n in sparse[side]),
+            num_experts=num_experts,
+            hidden_size=d_model,
+            intermediate_size=d_ff,
+            activation=activation,
+            top_k=1,
+            projections=shape.experts.projections(d_model),
+            model_layers=len(layers),
+        )
         return SwitchTransformersConfig(
             experts=experts,
-            vocab_size=vocab_size,
-            max_positions=MAX_POSITIONS,
+            shape=shape,
             raw=dict(fields.given),
-            d_kv=fields.positive_int("d_kv", default=64),
+            d_kv=d_kv,
             d_ff=d_ff,
-            num_heads=fields.positive_int("num_heads", default=12),
+            num_heads=heads,
             num_layers=num_layers,
             num_decoder_layers=num_decoder_layers,
             sparse_layers=sparse,
             gated=gated,
-            expert_capacity=fields.positive_int("expert_capacity", default=64),
-            router_bias=fields.flag("router_bias", False),
+            expert_capacity=capacity,
+            router_bias=bias,
             router_dtype=router_dtype,
             relative_attention_num_buckets=buckets,
             relative_attention_max_distance=distance,
-            layer_norm_epsilon=fields.number("layer_norm_epsilon", 1e-6),
+            layer_norm_epsilon=epsilon,
             tie_word_embeddings=tied,
-            decoder_start_token_id=start,
             untied=tuple(name for name in TABLES if name in untied),
         )
-
-    def check_fields(self, fields: Fields) -> None:
-        check_fields(fields, READ)
 
     def tied_tables(self, config: ModelConfig) -> tuple[str, ...]:
         c = as_switch(config)
@@ -232,105 +272,53 @@ class SwitchTransformersFamily(Family):
     def file_name_of(self, name: str) -> str:
         return name.removeprefix("switch_transformers.")
 
-    def expert_tensor(self, config: ModelConfig, layer: int, expert: int, projection: str) -> str:
-        return f"{config.experts.expert_layers[layer]}.experts.expert_{expert}.{projection}.weight"
+    def alike_tables(self, config: ModelConfig) -> tuple[str, ...]:
+        # Untied, older versions of transformers saved the embeddings, which they tied all the same,
+        # once.
+        return self.tied_tables(config) or TABLES[:3]
 
-    def non_expert_shapes(self, config: ModelConfig) -> dict[str, Shape]:
+    def tensor_name(
+        self, config: ModelConfig, role: str, layer: int | None = None, expert: int | None = None
+    ) -> str:
+        if layer is None:
+            return {**TABLE_OF_ROLE, **NORMS}[role]
         c = as_switch(config)
-        d, inner, embedding = (
-            c.experts.hidden_size,
-            c.num_heads * c.d_kv,
-            (c.vocab_size, c.experts.hidden_size),
+        in_decoder = layer >= c.num_layers
+        side, n = SIDES[in_decoder], layer - c.num_layers * in_decoder
+        mlp = _mlp(side, n)
+        if expert is not None:
+            return f"{mlp}.experts.expert_{expert}.{matrix_name(c, role)}.weight"
+        block = f"{side}.block.{n}.layer"
+        if role.startswith("dense_"):
+            return f"{mlp}.{matrix_name(c, role.removeprefix('dense_'))}.weight"
+        if role.startswith("router"):
+            return f"{mlp}.router.classifier.{'bias' if role == 'router_bias' else 'weight'}"
+        if role == "post_norm":
+            return f"{mlp.removesuffix('.mlp')}.layer_norm.weight"
+        number, attention = (
+            (1, "EncDecAttention") if role.startswith("cross_") else (0, "SelfAttention")
         )
-        shapes: dict[str, Shape] = {SHARED: embedding}
-        for side in SIDES:
-            if f"{side}.embed_tokens.weight" in c.own_tables:
-                shapes[f"{side}.embed_tokens.weight"] = embedding
-            attentions = (
-                ("SelfAttention",) if side == "encoder" else ("SelfAttention", "EncDecAttention")
-            )
-            for n in range(c.layers(side)):
-                for number, attention in enumerate(attentions):
-                    place = f"{side}.block.{n}.layer.{number}"
-                    shapes[f"{place}.layer_norm.weight"] = (d,)
-                    for p in "qkv":
-                        shapes[f"{place}.{attention}.{p}.weight"] = (inner, d)
-                    shapes[f"{place}.{attention}.o.weight"] = (d, inner)
-                    if n == 0 and attention == "SelfAttention":
-                        table = (c.relative_attention_num_buckets, c.num_heads)
-                        shapes[f"{place}.{attention}.relative_attention_bias.weight"] = table
-                shapes[f"{_mlp(side, n).removesuffix('.mlp')}.layer_norm.weight"] = (d,)
-                if n in c.sparse_layers[side]:
-                    shapes[f"{_mlp(side, n)}.router.classifier.weight"] = (c.experts.num_experts, d)
-                    if c.router_bias:
-                        shapes[f"{_mlp(side, n)}.router.classifier.bias"] = (c.experts.num_experts,)
-                else:
-                    for projection, shape in c.experts.projections:
-                        shapes[f"{_mlp(side, n)}.{projection}.weight"] = shape
-            shapes[f"{side}.final_layer_norm.weight"] = (d,)
-        if HEAD in c.own_tables:
-            shapes[HEAD] = embedding
-        return shapes
-
-    def locate(
-        self, config: ModelConfig, file_shapes: Mapping[str, Shape], where: str
-    ) -> dict[str, Region]:
-        c = as_switch(config)
-        regions: dict[str, Region] = {}
-        # The checkpoint's reader has compared tied tables and found them equal; transformers takes
-        # whichever is there. Untied, older versions saved the embeddings, which they tied all the
-        # same, once.
-        tied = self.tied_tables(c)
-        alike = tied or TABLES[:3]
-        used = set(tied)
-        for name, shape in self.all_shapes(c).items():
-            source = name
-            if name in alike and name not in file_shapes:
-                source = next((n for n in alike if n in file_shapes), name)
-            if source not in file_shapes:
-                raise CheckpointError(
-                    f"{where}: tensor {name} is missing; the checkpoint is incomplete or "
-                    "config.json is another model's"
-                )
-            found = tuple(file_shapes[source])
-            if found != shape:
-                raise CheckpointError(
-                    f"{where}: tensor {source} is {list(found)}, config.json implies "
-                    f"{list(shape)}; "
-                    "does config.json belong to this checkpoint?"
-                )
-            regions[name] = Region(source, shape)
-            used.add(source)
-        unused = sorted(n for n in file_shapes if n not in used and not self.ignored.search(n))
-        if unused:
-            raise CheckpointError(
-                f"{where}: {len(unused)} tensors that a Switch Transformer of this config does not "
-                "have, first "
-                f"{unused[0]!r}; does config.json belong to this checkpoint?"
-            )
-        return regions
+        if role in ("input_norm", "cross_norm"):
+            return f"{block}.{number}.layer_norm.weight"
+        if role == "position_bias":
+            return f"{block}.0.SelfAttention.relative_attention_bias.weight"
+        return f"{block}.{number}.{attention}.{role.removeprefix('cross_')}.weight"
 
     def hf_config(self, config: ModelConfig, dtype: str) -> dict[str, Any]:
         c = as_switch(config)
-        raw = {
-            k: v
-            for k, v in c.raw.items()
-            if k not in ("torch_dtype", "_name_or_path", SPARSE_LAYERS, UNTIED)
-        }
         for side in SIDES:
-            if _by_step(self.fields(raw, "config"), side, c.layers(side)) != c.sparse_layers[side]:
+            if (
+                _by_step(self.fields(c.raw, "config"), side, c.layers(side))
+                != c.sparse_layers[side]
+            ):
                 raise CheckpointError(
                     f"sparse {side} layers {list(c.sparse_layers[side])} of {c.layers(side)} are "
                     "not every n-th from "
                     "the second, which is all that Hugging Face's config can say; keep this model "
                     "as T5X or Orbax"
                 )
-        return raw | {
-            "architectures": ["SwitchTransformersForConditionalGeneration"],
-            "model_type": self.name,
-            "is_encoder_decoder": True,
-            "dtype": dtype,
-        }
+        found = super().hf_config(config, dtype) | {"is_encoder_decoder": True}
+        return {k: v for k, v in found.items() if k not in (SPARSE_LAYERS, UNTIED)}
 
 
 def as_switch(config: ModelConfig) -> SwitchTransformersConfig:
@@ -339,17 +327,11 @@ def as_switch(config: ModelConfig) -> SwitchTransformersConfig:
     return config
 
 
-def iter_blocks(config: SwitchTransformersConfig) -> Iterator[tuple[Side, int, int | None]]:
-    """(side, layer, number of the sparse layer as plans count them, or None for a dense one),
-    encoder first."""
-    sparse = 0
-    for side in SIDES:
-        for n in range(config.layers(side)):
-            if n in config.sparse_layers[side]:
-                yield side, n, sparse
-                sparse += 1
-            else:
-                yield side, n, None
+def matrix_name(config: SwitchTransformersConfig, role: str) -> str:
+    """What files call a matrix of a feed-forward."""
+    if role == "down":
+        return "wo"
+    return {"gate": "wi_0", "up": "wi_1"}[role] if config.gated else "wi"
 
 
 def _mlp(side: str, n: int) -> str:
@@ -413,3 +395,6 @@ def _sparse_layers(fields: Fields, side: Side, num_layers: int) -> tuple[int, ..
             f"is {given!r}; expected ascending layer numbers for 'encoder' and 'decoder'",
         )
     return tuple(layers)
+
+
+FAMILY = SwitchTransformersFamily()

@@ -1,8 +1,6 @@
 """What an expert computes, in numpy: for measuring what another expert in its place would change.
 
-Source: Mixtral (transformers, models/mixtral/modeling_mixtral.py): `w2 (act(w1 x) * (w3 x))`;
-Switch Transformer (models/switch_transformers/modeling_switch_transformers.py): `wo act(wi x)`,
-gated `wo (act(wi_0 x) * (wi_1 x))`.
+`down (act(gate x) * (up x))`, or without a gate `down act(up x)`.
 """
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ Matrices = Mapping[str, np.ndarray]
 def inputs_and_output(spec: ExpertSpec) -> tuple[tuple[str, ...], str]:
     """The projections that read the expert's input (the first goes through the activation), and the
     last one."""
-    names = [name for name, _ in spec.projections]
-    last = "w2" if "w2" in names else "wo"
-    return tuple(name for name in names if name != last), last
+    *first, last = (name for name, _ in spec.projections)
+    return tuple(first), last
 
 
 def _erf(x: np.ndarray) -> np.ndarray:

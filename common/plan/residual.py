@@ -100,8 +100,20 @@ class Residual:
     @classmethod
     def from_json(cls, value: Any) -> Residual:
         tenant, layer, expert, parts = value
-        made = tuple(Part(str(p), str(kind), int(bits), int(size)) for p, kind, bits, size in parts)
+        made = tuple(
+            Part(role_of(str(p)), str(kind), int(bits), int(size)) for p, kind, bits, size in parts
+        )
         return cls(int(tenant), int(layer), int(expert), made)
+
+
+# Names of projections in stores of format 1 and 2: those of Mixtral's and Switch's files.
+_OLDER = {"w1": "gate", "w3": "up", "w2": "down"}
+_OLDER |= {"wi_0": "gate", "wi_1": "up", "wi": "up", "wo": "down"}
+
+
+def role_of(projection: str) -> str:
+    """The role of a projection that a store names."""
+    return _OLDER.get(projection, projection)
 
 
 def _padded(nbytes: int) -> int:

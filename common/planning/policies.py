@@ -12,8 +12,9 @@ from common.planning.residual_curves import Kinds
 class Policy:
     """How a policy chooses.
 
-    copies: "paper" (round robin), "owned" (tenants' own), "mean", "merged" (the mixture with the
-        least loss) or "fitted" (least squares on calibration inputs; the mixture without them).
+    copies: "paper" (round robin), "all" (every tenant its own), "owned" (some tenants' own),
+        "mean", "merged" (the mixture with the least loss) or "fitted" (least squares on calibration
+        inputs; the mixture without them).
     several: whether bytes beyond one copy a position may go to further copies.
     kinds: residuals that it may use.
     """
@@ -33,6 +34,17 @@ POLICIES: dict[str, Policy] = {
     "round_robin": Policy(
         "the paper's rule: one tenant's copy a position, owners in turn", "paper"
     ),
+    "fit": Policy(
+        "copies fitted to the outputs of all tenants' experts; more where it pays", "fitted", True
+    ),
+    "residual": Policy(
+        "fit, and residuals of any kind and precision where they pay", "fitted", True, Kinds()
+    ),
+    "all": Policy("every tenant's own copies; nothing is shared but what is identical", "all"),
+}
+"""What users choose from."""
+
+KNOWN_POLICIES = POLICIES | {
     "medoid": Policy(
         "of tenants' own copies the one that serves the others best; more where it pays",
         "owned",
@@ -41,9 +53,6 @@ POLICIES: dict[str, Policy] = {
     "mean": Policy("the plain mean of the tenants' experts", "mean"),
     "merge": Policy(
         "the mixture of tenants' experts with the least loss; more where it pays", "merged", True
-    ),
-    "fit": Policy(
-        "copies fitted to the outputs of all tenants' experts; more where it pays", "fitted", True
     ),
     "sign": Policy(
         "fit, and residuals of one sign bit a weight where they pay",
@@ -54,10 +63,8 @@ POLICIES: dict[str, Policy] = {
     "low_rank": Policy(
         "fit, and low-rank residuals in 16 bits where they pay", "fitted", True, Kinds((16,), False)
     ),
-    "residual": Policy(
-        "fit, and residuals of any kind and precision where they pay", "fitted", True, Kinds()
-    ),
 }
+"""With those that evaluations compare them with, and that older stores name."""
 
 
 DEFAULT_POLICY = "residual"
@@ -69,6 +76,7 @@ DEFAULT_EXTRA = 0.0375
 
 
 def policy_named(name: str) -> Policy:
-    if name not in POLICIES:
+    """A policy that users, evaluations or older stores name. Raises PlanError for another one."""
+    if name not in KNOWN_POLICIES:
         raise PlanError(f"no policy {name!r}; there is: {', '.join(POLICIES)}")
-    return POLICIES[name]
+    return KNOWN_POLICIES[name]

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from common.errors import (
-    DeadlineError,
     EngineError,
     MoetelError,
     RequestError,
@@ -27,10 +26,9 @@ from common.sampling_params import SamplingParams
 from common.serving.backend import Backend, Observer
 from common.serving.checks import Prompt, check_ids, check_request
 from common.serving.request import Generation, Output, Request
-from common.serving.scheduler import NoRoomError, Scheduler
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.scoring import logits_of
-from common.serving.statistics import Statistics
+from common.serving.steps import Steps
 from common.serving.text import TenantText
 from common.serving.texts import Texts
 from common.serving.warm_up import warm_up
@@ -55,10 +53,9 @@ class Engine:
         self.options = options or SchedulerOptions()
         self.options.check_tenants(store.tenants)
         self._backend: Backend | None = backend
-        self._scheduler = Scheduler(backend, self.options)
+        self._steps = Steps(backend, self.options)
         self._texts = Texts(store)
         self._leaving: set[str] = set()
-        self._statistics = Statistics()
 
     @property
     def max_batch_size(self) -> int:
@@ -133,7 +130,7 @@ class Engine:
                 "one for each"
             )
         made = [self._request(t, p, s) for (t, p), s in zip(requests, each, strict=True)]
-        self._run_alone(made)
+        self._steps.run_alone(made)
         return [r.generation() for r in made]
 
     def stream(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[str]:
@@ -150,7 +147,7 @@ class Engine:
         return self._stream(request, pieces)
 
     def _stream(self, request: Request, pieces: list[str]) -> Iterator[str]:
-        self._scheduler.add(request, bounded=False)
+        self._steps.scheduler.add(request, bounded=False)
         try:
             while not request.done or pieces:
                 while not pieces:
@@ -161,21 +158,6 @@ class Engine:
                 pieces.clear()
         finally:
             self.cancel(request)
-
-    def _run_alone(self, requests: Sequence[Request]) -> None:
-        """Run requests to their end. Nobody waits for one of them alone, so throughput is what
-        counts."""
-        try:
-            for request in requests:
-                self._scheduler.add(request, bounded=False)
-            while any(not r.done for r in requests):
-                self.step(alone=True)
-                for request in requests:
-                    if request.error is not None:
-                        raise request.error
-        finally:
-            for request in requests:
-                self.cancel(request)
 
     # What a server drives.
 
@@ -228,109 +210,29 @@ class Engine:
         """Let a checked request wait for its turn. Raises OverloadedError, UnknownTenantError."""
         if request.tenant not in self.tenants:
             raise UnknownTenantError(request.tenant, self.tenants)
-        self._scheduler.add(request)
+        self._steps.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:
         """Forget a request and free its caches; nothing happens to one that is done."""
-        if not request.done:
-            request.abort()
-            self._statistics.count_end(request, "abort")
-        self._scheduler.remove(request)
+        self._steps.cancel(request)
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return self._scheduler.has_work
+        return self._steps.scheduler.has_work
 
-    def step(self, *, alone: bool = False) -> bool:
-        """Advance requests by one step; their `on_output` is called. Returns whether there was
-        anything to do.
+    def step(self) -> bool:
+        """Advance requests by one step; their `on_output` is called.
 
-        A request that fails has `error` set and is forgotten. alone: prompts are read in as large
-        pieces as a step takes, for callers that wait for all answers together.
+        Returns whether there was anything to do. A request that fails has `error` set and is
+        forgotten.
         """
-        backend = self._require_backend()
-        for request in self._scheduler.expired(time.perf_counter()):
-            self._expire(request)
-        try:
-            parts = self._scheduler.next(time.perf_counter(), alone=alone)
-        except NoRoomError as error:
-            self._fail(error.request, error)
-            return True
-        if not parts:
-            return False
-        try:
-            step = backend.step([part for _, part in parts])
-        except Exception as error:
-            for request, _ in parts:
-                self._fail(
-                    request,
-                    EngineError(f"a step of the engine failed ({type(error).__name__}: {error})"),
-                )
-            raise
-        now = time.perf_counter()
-        self._scheduler.done(parts, step, now)
-        for (request, part), winner, logits, hits, misses in zip(
-            parts,
-            step.token_ids.tolist(),
-            step.logits,
-            step.hits.tolist(),
-            step.misses.tolist(),
-            strict=True,
-        ):
-            counts = self._statistics.of(request.tenant)
-            counts["hits"] += hits
-            counts["misses"] += misses
-            counts["read_tokens"] += part.read
-            request.hits += hits
-            request.misses += misses
-            if request.first_at is None:
-                request.reconfiguration_s += step.reconfiguration_s.get(request.tenant, 0.0)
-            if request.unread == 0:
-                self._take(request, winner, logits, now)
-        self._statistics.count_step(step, self._scheduler.flooding)
-        return True
-
-    def _take(self, request: Request, winner: int, logits: np.ndarray | None, now: float) -> None:
-        """Give a request its next token."""
-        counts = self._statistics.of(request.tenant)
-        if request.first_at is None:
-            counts["prompt_tokens"] += len(request.prompt)
-        output = request.choose(winner, logits, now)
-        counts["generation_tokens"] += 1
-        if request.done:
-            self._scheduler.remove(request)
-            self._statistics.count_end(request, str(request.finish_reason))
-        if request.on_output is not None:
-            request.on_output(output)
-
-    def _expire(self, request: Request) -> None:
-        output = request.abort()
-        done = len(request.token_ids)
-        self._fail(
-            request,
-            DeadlineError(
-                f"the deadline passed after {done} tokens of the answer; give it longer, or ask "
-                "for fewer tokens",
-                output.generation,
-            ),
-        )
-
-    def _fail(self, request: Request, error: MoetelError) -> None:
-        request.error = error
-        if not request.done:
-            request.abort()
-        self._scheduler.remove(request)
-        self._statistics.count_end(
-            request, "deadline" if isinstance(error, DeadlineError) else "error"
-        )
-        if request.on_output is not None:
-            request.on_output(Output((), "", (), request.generation()))
+        self._require_backend()
+        return self._steps.step()
 
     def fail_all(self, error: MoetelError) -> None:
         """End every request with an error."""
-        for request in self._scheduler.requests():
-            self._fail(request, error)
+        self._steps.fail_all(error)
 
     def load(self) -> dict[str, Any]:
         """Requests that run (have caches) and wait, in all and of each tenant, and what the caches
@@ -338,7 +240,7 @@ class Engine:
         stats = self._require_backend().stats()
         tenants = {}
         for name in self.store.tenants:
-            requests = self._scheduler.requests(name)
+            requests = self._steps.scheduler.requests(name)
             running = sum(r.sequence is not None for r in requests)
             tenants[name] = {"running": running, "waiting": len(requests) - running}
         return {
@@ -358,7 +260,7 @@ class Engine:
             changed.
         """
         for name in self.store.tenants:
-            if name not in store.tenants and self._scheduler.requests(name):
+            if name not in store.tenants and self._steps.scheduler.requests(name):
                 raise EngineError(
                     f"tenant {name!r} has requests; retire it and wait until they are done"
                 )
@@ -367,7 +269,7 @@ class Engine:
         self.store = self._texts.store = store
         self._texts.forget(gone.__contains__)
         for name in gone:
-            self._scheduler.forget_tenant(name)
+            self._steps.scheduler.forget_tenant(name)
             self._leaving.discard(name)
 
     def retire(self, tenant: str) -> bool:
@@ -375,7 +277,7 @@ class Engine:
         if tenant not in self.store.tenants:
             raise UnknownTenantError(tenant, self.tenants)
         self._leaving.add(tenant)
-        return not self._scheduler.requests(tenant)
+        return not self._steps.scheduler.requests(tenant)
 
     def reinstate(self, tenant: str) -> None:
         """Take requests of a retired tenant again."""
@@ -459,8 +361,8 @@ class Engine:
         """
         return {
             **self._require_backend().stats(),
-            "tenants": {name: self._statistics.summary(name) for name in self.store.tenants},
-            "preemptions": self._scheduler.preemptions,
+            "tenants": {name: self._steps.statistics.summary(name) for name in self.store.tenants},
+            "preemptions": self._steps.scheduler.preemptions,
         }
 
     def close(self) -> None:

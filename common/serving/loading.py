@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EngineError
+from common.families.shape import Decoder, EncoderDecoder
 from common.serving.backend import Backend
 from common.serving.engine import Engine
 from common.serving.scheduler_options import SchedulerOptions
 from common.store import Store
 from common.units import is_whole
 
-# The engine of each family.
-BACKENDS = {"mixtral": "torch", "switch_transformers": "jax"}
+# The engine of each shape.
+BACKENDS = {Decoder: "torch", EncoderDecoder: "jax"}
 
 
 def load_engine(
@@ -31,7 +32,7 @@ def load_engine(
 ) -> Engine:
     """Load a store for inference.
 
-    backend: auto picks by family (mixtral: torch, switch_transformers: jax). device: auto takes a
+    backend: auto picks by shape (decoders: torch, encoder-decoders: jax). device: auto takes a
         GPU if there is one.
     dtype: auto is the store's; float32 or bfloat16 to override.
     scheduler: how requests share steps; max_batch_size: short for its `max_num_seqs`.
@@ -40,11 +41,10 @@ def load_engine(
     Raises StoreError, EngineError.
     """
     opened = store if isinstance(store, Store) else Store.open(store)
-    wanted = BACKENDS[opened.family.name] if backend == "auto" else backend
-    if wanted != BACKENDS[opened.family.name]:
+    serves = BACKENDS[type(opened.config(opened.tenants[0]).shape)]
+    if backend not in ("auto", serves):
         raise EngineError(
-            f"backend {backend!r} does not serve family {opened.family.name!r}; use "
-            f"{BACKENDS[opened.family.name]!r}"
+            f"backend {backend!r} does not serve family {opened.family.name!r}; use {serves!r}"
         )
     chosen = scheduler or SchedulerOptions()
     if max_batch_size is not None:
@@ -53,7 +53,7 @@ def load_engine(
         tokens = max(chosen.max_num_batched_tokens, max_batch_size)
         chosen = replace(chosen, max_num_seqs=max_batch_size, max_num_batched_tokens=tokens)
     chosen.check_tenants(opened.tenants)
-    return Engine(opened, _load_backend(wanted, opened, device, dtype, options), chosen)
+    return Engine(opened, _load_backend(serves, opened, device, dtype, options), chosen)
 
 
 def _load_backend(

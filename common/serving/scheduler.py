@@ -7,11 +7,8 @@ Every step is chosen anew from all requests that are there:
    most `switch_share` of the time; then the tenant that was served least takes the place of the one
    that was served most.
 2. *Places.* The `max_num_seqs` places of a step are shared among tenants by weighted max-min
-   fairness: what one does not need goes to the others. A tenant that asks for more than the device
-   could give it at its best *floods* it: no number of places would do, and each makes the others'
-   next tokens later. It gets what gives it its share of the tokens a second that the device gives
-   at its best, or what makes a step `max_interference` longer, whichever is more; with more rows in
-   fewer steps where what it has of its own makes a step longer than a row does. A tenant's own
+   fairness: what one does not need goes to the others. A tenant that
+   floods the device is held back (`common.serving.flood`). A tenant's own
    requests take its places by priority, then deadline, then arrival. A request that loses its place
    keeps its caches and goes on later.
 3. *Tokens.* Each answering request gets one token. What is left of the step's tokens is read of
@@ -29,40 +26,19 @@ Nothing here knows an architecture, a framework or a clock: times are given by t
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 
 from common.errors import EngineError, OverloadedError
 from common.serving.backend import Backend, Part, Step
-from common.serving.demand import Demand
+from common.serving.flood import Floods
+from common.serving.places import first_of, max_min
 from common.serving.request import Request
 from common.serving.scheduler_options import SchedulerOptions
-from common.serving.step_times import StepTimes
 
 ANSWER_COST = 4.0
 """What a token of an answer counts, a prompt's token counting 1: what providers charge for them,
 and about what they cost a batch of a few rows."""
-
-
-BURST, FEW = 0.25, 4
-"""A backlog of fewer requests than so many times those of a full step is no flood, nor one of a
-few."""
-
-
-VARIED = 0.05
-"""Standard deviation of lately taken steps' rows, beside those of a full step, that tells what a
-row costs."""
-
-
-NEWEST = 32
-"""Requests of a tenant from which its others' lengths are taken."""
-
-
-SMALLEST_PIECE = 16
-"""Tokens of a prompt that a flooding tenant may read in a step at least."""
 
 
 AHEAD = 32
@@ -81,19 +57,6 @@ class _Tenant:
     served: float = 0.0
     since: float = 0.0
     switch_s: float = 0.0
-
-
-@dataclass
-class _Flood:
-    """Tenants that flood the device, and the seconds by which they may make steps longer.
-
-    allowance_s: of this step. balance_s: what is left of it and of earlier ones; below 0 after a
-    long piece of a prompt.
-    """
-
-    tenants: frozenset[str] = frozenset()
-    allowance_s: float = 0.0
-    balance_s: float = 0.0
 
 
 class NoRoomError(EngineError):
@@ -117,10 +80,7 @@ class Scheduler:
         self._tenants: dict[str, _Tenant] = {}
         self._in_use: list[str] = []
         self._numbers = 0
-        self._times = StepTimes()
-        self._demand = Demand()
-        self._flood = _Flood()
-        self._best_known = False
+        self._floods = Floods(backend, options, self.requests)
         self._began_at = 0.0
         self.preemptions = 0
 
@@ -137,10 +97,7 @@ class Scheduler:
             others = [t.served for t in self._tenants.values() if t.requests]
             mine.served = max(mine.served, min(others, default=mine.served))
         mine.requests.append(request)
-        self._demand.passed(
-            request.taken_at, self._best_rows_per_s(request.taken_at), self.options.weight
-        )
-        self._demand.arrived(request, self._token_rows)
+        self._floods.arrived(request)
 
     def _refuse_if_full(self, tenant: str) -> None:
         bound = self.options.max_queue_per_tenant
@@ -160,13 +117,13 @@ class Scheduler:
         if mine is not None and request in mine.requests:
             mine.requests.remove(request)
             if request.finish_reason in ("stop", "length"):
-                self._demand.answered(request)
+                self._floods.demand.answered(request)
 
     def forget_tenant(self, tenant: str) -> None:
         """Drop the account of a tenant without requests."""
         assert not self.requests(tenant)
         self._tenants.pop(tenant, None)
-        self._demand.forget(tenant)
+        self._floods.demand.forget(tenant)
         self._in_use = [t for t in self._in_use if t != tenant]
 
     def requests(self, tenant: str | None = None) -> list[Request]:
@@ -193,7 +150,7 @@ class Scheduler:
     @property
     def flooding(self) -> frozenset[str]:
         """Tenants that flooded the device in the last step and were held to their shares of it."""
-        return self._flood.tenants
+        return self._floods.tenants
 
     # A step.
 
@@ -207,18 +164,10 @@ class Scheduler:
         active = [name for name, tenant in self._tenants.items() if tenant.requests]
         if not active:
             return []
-        best = self._best_rows_per_s(now)
-        self._demand.passed(now, best, self.options.weight)
-        if best and not self._best_known:
-            # What came before is still there as far as the device had not places enough for it.
-            self._best_known = True
-            places = self.options.max_num_seqs // len(active)
-            self._demand.backlog = {
-                n: self._mean_rows(n) * max(0, self._count(n) - places) for n in active
-            }
+        self._floods.passed(now, active)
         in_use = self._choose_tenants(active, now)
         given = self._choose_places(in_use, now, alone)
-        ranked = [r for name in in_use for r in self._ranked(name, given[name])]
+        ranked = [r for name in in_use for r in first_of(self._tenants[name].requests, given[name])]
         answering = [r for r in ranked if r.sequence is not None and r.unread == 0]
         parts = self._answer(answering)
         # Those that were put off just now are read again from their beginning, after those that
@@ -226,14 +175,14 @@ class Scheduler:
         reading = [r for r in ranked if r not in parts]
         room = self.options.max_num_batched_tokens - len(parts)
         if parts and not alone:
-            room = min(room, self._chunk)
+            room = min(room, self._floods.chunk)
         self._read(reading, parts, room)
         if not parts:
             parts = self._make_progress(ranked, room)
         for request in parts:
             if request.started_at is None:
                 request.started_at = now
-        self._charge_flood(parts)
+        self._floods.charge(parts)
         self._began_at = now
         return list(parts.items())
 
@@ -252,7 +201,7 @@ class Scheduler:
                 self._tenants[name].switch_s = seconds
         computing_s = now - self._began_at - sum(step.reconfiguration_s.values())
         tenants = len({request.tenant for request, _ in parts})
-        self._times.add(
+        self._floods.times.add(
             tenants, len(parts), sum(part.read for _, part in parts), max(0.0, computing_s)
         )
 
@@ -295,41 +244,21 @@ class Scheduler:
 
     # Places.
 
-    def _ranked(self, tenant: str, places: int) -> list[Request]:
-        """The requests of a tenant that take its places, first ones first."""
-        return heapq.nsmallest(places, self._tenants[tenant].requests, key=lambda r: r.order)
-
     def _choose_places(self, names: Sequence[str], now: float, alone: bool) -> dict[str, int]:
         """How many places each tenant has."""
         wanted = {n: min(len(self._tenants[n].requests), self.options.limit(n)) for n in names}
         shares = self._shares(wanted, now)
-        flooding = frozenset() if alone else self._flooding(wanted, shares)
+        flooding = frozenset() if alone else self._floods.flooding(wanted, shares)
         if not flooding:
-            self._flood = _Flood()
+            self._floods.end()
             return self._max_min(wanted, self.options.max_num_seqs)
         calm = {n: count for n, count in wanted.items() if n not in flooding}
-        places = self._flood_places(flooding, calm, sum(shares[n] for n in flooding), now)
+        places = self._floods.places(flooding, calm, sum(shares[n] for n in flooding), now)
         held = self._max_min({n: wanted[n] for n in flooding}, places)
         return self._max_min(calm | held, self.options.max_num_seqs)
 
-    def _max_min(self, wanted: Mapping[str, int], left: int) -> dict[str, int]:
-        """Weighted max-min fair numbers of places; what is left over goes to those served least."""
-        given = dict.fromkeys(wanted, 0)
-        while left:
-            wanting = [n for n in wanted if given[n] < wanted[n]]
-            if not wanting:
-                break
-            total = sum(self.options.weight(n) for n in wanting)
-            share = {n: int(left * self.options.weight(n) / total) for n in wanting}
-            if not any(share.values()):
-                for n in sorted(wanting, key=lambda n: self._tenants[n].served)[:left]:
-                    given[n] += 1
-                break
-            for n in wanting:
-                more = min(share[n], wanted[n] - given[n])
-                given[n] += more
-                left -= more
-        return given
+    def _max_min(self, wanted: Mapping[str, int], places: int) -> dict[str, int]:
+        return max_min(wanted, places, self.options.weight, self.served)
 
     def _shares(self, names: Iterable[str], now: float) -> dict[str, float]:
         """Each tenant's share of the device by weight, beside all that lately asked for something.
@@ -339,123 +268,11 @@ class Scheduler:
         concern of a step.
         """
         here = set(names)
-        asking = here | self._demand.tenants(now)
+        asking = here | self._floods.demand.tenants(now)
         if len(asking) > self._backend.max_ready_tenants:
             asking = here
         total = sum(self.options.weight(n) for n in asking)
         return {n: self.options.weight(n) / total for n in here}
-
-    def _flooding(self, wanted: Mapping[str, int], shares: Mapping[str, float]) -> frozenset[str]:
-        """Tenants that want more places than their shares and would have a backlog whatever the
-        device did, if others do not."""
-        most, found = self.options.max_num_seqs, set()
-        if self.options.max_interference == math.inf:
-            return frozenset()
-        for name, count in wanted.items():
-            if count > most * shares[name]:
-                mean = self._mean_rows(name)
-                # What nobody waits for any more is no demand.
-                backlog = min(self._demand.backlog.get(name, 0.0), mean * self._count(name))
-                self._demand.backlog[name] = backlog
-                if backlog > max(FEW, BURST * most) * mean:
-                    found.add(name)
-        return frozenset(found) if len(found) < len(wanted) else frozenset()
-
-    def _count(self, name: str) -> int:
-        return len(self._tenants[name].requests)
-
-    def _mean_rows(self, name: str) -> float:
-        """What each of a tenant's requests takes."""
-        return fmean(
-            self._demand.rows(r, self._token_rows) for r in self._tenants[name].requests[-NEWEST:]
-        )
-
-    @property
-    def _chunk(self) -> int:
-        """Most tokens of prompts in a step in which others answer."""
-        return self.options.prefill_chunk or self._backend.default_chunk
-
-    @property
-    def _token_rows(self) -> float:
-        """Rows that make a step as much longer as a token of a prompt does."""
-        return self._times.token_s / self._times.row_s if self._times.row_s else 0.0
-
-    def _best_rows_per_s(self, now: float) -> float:
-        """What full steps of all who lately asked for something do, with as many tokens of prompts
-        for each row as lately; 0 if that is not known."""
-        most = self.options.max_num_seqs
-        read = min(float(self._chunk), most * self._times.read_per_row)
-        tenants = min(len(self._demand.tenants(now)), self._backend.max_ready_tenants)
-        seconds = self._times.seconds(tenants, most, read)
-        return (most + self._token_rows * read) / seconds if seconds else 0.0
-
-    # Floods.
-
-    def _flood_places(
-        self, flooding: frozenset[str], calm: Mapping[str, int], share: float, now: float
-    ) -> int:
-        """Places of those who flood the device, of which they together have `share`, in this step.
-
-        calm: tenant -> places, of the others. If all steps were as large lately, as after a flood
-            that nobody shared
-        the device with, nothing tells what rows cost: some smaller ones do.
-        """
-        most, times = self.options.max_num_seqs, self._times
-        free = max(0, most - sum(calm.values()))
-        if times.deviation < VARIED * most:
-            self._flood = _Flood(flooding, math.inf, math.inf)
-            return int(max(share * most, free / 2))
-        join_s, row_s = times.tenant_s * len(flooding), times.row_s
-        # A step that they join is longer by what they have of their own, however many rows they
-        # bring: at least so many that these make up half of it.
-        fewest = max(1.0, min(free, join_s / row_s if row_s else most))
-        allowance_s = self._allowance_s(calm, share * self._best_rows_per_s(now), join_s, fewest)
-        # What does not make up a step yet is kept for the next one, more is not: nobody saves up
-        # service.
-        kept_s = min(join_s + fewest * row_s, self._flood.balance_s)
-        self._flood = _Flood(flooding, allowance_s, allowance_s + kept_s)
-        left_s = self._flood.balance_s - join_s
-        if left_s < fewest * row_s:
-            return 0
-        return min(most, int(left_s / row_s)) if row_s * most > left_s else most
-
-    def _allowance_s(
-        self, calm: Mapping[str, int], rows_per_s: float, join_s: float, fewest: float
-    ) -> float:
-        """Seconds by which those who flood the device may make this step longer, on average: for
-        `rows_per_s`, their share of what it does at its best, or `max_interference`.
-
-        The step of the others alone would take s seconds. `rows` more in every step come at that
-        rate if rows = rows_per_s * (s + join_s + row_s * rows); `fewest` more in a part of the
-        steps, if part * fewest = rows_per_s * (s + part * (join_s + row_s * fewest)).
-        """
-        row_s = self._times.row_s
-        reading = (r.unread for n, count in calm.items() for r in self._ranked(n, count))
-        rows = min(self.options.max_num_seqs, sum(calm.values()))
-        alone_s = self._times.seconds(len(calm), rows, min(self._chunk, sum(reading)))
-        every = rows_per_s * (alone_s + join_s) / (1 - rows_per_s * row_s)
-        if every >= fewest:
-            own_s = join_s + every * row_s
-        else:
-            part = rows_per_s * alone_s / (fewest * (1 - rows_per_s * row_s) - rows_per_s * join_s)
-            own_s = part * (join_s + fewest * row_s)
-        return max(own_s, self.options.max_interference * alone_s)
-
-    def _charge_flood(self, parts: Mapping[Request, Part]) -> None:
-        """Take what a step's parts cost from the balance of those who flood the device."""
-        theirs = {r: part for r, part in parts.items() if r.tenant in self._flood.tenants}
-        self._flood.balance_s -= self._times.tenant_s * len({r.tenant for r in theirs}) + sum(
-            self._times.row_s + self._times.token_s * part.read for part in theirs.values()
-        )
-
-    def _flood_room(self) -> int:
-        """Tokens of prompts that those who flood the device read in a step at most. What is beyond
-        their allowance they pay for in the steps after that; this keeps it short."""
-        most = self.options.max_num_batched_tokens
-        token_s, allowance_s = self._times.token_s, self._flood.allowance_s
-        if not self._flood.tenants or 2 * allowance_s >= most * token_s:
-            return most
-        return max(SMALLEST_PIECE, int(2 * allowance_s / token_s))
 
     # Tokens and memory.
 
@@ -488,10 +305,10 @@ class Scheduler:
         for request in reading:
             queues.setdefault(request.tenant, []).append(request)
         counts = {name: self._tenants[name].served for name in queues}
-        flood_room = self._flood_room()
+        flood_room = self._floods.room()
         while queues and room > 0:
             name = min(queues, key=lambda n: counts[n])
-            floods = name in self._flood.tenants
+            floods = name in self._floods.tenants
             if floods and not flood_room:
                 del queues[name]
                 continue

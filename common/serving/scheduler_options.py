@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from common.bounds import Bound, bounded, check_bounds
 from common.errors import EngineError, UnknownTenantError
-from common.units import is_whole
+
+COUNT = Bound(whole=True, low=1)
+COUNT_OR_NONE = Bound(whole=True, low=1, optional=True)
+WEIGHT = Bound(above=0, high=sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -29,60 +33,27 @@ class SchedulerOptions:
         tenants that have requests.
     """
 
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 2048
-    prefill_chunk: int | None = None
-    max_model_len: int | None = None
-    max_queue: int = 1024
-    max_queue_per_tenant: int | None = None
+    max_num_seqs: int = bounded(32, COUNT)
+    max_num_batched_tokens: int = bounded(2048, COUNT)
+    prefill_chunk: int | None = bounded(None, COUNT_OR_NONE)
+    max_model_len: int | None = bounded(None, COUNT_OR_NONE)
+    max_queue: int = bounded(1024, COUNT)
+    max_queue_per_tenant: int | None = bounded(None, COUNT_OR_NONE)
     weights: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
-    default_limit: int | None = None
-    max_interference: float = 0.1
-    switch_share: float = 0.1
+    default_limit: int | None = bounded(None, COUNT_OR_NONE)
+    max_interference: float = bounded(0.1, Bound(low=0, note=", or inf"))
+    switch_share: float = bounded(0.1, Bound(above=0, high=1))
 
     def __post_init__(self) -> None:
         """Raises EngineError for a value out of range."""
-        for name in (
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "prefill_chunk",
-            "max_model_len",
-            "max_queue",
-            "max_queue_per_tenant",
-            "default_limit",
-        ):
-            value = getattr(self, name)
-            if value is None and name not in (
-                "max_num_seqs",
-                "max_num_batched_tokens",
-                "max_queue",
-            ):
-                continue
-            if not is_whole(value) or value < 1:
-                raise EngineError(f"{name} is {value!r}; give a whole number from 1")
+        check_bounds(self, EngineError)
         for tenant, weight in self.weights.items():
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, int | float)
-                or not 0 < weight < math.inf
-            ):
-                raise EngineError(
-                    f"the weight of tenant {tenant!r} is {weight!r}; give a number above 0"
-                )
+            if not WEIGHT.allows(weight):
+                raise EngineError(f"the weight of tenant {tenant!r} is {weight!r}; {WEIGHT.words}")
         for tenant, limit in self.limits.items():
-            if not is_whole(limit) or limit < 1:
-                raise EngineError(
-                    f"the limit of tenant {tenant!r} is {limit!r}; give a whole number from 1"
-                )
-        if isinstance(self.max_interference, bool) or not self.max_interference >= 0:
-            raise EngineError(
-                f"max_interference is {self.max_interference!r}; give a number from 0, or inf"
-            )
-        if not 0 < self.switch_share <= 1:
-            raise EngineError(
-                f"switch_share is {self.switch_share!r}; give a number above 0, at most 1"
-            )
+            if not COUNT.allows(limit):
+                raise EngineError(f"the limit of tenant {tenant!r} is {limit!r}; {COUNT.words}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise EngineError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "

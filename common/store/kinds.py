@@ -81,7 +81,7 @@ def kind_of(store: Store, name: str, reference: str) -> Kind:
     ]
     names = {**family.non_expert_shapes(mine.config), **family.non_expert_shapes(base.config)}
     others = [n for n in names if mine.tensors.get(n) != base.tensors.get(n)]
-    attention_only = all(family.attention.search(n) for n in others)
+    attention_only = family.attention_tensors(mine.config).issuperset(others)
     found = Kind(len(moved), spec.num_positions, len(others), attention_only)
     chosen = (
         [moved[i] for i in np.unique(np.linspace(0, len(moved) - 1, SAMPLED_EXPERTS).astype(int))]

@@ -1,7 +1,8 @@
 """store.json: the one file that says what a store is. Replacing it is what makes a change happen.
 
-Format 2, documented in docs/store-format.md; version 1, without merged copies and residuals, is
-read too. The checksum covers the rest of the file.
+Format 3, documented in docs/store-format.md. Version 2, which names projections as the family's
+files do, and version 1, without merged copies and residuals, are read too. The checksum covers the
+rest of the file.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from common.checkpoints.safetensors_file import fsync
 from common.errors import MoetelError, StoreError
 from common.families import FAMILIES, Family, ModelConfig
 from common.plan.plan import MERGED, Plan
+from common.plan.residual import role_of
 
 FORMAT = "moetel-store"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 FILE = "store.json"
 
 BESIDE = "beside"
@@ -175,7 +177,10 @@ class Manifest:
                 for t in value["tenants"]
             )
             plan = Plan.from_json(value["plan"])
-            merged = {int(slot): dict(ids) for slot, ids in value.get("merged", {}).items()}
+            merged = {
+                int(slot): {role_of(projection): i for projection, i in ids.items()}
+                for slot, ids in value.get("merged", {}).items()
+            }
             residuals = tuple(value.get("residuals", ()))
             if set(merged) != {i for i, c in enumerate(plan.copies) if c.owner == MERGED}:
                 raise StoreError("the merged copies of the plan and of the store differ")

@@ -20,7 +20,7 @@ from common.checkpoints.checkpoint import read_asset
 from common.checkpoints.safetensors_file import TensorRef, fsync, read_header, write_file
 from common.dtypes import BY_NAME
 from common.errors import CheckpointError, StoreError
-from common.families import Shape
+from common.families import Dims
 
 TENSOR = "tensor"  # the one tensor's name inside each file
 
@@ -61,7 +61,7 @@ class Objects:
             ) from error
         return object_id
 
-    def ref(self, object_id: str, dtype: str, shape: Shape) -> TensorRef:
+    def ref(self, object_id: str, dtype: str, shape: Dims) -> TensorRef:
         """Where an object lies. Checks name, type, shape and size from the header, not the content
         (see `damage`)."""
         path = self.path(object_id)
@@ -98,7 +98,7 @@ class Objects:
                 "damaged files; restore them from a backup or build the store again"
             )
 
-    def damage(self, object_id: str, dtype: str, shape: Shape) -> str | None:
+    def damage(self, object_id: str, dtype: str, shape: Dims) -> str | None:
         """Read the whole object and say what is wrong with it, or None."""
         try:
             ref = self.ref(object_id, dtype, shape)

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.checkpoints import TensorRef, write_hugging_face
+from common.checkpoints import TensorRef, saved_tensors, write_hugging_face
 from common.checkpoints.generation_config import FILE as GENERATION_FILE
 from common.checkpoints.generation_config import GenerationConfig, decide
 from common.dtypes import BY_NAME, to_float32
@@ -112,6 +111,10 @@ class Store:
         object_id = self.tenant(name).tensors[tensor]
         entry = self.manifest.objects[object_id]
         return self.objects.ref(object_id, entry["dtype"], tuple(entry["shape"]))
+
+    def role_tensor(self, name: str, role: str, layer: int | None = None) -> str:
+        """Canonical name of a tenant's tensor with a role; see `common.families.shape`."""
+        return self.family.tensor_name(self.config(name), role, layer)
 
     def copy_refs(self, name: str, layer: int, expert: int) -> dict[str, TensorRef]:
         """A tenant's own expert at a position: projection -> reference."""
@@ -285,16 +288,17 @@ class Store:
                 f"{target}: the directory you are in cannot be replaced; name one in it, such as "
                 f"./{name}"
             )
-        names: list[tuple[str, Callable[[], np.ndarray]]] = [
-            (tensor, self.ref(name, tensor).map)
-            for tensor in self.family.non_expert_shapes(tenant.config)
-        ]
-        for layer, expert, projection, tensor in self.family.iter_expert_tensors(tenant.config):
-            names.append(
-                (tensor, partial_function(self._served_matrix, name, layer, expert, projection))
-            )
-        if tenant.config.head_is_tied:
-            names = [(tensor, read) for tensor, read in names if tensor != "lm_head.weight"]
+        places = {
+            tensor: (layer, expert, projection)
+            for layer, expert, projection, tensor in self.family.iter_expert_tensors(tenant.config)
+        }
+
+        def read(tensor: str) -> np.ndarray:
+            place = places.get(tensor)
+            if place is None:
+                return self.ref(name, tensor).map()
+            return self._served_matrix(name, *place)
+
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
         try:
@@ -305,10 +309,9 @@ class Store:
                     (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
             config = self.family.hf_config(tenant.config, self.dtype)
             self._write_generation(name, partial)
-            with progress(f"exporting {name}", len(names)) as advance:
-                write_hugging_face(
-                    partial, config, ((tensor, read()) for tensor, read in names), on_tensor=advance
-                )
+            with progress(f"exporting {name}", len(self.family.saved(tenant.config))) as advance:
+                tensors = saved_tensors(self.family, tenant.config, read)
+                write_hugging_face(partial, config, tensors, on_tensor=advance)
             if target.exists():
                 target.rmdir()
             partial.rename(target)
@@ -369,8 +372,9 @@ def is_store(path: Path) -> bool:
 def non_expert_bytes(family: Family, config: ModelConfig, dtype: str) -> int:
     """Bytes of one tenant's non-expert weights; a tied head counts once."""
     total = 0
+    tied = family.tied_tables(config)[1:]
     for name, shape in family.non_expert_shapes(config).items():
-        if name == "lm_head.weight" and config.head_is_tied:
+        if name in tied:
             continue
         total += int(np.prod(shape, dtype=np.int64))
     return total * BY_NAME[dtype].itemsize

@@ -106,7 +106,7 @@ class Kernels:
         wi.T) @ wo.T`, gated `(act(x @ wi_0.T) * (x @ wi_1.T)) @ wo.T`. intermediate_size: I.
         out_features: N, K if not given. Only slots that a row names are read.
 
-        residuals: the words and the table of a `jax_engine.residuals.LayerResiduals`, laid out in
+        residuals: the words and the table of a `LayerResiduals`, laid out in
         blocks. The table is looked at when the call runs; a part that lies outside the words is an
         error then, which jax raises. If it has S rows for each of several tenants, `slots` are rows
         of it, and row v's weights are those of slot v mod S: they are read once for all tenants'

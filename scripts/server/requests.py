@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from common.bounds import bound_of
 from common.sampling_params import MAX_LOGPROBS, SamplingParams
 from scripts.server.fields import (
     REFUSED,
@@ -60,6 +61,11 @@ class Taken(BaseModel):
         return self
 
 
+def bounded_by(name: str) -> Any:
+    """The bound of an option of `SamplingParams`, for a field's type."""
+    return Field(**bound_of(SamplingParams, name).schema)  # type: ignore[call-overload]
+
+
 class StreamOptions(Taken):
     include_usage: bool | None = Field(
         None, description="End the stream with a chunk that holds usage and metrics."
@@ -73,15 +79,19 @@ class Asked(Taken):
     """What completions and chat have in common."""
 
     model: str = Field(description="A tenant's name.", max_length=256)
-    max_tokens: int | None = Field(None, ge=1, description="Most new tokens.")
+    max_tokens: Annotated[int, bounded_by("max_new_tokens")] | None = Field(
+        None, description="Most new tokens."
+    )
     temperature: Number | None = Field(
         None,
         ge=0,
         description="0 is greedy. Default: of the tenant's generation_config.json, else 1.",
     )
-    top_p: Number | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="0 or -1: all. (vLLM)")
-    min_p: Number | None = Field(None, ge=0, le=1, description="(vLLM)")
+    top_p: Annotated[Number, bounded_by("top_p")] | None = None
+    top_k: Annotated[int, bounded_by("top_k")] | None = Field(
+        None, description="0 or -1: all. (vLLM)"
+    )
+    min_p: Annotated[Number, bounded_by("min_p")] | None = Field(None, description="(vLLM)")
     n: int | None = Field(None, ge=1, le=128, description="Answers for each prompt.")
     best_of: int | None = Field(None, description="Refused, unless it is n.")
     stop: (
@@ -97,13 +107,13 @@ class Asked(Taken):
         None, description="Leave special tokens out of the text. (vLLM)"
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
-    presence_penalty: Number | None = Field(None, ge=-2, le=2)
-    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    presence_penalty: Annotated[Number, bounded_by("presence_penalty")] | None = None
+    frequency_penalty: Annotated[Number, bounded_by("frequency_penalty")] | None = None
     repetition_penalty: Number | None = Field(None, gt=0, le=100, description="(vLLM)")
     logit_bias: Annotated[dict[str, Number], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="Token id, as text, to what is added to its logit."
     )
-    min_tokens: int | None = Field(None, ge=0, description="(vLLM)")
+    min_tokens: Annotated[int, bounded_by("min_tokens")] | None = Field(None, description="(vLLM)")
     ignore_eos: bool | None = Field(
         None, description="Go on after the end-of-sequence token. (vLLM)"
     )
@@ -226,8 +236,8 @@ class CompletionRequest(Asked):
     prompt: str | Texts | TokenIds | TokenIdLists = Field(
         description="Text, texts, token ids, or lists of token ids.", union_mode="left_to_right"
     )
-    logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="So many of the most probable tokens too."
+    logprobs: Annotated[int, bounded_by("logprobs")] | None = Field(
+        None, description="So many of the most probable tokens too."
     )
     echo: bool | None = Field(None, description="Put the prompt's text before the answer.")
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import fairness
 from common.serving.scheduler_options import SchedulerOptions
-from scripts.traffic import Load, make_trace
+from scripts.load.traffic import Load, make_trace
 
 ARITHMETIC, LITTLE, NOTHING, TENANTS = (
     fairness.Steps(*seconds) for seconds in fairness.KINDS.values()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality
-from scripts.number_words import expected, is_held_out
+from benchmarks.quality import __main__ as quality
+from scripts.demo.number_words import expected, is_held_out
 from tests import helpers
 
 EXAMPLES = helpers.REPOSITORY / "examples" / "tenants"
@@ -159,8 +159,8 @@ def test_training_what_is_missing(
 ) -> None:
     pytest.importorskip("num2words")
     sizes = "--hidden-size 16 --intermediate-size 16 --layers 1 --heads 2 --kv-heads 1 --experts 2 --vocab-size 300"  # noqa: E501
-    tiny = f"{sizes} --languages en fr --batch 2 --base-steps 2 --tune-steps 1 --scored 2 --threads 1".split()  # noqa: E501
-    monkeypatch.setitem(quality.RECIPES, "numbers", ("scripts.train_demo", *tiny))
+    tiny = f"{sizes} --languages en fr --batch 2 --base-steps 2 --tune-steps 1 --threads 1".split()
+    monkeypatch.setitem(quality.RECIPES, "numbers", ("benchmarks.material.train_demo", *tiny))
     there = tmp_path / "numbers"
     (there / "seed3").mkdir(parents=True)
     (there / "seed4.partial" / "left").mkdir(parents=True)
@@ -171,7 +171,9 @@ def test_training_what_is_missing(
     assert json.loads((there / "seed4" / "metrics.json").read_text())["recipe"]["seed"] == 4
 
     monkeypatch.setitem(
-        quality.RECIPES, "text", ("scripts.train_text", "--texts", str(tmp_path / "nowhere"))
+        quality.RECIPES,
+        "text",
+        ("benchmarks.material.train_text", "--texts", str(tmp_path / "nowhere")),
     )
     for folder, what in (
         ("text", f"{tmp_path}/text/seed0.log says why"),

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from common import CheckpointError
 from common.checkpoints import open_checkpoint, write_hugging_face
 from common.checkpoints.mapping import map_bytes
+from common.families.shape import Rope
 from tests import checkpoints, helpers
 from tests.common.conftest import Family
 
@@ -62,8 +63,8 @@ def test_old_config_fields_are_understood(family: Family, tmp_path: Path) -> Non
     (path / "config.json").write_text(
         json.dumps(config | {"rope_theta": 5e4, "torch_dtype": "float32"})
     )
-    found = open_checkpoint(path).config
-    assert found.rope_parameters == {"rope_theta": 5e4, "rope_type": "default"}  # type: ignore[attr-defined]
+    positions = open_checkpoint(path).config.shape.attention.positions
+    assert positions == Rope((("rope_theta", 5e4), ("rope_type", "default")))
 
 
 def test_written_checkpoints_are_read_back_sharded_or_not(family: Family, tmp_path: Path) -> None:

@@ -441,7 +441,7 @@ def test_refused_changes_leave_the_store_as_it_was(
         extend_store(path, "cy", newcomer)
     assert helpers.fingerprint(path) == before
     # A merged copy is never measured against when it is damaged.
-    damaged = store.objects.path(store.manifest.merged[3]["w2"])
+    damaged = store.objects.path(store.manifest.merged[3]["down"])
     data = bytearray(damaged.read_bytes())
     data[-9] ^= 16
     damaged.write_bytes(bytes(data))

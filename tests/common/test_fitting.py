@@ -86,8 +86,8 @@ def test_row_weights_are_what_an_error_of_a_row_does_to_the_output(
 ) -> None:
     """Against the expert itself: nudge one row of a projection, and see what the output's squared
     error becomes."""
-    names = ("w1", "w3", "w2") if gated else ("wi", "wo")
-    shapes = {n: (8, 12) if n in ("w2", "wo") else (12, 8) for n in names}
+    names = ("gate", "up", "down") if gated else ("up", "down")
+    shapes = {n: (8, 12) if n in ("down", "down") else (12, 8) for n in names}
     spec = ExpertSpec("test", ("0",), 1, 8, 12, activation, 1, tuple(shapes.items()))
     rng = np.random.default_rng(0)
     own = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
@@ -119,8 +119,8 @@ def test_row_weights_are_what_an_error_of_a_row_does_to_the_output(
 
 
 def test_without_samples_every_weight_counts_the_same() -> None:
-    spec = ExpertSpec("test", ("0",), 1, 4, 6, "relu", 1, (("wi", (6, 4)), ("wo", (4, 6))))
-    own = {"wi": np.ones((6, 4), np.float32), "wo": np.ones((4, 6), np.float32)}
+    spec = ExpertSpec("test", ("0",), 1, 4, 6, "relu", 1, (("up", (6, 4)), ("down", (4, 6))))
+    own = {"up": np.ones((6, 4), np.float32), "down": np.ones((4, 6), np.float32)}
     for weighting in weightings(
         spec, own, np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     ).values():

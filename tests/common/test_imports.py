@@ -22,7 +22,7 @@ from tests.common.conftest import ABSENT
         ("torch_engine", ("jax", "flax")),
         ("torch_engine.backend", ("jax", "flax")),
         ("jax_engine", ("torch",)),
-        ("scripts.cli, scripts.build, scripts.inspect", ("torch", "jax")),
+        ("scripts.cli, scripts.commands.build, scripts.commands.inspect_store", ("torch", "jax")),
     ],
 )
 def test_imports_stay_apart(module: str, absent: tuple[str, ...]) -> None:

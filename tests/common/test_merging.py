@@ -9,7 +9,7 @@ from common.families import ExpertSpec
 from common.plan.expert_math import forward
 from common.planning.copies import RIDGES, Sample, best_ridge, least_squares, mixture
 
-SPEC = ExpertSpec("test", ("0",), 1, 12, 20, "relu", 1, (("wi", (20, 12)), ("wo", (12, 20))))
+SPEC = ExpertSpec("test", ("0",), 1, 12, 20, "relu", 1, (("up", (20, 12)), ("down", (12, 20))))
 MIX = np.array([0.5, 0.5])
 
 

@@ -112,8 +112,8 @@ def test_bytes_of_wide_numbers() -> None:
 
 
 def test_parts_of_a_record_begin_at_multiples_of_sixteen() -> None:
-    shapes = {"w1": (3, 2), "w2": (2, 3)}
-    parts = (Part("w1", SIGN, 1, 2), Part("w2", LOW_RANK, 2, 1), Part("w2", SIGN, 1, 1))
+    shapes = {"gate": (3, 2), "down": (2, 3)}
+    parts = (Part("gate", SIGN, 1, 2), Part("down", LOW_RANK, 2, 1), Part("down", SIGN, 1, 1))
     residual = Residual(0, 0, 0, parts)
     assert [p.nbytes(shapes[p.projection]) for p in parts] == [16, 12, 12]
     assert residual.offsets(shapes) == [0, 16, 32, 48] and residual.nbytes(shapes) == 48
@@ -123,11 +123,13 @@ def test_parts_of_a_record_begin_at_multiples_of_sixteen() -> None:
     record = join_parts([first, second, third])
     assert len(record) == 48 and record[28:32].tolist() == [0, 0, 0, 0]
     found = matrices(residual, record, shapes)
-    assert found["w1"].tolist() == [[1, 1]] * 3
-    assert found["w2"].tolist() == [[1.25] * 3] * 2  # 1.5 * 1.5 - 1: parts of one projection add up
+    assert found["gate"].tolist() == [[1, 1]] * 3
+    assert (
+        found["down"].tolist() == [[1.25] * 3] * 2
+    )  # 1.5 * 1.5 - 1: parts of one projection add up
     with pytest.raises(PlanError, match="record has 47 bytes, its parts need 48"):
         matrices(residual, record[:47], shapes)
-    with pytest.raises(PlanError, match="projection 'w9'; there is: w1, w2"):
+    with pytest.raises(PlanError, match="projection 'w9'; there is: gate, down"):
         Residual(0, 0, 0, (Part("w9", SIGN, 1, 1),)).nbytes(shapes)
     assert len(join_parts([])) == 0
 
@@ -238,7 +240,7 @@ def test_records_hold_what_their_parts_hold(data: st.DataObject) -> None:
 
 # Plans with residuals.
 
-GOOD = Residual(1, 0, 1, (Part("w1", SIGN, 1, 1),))
+GOOD = Residual(1, 0, 1, (Part("gate", SIGN, 1, 1),))
 
 
 def plan_with(*residuals: Residual) -> Plan:
@@ -246,7 +248,7 @@ def plan_with(*residuals: Residual) -> Plan:
 
 
 def test_a_plan_knows_its_residuals() -> None:
-    other = Residual(0, 0, 0, (Part("w2", LOW_RANK, 4, 3), Part("w2", SIGN, 1, 2)))
+    other = Residual(0, 0, 0, (Part("down", LOW_RANK, 4, 3), Part("down", SIGN, 1, 2)))
     plan = plan_with(GOOD, other)
     assert plan.residual_of(1, 0, 1) == 0 and plan.residual_of(0, 0, 0) == 1
     assert plan.residual_of(0, 0, 1) is None and plan.residual_of(1, 0, 0) is None
@@ -261,19 +263,19 @@ def test_a_plan_knows_its_residuals() -> None:
         ([replace(GOOD, layer=1)], "which no copy serves"),
         ([replace(GOOD, expert=-1)], "which no copy serves"),
         (
-            [GOOD, replace(GOOD, parts=(Part("w2", SIGN, 1, 1),))],
+            [GOOD, replace(GOOD, parts=(Part("down", SIGN, 1, 1),))],
             r"two residuals for .* \(1, 0, 1\)",
         ),
         ([replace(GOOD, parts=())], "has no parts"),
         (
-            [replace(GOOD, parts=(Part("w1", "sparse", 1, 1),))],
+            [replace(GOOD, parts=(Part("gate", "sparse", 1, 1),))],
             "kind 'sparse'; there is: sign, low_rank",
         ),
-        ([replace(GOOD, parts=(Part("w1", SIGN, 2, 1),))], "kind sign with 2 bits"),
-        ([replace(GOOD, parts=(Part("w1", LOW_RANK, 1, 1),))], "kind low_rank with 1 bits"),
-        ([replace(GOOD, parts=(Part("w1", LOW_RANK, 3, 1),))], "kind low_rank with 3 bits"),
-        ([replace(GOOD, parts=(Part("w1", LOW_RANK, 4, 0),))], "with size 0"),
-        ([replace(GOOD, parts=(Part("w1", SIGN, 1, -2),))], "with size -2"),
+        ([replace(GOOD, parts=(Part("gate", SIGN, 2, 1),))], "kind sign with 2 bits"),
+        ([replace(GOOD, parts=(Part("gate", LOW_RANK, 1, 1),))], "kind low_rank with 1 bits"),
+        ([replace(GOOD, parts=(Part("gate", LOW_RANK, 3, 1),))], "kind low_rank with 3 bits"),
+        ([replace(GOOD, parts=(Part("gate", LOW_RANK, 4, 0),))], "with size 0"),
+        ([replace(GOOD, parts=(Part("gate", SIGN, 1, -2),))], "with size -2"),
     ],
 )
 def test_bad_residuals_are_refused(residuals: list[Residual], message: str) -> None:
@@ -290,9 +292,9 @@ def test_a_miss_has_no_residual() -> None:
     "value",
     [
         [1, 0, 1],
-        [1, 0, 1, [["w1", "sign", 1]]],
+        [1, 0, 1, [["gate", "sign", 1]]],
         [1, 0, 1, 5],
-        [1, 0, 1, [["w1", "sign", "x", 1]]],
+        [1, 0, 1, [["gate", "sign", "x", 1]]],
         None,
     ],
 )

@@ -102,11 +102,11 @@ def test_every_answer_is_what_it_would_be_alone(
         return compute(parts)
 
     with (
-        mock.patch("common.serving.engine.time.perf_counter", lambda: clock),
+        mock.patch("common.serving.steps.time.perf_counter", lambda: clock),
         mock.patch.object(backend, "step", step),
         # So that floods are known as such in few steps.
         mock.patch.multiple("common.serving.step_times", FEWEST=4, EVERY=2),
-        mock.patch.multiple("common.serving.scheduler", FEW=1),
+        mock.patch.multiple("common.serving.flood", FEW=1),
     ):
         answer_all(engine, backend, events, seed)
     assert all(len(parts) <= seqs for parts in backend.steps)
@@ -248,7 +248,7 @@ class Flooded:
             clock += 1 + row_s * len(parts) + tenant_s * len(tenants)
             return compute(parts)
 
-        monkeypatch.setattr("common.serving.engine.time.perf_counter", lambda: clock)
+        monkeypatch.setattr("common.serving.steps.time.perf_counter", lambda: clock)
         monkeypatch.setattr(backend, "step", step)
         rng = random.Random(1)
         for i in range(steps):
@@ -257,7 +257,7 @@ class Flooded:
                     engine.submit(name, [1] * rng.randrange(4, 20), params(30, ignore_eos=True))
             if i == 200:
                 found.ask("d", 1000)
-            found.asked.append({n: len(engine._scheduler.requests(n)) for n in TENANTS})
+            found.asked.append({n: len(engine._steps.scheduler.requests(n)) for n in TENANTS})
             engine.step()
         return found
 
@@ -268,7 +268,7 @@ class Flooded:
     def steps(self, count: int, **how: Any) -> dict[str, int]:
         """Take so many; what the last one held."""
         for _ in range(count):
-            self.engine.step(**how)
+            self.engine._steps.step(**how)
         return self.rows[-1]
 
     @property
@@ -368,7 +368,7 @@ def test_who_has_most_of_a_traffic_that_the_device_can_bear_is_not_held_back(
     flood = Flooded.run(monkeypatch, row_s=0.05, steps=200, rate=0.05, max_interference=0.0)
     flood.ask("d", 14)
     rows = flood.steps(20)
-    assert rows["d"] >= 12 and sum(rows.values()) == len(flood.engine._scheduler.requests())
+    assert rows["d"] >= 12 and sum(rows.values()) == len(flood.engine._steps.scheduler.requests())
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_alone_a_tenant_takes_every_place_whatever_rows_cost(
 ) -> None:
     flood = Flooded.run(monkeypatch, row_s=0.2, steps=300, max_interference=0.0)
     assert sum(flood.rows[-1].values()) < 32
-    for request in [r for n in "abc" for r in flood.engine._scheduler.requests(n)]:
+    for request in [r for n in "abc" for r in flood.engine._steps.scheduler.requests(n)]:
         flood.engine.cancel(request)
     assert flood.steps(4)["d"] == 32
 
@@ -529,7 +529,7 @@ def test_few_reconfigurations_and_no_starvation(
     """With fewer tenants in use than have requests: turns of ten reconfigurations' length, and
     everybody is served."""
     clock = 0.0
-    monkeypatch.setattr("common.serving.engine.time.perf_counter", lambda: clock)
+    monkeypatch.setattr("common.serving.steps.time.perf_counter", lambda: clock)
     engine, backend = fake_engine(TENANTS, SchedulerOptions(max_num_seqs=4), ready=ready)
     for name in TENANTS:
         for _ in range(80):

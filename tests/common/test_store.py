@@ -3,6 +3,7 @@ were."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -32,6 +33,8 @@ from common.build.build import replan
 from common.checkpoints import TensorRef, open_checkpoint
 from common.dtypes import to_float32
 from common.plan.distance import measure
+from common.plan.residual import LOW_RANK, SIGN, Part
+from common.store.change import set_plan
 from common.store.lock import exclusive
 from tests import checkpoints, helpers
 from tests.common.conftest import Family
@@ -257,7 +260,7 @@ def test_building_again_mends_a_damaged_object(store: Store, family: Family) -> 
         ('{"format": "other"}', r"not the manifest of a Moetel store"),
         (
             '{"format": "moetel-store", "version": 99}',
-            r"format version 99, this code reads versions 1 to 2",
+            r"format version 99, this code reads versions 1 to 3",
         ),
         ('{"format": "moetel-store", "version": 1}', r"its checksum does not match"),
     ],
@@ -523,7 +526,7 @@ def test_leftovers_are_reported_and_swept(store: Store, family: Family) -> None:
 
 def test_the_manifest_is_documented_json(store: Store) -> None:
     value = json.loads((store.path / "store.json").read_text())
-    assert (value["format"], value["version"]) == ("moetel-store", 2)
+    assert (value["format"], value["version"]) == ("moetel-store", 3)
     assert {
         "checksum",
         "family",
@@ -633,7 +636,7 @@ def flip(path: Path) -> None:
 
 def test_a_damaged_expert_is_never_compared(store: Store, family: Family, tmp_path: Path) -> None:
     """Its distances would be kept, and the plan made by them, with nothing wrong to be seen."""
-    tensor = store.family.expert_tensor(store.config("ana"), 1, 2, "w2")
+    tensor = store.family.expert_tensor(store.config("ana"), 1, 2, "down")
     path = store.objects.path(store.tenant("ana").tensors[tensor])
     flip(path)
     before = helpers.fingerprint(store.path)
@@ -689,3 +692,33 @@ def test_places_by_other_names(
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["here", "link", "real"]
     with pytest.raises(StoreError, match=r"config\.json/store: cannot be written"):
         build_store(family.paths["ana"] / "config.json" / "store", one)
+
+
+def test_a_store_that_names_projections_as_files_do_is_read(family: Family, tmp_path: Path) -> None:
+    """Format 2: w1, w3 and w2 where roles stand now."""
+    path = tmp_path / "store"
+    store = helpers.build_round_robin(path, family.paths)
+    plan, means = helpers.with_merged(store, range(0, store.plan.num_slots, 2))
+    parts = [Part("gate", SIGN, 1, 4), Part("up", SIGN, 1, 8), Part("down", LOW_RANK, 8, 2)]
+    shapes = dict(store.experts.projections)
+    plan, records = helpers.with_residuals(plan, shapes, lambda t, layer, e: parts[: 1 + t])
+    store = set_plan(path, plan, merged=means, records=records)
+    older = {"gate": "w1", "up": "w3", "down": "w2"}
+    value = json.loads((path / "store.json").read_text())
+    del value["checksum"]
+    value["version"] = 2
+    value["merged"] = {
+        slot: {older[p]: i for p, i in ids.items()} for slot, ids in value["merged"].items()
+    }
+    for residual in value["plan"]["residuals"]:
+        for part in residual[3]:
+            part[0] = older[part[0]]
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    value["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / "store.json").write_text(json.dumps(value))
+    again = Store.open(path)
+    assert again.plan.residuals == store.plan.residuals
+    assert again.manifest.merged == store.manifest.merged
+    for name in store.tenants:
+        expected, found = (s.served_expert(name, 1, 2) for s in (store, again))
+        assert all(np.array_equal(found[p], expected[p]) for p in expected)

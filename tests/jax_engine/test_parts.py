@@ -16,8 +16,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from common.families import FAMILIES
-from common.families.switch_transformers import as_switch
-from jax_engine.dispatch import (
+from jax_engine.experts.dispatch import (
     DenseDispatch,
     Dispatch,
     FeedForward,
@@ -25,9 +24,11 @@ from jax_engine.dispatch import (
     _ragged,
     block_rows,
 )
-from jax_engine.model import Expert, Settings, abstract_model
-from jax_engine.positions import relative_buckets
-from jax_engine.products import PlainProducts
+from jax_engine.experts.products import PlainProducts
+from jax_engine.layers.relative_positions import relative_buckets
+from jax_engine.layers.variables import Expert
+from jax_engine.models.architecture import abstract_model
+from jax_engine.models.spec import ModelSpec, check_shape
 from tests.helpers import rest_slow
 
 
@@ -149,11 +150,15 @@ def test_real_sizes_build_abstractly(experts: int, parameters: float) -> None:
         "feed_forward_proj": "relu",
         "decoder_start_token_id": 0,
     }
-    config = as_switch(FAMILIES["switch_transformers"].parse_config(raw, "config.json"))
-    settings = Settings(
-        config, PlainProducts("float32", "float32"), LoopDispatch(), (experts,) * 12, 32128
+    config = FAMILIES["switch_transformers"].parse_config(raw, "config.json")
+    spec = ModelSpec(
+        check_shape(config.shape, "base"),
+        PlainProducts("float32", "float32"),
+        LoopDispatch(),
+        (experts,) * 12,
+        32128,
     )
-    _, pool, tenant = nnx.split(abstract_model(settings), Expert, nnx.Param)
+    _, pool, tenant = nnx.split(abstract_model(spec), Expert, nnx.Param)
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves((pool, tenant)))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((pool, tenant)))
     assert abs(count - parameters) < 0.03 * parameters

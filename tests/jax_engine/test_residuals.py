@@ -16,9 +16,9 @@ import torch
 
 from common import Engine, EngineError, SamplingParams, Store, load_engine
 from common.plan.residual import LOW_RANK, SIGN, Part, Residual, matrices, row_bytes
-from jax_engine import residuals as module
-from jax_engine.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
-from jax_engine.residuals import FIELDS, KINDS, LayerResiduals, part_on_device
+from jax_engine.experts import residuals as module
+from jax_engine.experts.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
+from jax_engine.experts.residuals import FIELDS, KINDS, LayerResiduals, part_on_device
 from tests.helpers import assert_close, build_round_robin, padded, prompts, random_record, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
 from tests.jax_engine.test_oracle import EVERY_WAY, check, load
@@ -55,7 +55,7 @@ def small_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
     return save_family(tmp_path_factory.mktemp("small"), [base, tuned(base, 1), tuned(base, 2)])
 
 
-def all_of(form: str, projections: Sequence[str] = ("wi", "wo")) -> Any:
+def all_of(form: str, projections: Sequence[str] = ("up", "down")) -> Any:
     """Every tenant has one part of this form everywhere."""
     return lambda tenant, layer, expert: [Part(p, *FORMS[form]) for p in projections]
 
@@ -63,7 +63,7 @@ def all_of(form: str, projections: Sequence[str] = ("wi", "wo")) -> Any:
 def mixed(tenant: int, layer: int, expert: int, gated: bool = False) -> list[Part]:
     """Tenants with other kinds and ranks, several parts a matrix, some projections alone; the first
     has none."""
-    names = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
+    names = ("gate", "up", "down") if gated else ("up", "down")
     if tenant == 0 or (layer + expert) % 4 == 3:
         return []
     if tenant == 1:
@@ -122,12 +122,12 @@ def layer_of(
 
 PARTS: dict[str, list[Part]] = {
     **{
-        f"{form}, {size}": [Part("wi", *FORMS[form][:2], size)]
+        f"{form}, {size}": [Part("up", *FORMS[form][:2], size)]
         for form in FORMS
         for size in (1, 16, 33)
     },
-    "several": [Part("wi", *FORMS[form]) for form in FORMS],
-    "last projection": [Part("wo", SIGN, 1, 4), Part("wo", LOW_RANK, 2, 3)],
+    "several": [Part("up", *FORMS[form]) for form in FORMS],
+    "last projection": [Part("down", SIGN, 1, 4), Part("down", LOW_RANK, 2, 3)],
     "none": [],
 }
 
@@ -135,7 +135,7 @@ PARTS: dict[str, list[Part]] = {
 @pytest.mark.parametrize("sizes", rest_slow([(45, 70), (64, 128), (3, 5), (200, 33)]), ids=str)
 def test_products_are_those_of_the_matrices(sizes: tuple[int, int]) -> None:
     hidden, inter = sizes
-    shapes = {"wi": (inter, hidden), "wo": (hidden, inter)}
+    shapes = {"up": (inter, hidden), "down": (hidden, inter)}
     residuals, dense = layer_of(list(PARTS.values()), shapes)
     rng = np.random.default_rng(1)
     for i, (name, shape) in enumerate(shapes.items()):
@@ -149,7 +149,7 @@ def test_products_are_those_of_the_matrices(sizes: tuple[int, int]) -> None:
 
 
 def test_a_projection_without_residuals_costs_nothing() -> None:
-    residuals, _ = layer_of([[Part("wo", SIGN, 1, 1)]], {"wi": (8, 4), "wo": (4, 8)})
+    residuals, _ = layer_of([[Part("down", SIGN, 1, 1)]], {"up": (8, 4), "down": (4, 8)})
     assert residuals.product(jnp.ones((2, 4)), jnp.int32(0), 0, 8) is None
 
 
@@ -164,17 +164,21 @@ def test_a_layer_equals_a_loop_over_tokens(
     way: str, gated: bool, tokens: int, sizes: tuple[int, int]
 ) -> None:
     hidden, inter = sizes
-    names = ("wi_0", "wi_1") if gated else ("wi",)
-    shapes = {**dict.fromkeys(names, (inter, hidden)), "wo": (hidden, inter)}
+    names = ("gate", "up") if gated else ("up",)
+    shapes = {**dict.fromkeys(names, (inter, hidden)), "down": (hidden, inter)}
     specs: list[list[Part]] = [
         [],
         [Part(name, SIGN, 1, 5) for name in shapes],
         [
             Part(names[-1], LOW_RANK, 4, 20),
-            Part("wo", LOW_RANK, 16, 3),
+            Part("down", LOW_RANK, 16, 3),
             Part(names[-1], SIGN, 1, 1),
         ],
-        [Part("wo", LOW_RANK, 2, 40), Part("wo", LOW_RANK, 8, 1), Part(names[0], LOW_RANK, 32, 2)],
+        [
+            Part("down", LOW_RANK, 2, 40),
+            Part("down", LOW_RANK, 8, 1),
+            Part(names[0], LOW_RANK, 32, 2),
+        ],
     ]
     residuals, dense = layer_of(specs, shapes, blocked=way == "native")
     rng, slots = np.random.default_rng(tokens), len(specs)
@@ -228,12 +232,12 @@ def test_tokens_of_several_tenants_go_through_a_layer_together(
     way: str, tokens: int, gated: bool
 ) -> None:
     """Each gets what a call for its own tenant gives it: the same bits from our own kernels."""
-    names = ("wi_0", "wi_1") if gated else ("wi",)
-    shapes = {**dict.fromkeys(names, (70, 45)), "wo": (45, 70)}
+    names = ("gate", "up") if gated else ("up",)
+    shapes = {**dict.fromkeys(names, (70, 45)), "down": (45, 70)}
     slots, tenants = 3, 4  # the last tenant has no residuals, and pads the table
     forms = [
         [Part(names[0], SIGN, 1, 5)],
-        [Part("wo", LOW_RANK, 4, 20), Part(names[-1], SIGN, 1, 1)],
+        [Part("down", LOW_RANK, 4, 20), Part(names[-1], SIGN, 1, 1)],
         [],
     ]
     specs = [forms[(t + s) % 3] if t < 3 else [] for t in range(tenants) for s in range(slots)]
@@ -287,9 +291,9 @@ def test_the_kernels_refuse_a_damaged_table(kind: str, field: int, value: int) -
         pytest.skip("no kernels of our own here: see native.load for what they need")
     if kind == SIGN and field == 2 and value > 0:
         pytest.skip("any number of rows may share a scale")
-    shapes = {"wi": (24, 16), "wo": (16, 24)}
+    shapes = {"up": (24, 16), "down": (16, 24)}
     residuals, _ = layer_of(
-        [[Part("wo", *FORMS["sign" if kind == SIGN else "4 bits"])]], shapes, blocked=True
+        [[Part("down", *FORMS["sign" if kind == SIGN else "4 bits"])]], shapes, blocked=True
     )
     table = np.array(residuals.table)
     table[0, 1, 0, field] = value
@@ -535,7 +539,7 @@ def test_a_plan_without_residuals_gets_no_operands(
     plain, text = operands()
     assert np.uint32 not in plain and "with_residuals" not in text
     store = with_residuals(
-        store, lambda t, layer, e: [Part("wi", SIGN, 1, 1)] if layer == 1 else []
+        store, lambda t, layer, e: [Part("up", SIGN, 1, 1)] if layer == 1 else []
     )
     some, _ = operands()
     # Records and table of the decoder's layer; the encoder's has none.

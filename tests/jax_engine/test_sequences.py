@@ -14,8 +14,9 @@ import pytest
 
 from common import EngineError, SamplingParams, SchedulerOptions, Store, load_engine
 from common.serving.backend import Part, Row
-from jax_engine import load_backend, weights
+from jax_engine import load_backend
 from jax_engine.backend import JaxBackend
+from jax_engine.tenants import weights
 from tests import helpers
 from tests.helpers import assert_close, build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, save_family
@@ -98,7 +99,7 @@ def test_a_random_schedule_equals_each_alone(
     assert after["misses"] - before["misses"] == sum(a.misses for a in found)
     assert after["hits"] - before["hits"] == sum(a.hits for a in found)
     assert (after["misses"] > 0) == (slots in (3, 5))
-    assert after["kv_cache_used_bytes"] == 0 and not backend.sequences._lanes
+    assert after["kv_cache_used_bytes"] == 0 and not backend.sequences.caches.caches
 
 
 @pytest.mark.slow
@@ -212,10 +213,10 @@ def test_a_pause_leaves_caches_as_they_are(
     advance(backend, [(waits, 0), (goes, 0)])
 
     def held() -> list[np.ndarray]:
-        lane = backend.sequences._lanes["ana"]
-        place = lane.place_of(waits.number or 0)
-        cache = [np.array(a[place, :, : lane.lengths[place]]) for pair in lane.cache for a in pair]
-        return cache + [np.array(a[place, :, :9]) for pair in lane.encoded for a in pair]
+        held = backend.sequences.caches.caches["ana"]
+        row = held.row_of(waits.number or 0)
+        cache = [np.array(a[row, :, : held.lengths[row]]) for pair in held.cache for a in pair]
+        return cache + [np.array(a[row, :, :9]) for pair in held.encoded for a in pair]
 
     before = held()
     for _ in range(3):
@@ -224,7 +225,7 @@ def test_a_pause_leaves_caches_as_they_are(
     assert all(np.array_equal(a, b) for a, b in zip(before, held(), strict=True))
     late = Asked("ana", prompts(3, [30])[0], 3)
     late.begin(backend)
-    advance(backend, [(late, late.unread), (goes, 0)])  # the lane moves to larger arrays
+    advance(backend, [(late, late.unread), (goes, 0)])  # the caches move to larger arrays
     assert all(np.array_equal(a, b) for a, b in zip(before, held(), strict=True))
     advance(backend, [(waits, 0)])
     assert waits.answer == alone(backend, [Asked("ana", waits.prompt, 3)])[0].answer
@@ -240,9 +241,9 @@ def test_memory_is_counted_and_freed(small_family: SwitchFamily, tmp_path: Path)
     others = {id(a): a for a in jax.live_arrays()}  # what this process's other tests have left
 
     def used() -> int:
-        lanes = backend.sequences._lanes.values()
+        held = backend.sequences.caches.caches.values()
         real = sum(
-            a.nbytes for lane in lanes for pair in [*lane.cache, *lane.encoded] for a in pair
+            a.nbytes for cache in held for pair in [*cache.cache, *cache.encoded] for a in pair
         )
         real += sum(s.x.nbytes for s in backend.sequences._sequences.values() if s.x is not None)
         assert backend.stats()["kv_cache_used_bytes"] == real
@@ -275,7 +276,7 @@ def test_memory_is_counted_and_freed(small_family: SwitchFamily, tmp_path: Path)
 @pytest.mark.slow
 def test_what_fits_and_what_does_not(small_family: SwitchFamily, tmp_path: Path) -> None:
     store = build_round_robin(tmp_path / "store", small_family.paths)
-    # Room for a lane of two rows, 32 tokens and prompts up to 16, or for one row of a longer one.
+    # Memory for two rows, 32 tokens and prompts up to 16, or for one row of a longer one.
     backend = backend_for(store, kv_cache_bytes=512 * 2 * (32 + 16))
     assert backend.stats()["kv_cache_bytes"] == 512 * 96
     assert backend.max_length("ana") == 32  # 512 * (32 + 32) + the encoder's states
@@ -303,7 +304,7 @@ def test_what_fits_and_what_does_not(small_family: SwitchFamily, tmp_path: Path)
     assert not backend.fits(parts((first, 0)))
     backend.end([second.number or 0])
     assert backend.fits(parts((first, 0)))
-    advance(backend, [(first, 0)])  # memory is short, so the lane shrinks at once
+    advance(backend, [(first, 0)])  # memory is short, so the cache shrinks at once
     assert (
         backend.stats()["kv_cache_used_bytes"]
         == 512 * (64 + 16)
@@ -336,7 +337,7 @@ def test_bad_room_is_refused(small_family: SwitchFamily, tmp_path: Path, value: 
 def test_room_by_default(small_family: SwitchFamily, tmp_path: Path) -> None:
     backend = backend_for(build_round_robin(tmp_path / "store", small_family.paths))
     assert 0 < backend.stats()["kv_cache_bytes"] <= 4 << 30
-    assert backend.max_length("ana") == backend.loaded.config("ana").max_positions
+    assert backend.max_length("ana") == backend.loaded.shape("ana").max_positions
 
 
 @pytest.mark.slow
@@ -570,8 +571,10 @@ def test_nothing_is_read_twice(
     store = build_round_robin(tmp_path / "store", small_family.paths)
     backend = backend_for(store)
 
-    monkeypatch.setattr("jax_engine.pool.fill_pool", without_reading(weights.fill_pool))
-    monkeypatch.setattr("jax_engine.tenants.fill_tenant", without_reading(weights.fill_tenant))
+    monkeypatch.setattr("jax_engine.experts.pool.fill_pool", without_reading(weights.fill_pool))
+    monkeypatch.setattr(
+        "jax_engine.tenants.ready.fill_tenant", without_reading(weights.fill_tenant)
+    )
     backend.update(Store.open(store.path))
 
 

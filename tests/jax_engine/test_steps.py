@@ -18,8 +18,9 @@ import pytest
 
 from common import CheckpointError, Engine, SamplingParams, load_engine
 from common.serving.backend import Row
-from jax_engine.backend import JaxBackend, _use_compilation_cache
-from jax_engine.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
+from jax_engine.backend import JaxBackend
+from jax_engine.steps.buckets import cache_bucket, joint_bucket, power_of_two, prompt_bucket
+from jax_engine.steps.compilation import use_compilation_cache
 from tests import helpers, switch_models
 from tests.helpers import build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily
@@ -44,18 +45,18 @@ def lowered_decode(backend: JaxBackend, rows: Sequence[Row]) -> Any:
     batch.prefill(want_logits=False)
     (name,) = {row.tenant for row in rows}
     tenant = backend.loaded.ready.acquire([name])[0][name]
-    lane = backend.sequences._lanes[name]
-    table = lane.rows(dict.fromkeys(lane.numbers[lane.numbers >= 0].tolist(), 5))
+    held = backend.sequences.caches.caches[name]
+    table = held.table(dict.fromkeys(held.numbers[held.numbers >= 0].tolist(), 5))
     return backend.loaded.steps(tenant)._decode.lower(
-        lane.cache,
+        held.cache,
         backend.loaded.pool.leaves,
         tenant.leaves,
         tenant.slot_of,
         tenant.vocab_size,
         backend._devices.rows_given(table),
-        lane.encoded,
+        held.encoded,
         tenant.residuals,
-    ), lane.cache
+    ), held.cache
 
 
 @pytest.mark.slow
@@ -220,12 +221,12 @@ def test_what_the_user_keeps_of_compiled_steps_stays(
         monkeypatch.setenv(least.upper(), variable)
     try:
         jax.config.update(least, value)
-        _use_compilation_cache(str(tmp_path))
+        use_compilation_cache(str(tmp_path))
         assert getattr(jax.config, least) == expected
         # A folder that is the user's is used as the user wants it.
         jax.config.update(least, 1.0)
         monkeypatch.delenv(least.upper(), raising=False)
-        _use_compilation_cache("auto")
+        use_compilation_cache("auto")
         assert (getattr(jax.config, folder), getattr(jax.config, least)) == (str(tmp_path), 1.0)
     finally:
         for name, old in before.items():

@@ -8,22 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MixtralConfig, SwitchTransformersConfig
+from transformers import (
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+    SwitchTransformersConfig,
+)
 from transformers.generation import GenerationConfig
 
 from common import CheckpointError
 from common.checkpoints import open_checkpoint
-from common.families import FAMILIES, mixtral, switch_transformers
-from common.families.config_fields import HARMLESS, NEUTRAL
-from tests import helpers, switch_models
+from common.families import FAMILIES
+from common.families.fields import HARMLESS, NEUTRAL
+from common.families.shape import Decoder, Rope, Scalars
+from tests import families, helpers, switch_models
+from tests.helpers import rest_slow
 from tests.oracle.directories import check_same, copied, edit_config, theirs
 
-CLASSES = {
-    "mixtral": (MixtralConfig, mixtral.READ),
-    "switch_transformers": (SwitchTransformersConfig, switch_transformers.READ),
+CLASSES: dict[str, Any] = {
+    "mixtral": MixtralConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "olmoe": OlmoeConfig,
+    "granitemoe": GraniteMoeConfig,
+    "switch_transformers": SwitchTransformersConfig,
 }
 SMALL: dict[str, dict[str, Any]] = {
-    "mixtral": dict(helpers.SIZES),
+    **{name: dict(helpers.SIZES) for name in CLASSES},
     "switch_transformers": dict(switch_models.SIZES),
 }
 # Not of transformers' classes: other names for the same, older ones, and our own.
@@ -33,6 +44,8 @@ BESIDE = {
     "original_max_position_embeddings",
     "partial_rotary_factor",
     "layer_types",
+    "head_dim",
+    "sliding_window",
 }
 BESIDE |= {
     "use_sliding_window",
@@ -49,19 +62,17 @@ BESIDE |= {
 }
 # Which token a Switch's decoder starts from is decided from several fields.
 LENIENT = {
-    "use_sliding_window",
-    "feed_forward_proj",
-    "is_gated_act",
-    "pad_token_id",
-    "dense_act_fn",
+    ("mixtral", "use_sliding_window"),
+    *(("switch_transformers", field) for field in ("feed_forward_proj", "is_gated_act")),
+    *(("switch_transformers", field) for field in ("pad_token_id", "dense_act_fn")),
 }
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_field_of_transformers_class_is_known(name: str) -> None:
-    found, read = CLASSES[name]
-    fields = {f.name for f in dataclasses.fields(found)} | set(found.attribute_map)
-    aliases = FAMILIES[name].aliases
+    found, read, aliases = CLASSES[name], FAMILIES[name].read, FAMILIES[name].aliases
+    fields = {f.name for f in dataclasses.fields(found)}
+    fields |= {*found.attribute_map, *found.attribute_map.values()}
     assert dict(aliases) == found.attribute_map
     assert fields <= read | HARMLESS | set(NEUTRAL) | set(aliases)
     assert read - fields <= BESIDE, "a field that is read is transformers', or stated here"
@@ -71,7 +82,12 @@ def test_every_field_of_transformers_class_is_known(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [(name, field) for name, (_, read) in CLASSES.items() for field in sorted(read - LENIENT)],
+    [
+        (name, field)
+        for name in CLASSES
+        for field in sorted(FAMILIES[name].read)
+        if (name, field) not in LENIENT
+    ],
 )
 def test_what_is_read_is_checked(name: str, field: str) -> None:
     """Nonsense in any field that is read is refused by that field's name: it was looked at."""
@@ -85,31 +101,59 @@ def test_what_is_read_is_checked(name: str, field: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", CLASSES)
+DECODERS = [name for name in CLASSES if name != "switch_transformers"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_absent_fields_have_the_classs_defaults(name: str) -> None:
     """A config.json that states nothing is transformers' config made of nothing."""
-    theirs = CLASSES[name][0]()
+    theirs: Any = CLASSES[name]()
     family = FAMILIES[name]
-    config: Any = family.parse_config({}, "config.json")
-    assert config.experts.num_experts == (
-        theirs.num_local_experts if name == "mixtral" else theirs.num_experts
+    shape = family.parse_config({}, "config.json").shape
+    assert isinstance(shape, Decoder) and isinstance(shape.attention.positions, Rope)
+    size = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    head_dim = getattr(theirs, "head_dim", None)
+    assert (shape.vocab_size, shape.hidden) == (theirs.vocab_size, theirs.hidden_size)
+    assert shape.max_positions == theirs.max_position_embeddings
+    assert len(shape.layers) == len(shape.sparse_layers) == theirs.num_hidden_layers
+    assert shape.norm_eps == theirs.rms_norm_eps
+    assert shape.tied_head == theirs.tie_word_embeddings
+    assert shape.experts.count == theirs.num_local_experts
+    assert shape.experts.router.renormalise == getattr(theirs, "norm_topk_prob", name == "mixtral")
+    assert (shape.experts.inner, shape.experts.activation) == (size, theirs.hidden_act)
+    assert shape.experts.router.top_k == theirs.num_experts_per_tok
+    assert shape.attention.heads == theirs.num_attention_heads
+    assert shape.attention.kv_heads == theirs.num_key_value_heads
+    assert shape.attention.head_dim == (
+        head_dim or theirs.hidden_size // theirs.num_attention_heads
     )
+    assert shape.attention.window == getattr(theirs, "sliding_window", None)
+    assert shape.attention.clip == getattr(theirs, "clip_qkv", None)
+    assert shape.attention.bias == getattr(theirs, "attention_bias", False)
+    assert dict(shape.attention.positions.parameters) == theirs.rope_parameters
+    assert shape.attention.scale == getattr(
+        theirs, "attention_multiplier", shape.attention.head_dim**-0.5
+    )
+    assert shape.scalars == Scalars(
+        embedding=getattr(theirs, "embedding_multiplier", 1.0),
+        residual=getattr(theirs, "residual_multiplier", 1.0),
+        logits_divisor=getattr(theirs, "logits_scaling", 1.0),
+    )
+    # What transformers takes where config.json has no such field.
+    assert family.default_eos_token_id == theirs.eos_token_id
+
+
+def test_a_switchs_absent_fields_have_the_classs_defaults() -> None:
+    theirs = SwitchTransformersConfig()
+    config: Any = FAMILIES["switch_transformers"].parse_config({}, "config.json")
+    assert config.experts.num_experts == theirs.num_experts
     assert config.experts.hidden_size == theirs.hidden_size
-    same = {f for f in dir(theirs) if hasattr(config, f) and not f.startswith("_")} - {
-        "head_dim",
-        "sparse_layers",
-    }
+    same = {f for f in dir(theirs) if hasattr(config, f) and not f.startswith("_")}
     compared = [f for f in sorted(same) if not callable(getattr(theirs, f))]
     assert len(compared) > 6
     for field in compared:
         assert getattr(config, field) == getattr(theirs, field), field
-    if name == "mixtral":
-        assert config.max_positions == theirs.max_position_embeddings
-        assert config.experts.intermediate_size == theirs.intermediate_size
-        assert config.experts.top_k == theirs.num_experts_per_tok
-        assert config.experts.activation == theirs.hidden_act
-    else:
-        assert config.sparse_layers["encoder"] == tuple(range(1, 12, theirs.encoder_sparse_step))
+    assert config.sparse_layers["encoder"] == tuple(range(1, 12, theirs.encoder_sparse_step))
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +358,89 @@ def test_a_switchs_refusals(changes: dict[str, Any], message: str, tmp_path: Pat
     edit_config(path, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(path)
+
+
+QWEN3, OLMOE, GRANITE = "qwen3_moe", "olmoe", "granitemoe"
+
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None]] = {
+    "other name of a field": (QWEN3, {}, {"num_local_experts": ..., "num_experts": 5}, None),
+    "norm_topk_prob left out": (QWEN3, {"norm_topk_prob": False}, {"norm_topk_prob": ...}, None),
+    "window without use": (
+        QWEN3,
+        {},
+        {"sliding_window": 3, "use_sliding_window": False, "max_window_layers": 1},
+        None,
+    ),
+    "the default window": (
+        QWEN3,
+        {"max_position_embeddings": 8192},
+        {"sliding_window": ..., "use_sliding_window": True},
+        None,
+    ),
+    "no layer is dense": (QWEN3, {}, {"mlp_only_layers": None, "decoder_sparse_step": 1}, None),
+    "key heads left out": (
+        OLMOE,
+        {"num_key_value_heads": 3},
+        {"num_key_value_heads": ...},
+        "does not state num_key_value_heads 3",
+    ),
+    "no clip": (OLMOE, {}, {"clip_qkv": None, "rope_scaling": None}, None),
+    "olmoe's other name": (OLMOE, {}, {"num_experts": ..., "num_local_experts": 5}, None),
+    "multipliers left out": (
+        GRANITE,
+        {},
+        {
+            "embedding_multiplier": ...,
+            "attention_multiplier": ...,
+            "residual_multiplier": ...,
+            "logits_scaling": ...,
+        },
+        None,
+    ),
+    "theta beside": (GRANITE, {}, {"rope_parameters": ..., "rope_theta": 77.0}, None),
+}
+
+
+@pytest.mark.parametrize("kind", rest_slow(OTHERS, 10))
+def test_fields_of_other_families_are_read_as_transformers_does(kind: str, tmp_path: Path) -> None:
+    family, made, changes, note = OTHERS[kind]
+    path = helpers.save(families.random(family, 3, **made), tmp_path / "it")
+    edit_config(path, **changes)
+    notes = check_same(path, tmp_path).tenant("t").notes
+    assert not notes if note is None else any(note in one for one in notes), notes
+
+
+OTHERS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "window": (OLMOE, {"sliding_window": 4}, "'sliding_window' is 4, which is not supported"),
+    "granite's window": (GRANITE, {"sliding_window": 4}, "'sliding_window' is 4, which is not sup"),
+    "heads that are no hidden size": (OLMOE, {"head_dim": 8}, "'head_dim' is 8 for 3 heads"),
+    "no clip at all": (OLMOE, {"clip_qkv": 0}, "'clip_qkv' is 0.0; expected a number above 0"),
+    "clip elsewhere": (QWEN3, {"clip_qkv": 4.0}, "'clip_qkv' is 4.0, which is not supported"),
+    "no sparse layer": (
+        QWEN3,
+        {"mlp_only_layers": [0, 1, 2]},
+        "'decoder_sparse_step' is 1, which with mlp_only_layers .* leaves no sparse layer of 3",
+    ),
+    "shared expert": (
+        QWEN3,
+        {"shared_expert_intermediate_size": 8},
+        "'shared_expert_intermediate_size' is 8, which is not supported",
+    ),
+    "other gates": (GRANITE, {"norm_topk_prob": False}, "'norm_topk_prob' is False, which is not"),
+    "multiplier elsewhere": (
+        OLMOE,
+        {"residual_multiplier": 0.5},
+        "'residual_multiplier' is 0.5, which is not supported",
+    ),
+    "no scaling": (GRANITE, {"logits_scaling": 0}, "'logits_scaling' is 0.0; expected a number"),
+}
+
+
+@pytest.mark.parametrize("kind", rest_slow(OTHERS_REFUSED, 10))
+def test_refusals_of_other_families(kind: str) -> None:
+    name, changes, message = OTHERS_REFUSED[kind]
+    family = FAMILIES[name]
+    fields = family.fields(families.SIZES[name] | changes, "config.json")
+    with pytest.raises(CheckpointError, match=f"config.json: field {message}"):
+        family.parse(fields)
+        family.check_fields(fields)

@@ -295,7 +295,7 @@ def test_many_long_rows_are_computed_in_parts(
     whole = chatty.logits(engine, "plain", rows)
     bound = {
         "torch": "torch_engine.backend.LOGITS_TOKENS",
-        "jax": "jax_engine.sequences.MOST_TOKENS",
+        "jax": "jax_engine.steps.scoring.MOST_TOKENS",
     }[chatty.backend]
     monkeypatch.setattr(bound, 10)
     helpers.assert_close(chatty.logits(engine, "plain", rows), whole, tolerance=1e-5)

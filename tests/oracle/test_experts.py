@@ -46,7 +46,7 @@ def test_mixtral(activation: str) -> None:
         for parameter in module.parameters():
             parameter.normal_(0, 0.3)
     spec, x = mixtral_spec(activation), inputs(32)
-    assert inputs_and_output(spec) == (("w1", "w3"), "w2")
+    assert inputs_and_output(spec) == (("gate", "up"), "down")
     size = config.intermediate_size
     for expert in range(2):
         chosen = torch.full((len(x), 1), expert)
@@ -54,13 +54,13 @@ def test_mixtral(activation: str) -> None:
             expected = module(x, chosen, torch.ones(len(x), 1)).numpy()
         fused = module.gate_up_proj[expert].detach().numpy()
         weights = {
-            "w1": fused[:size],
-            "w3": fused[size:],
-            "w2": module.down_proj[expert].detach().numpy(),
+            "gate": fused[:size],
+            "up": fused[size:],
+            "down": module.down_proj[expert].detach().numpy(),
         }
         assert_close(forward(spec, x.numpy(), weights), expected)
         np.testing.assert_allclose(
-            inner(spec, x.numpy(), weights) @ weights["w2"].T, expected, atol=1e-4
+            inner(spec, x.numpy(), weights) @ weights["down"].T, expected, atol=1e-4
         )
 
 
@@ -70,8 +70,9 @@ def test_switch(activation: str) -> None:
         SwitchTransformersConfig(**switch_models.SIZES, dense_act_fn=activation)
     ).eval()
     spec, x = switch_spec(dense_act_fn=activation), inputs(32)
-    assert inputs_and_output(spec) == (("wi",), "wo")
-    weights = {n: getattr(module, n).weight.detach().numpy() for n in ("wi", "wo")}
+    assert inputs_and_output(spec) == (("up",), "down")
+    names = {"up": "wi", "down": "wo"}
+    weights = {n: getattr(module, w).weight.detach().numpy() for n, w in names.items()}
     with torch.no_grad():
         assert_close(forward(spec, x.numpy(), weights), module(x).numpy())
 
@@ -83,8 +84,9 @@ def test_gated_switch(activation: str) -> None:
         T5Config(d_model=32, d_ff=64, feed_forward_proj=proj, dropout_rate=0.0)
     ).eval()
     spec, x = switch_spec(feed_forward_proj=proj, is_gated_act=True), inputs(32)
-    assert inputs_and_output(spec) == (("wi_0", "wi_1"), "wo")
-    weights = {n: getattr(module, n).weight.detach().numpy() for n in ("wi_0", "wi_1", "wo")}
+    assert inputs_and_output(spec) == (("gate", "up"), "down")
+    names = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
+    weights = {n: getattr(module, w).weight.detach().numpy() for n, w in names.items()}
     with torch.no_grad():
         assert_close(forward(spec, x.numpy(), weights), module(x).numpy())
 

@@ -163,5 +163,5 @@ def test_damage_is_left_to_verify(tmp_path: Path) -> None:
     for refs in (
         store.copy_refs("lora", layer, expert) for layer in range(2) for expert in range(4)
     ):
-        refs["w2"].path.write_bytes(b"")
+        refs["down"].path.write_bytes(b"")
     assert str(kind_of(store, "lora", "first")) == "full"

@@ -9,21 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts.load_test import (
-    UNFINISHED,
-    Goodput,
-    Piece,
-    Record,
-    answered_share,
-    capacity,
-    jain,
-    report,
-    run_trace,
-    service,
-    summarise,
-    warm_up,
-)
-from scripts.traffic import Call, Load, Trace, TrafficError, make_trace
+from scripts.load.run import UNFINISHED, Piece, Record, capacity, run_trace, warm_up
+from scripts.load.summary import Goodput, answered_share, jain, report, service, summarise
+from scripts.load.traffic import Call, Load, Trace, TrafficError, make_trace
 
 
 def record(

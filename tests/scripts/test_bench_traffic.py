@@ -7,14 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from scripts.traffic import (
+from scripts.load.traffic import (
     Call,
     Flood,
     Load,
     TrafficError,
     arrivals,
     make_trace,
-    redirected,
     shares,
 )
 
@@ -106,11 +105,6 @@ def test_all_at_once() -> None:
         and trace.horizon_s == 0
         and math.isinf(trace.request_rate)
     )
-
-
-def test_requests_can_be_sent_to_another_tenant() -> None:
-    call = Call(4, "a", 1.5, (3, 60, 95), 7)
-    assert redirected([call], "c", 50) == [Call(4, "c", 1.5, (3, 10, 45), 7)]
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_errors_and_exit_codes(
     ],
 )
 def test_every_command_is_a_module_with_help(name: str) -> None:
-    command = [sys.executable, "-m", f"scripts.{name}", "--help"]
+    command = [sys.executable, "-m", "scripts.cli", name, "--help"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=helpers.REPOSITORY)
     assert out.returncode == 0 and "usage: " in out.stdout
 
@@ -268,16 +268,13 @@ def test_the_console_command_is_installed() -> None:
 def test_the_demo_answers_from_a_shared_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from scripts import command, demo
-    from scripts.number_words import LANGUAGES, expected, held_out
+    from scripts.demo import __main__ as demo
+    from scripts.demo.number_words import LANGUAGES, expected, held_out
 
     if not (demo.EXAMPLES / "fr" / "model.safetensors").exists():
         pytest.fail(f"{demo.EXAMPLES} lacks the shipped tenants")
     path = tmp_path / "demo"
-    assert (
-        command.main("demo", demo, ["--store", str(path), "--score", "30", "--family", "mixtral"])
-        == 0
-    )
+    assert demo.main(["--store", str(path), "--score", "30", "--family", "mixtral"]) == 0
     # Not calibrated: that compiles every layer of the JAX engine, and tests/benchmarks does it
     # once.
     arguments = [
@@ -290,7 +287,7 @@ def test_the_demo_answers_from_a_shared_store(
         "--policy",
         "round_robin",
     ]
-    assert command.main("demo", demo, arguments) == 0
+    assert demo.main(arguments) == 0
     out = capsys.readouterr().out
     for name, family in (("demo", "mixtral"), ("demo-switch", "switch_transformers")):
         store = Store.open(tmp_path / name)

@@ -15,18 +15,18 @@ from safetensors.numpy import load_file
 from transformers import SwitchTransformersForConditionalGeneration
 
 from common.checkpoints import open_checkpoint, safetensors_file, tensorstore_array
-from scripts import command, convert_hf, convert_t5x
+from scripts import cli
 from tests import helpers, switch
 from tests.helpers import shared_path
 from tests.oracle.test_t5x import assert_same, moved_experts
 
 
 def to_t5x(*args: Any) -> int:
-    return command.main("convert_hf", convert_hf, [str(a) for a in args])
+    return cli.main(["convert_hf", *map(str, args)])
 
 
 def to_hf(*args: Any) -> int:
-    return command.main("convert_t5x", convert_t5x, [str(a) for a in args])
+    return cli.main(["convert_t5x", *map(str, args)])
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-eval is not installed: pip install 'moetel[lm-eval]'"
 )
 
-from scripts.lm_eval_adapter import MoetelLM  # noqa: E402
+from scripts.quality.lm_eval_model import MoetelLM  # noqa: E402
 
 TASKS = helpers.DATA / "lm_eval"
 EXAMPLES = helpers.REPOSITORY / "examples" / "tenants"

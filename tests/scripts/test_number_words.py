@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from scripts.number_words import (
+from scripts.demo.number_words import (
     ALL_LANGUAGES,
     LANGUAGES,
     NUMBERS,
@@ -58,7 +58,7 @@ def test_held_out_depends_on_the_seed_alone() -> None:
 def test_the_split_is_the_same_in_another_process() -> None:
     """No hash that Python salts, no order of a set: the README's numbers must stay held out."""
     code = (
-        "import sys; from scripts.number_words import held_out; "
+        "import sys; from scripts.demo.number_words import held_out; "
         "assert 'torch' not in sys.modules; sys.exit(repr(held_out(40)))"
     )
     found = subprocess.run(

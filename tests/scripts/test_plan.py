@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import common.build.build
-import scripts.plan
+import scripts.commands.plan
 from common import SamplingParams, Store, add_tenant, build_store, load_engine
 from common.build.calibration import calibrate
 from common.plan.profile import Profile
 from common.planning.planner import Planner
 from common.store.profiles import load_profile
 from scripts import cli
-from scripts.plan import EXTRAS, Asked, Offer, offers, recommended
+from scripts.commands.plan import EXTRAS, Asked, Offer, offers, recommended
 from tests import helpers
 
 
@@ -132,8 +132,8 @@ def test_budgets_can_be_given_in_bytes_and_in_shares(
     opened = Store.open(store)
     fixed = max(opened.non_expert_bytes(n) for n in opened.tenants)
     budget = fixed + one_model(store) + 3 * opened.copy_bytes
-    code, out, _ = run(capsys, store, "--budget", budget, "--extra", "10%", "--policy", "medoid")
-    assert code == 0 and "policy medoid" in " ".join(out.split())
+    code, out, _ = run(capsys, store, "--budget", budget, "--extra", "10%", "--policy", "fit")
+    assert code == 0 and "policy fit" in " ".join(out.split())
     body = rows(out)
     assert len(body) == 2
     assert "100.0%" in " ".join(body[1]) and "0.0%" in " ".join(body[0])
@@ -162,9 +162,9 @@ def test_apply_plans_the_store_anew(store: Path, capsys: pytest.CaptureFixture[s
     before = Store.open(store).plan
     code, out, _ = run(capsys, store)
     assert code == 0 and "this store now: policy round_robin, extra 0.0%" in " ".join(out.split())
-    code, out, _ = run(capsys, store, "--extra", "30%", "--policy", "low_rank", "--apply")
+    code, out, _ = run(capsys, store, "--extra", "30%", "--policy", "residual", "--apply")
     after = Store.open(store)
-    assert code == 0 and after.plan != before and after.plan.policy == "low_rank"
+    assert code == 0 and after.plan != before and after.plan.policy == "residual"
     assert 0 < after.extra_bytes <= 0.3 * one_model(store)
     assert after.manifest.provenance["settings"]["extra"] == 0.3
     assert after.verify() == [] and "resident copies" in out
@@ -195,7 +195,7 @@ def test_a_budget_is_kept_as_it_was_asked_for(
         + one_model(store)
         + opened.copy_bytes
     )
-    code, _, _ = run(capsys, store, "--budget", budget, "--policy", "medoid", "--apply")
+    code, _, _ = run(capsys, store, "--budget", budget, "--policy", "fit", "--apply")
     settings = Store.open(store).manifest.provenance["settings"]
     assert code == 0 and (settings["budget_bytes"], settings["extra"], settings["slots"]) == (
         budget,
@@ -231,7 +231,7 @@ def test_calibration_is_measured_once(
         measured.append(list(sets))
         return calibrate(store, sets, **options)
 
-    for module in (scripts.plan, common.build.build):
+    for module in (scripts.commands.plan, common.build.build):
         monkeypatch.setattr(module, "calibrate", counted)
     prompts = tmp_path / "fr.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in (12, 345, 6789)))
@@ -258,7 +258,7 @@ def test_calibration_is_measured_once(
 
 
 def test_the_mean_is_by_traffic(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--extra", "0", "--extra", "1.0", "--policy", "medoid"]
+    options = ["--extra", "0", "--extra", "1.0", "--policy", "fit"]
     code, out, _ = run(capsys, store, *options)
     assert code == 0 and "by traffic" not in out
     code, out, _ = run(capsys, store, *options, "--traffic", "ana=8")
@@ -269,7 +269,7 @@ def test_the_mean_is_by_traffic(store: Path, capsys: pytest.CaptureFixture[str])
     planner = Planner(opened, traffic={"ana": 8})
     for row, found in zip(
         rows(out),
-        offers(opened, planner, "medoid", [Asked(extra=0.0), Asked(extra=1.0)]),
+        offers(opened, planner, "fit", [Asked(extra=0.0), Asked(extra=1.0)]),
         strict=True,
     ):
         weighted = float(found.losses @ [0.1, 0.8, 0.1])
@@ -291,18 +291,20 @@ def test_calibration_and_traffic(
     code, _, err = run(capsys, store, "--calibrate", f"ana={path}")
     assert code == 1 and "tokenizer" in err
     shares = ["--traffic=ana=1000", "--traffic=bob=1", "--traffic=base=1"]
-    code, out, _ = run(capsys, store, "--extra", "0", "--policy", "medoid", *shares, "--apply")
+    code, out, _ = run(capsys, store, "--extra", "0", "--policy", "fit", *shares, "--apply")
     assert code == 0
     after = Store.open(store)
-    assert (after.plan.owner == 1).all()
+    assert all(copy.mix[1] > 0.99 for copy in after.plan.copies)
     assert after.manifest.provenance["settings"]["traffic"] == {
         "ana": 1000.0,
         "bob": 1.0,
         "base": 1.0,
     }
     # What the store was planned for is what is compared next time.
-    code, out, _ = run(capsys, store, "--extra", "0", "--policy", "medoid")
-    assert code == 0 and rows(out)[0][-2] == "0"
+    code, out, _ = run(capsys, store, "--extra", "0", "--policy", "fit")
+    assert code == 0
+    _, ana, bob = map(float, rows(out)[0][-3:])
+    assert ana < 0.001 * bob
     assert load_profile(after, "ana") is None
 
 
@@ -311,9 +313,9 @@ def test_calibration_and_traffic(
     [
         (["{store}x"], 1, "no such directory"),
         (
-            ["{store}", "--policy", "mean"],
+            ["{store}", "--policy", "round_robin"],
             1,
-            "'mean' has one plan for every budget .* choose one of: medoid",
+            "'round_robin' has one plan for every budget .* choose one of: fit",
         ),
         (["{store}", "--policy", "best"], 2, "invalid choice"),
         (

@@ -44,7 +44,8 @@ def serving(store: Path, *arguments: str) -> Iterator[Process]:
         [
             sys.executable,
             "-m",
-            "scripts.serve",
+            "scripts.cli",
+            "serve",
             str(store),
             "--port",
             "0",
@@ -272,7 +273,7 @@ def test_a_store_that_cannot_be_loaded(
 ) -> None:
     store = store_path if arguments else tmp_path
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.serve", str(store), "--port", "0", *arguments],
+        [sys.executable, "-m", "scripts.cli", "serve", str(store), "--port", "0", *arguments],
         capture_output=True,
         text=True,
         cwd=helpers.REPOSITORY,

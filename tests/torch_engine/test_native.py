@@ -18,8 +18,8 @@ from common.kernels import build
 from common.kernels import target as targets
 from tests import helpers
 from torch_engine import native
-from torch_engine.experts.pool import ACTIVATIONS
-from torch_engine.model import rms_norm
+from torch_engine.layers.mlp import ACTIVATIONS
+from torch_engine.layers.norm import rms_norm
 from torch_engine.products import PlainWeight, linears, pack_native
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -153,7 +153,9 @@ def test_decode_attention(
     tables = [numbers[:1].copy(), numbers[1:4].copy(), numbers[4:22].copy()]
     fused = noise(2, 3, groups * per_group + 2, size).to(dtype)
     q = fused[:, : groups * per_group]  # rows of q lie apart, as they do beside rotated keys
-    out = native.decode_attention(found, q, keys, values, groups, tables, block, lengths, window)
+    out = native.decode_attention(
+        found, q, keys, values, groups, tables, block, lengths, window, 0.3
+    )
     for row, length in enumerate(lengths):
         first = 0 if window is None else max(0, length - window)
         positions = np.arange(first, length)
@@ -166,7 +168,8 @@ def test_decode_attention(
             .repeat_interleave(per_group, 0)
             for t in (keys, values)
         )
-        exact = F.scaled_dot_product_attention(q[row].double()[:, None], k, v)[:, 0].reshape(-1)
+        one = q[row].double()[:, None]
+        exact = F.scaled_dot_product_attention(one, k, v, scale=0.3)[:, 0].reshape(-1)
         close(out[row], exact, dtype)
 
 

@@ -17,7 +17,7 @@ from tests import helpers
 from tests.conftest import Family
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 from torch_engine.experts.grouped_product import grouped_mm_fits
-from torch_engine.non_expert import TenantsByCopy
+from torch_engine.tenants.by_copy import TenantsByCopy
 
 NEW = SamplingParams(max_new_tokens=10, ignore_eos=True)
 

@@ -9,21 +9,20 @@ import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral as hf
 
-from common.families import FAMILIES, MixtralConfig
+from common.families import FAMILIES, Decoder
+from common.families.shape import Router
 from tests import helpers
 from tests.conftest import Family
 from torch_engine import products
 from torch_engine.experts.grouped_product import find_grouped_mm, grouped_mm_fits
-from torch_engine.model import rms_norm, route_top_k
-from torch_engine.non_expert import (
-    FlatLayout,
-    TenantsByCopy,
-    TenantsInPlace,
-    TenantWeights,
-    entries,
-)
+from torch_engine.layers.norm import rms_norm
+from torch_engine.layers.rotary import RotaryTable, rotate
+from torch_engine.layers.router import route
 from torch_engine.products import PlainWeight
-from torch_engine.rotary import RotaryTable, rotate
+from torch_engine.tenants.by_copy import TenantsByCopy
+from torch_engine.tenants.in_place import TenantsInPlace
+from torch_engine.tenants.layout import FlatLayout
+from torch_engine.tenants.weights import TenantWeights, entries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,7 +41,7 @@ def test_routing_equals_transformers(experts: int, top_k: int) -> None:
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
     x = torch.randn(30, 16, generator=torch.Generator().manual_seed(2))
     logits, weights, ids = router(x)
-    found_weights, found_ids = route_top_k(logits, top_k)
+    found_weights, found_ids = route(Router(top_k, renormalise=True), logits)
     assert torch.equal(found_ids, ids)
     torch.testing.assert_close(found_weights, weights)
 
@@ -54,8 +53,8 @@ def test_rotary_equals_transformers_beyond_the_first_table() -> None:
         "rope_theta": 1e4,
     }
     config = FAMILIES["mixtral"].parse_config(raw, "test")
-    assert isinstance(config, MixtralConfig)
-    table = RotaryTable(config, torch.float32, torch.device("cpu"))
+    assert isinstance(config.shape, Decoder)
+    table = RotaryTable(config.shape, torch.float32, torch.device("cpu"))
     positions = torch.tensor([0, 5, 511, 700, 1999])
     q = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     hf_config = hf.MixtralConfig(
@@ -121,7 +120,7 @@ def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
         assert by_copy.ready == expected_ready
         assert_same_weights(weights, in_place.acquire([str(name)])[str(name)])
     assert by_copy.switches == in_place.switches
-    layout = FlatLayout.of(in_place.acquire(["ana"])["ana"].config)
+    layout = FlatLayout.of(in_place.acquire(["ana"])["ana"].shape)
     assert by_copy.copied_bytes == copies * layout.elements * 4
     assert by_copy.device_bytes == capacity * layout.elements * 4
     if capacity == 2:
@@ -133,16 +132,18 @@ def test_tenants_by_copy(family: Family, tmp_path: Path, capacity: int) -> None:
 def test_flat_layout_is_aligned_and_ordered(family: Family, tmp_path: Path) -> None:
     store = helpers.build_round_robin(tmp_path / "store", family.paths)
     config = store.config("base")
-    assert isinstance(config, MixtralConfig)
-    layout = FlatLayout.of(config)
+    assert isinstance(config.shape, Decoder)
+    layout = FlatLayout.of(config.shape)
     ends = [0]
-    for entry in entries(config):
+    for entry in entries(config.shape):
         offset = layout.offsets[entry.name]
         assert offset % 128 == 0 and offset >= ends[-1]
         ends.append(offset + entry.elements)
     assert list(layout.stage_ends) == sorted(layout.stage_ends)
     assert len(layout.stage_ends) == config.experts.num_layers + 2
-    names = {s for entry in entries(config) for s in entry.sources}
+    names = {
+        store.role_tensor("base", s, e.layer) for e in entries(config.shape) for s in e.sources
+    }
     assert names == set(store.family.non_expert_shapes(config))
 
 

@@ -32,7 +32,7 @@ WAYS: list[dict[str, Any]] = [
     {"products": "plain"},
     {"experts": "grouped", "products": "plain"},
 ]
-PROJECTIONS = ("w1", "w2", "w3")
+PROJECTIONS = ("gate", "down", "up")
 EVERY_KIND = [
     (SIGN, 1, 1),
     (SIGN, 1, 5),
@@ -69,7 +69,7 @@ def one_expert(
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
     """A random expert with a residual: by our own kernels, and in float64."""
     own = kernels(dtype)
-    shapes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     weights = {
         p: (noise(i, *s) * s[1] ** -0.5).to(dtype) for i, (p, s) in enumerate(shapes.items())
     }
@@ -87,7 +87,7 @@ def one_expert(
 
     def exact(x: torch.Tensor) -> torch.Tensor:
         wide = x.double()
-        return (F.silu(wide @ sums["w1"].T) * (wide @ sums["w3"].T)) @ sums["w2"].T
+        return (F.silu(wide @ sums["gate"].T) * (wide @ sums["up"].T)) @ sums["down"].T
 
     return found, exact
 
@@ -117,8 +117,11 @@ def test_own_kernels_multiply_every_kind_at_any_size(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_whatever_it_is_computed_with(dtype: torch.dtype) -> None:
-    parts = [Part("w1", SIGN, 1, 3), *(Part("w1", LOW_RANK, bits, 21) for bits in LOW_RANK_BITS)]
-    parts += [Part("w2", SIGN, 1, 2), Part("w2", SIGN, 1, 5), Part("w2", LOW_RANK, 4, 9)]
+    parts = [
+        Part("gate", SIGN, 1, 3),
+        *(Part("gate", LOW_RANK, bits, 21) for bits in LOW_RANK_BITS),
+    ]
+    parts += [Part("down", SIGN, 1, 2), Part("down", SIGN, 1, 5), Part("down", LOW_RANK, 4, 9)]
     found, _ = one_expert(parts, 70, 150, dtype)
     x = noise(0, 23, 70).to(dtype)
     together = found(x)
@@ -134,15 +137,15 @@ def test_plain_operations_multiply_every_kind(
     """What runs on CUDA and without our kernels; a chunk of 100 numbers is a row or two."""
     monkeypatch.setattr(residuals, "CHUNK", chunk)
     for outputs, inputs in ((1, 1), (66, 31), (77, 45)):
-        shapes = {"w1": (outputs, inputs)}
-        part = Part("w1", kind, bits, size)
+        shapes = {"gate": (outputs, inputs)}
+        part = Part("gate", kind, bits, size)
         record = helpers.random_record([part], shapes, 1, 0.3)
         x, y = noise(3, 5, inputs), noise(4, 5, outputs)
         expected = (
             y.double()
-            + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["w1"])).double().T
+            + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["gate"])).double().T
         )
-        add_part(part, torch.from_numpy(record), shapes["w1"], x, y)
+        add_part(part, torch.from_numpy(record), shapes["gate"], x, y)
         torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
 
 
@@ -156,22 +159,22 @@ def test_a_whole_layer_adds_residuals_of_several_tenants(
     every expert."""
     own = kernels(dtype)
     inter, num_experts, num_tenants = 61, 4, 3
-    shapes = {"w1": (inter, hidden), "w3": (inter, hidden), "w2": (hidden, inter)}
+    shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
     experts = [
         {p: (noise(9 * e + i, *shapes[p]) * 0.2).to(dtype) for i, p in enumerate(PROJECTIONS)}
         for e in range(num_experts)
     ]
     packed = [[native.pack(e[p]) for p in residuals.PROJECTIONS] for e in experts]
     kinds = [
-        [Part("w1", SIGN, 1, 1), Part("w2", SIGN, 1, 7)],
+        [Part("gate", SIGN, 1, 1), Part("down", SIGN, 1, 7)],
         [
-            Part("w2", LOW_RANK, 4, 5),
-            Part("w3", LOW_RANK, 16, 9),
-            Part("w2", LOW_RANK, 2, 13),
-            Part("w3", SIGN, 1, 2),
+            Part("down", LOW_RANK, 4, 5),
+            Part("up", LOW_RANK, 16, 9),
+            Part("down", LOW_RANK, 2, 13),
+            Part("up", SIGN, 1, 2),
         ],
-        [Part("w3", LOW_RANK, 8, 1)],
-        [Part("w2", LOW_RANK, 32, 2)],
+        [Part("up", LOW_RANK, 8, 1)],
+        [Part("down", LOW_RANK, 32, 2)],
     ]
     made = {}
     rows = {}
@@ -203,8 +206,8 @@ def test_a_whole_layer_adds_residuals_of_several_tenants(
             e = int(ids[t, choice])
             more = made.get((int(tenant_of[t, 0]), e), {})
             w = {p: m.double() + more.get(p, 0) for p, m in experts[e].items()}
-            inner = F.silu(w["w1"] @ x[t].double()) * (w["w3"] @ x[t].double())
-            exact[t] += gates[t, choice].double() * (w["w2"] @ inner)
+            inner = F.silu(w["gate"] @ x[t].double()) * (w["up"] @ x[t].double())
+            exact[t] += gates[t, choice].double() * (w["down"] @ inner)
     tolerance = (
         {"atol": 0.04, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 2e-5, "rtol": 1e-5}
     )
@@ -224,18 +227,18 @@ CASES: dict[str, Callable[[int, int, int], Sequence[Part]]] = {
         for bits in LOW_RANK_BITS
     },
     "several parts": lambda t, _l, _e: [
-        Part("w2", LOW_RANK, 8, 2),
-        Part("w1", SIGN, 1, 4),
-        Part("w1", LOW_RANK, 4, 5),
-        Part("w2", LOW_RANK, 2, 11),
-        Part("w1", LOW_RANK, 16, 1),
+        Part("down", LOW_RANK, 8, 2),
+        Part("gate", SIGN, 1, 4),
+        Part("gate", LOW_RANK, 4, 5),
+        Part("down", LOW_RANK, 2, 11),
+        Part("gate", LOW_RANK, 16, 1),
     ],
     "some projections, tenants and experts": lambda t, layer, e: (
         [Part(PROJECTIONS[(t + e) % 3], *EVERY_KIND[(2 * t + e) % len(EVERY_KIND)])]
         if (t + layer + e) % 2
         else []
     ),
-    "one layer alone": lambda t, layer, _e: [Part("w3", SIGN, 1, 2)] if layer == 1 else [],
+    "one layer alone": lambda t, layer, _e: [Part("up", SIGN, 1, 2)] if layer == 1 else [],
 }
 
 

@@ -127,11 +127,11 @@ class GroupedPool(ExpertPool):
         """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is
         rows."""
         gate, up = self._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        add_residuals(residuals, "w1", x, gate)
-        add_residuals(residuals, "w3", x, up)
+        add_residuals(residuals, "gate", x, gate)
+        add_residuals(residuals, "up", x, up)
         inner = self.activation(gate) * up
         out = self._grouped_mm(inner, down.transpose(1, 2), offs=ends)
-        add_residuals(residuals, "w2", inner, out)
+        add_residuals(residuals, "down", inner, out)
         return out
 
     def forward(

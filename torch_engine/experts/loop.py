@@ -114,19 +114,19 @@ class LoopPool(CopyPool[_Expert]):
         return ResidentResiduals(plan.store, self.device)
 
     def _ready(self, copy: dict[str, Tensor]) -> _Expert:
-        gate_up = torch.cat((copy["w1"], copy["w3"])).to(self.device, self.dtype)
-        return _Expert(PlainWeight(gate_up), PlainWeight(copy["w2"].to(self.device, self.dtype)))
+        gate_up = torch.cat((copy["gate"], copy["up"])).to(self.device, self.dtype)
+        return _Expert(PlainWeight(gate_up), PlainWeight(copy["down"].to(self.device, self.dtype)))
 
     def _feed_forward(
         self, expert: _Expert, x: Tensor, residuals: Sequence[RowResidual] = ()
     ) -> Tensor:
         """[rows, H] -> [rows, H]. residuals: in rows of x."""
         gate, up = expert.gate_up.multiply(x).chunk(2, dim=-1)
-        add_residuals(residuals, "w1", x, gate)
-        add_residuals(residuals, "w3", x, up)
+        add_residuals(residuals, "gate", x, gate)
+        add_residuals(residuals, "up", x, up)
         inner = self.activation(gate).mul_(up)
         out = expert.down.multiply(inner)
-        add_residuals(residuals, "w2", inner, out)
+        add_residuals(residuals, "down", inner, out)
         return out
 
     def forward(

@@ -8,28 +8,20 @@ slot; one from S on says which tenant's own expert to fetch (S + tenant * E + ex
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from common.checkpoints import TensorRef
 from common.plan.plan import MISS, Plan
 from common.store import Store
 from torch_engine.experts.residuals import HeldResiduals
 from torch_engine.experts.routing import TokenTenants
+from torch_engine.layers.mlp import ACTIVATIONS
 from torch_engine.products import as_tensor
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 @dataclass

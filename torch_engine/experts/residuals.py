@@ -22,8 +22,7 @@ from torch_engine.products import as_tensor
 # Numbers that are expanded at once: 4 MiB of float32, beside megabytes that stay packed.
 CHUNK = 1 << 20
 
-# Mixtral's projections: gate, up and down.
-PROJECTIONS = ("w1", "w3", "w2")
+PROJECTIONS = ("gate", "up", "down")
 
 
 class HeldResiduals(Protocol):

@@ -12,9 +12,9 @@ from torch import Tensor
 def fill(gate_up: Tensor, down: Tensor, copy: dict[str, Tensor]) -> None:
     """Put a copy's matrices into its place in a pool: [2I, H] and [H, I]."""
     inter = len(gate_up) // 2
-    gate_up[:inter].copy_(copy["w1"])
-    gate_up[inter:].copy_(copy["w3"])
-    down.copy_(copy["w2"])
+    gate_up[:inter].copy_(copy["gate"])
+    gate_up[inter:].copy_(copy["up"])
+    down.copy_(copy["down"])
 
 
 class Staging:

@@ -152,8 +152,7 @@ def experts(
 def rms_norms(
     kernels: Kernels, x: Tensor, starts: np.ndarray, weights: Sequence[Tensor], eps: np.ndarray
 ) -> Tensor:
-    """`torch_engine.model.rms_norm` of several runs of rows, each with a weight and an epsilon of
-    its own.
+    """RMS norms of several runs of rows, each with a weight and an epsilon of its own.
 
     starts: int64 [runs + 1], where each run's rows begin. eps: float32 [runs].
     """
@@ -177,6 +176,7 @@ def decode_attention(
     block: int,
     lengths: np.ndarray,
     window: int | None,
+    scale: float,
 ) -> Tensor:
     """Attention of one new token a row, itself in the cache already: [B, N, D] -> [B, N * D].
 
@@ -184,6 +184,7 @@ def decode_attention(
         keys, values: a layer's cache [tokens, groups * D or more], the last axis contiguous.
         tables: for each row int64, the numbers of its blocks of `block` tokens.
         lengths: int64 [B].
+        scale: of the products of queries and keys.
     """
     rows, heads, size = q.shape
     lengths = np.ascontiguousarray(lengths)
@@ -193,6 +194,6 @@ def decode_attention(
         kernels.threads(), _TYPES[q.dtype], q.data_ptr(), q.stride(0), keys.data_ptr(),
         values.data_ptr(), keys.stride(0), places.ctypes.data, block, rows, groups,
         heads // groups, size, lengths.ctypes.data,
-        int(lengths.max()) if window is None else window, size**-0.5, out.data_ptr(),
+        int(lengths.max()) if window is None else window, scale, out.data_ptr(),
     )  # fmt: skip
     return out

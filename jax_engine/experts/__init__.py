@@ -1,0 +1,1 @@
+"""Experts: the router, the pool of copies, and tokens through it."""

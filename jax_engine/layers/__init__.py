@@ -1,0 +1,1 @@
+"""Layers of the model: what a tenant has of its own."""

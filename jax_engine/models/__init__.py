@@ -1,0 +1,1 @@
+"""The model in Flax NNX, built from a shape and filled by roles."""

@@ -1,0 +1,1 @@
+"""Steps: what is compiled, and the sequences that are advanced."""

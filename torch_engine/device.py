@@ -1,0 +1,87 @@
+"""What the machine decides: device, type of numbers, how matrices are kept, room for caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from common.errors import EngineError
+from common.store import Store
+from torch_engine import native
+
+# What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded,
+# and on a CPU at most this many bytes.
+CPU_CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 4 << 30
+CUDA_CACHE_SHARE = 0.8  # the rest is for activations
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise EngineError(
+            f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices, "
+            "use cpu"
+        )
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def find_dtype(wanted: str, store: Store, device: torch.device) -> torch.dtype:
+    name = store.dtype if wanted == "auto" else wanted
+    if name == "float16" and device.type == "cpu":
+        if wanted != "auto":
+            raise EngineError(
+                "float16 is not computed on a CPU; use float32 (which holds every float16 value) "
+                "or bfloat16"
+            )
+        name = "float32"
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The first of native and plain that works for this type on this device, if none is asked
+    for."""
+    works = ["plain"]
+    if device.type == "cpu" and native.load(dtype) is not None:
+        works.insert(0, "native")
+    if wanted not in ("auto", *works):
+        raise EngineError(
+            f"products={wanted!r} does not work for {dtype} on {device} here; use auto or "
+            f"{works[0]}"
+        )
+    return works[0] if wanted == "auto" else wanted
+
+
+def products_name(products: str, dtype: torch.dtype) -> str:
+    """Who multiplies, as `stats` says it."""
+    if products == "native":
+        kernels = native.load(dtype)
+        assert kernels is not None
+        return f"own kernels ({kernels.target})"
+    return "torch"
+
+
+def free_cache_bytes(device: torch.device) -> int:
+    """What caches may take of the memory that is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(CUDA_CACHE_SHARE * free)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
+    except (OSError, StopIteration):
+        return CPU_CACHE_BYTES
+    return min(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * available))

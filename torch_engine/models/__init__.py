@@ -1,0 +1,1 @@
+"""Shapes of models that the engine computes."""

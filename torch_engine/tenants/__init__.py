@@ -1,0 +1,1 @@
+"""Tenants' non-expert weights, and making them the ones in use (reconfiguration)."""
