@@ -1,8 +1,8 @@
 """Which way to multiply is fastest on a CPU? Rates of reading weights, by number of rows.
 
 plain: torch's `F.linear`. oneDNN: torch's product with weights reordered once. own: our kernels
-with weights packed once. Each way goes through a chain of matrices larger than the caches, in turn. The
-floor for few rows is the bandwidth of a plain read, for many rows the rate of arithmetic.
+with weights packed once. Each way goes through a chain of matrices larger than the caches, in turn.
+The floor for few rows is the bandwidth of a plain read, for many rows the rate of arithmetic.
 
 The second table has whole experts, `down(silu(gate x) * (up x))`: own is one call a layer.
 """
