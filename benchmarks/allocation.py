@@ -1,11 +1,9 @@
-"""Planning at the size of large models: seconds for candidates, residual curves and allocation, and
-how good plans are.
+"""How long do candidates, residual curves and allocation take for thousands of positions?
 
 No model is read: losses are squared distances of random points, one a tenant, and spectra fall off
 at random rates, so that positions and tenants differ. Losses and spectra themselves are not timed:
 reading and decomposing weights is `moetel build`'s work and grows with the weights. The gap is the
-plan's predicted loss over the bound that no plan of the same candidates can pass. On small cases
-plans are compared with the best of all, found by trying everything.
+plan's predicted loss over the bound that no plan of the same candidates can pass.
 """
 
 from __future__ import annotations
@@ -89,41 +87,6 @@ def spectra(case: Case, rng: np.random.Generator) -> list[list[Spectrum]]:
     return found
 
 
-def exact(
-    configs: list[list[Config]], drawn: list[list[list[Curve]]], case: Case, budget: float
-) -> float:
-    """The least mean loss within a budget, over every configuration and every point of every
-    curve."""
-    frontier = np.zeros((1, 2))  # (bytes, loss), rising and falling
-    for p, row in enumerate(configs):
-        options = []
-        for config in row:
-            partial = np.array([[len(config.mixes) * float(case.copy_bytes), 0.0]])
-            for t, loss in enumerate(config.losses):
-                one = drawn[config.curve][p][t]
-                points = np.unique(
-                    np.stack([np.append(one.nbytes, 0), np.append(one.left, 1)], axis=1), axis=0
-                )
-                partial = _front(_sums(partial, points * [1, loss / case.tenants]))
-            options.append(partial)
-        frontier = _front(_sums(frontier, np.concatenate(options)))
-        frontier = frontier[frontier[:, 0] <= budget]
-    return float(frontier[-1, 1])
-
-
-def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    sums: np.ndarray = (a[:, None] + b[None]).reshape(-1, 2)
-    return sums
-
-
-def _front(points: np.ndarray) -> np.ndarray:
-    """Points without those that another is no dearer and no worse than."""
-    points = points[np.lexsort((points[:, 1], points[:, 0]))]
-    least = np.minimum.accumulate(points[:, 1])
-    front: np.ndarray = points[np.append(True, points[1:, 1] < least[:-1])]
-    return front
-
-
 def candidates(case: Case, rng: np.random.Generator) -> list[list[Config]]:
     """As a policy that merges has them: mixtures for every number of groups, and the best single
     copy of a tenant."""
@@ -167,48 +130,6 @@ def plans(case: Case, seed: int, shares: list[float], curve_sets: int) -> dict[s
     return row
 
 
-def small_cases(count: int) -> list[dict[str, Any]]:
-    """Plans of four positions and three tenants against the best of all."""
-    case = Case(1, 4, 3, 32, 64)
-    traffic = np.full(3, 1 / 3)
-    rows = []
-    for share in (0.05, 0.15, 0.4, 1.0):
-        over, under = [], []
-        for seed in range(count):
-            rng = np.random.default_rng(seed)
-            configs = candidates(case, rng)
-            # A few of each curve's points, so that everything can be tried.
-            drawn = []
-            for _ in range(2):
-                flat = curves([s for _ in range(4) for s in spectra(case, rng)], KINDS, ITEMSIZE)
-                flat = [Curve(*(_coarse(v) for v in (c.nbytes, c.left))) for c in flat]
-                drawn.append([flat[i : i + 3] for i in range(0, 12, 3)])
-            budget = int(4 * case.copy_bytes * (1 + share))
-            made = Allocator(configs, drawn, traffic, case.copy_bytes).allocate(budget)
-            best = exact(configs, drawn, case, budget)
-            over.append(float((made.losses @ traffic).sum()) / best)
-            under.append(made.bound / best)
-        if min(over) < 1 - 1e-9 or max(under) > 1 + 1e-9:
-            raise AssertionError(
-                f"at {share:.0%}: a plan is better than the best, or a bound is none"
-            )
-        rows.append(
-            {
-                "extra": f"{share:.0%}",
-                "plan / best": Spread.of(over),
-                "bound / best": Spread.of(under),
-            }
-        )
-    return rows
-
-
-def _coarse(values: np.ndarray) -> np.ndarray:
-    """Every eighth point in place of its neighbours."""
-    return np.asarray(
-        values[np.minimum(len(values) - 1, (np.arange(len(values)) // 8 + 1) * 8 - 1)]
-    )
-
-
 def parse_case(text: str) -> tuple[int, int, int]:
     try:
         layers, experts, tenants = (int(n) for n in text.split("x"))
@@ -219,7 +140,7 @@ def parse_case(text: str) -> tuple[int, int, int]:
     return layers, experts, tenants
 
 
-def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_output(parser)
     parser.add_argument(
@@ -231,9 +152,6 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
     parser.add_argument(
         "--curve-sets", type=int, default=2, choices=(2, 3), help="3: as with calibration"
     )
-    parser.add_argument(
-        "--small-cases", type=int, default=20, help="compared with the best of all plans"
-    )
     args = parser.parse_args(argv)
     gaps = [f"gap at {share:.0%}" for share in args.extra]
     steps = ("candidates, s", "curves, s", "set up, s", "allocation, s")
@@ -244,14 +162,8 @@ def main(argv: list[str] | None = None) -> list[list[dict[str, Any]]]:
         layers, experts, tenants = sizes
         case = Case(layers, experts, tenants, args.hidden_size, args.intermediate_size)
         report.add(**plans(case, 0, args.extra, args.curve_sets))
-    small = Report("Small cases", ("extra", "plan / best", "bound / best"))
-    small.note(
-        f"{args.small_cases} random cases of 4 positions and 3 tenants, against trying everything"
-    )
-    for row in small_cases(args.small_cases):
-        small.add(**row)
-    write_output(args, [report, small], "Planning of large models")
-    return [report.rows, small.rows]
+    write_output(args, [report], "Planning of large models")
+    return report.rows
 
 
 if __name__ == "__main__":

@@ -29,17 +29,15 @@ from benchmarks.common import (
     add_output,
     clock_of,
     machine,
-    matmul_rate,
-    memory_bandwidth,
     peak_rss_gib,
     ratios,
     take_clock,
     write_output,
 )
-from benchmarks.driving import Driven, Ours, in_turn, timed
+from benchmarks.driving import Driven, Ours, add_engine, in_turn, open_engine, rates, timed
 from benchmarks.material.random_models import write_random
 from benchmarks.material.shape import Shape, add_model, shape_of
-from common import Engine, build_store, load_engine
+from common import Engine, build_store
 
 COLUMNS = (
     "what",
@@ -144,14 +142,7 @@ def compare(
     stats = engine.stats()
     report.note(f"{shape}; {args.dtype}, {args.device}; {stats['experts']}, {stats['products']}")
     report.note(difference_of_logits(engine, model, ids(1, 16)))
-    bandwidth = memory_bandwidth(args.bandwidth_bytes, clock=clock, device=args.device)
-    # Sums of Switch are float32 whatever its weights are.
-    kind = torch.float32 if args.family == "switch" else getattr(torch, args.dtype)
-    peak = matmul_rate(kind, args.product_size, clock, args.device)
-    report.note(
-        f"memory read {bandwidth / 1e9:.1f} GB/s, {kind} matrix product {peak / 1e9:.0f} GFLOP/s, "
-        "both of torch in this run"
-    )
+    limits = rates(args, report, clock)
     itemsize = getattr(torch, args.dtype).itemsize
     _, peer = PEERS[args.family]
     cells = [(f"first token, prompt {n}, ms", 1, n, 0) for n in args.prefill]
@@ -169,9 +160,9 @@ def compare(
         times = in_turn(sides, args.repeats, lambda side: measure(side)[part])  # noqa: B023
         best = min(peer.IMPLEMENTATIONS, key=lambda side: Spread.of(times[side]).median)
         read = shape.step_weights(hit if steps else of_prompt) * itemsize
-        floor = read / bandwidth
+        floor = read / limits.bandwidth
         if not steps:
-            floor = max(floor, shape.prompt_flops(prompt) / peak)
+            floor = max(floor, shape.prompt_flops(prompt) / limits.peak)
         shown = {
             side: Spread.of([batch / t for t in times[side]])
             if steps
@@ -202,37 +193,18 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model(parser, mixtral={"num_hidden_layers": 16})
     add_output(parser)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="default: mixtral bfloat16, switch float32"
-    )
-    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
-    parser.add_argument("--threads", type=int, help="torch's; default: its own choice")
+    add_engine(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 256])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=20, help="tokens before decoding")
     parser.add_argument("--new-tokens", type=int, default=25)
-    parser.add_argument(
-        "--scratch", help="folder for the random checkpoint and its store (two times its size)"
-    )
-    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
-    parser.add_argument(
-        "--product-size",
-        type=int,
-        default=2048,
-        help="of the square product whose rate is the limit",
-    )
     take_clock(parser)
-    args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.family == "mixtral" else "float32")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = options(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     shape = shape_of(args)
     report = Report("This engine beside transformers", COLUMNS)
     report.note(machine())
@@ -240,7 +212,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         checkpoint = write_random(Path(scratch) / "checkpoint", shape.config, args.dtype)
         store = build_store(Path(scratch) / "store", {"tenant": checkpoint}, slots="all")
         peer, _ = PEERS[args.family]
-        with load_engine(store, device=args.device, products=args.products) as engine:
+        with open_engine(store, args) as engine:
             model = peer.from_pretrained(checkpoint, dtype=getattr(torch, args.dtype))
             compare(args, shape, report, engine, model.to(args.device).eval())
     write_output(args, [report], f"Decoding beside transformers, {args.family}")

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from benchmarks.common import Clock
+from benchmarks.common import Clock, Report, matmul_rate, memory_bandwidth
+from common import Engine, Store, load_engine
 from common.serving.backend import Backend, Row
 
 NEW_TOKENS = 64  # what caches are told to expect
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Where and how the engine runs, and from what its floors are measured."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
+    parser.add_argument("--threads", type=int, help="torch's; default: its own choice")
+    parser.add_argument("--scratch", help="folder for random checkpoints and their stores")
+    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30, help="of the plain read")
+    parser.add_argument("--product-size", type=int, default=2048, help="of the square product")
+
+
+def open_engine(store: Store, args: argparse.Namespace, **options: Any) -> Engine:
+    """The engine that is asked for."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return load_engine(store, device=args.device, products=args.products, **options)
+
+
+def rates(args: argparse.Namespace, report: Report, clock: Clock = time.perf_counter) -> Rates:
+    """What the device can do, measured now."""
+    # Sums of the encoder-decoder are float32 whatever its weights are.
+    dtype = torch.float32 if args.family == "switch" else getattr(torch, args.dtype)
+    found = Rates(
+        memory_bandwidth(args.bandwidth_bytes, clock=clock, device=args.device),
+        matmul_rate(dtype, args.product_size, clock, args.device),
+    )
+    report.note(
+        f"memory read {found.bandwidth / 1e9:.1f} GB/s, {dtype} matrix product "
+        f"{found.peak / 1e9:.0f} GFLOP/s, both of torch in this run"
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """bandwidth: bytes a second of a plain read. peak: operations a second of a large product."""
+
+    bandwidth: float
+    peak: float
 
 
 class Driven(Protocol):

@@ -28,15 +28,14 @@ from benchmarks.common import (
     Spread,
     add_output,
     machine,
-    memory_bandwidth,
     peak_rss_gib,
     ratios,
     write_output,
 )
-from benchmarks.driving import Ours, in_turn, timed
+from benchmarks.driving import Ours, add_engine, in_turn, open_engine, rates, timed
 from benchmarks.material.random_models import write_random
 from benchmarks.material.shape import Shape, add_model, shape_of
-from common import build_store, load_engine
+from common import build_store
 from common.serving.backend import Backend
 
 COLUMNS = (
@@ -114,10 +113,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     add_model(parser)
     add_output(parser)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
-    parser.add_argument("--threads", type=int, help="torch's; default: its own choice")
+    add_engine(parser)
     parser.add_argument("--tenants", type=int, default=4, help="at least 2")
     parser.add_argument(
         "--equal", nargs="*", default=[], metavar="PART", help="tensors that all tenants have equal"
@@ -128,15 +124,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=6, help="of a measurement")
     parser.add_argument("--repeats", type=int, default=9, help="measurements of each side")
     parser.add_argument("--prompt", type=int, default=20, help="tokens before decoding")
-    parser.add_argument(
-        "--scratch", help="folder for the random tenants and their store (two times their size)"
-    )
-    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
     args = parser.parse_args(argv)
     if args.tenants < 2 or any(rows % args.tenants for rows in args.batch):
         parser.error("give at least 2 tenants, and batches that are multiples of their number")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     shape = shape_of(args)
     report = Report("Several tenants in one batch beside one tenant", COLUMNS)
     report.note(machine())
@@ -153,7 +143,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             for i in range(args.tenants)
         }
         store = build_store(Path(scratch) / "store", paths, policy="round_robin")
-        with load_engine(store, device=args.device, products=args.products) as engine:
+        with open_engine(store, args) as engine:
             stats = engine.stats()
             report.note(f"{shape}; {args.dtype}; {stats['experts']}, {stats['products']}")
             if args.equal:
@@ -161,8 +151,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 report.note(
                     f"equal: {', '.join(args.equal)}; non-expert weights of all tenants {size}"
                 )
-            bandwidth = memory_bandwidth(args.bandwidth_bytes, device=args.device)
-            report.note(f"memory read {bandwidth / 1e9:.1f} GB/s (torch, this run)")
+            bandwidth = rates(args, report).bandwidth
             for rows in args.batch:
                 compare(
                     report,

@@ -22,13 +22,12 @@ from benchmarks.common import (
     Spread,
     add_output,
     machine,
-    memory_bandwidth,
     write_output,
 )
-from benchmarks.driving import idle
+from benchmarks.driving import add_engine, idle, open_engine, rates
 from benchmarks.material.random_models import write_random
 from benchmarks.material.shape import add_model, shape_of
-from common import build_store, load_engine
+from common import build_store
 from common.serving.backend import Row
 from common.serving.engine import Engine
 
@@ -88,13 +87,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         switch={"d_ff": 256},
     )
     add_output(parser)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_engine(parser)
     parser.add_argument("--tenants", type=int, default=3, help="at least 2")
     parser.add_argument("--switches", type=int, default=12)
     parser.add_argument("--prompt", type=int, default=20, help="tokens of each prompt")
-    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
-    parser.add_argument("--scratch", help="folder for the random tenants and their store")
     args = parser.parse_args(argv)
     if args.tenants < 2:
         parser.error("--tenants must be at least 2: a switch needs another tenant")
@@ -103,8 +99,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     report = Report("Tenant switch (reconfiguration)", COLUMNS)
     report.note(machine())
     report.note(f"{args.tenants} tenants, {shape}, {args.dtype}; prompts of {args.prompt} tokens")
-    bandwidth = memory_bandwidth(args.bandwidth_bytes, device=args.device)
-    report.note(f"memory read {bandwidth / 1e9:.1f} GB/s (torch, this run)")
+    rates(args, report)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
         names = [f"tenant{i}" for i in range(args.tenants)]
@@ -114,7 +109,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             policy="round_robin",
         )
         modes = {
-            ready: Mode(load_engine(store, device=args.device, ready_tenants=ready))
+            ready: Mode(open_engine(store, args, ready_tenants=ready))
             for ready in (args.tenants, 1)
         }
         for turn in range(args.switches + args.tenants):

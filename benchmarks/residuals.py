@@ -21,23 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.common import (
     Report,
     Spread,
     add_output,
     machine,
-    matmul_rate,
-    memory_bandwidth,
     peak_rss_gib,
     ratios,
     write_output,
 )
-from benchmarks.driving import Ours, in_turn, timed
+from benchmarks.driving import Ours, add_engine, in_turn, open_engine, rates, timed
 from benchmarks.material.random_models import write_random
 from benchmarks.material.shape import Shape, add_model, shape_of
-from common import Store, build_store, load_engine
+from common import Store, build_store
 from common.dtypes import BFLOAT16, BY_NAME
 from common.plan.residual import LOW_RANK, SIGN, Part, Residual, row_bytes
 from common.store.change import set_plan
@@ -113,16 +110,8 @@ def build(folder: Path, shape: Shape, args: argparse.Namespace) -> tuple[Store, 
 
 
 def compare(args: argparse.Namespace, shape: Shape, stores: tuple[Store, ...], out: Report) -> None:
-    bandwidth = memory_bandwidth(args.bandwidth_bytes, device=args.device)
-    kind = torch.float32 if args.family == "switch" else getattr(torch, args.dtype)
-    peak = matmul_rate(kind, args.product_size, device=args.device)
-    out.note(
-        f"memory read {bandwidth / 1e9:.1f} GB/s, {kind} matrix product {peak / 1e9:.0f} GFLOP/s, "
-        "of torch in this run"
-    )
-    plain, with_them = (
-        load_engine(store, device=args.device, products=args.products) for store in stores
-    )
+    limits = rates(args, out)
+    plain, with_them = (open_engine(store, args) for store in stores)
     stats = with_them.stats()
     out.note(
         f"{stats['experts']}, {stats['products']}; pool {stats['pool_bytes'] / 1e6:.0f} MB, "
@@ -147,9 +136,9 @@ def compare(args: argparse.Namespace, shape: Shape, stores: tuple[Store, ...], o
             extra = Residual(0, 0, 0, parts).nbytes(shapes)
             hit = hits[case][0 if steps else 2]
             read = shape.step_weights(hit) * itemsize + shape.sparse_layers * hit * extra
-            floor = read / bandwidth
+            floor = read / limits.bandwidth
             if not steps:
-                floor = max(floor, shape.prompt_flops(prompt) / peak)
+                floor = max(floor, shape.prompt_flops(prompt) / limits.peak)
             spread = Spread.of(times[case])
             share = extra / (shape.expert_weights * itemsize)
             out.add(
@@ -172,29 +161,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     # Six layers: far more than the caches hold, in a minute's writing.
     add_model(parser, mixtral={"num_hidden_layers": 6})
     add_output(parser)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
-    parser.add_argument("--threads", type=int, help="torch's; default: its own choice")
+    add_engine(parser)
     parser.add_argument("--share", type=float, default=0.03, help="low rank's bytes, of a copy's")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--prefill", type=int, nargs="*", default=[128])
     parser.add_argument("--prompt", type=int, default=32, help="tokens before decoding")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument(
-        "--scratch", help="folder for the random checkpoint and its stores (three times its size)"
-    )
-    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30)
-    parser.add_argument(
-        "--product-size",
-        type=int,
-        default=2048,
-        help="of the square product whose rate is the limit",
-    )
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     shape = shape_of(args)
     report = Report("Residuals: with and without", COLUMNS)
     report.note(machine())

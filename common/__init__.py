@@ -1,6 +1,7 @@
 """The shared core of Moetel. Imports neither jax nor torch."""
 
 from common.build.build import add_tenant, build_store, remove_tenant
+from common.build.examples import CalibrationSet
 from common.build.extend import extend_store
 from common.errors import (
     CheckpointError,
@@ -24,6 +25,7 @@ from common.store import Store
 from common.version import __version__
 
 __all__ = [
+    "CalibrationSet",
     "CheckpointError",
     "Copy",
     "DeadlineError",

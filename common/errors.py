@@ -39,8 +39,9 @@ class UnknownTenantError(RequestError, KeyError):
 class OverloadedError(RequestError):
     """Too many requests wait already.
 
-    waiting: how many; retry_after_s: seconds after which there is likely room, None if nothing is
-        known.
+    Attributes:
+        waiting: how many.
+        retry_after_s: seconds after which there is likely room, None if nothing is known.
     """
 
     def __init__(self, message: str, waiting: int, retry_after_s: float | None = None):
@@ -49,7 +50,11 @@ class OverloadedError(RequestError):
 
 
 class DeadlineError(RequestError):
-    """A request's deadline passed before its answer was whole. generation: what there was of it."""
+    """A request's deadline passed before its answer was whole.
+
+    Attributes:
+        generation: what there was of it.
+    """
 
     def __init__(self, message: str, generation: object = None):
         super().__init__(message)

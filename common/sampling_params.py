@@ -23,31 +23,33 @@ FLAG = Bound(choices=(True, False))
 class SamplingParams:
     """How to continue a prompt. Names and meanings are those of vLLM and Hugging Face.
 
-    max_new_tokens: upper bound of new tokens; the context length bounds it too.
-    temperature: 0 is greedy; above 0 the logits are divided by it and a token is drawn.
-    top_k: draw among the k most probable tokens; 0 or -1: all.
-    top_p: draw among the most probable tokens whose probabilities sum to at least top_p; 1: all.
-    seed: makes the draws of this request repeatable; None draws differently each time.
-    stop: strings that end the answer (None: none); they are not part of its text.
-    stop_token_ids: token ids that end the answer, beside the end-of-sequence ids of the tenant's
-        generation config.
-    ignore_eos: go on after an end-of-sequence token.
-    skip_special_tokens: leave special tokens out of the text. A stop string that is one of them
-        ends the answer still.
-    include_stop_str_in_output: keep the stop string, or stop token, that ends the answer in its
-        text.
-    min_p: draw among the tokens that are at least min_p times as probable as the most probable one;
-        0: all.
-    min_tokens: no token ends the answer before it has so many; a stop string still does.
-    presence_penalty, frequency_penalty: taken from the logits of tokens that the answer holds,
-        once, and as often as it holds them (OpenAI's). repetition_penalty: positive logits of
-        tokens in prompt and answer are divided by it, negative ones multiplied (arXiv 1909.05858);
-        1: none.
-    logit_bias: token id -> what is added to its logit.
-    logprobs: give each token's log probability, and those of so many most probable ones; None:
-        none. They are the model's own, before anything above changes them, as in vLLM.
+    Attributes:
+        max_new_tokens: upper bound of new tokens; the context length bounds it too.
+        temperature: 0 is greedy; above 0 the logits are divided by it and a token is drawn.
+        top_k: draw among the k most probable tokens; 0 or -1: all.
+        top_p: draw among the most probable tokens whose probabilities sum to at least top_p.
+        seed: makes the draws of this request repeatable; None draws differently each time.
+        stop: strings that end the answer; they are not part of its text.
+        stop_token_ids: token ids that end the answer, beside the end-of-sequence ids of the
+            tenant's generation config.
+        ignore_eos: go on after an end-of-sequence token.
+        min_p: draw among the tokens that are at least min_p times as probable as the most probable
+            one.
+        min_tokens: no token ends the answer before it has so many; a stop string still does.
+        presence_penalty: taken once from the logits of tokens that the answer holds (OpenAI's).
+        frequency_penalty: taken from them as often as the answer holds them (OpenAI's).
+        repetition_penalty: positive logits of tokens in prompt and answer are divided by it,
+            negative ones multiplied (arXiv 1909.05858); 1: none.
+        logit_bias: token id -> what is added to its logit.
+        logprobs: give each token's log probability, and those of so many most probable ones. They
+            are the model's own, before anything above changes them, as in vLLM.
+        skip_special_tokens: leave special tokens out of the text. A stop string that is one of them
+            ends the answer still.
+        include_stop_str_in_output: keep the stop string, or stop token, that ends the answer in its
+            text.
 
-    Raises RequestError for a value out of range.
+    Raises:
+        RequestError: a value is out of range.
     """
 
     max_new_tokens: int = bounded(128, Bound(whole=True, low=1))

@@ -31,6 +31,7 @@ def _check_common() -> None:
 _check_common()
 
 from common import (  # noqa: E402
+    CalibrationSet,
     CheckpointError,
     Copy,
     DeadlineError,
@@ -59,6 +60,7 @@ from common import (  # noqa: E402
 )
 
 __all__ = [
+    "CalibrationSet",
     "CheckpointError",
     "Copy",
     "DeadlineError",

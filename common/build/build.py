@@ -63,21 +63,23 @@ def build_store(
 ) -> Store:
     """Build a store from checkpoints, replacing the store at `path` if there is one.
 
-    tenants: name -> checkpoint directory, in the order that the plan counts them.
-    policy: one of `common.planning.policies.POLICIES`; docs/consolidation.md compares them.
-    slots: resident copies, nothing beside them; "all" shares nothing but identical experts.
-    budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the
-        store's type.
-    extra: bytes beyond one copy a position, as a share of one model's expert bytes. Without any of
-        the three: one copy a position and, if the policy can use it, `DEFAULT_EXTRA` for each
-            tenant.
-    calibration: tenant -> examples of its use, measured with the family's engine before planning,
-        and kept.
-    traffic: tenant -> how many requests it has where a tenant that is not named has one.
-    configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none; see
-        `open_checkpoint`.
-    dtype: the store's type; auto is that of all tensors of all tenants if they agree, else float32:
-        nothing is rounded.
+    Of `slots`, `budget_bytes` and `extra` at most one is given. Without any there is one copy a
+    position and, if the policy can use it, `DEFAULT_EXTRA` for each tenant.
+
+    Args:
+        tenants: name -> checkpoint directory, in the order that the plan counts them.
+        policy: a name of `POLICIES` in common/planning/policies.py; docs/consolidation.md compares
+            them.
+        slots: resident copies, nothing beside them; "all" shares nothing but identical experts.
+        budget_bytes: device bytes for copies, residuals and one tenant's non-expert weights, in the
+            store's type.
+        extra: bytes beyond one copy a position, as a share of one model's expert bytes.
+        calibration: tenant -> examples of its use, measured with the family's engine before
+            planning, and kept.
+        traffic: tenant -> how many requests it has where a tenant that is not named has one.
+        dtype: the store's type; auto is that of all tensors of all tenants if they agree, else
+            float32, so that nothing is rounded.
+        configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
@@ -144,7 +146,9 @@ def add_tenant(
     """Add a tenant and plan again with the settings that the store was built with; `extend_store`
     keeps the plan.
 
-    config: as for `build_store`. calibration: examples of the new tenant's use.
+    Args:
+        config: config.json of a T5X or Orbax checkpoint, which holds none.
+        calibration: examples of the new tenant's use.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
@@ -201,8 +205,8 @@ def remove_tenant(
 ) -> Store:
     """Remove a tenant, free what only it used, and plan again.
 
-    keep_plan: do not plan again; what other tenants are served stays bit for bit. Copies that serve
-        none of them are dropped, and slots are numbered anew in the same order.
+    With `keep_plan` what other tenants are served stays bit for bit. Copies that serve none of them
+    are dropped, and slots are numbered anew in the same order.
 
     Raises UnknownTenantError, StoreError; the store is then as it was.
     """

@@ -49,7 +49,8 @@ def refused_pair(value: Mapping[str, Any]) -> str | None:
 class CalibrationSet:
     """Examples of one tenant's use. Where an answer is None, the tenant's own greedy one is taken.
 
-    max_new_tokens: longest answer that is generated.
+    Attributes:
+        max_new_tokens: longest answer that is generated.
     """
 
     examples: tuple[Example, ...]

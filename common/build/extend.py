@@ -30,19 +30,19 @@ def extend_store(
     extra: float | None = None,
     progress: Progress = silent,
 ) -> Store:
-    """Add a tenant beside the plan: copies, slots and what other tenants are served stay bit for
-    bit.
+    """Add a tenant beside the plan; what other tenants are served stays bit for bit.
 
     The tenant is served by the resident copy nearest to its own expert, and misses where there is
-    none.
-    config: as for `build_store`.
-    extra: bytes for residuals of its own, as a share of one model's expert bytes. Without it what
-        each planned tenant
-        had: `DEFAULT_EXTRA` or its part of the store's own share, and no more than is left of a
-        budget; nothing where the policy has no use for it or slots were given.
+    none. A later `replan`, `add_tenant` or `remove_tenant` plans anew for all.
 
-    A later `replan`, `add_tenant` or `remove_tenant` plans anew for all. Raises CheckpointError,
-    PlanError or StoreError; the store is then as it was.
+    Args:
+        config: config.json of a T5X or Orbax checkpoint, which holds none.
+        extra: bytes for residuals of its own, as a share of one model's expert bytes. Without it
+            what each planned tenant had: `DEFAULT_EXTRA` or its part of the store's own share, and
+            no more than is left of a budget; nothing where the policy has no use for it or slots
+            were given.
+
+    Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
     if extra is not None:
         check_extra(extra)

@@ -27,11 +27,11 @@ tenant any more."""
 
 @dataclass(frozen=True)
 class Copy:
-    """One resident copy: the weights that tenant number `owner` has at (layer, expert), or merged
-    ones.
+    """One resident copy: what tenant number `owner` has at (layer, expert), or merged weights.
 
-    mix: of a merged copy that is a weighted sum of tenants' weights, the weight of each tenant;
-        else empty.
+    Attributes:
+        owner: -2 (`MERGED`) for merged weights.
+        mix: of a weighted sum of tenants' weights, the weight of each tenant; else empty.
     """
 
     layer: int
@@ -44,12 +44,13 @@ class Copy:
 class Plan:
     """Which copies are resident and which copy serves each tenant at each position. Immutable.
 
-    tenants: in the order they were given to build; `owner` and the first axis of `serving` index
-        them.
-    copies: the resident copies; a copy's index is its slot in the whole pool.
-    serving: int32 [tenants, layers, experts], index into `copies`, -1 where the tenant misses.
-    residuals: what tenants add to the copies that serve them, at most one for a tenant and
-        position.
+    Attributes:
+        tenants: in the order that they were built; `owner` and the first axis of `serving` index
+            them.
+        copies: the resident copies; a copy's index is its slot in the whole pool.
+        serving: int32 [tenants, layers, experts], index into `copies`, -1 where the tenant misses.
+        residuals: what tenants add to the copies that serve them, at most one for a tenant and
+            position.
     """
 
     policy: str
@@ -126,8 +127,7 @@ class Plan:
 
     @property
     def owner(self) -> np.ndarray:
-        """int [layers, experts]: the tenant whose copy is resident, -1 where none is, -2 (`MERGED`)
-        for a merged one.
+        """int [layers, experts]: whose copy is resident, -1: none, -2 (`MERGED`): a merged one.
 
         Raises PlanError if a position has several copies; `copies` and `serving` are the general
         form.
@@ -227,7 +227,9 @@ class Plan:
 def plan_all(contents: ArrayLike, tenants: Sequence[str]) -> Plan:
     """Every tenant keeps its own copies; copies that are bit for bit the same are kept once.
 
-    contents: int [tenants, layers, experts]; equal numbers at a position mean equal weights.
+    Args:
+        contents: int [tenants, layers, experts]; equal numbers at a position mean equal weights.
+        tenants: their names, in order.
     """
     groups = np.asarray(contents)
     if groups.ndim != 3 or groups.shape[0] != len(tenants):

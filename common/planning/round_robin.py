@@ -20,14 +20,15 @@ def plan_round_robin(
     """The paper's layout: one copy a position, most similar positions first, owners in turn
     (Algorithm 1).
 
-    distance: [layers, experts], a position's score (the sum over all pairs of tenants, see
-        `Distances.score`).
-    tenants: their names in order, or their number.
-    slots: number of resident copies, at most layers * experts; None: every position.
-
     Positions are sorted by score ascending, stable, ties in row-major order; position number i of
-    that order gets the copy of tenant i mod T, for i < slots. Raises PlanError for a score that is
-    not a number or slots out of range.
+    that order gets the copy of tenant i mod T, for i < slots.
+
+    Args:
+        distance: [layers, experts], a position's score: the sum over all pairs of tenants.
+        tenants: their names in order, or their number.
+        slots: number of resident copies, at most layers * experts; None: every position.
+
+    Raises PlanError for a score that is not a number or slots out of range.
     """
     score = np.asarray(distance, dtype=np.float64)
     if score.ndim != 2 or score.size == 0:

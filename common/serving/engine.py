@@ -39,16 +39,16 @@ GREEDY = SamplingParams()
 
 
 class Engine:
-    """Answers for every tenant of a store. Make one with `load_engine`; a context manager, or call
-    `close()`.
+    """Answers for every tenant of a store.
 
-    `generate`, `generate_batch` and `stream` run requests to their end. `submit`, `step` and
-    `cancel` are what a server drives them with; `common.serving.AsyncEngine` does so in a thread.
-    Not for use by several threads at once.
+    Make one with `load_engine`, and use it in a `with` statement or call `close()`. `generate`,
+    `generate_batch` and `stream` run requests to their end. `submit`, `step` and `cancel` are what
+    a server drives them with; `AsyncEngine` in common/serving/async_engine.py does so in a thread.
+    An engine is for one thread at a time.
     """
 
     def __init__(self, store: Store, backend: Backend, options: SchedulerOptions | None = None):
-        """options: how requests share steps. Raises EngineError, UnknownTenantError."""
+        """Raises EngineError, or UnknownTenantError for options of a tenant that is not there."""
         self.store = store
         self.options = options or SchedulerOptions()
         self.options.check_tenants(store.tenants)
@@ -92,6 +92,7 @@ class Engine:
 
     @property
     def plan(self) -> Plan:
+        """Which copies are resident, and which of them serves whom."""
         return self.store.plan
 
     def warm_up(self, prompt_tokens: int = 24, new_tokens: int = 16) -> None:
@@ -108,8 +109,8 @@ class Engine:
     def generate(self, tenant: str, prompt: Prompt, params: SamplingParams = GREEDY) -> Generation:
         """Continue a prompt (text, or token ids) as the tenant would.
 
-        Raises UnknownTenantError, or RequestError for an empty or too long prompt, ids out of
-        range, text without a tokenizer.
+        Raises UnknownTenantError; RequestError for an empty or too long prompt, ids out of range,
+        or text without a tokenizer.
         """
         return self.generate_batch([(tenant, prompt)], params)[0]
 
@@ -118,10 +119,9 @@ class Engine:
         requests: Sequence[tuple[str, Prompt]],
         params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     ) -> list[Generation]:
-        """Answers in the order of the requests, which may name different tenants and are decoded
-        together.
+        """Answers in the order of the requests, (tenant, prompt) each, which are decoded together.
 
-        params: one for all, or one for each. Every request is checked before the first is answered.
+        `params` are one for all, or one for each. All are checked before the first is answered.
         """
         each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(requests):
@@ -173,11 +173,9 @@ class Engine:
     ) -> Request:
         """Take a request, which `step` will advance together with all others that are there.
 
-        priority: smaller goes first among the tenant's own requests. deadline_s: seconds from now
-        after which the answer is worth nothing; what is not done then is ended. on_output: called
-        by `step` with what is new.
-
-        Raises as `generate` does, and OverloadedError.
+        Among a tenant's own requests a smaller `priority` goes first. What is not done after
+        `deadline_s` seconds is ended. `step` calls `on_output` with what is new. Raises as
+        `generate` does, and OverloadedError where too many requests wait already.
         """
         request = self.check(
             tenant, prompt, params, priority=priority, deadline_s=deadline_s, on_output=on_output
@@ -195,8 +193,10 @@ class Engine:
         deadline_s: float | None = None,
         on_output: Callable[[Output], None] | None = None,
     ) -> Request:
-        """What `submit` takes, checked and turned into tokens, to be handed to `enqueue`; safe in
-        another thread."""
+        """Check what `submit` takes and turn it into tokens, for `enqueue`.
+
+        It may run in another thread than the one that takes steps.
+        """
         if not is_whole(priority):
             raise RequestError(f"priority is {priority!r}; give a whole number, smaller goes first")
         if deadline_s is not None and (isinstance(deadline_s, bool) or not deadline_s > 0):
@@ -235,8 +235,7 @@ class Engine:
         self._steps.fail_all(error)
 
     def load(self) -> dict[str, Any]:
-        """Requests that run (have caches) and wait, in all and of each tenant, and what the caches
-        hold."""
+        """Numbers of requests that run and wait, in all and of each tenant, and bytes of caches."""
         stats = self._require_backend().stats()
         tenants = {}
         for name in self.store.tenants:
@@ -252,12 +251,12 @@ class Engine:
         }
 
     def update(self, store: Store) -> None:
-        """Go on with a changed store between two steps: tenants added, tenants removed, another
-        plan.
+        """Go on with a changed store: tenants added, tenants removed, another plan.
 
-        Weights that did not change stay where they are, and so do requests. A tenant that is gone
-        must have none: see `retire`. Raises StoreError or EngineError, and then nothing has
-            changed.
+        To be called between two steps. Weights that did not change stay where they are, and so do
+        requests. A tenant that is gone must have none: see `retire`.
+
+        Raises StoreError or EngineError, and then nothing has changed.
         """
         for name in self.store.tenants:
             if name not in store.tenants and self._steps.scheduler.requests(name):
@@ -309,13 +308,11 @@ class Engine:
         return self._texts.of(tenant).encode(text, add_special_tokens)
 
     def answer_ids(self, tenant: str, text: str) -> list[int]:
-        """Token ids of a text as the tenant would answer it: of special tokens only the
-        end-of-sequence one."""
+        """Token ids of a text as the tenant would answer it, up to an end-of-sequence token."""
         return self._texts.of(tenant).encode_answer(text)
 
     def start_id(self, tenant: str) -> int:
-        """The token that answers of an encoder-decoder tenant are decoded from. Raises RequestError
-        for others."""
+        """The token that an encoder-decoder's answers begin with; RequestError for others."""
         found = self._require_backend().start_id(tenant) if tenant in self.tenants else None
         if found is None:
             raise RequestError(
@@ -326,8 +323,7 @@ class Engine:
     def detokenize(
         self, tenant: str, token_ids: Sequence[int], skip_special_tokens: bool = True
     ) -> str:
-        """Text of token ids, with special tokens or without. Raises RequestError without a
-        tokenizer."""
+        """Text of token ids. Raises RequestError without a tokenizer."""
         tokenizer = self._texts.of(tenant).require("token ids have no text")
         return tokenizer.decode(
             check_ids(tenant, self.store.config(tenant), token_ids, "token_ids"),
@@ -343,8 +339,8 @@ class Engine:
     ) -> list[int]:
         """Token ids of a conversation in the tenant's chat template: a prompt for `generate`.
 
-        options: of transformers' `apply_chat_template`, such as `add_generation_prompt` (here true
-        if not given), `continue_final_message`, `documents`, and variables of the template.
+        `options` are those of transformers' `apply_chat_template`, such as `add_generation_prompt`
+        (here true if not given), `continue_final_message`, and variables of the template.
         """
         return self._texts.of(tenant).chat(messages, add_special_tokens, **options)
 

@@ -32,13 +32,19 @@ def load_engine(
 ) -> Engine:
     """Load a store for inference.
 
-    backend: auto picks by shape (decoders: torch, encoder-decoders: jax). device: auto takes a
-        GPU if there is one.
-    dtype: auto is the store's; float32 or bfloat16 to override.
-    scheduler: how requests share steps; max_batch_size: short for its `max_num_seqs`.
-    options: the backend's own, see `torch_engine.TorchOptions` and `jax_engine.JaxOptions`.
+    Args:
+        store: the directory, or an open store.
+        backend: auto picks by shape: torch for decoders, jax for encoder-decoders.
+        device: auto takes a GPU if there is one.
+        dtype: auto is the store's; float32 or bfloat16 to override.
+        max_batch_size: short for the scheduler's `max_num_seqs`.
+        scheduler: how requests share steps.
+        options: the backend's own; see `TorchOptions` in torch_engine/options.py and `JaxOptions`
+            in jax_engine/options.py.
 
-    Raises StoreError, EngineError.
+    Raises:
+        StoreError: the store cannot be opened.
+        EngineError: the engine is not installed, or an option is not allowed.
     """
     opened = store if isinstance(store, Store) else Store.open(store)
     serves = BACKENDS[type(opened.config(opened.tenants[0]).shape)]

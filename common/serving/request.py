@@ -20,16 +20,18 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds on one clock from the moment that the engine took the request, and expert look-ups of
-    this request.
+    """Seconds from the moment that the engine took the request, and its expert look-ups.
 
-    reconfiguration: making the tenant's non-expert weights the ones in use, before the first token;
-        0 if they were.
-    ttft: until the first token; total: until the last; queued: until the first step that read any
-    of it; with a tenant's first request in a process, the load of its tokenizer too.
-    hits: look-ups that a resident copy served (tokens * layers * top_k in all); misses: those that
-        needed the tenant's own expert. preemptions: how often its caches were given up for others'
-        and computed again.
+    Attributes:
+        reconfiguration: making the tenant's non-expert weights the ones in use, before the first
+            token; 0 if they were.
+        ttft: until the first token.
+        total: until the last token.
+        hits: look-ups that a resident copy served; all are tokens * layers * top_k.
+        misses: look-ups that needed the tenant's own expert.
+        queued: until the first step that read any of it, with a tenant's first request in a process
+            the load of its tokenizer included.
+        preemptions: how often its caches were given up for others' and computed again.
     """
 
     reconfiguration: float
@@ -43,13 +45,15 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. token_ids: the new tokens alone, an end-of-sequence token included. text: None
-    without a tokenizer.
+    """An answer.
 
-    finish_reason: stop (end of sequence, a stop string or id), length, or abort (cancelled, or past
-        its deadline).
-    stop_reason: the stop string or the stop token id that ended it, None for anything else.
-    logprobs: one for each of token_ids, empty if not asked for.
+    Attributes:
+        token_ids: the new tokens alone, an end-of-sequence token included.
+        text: None without a tokenizer.
+        finish_reason: stop (end of sequence, a stop string or id), length, or abort (cancelled, or
+            past its deadline).
+        stop_reason: the stop string or the stop token id that ended it, None for anything else.
+        logprobs: one for each of token_ids, empty if not asked for.
     """
 
     tenant: str

@@ -16,21 +16,28 @@ WEIGHT = Bound(above=0, high=sys.float_info.max)
 
 @dataclass(frozen=True)
 class SchedulerOptions:
-    """max_num_seqs: requests that advance in a step. max_num_batched_tokens: tokens of a step.
-    prefill_chunk: tokens of prompts in a step in which others answer; None: the backend's
-        `default_chunk`.
-    max_model_len: bound of prompt and answer together; None: the tenant's context and the room in
-        the caches.
-    max_queue, max_queue_per_tenant: requests that may wait for their first step; None: no bound of
-        its own.
-    weights: tenant -> its share beside the others' (1 where none is given).
-    limits: tenant -> most places it takes in a step, however many are free; `default_limit`: of the
-        others.
-    max_interference: how much longer (0.1: a tenth) tenants that ask for more than the device can
-        give them may make a step for the others, where their shares of the throughput do not take
-        more; inf: they may take every place that others leave free.
-    switch_share: most of the time that reconfigurations may take, if the device cannot hold all
-        tenants that have requests.
+    """How requests share the steps of an engine.
+
+    Attributes:
+        max_num_seqs: requests that advance in a step.
+        max_num_batched_tokens: tokens of a step.
+        prefill_chunk: tokens of prompts in a step in which others answer; None: the backend's
+            `default_chunk`.
+        max_model_len: bound of prompt and answer together; None: the tenant's context and the room
+            in the caches.
+        max_queue: requests that may wait for their first step.
+        max_queue_per_tenant: the same of one tenant; None: no bound of its own.
+        weights: tenant -> its share beside the others' (1 where none is given).
+        limits: tenant -> most places it takes in a step, however many are free.
+        default_limit: the same of tenants without one; None: as many as are free.
+        max_interference: how much longer (0.1: a tenth) tenants that ask for more than the device
+            can give them may make a step for the others, where their shares of the throughput do
+            not take more; inf: they may take every place that others leave free.
+        switch_share: most of the time that reconfigurations may take, if the device cannot hold all
+            tenants that have requests.
+
+    Raises:
+        EngineError: a value is out of range.
     """
 
     max_num_seqs: int = bounded(32, COUNT)
@@ -46,7 +53,6 @@ class SchedulerOptions:
     switch_share: float = bounded(0.1, Bound(above=0, high=1))
 
     def __post_init__(self) -> None:
-        """Raises EngineError for a value out of range."""
         check_bounds(self, EngineError)
         for tenant, weight in self.weights.items():
             if not WEIGHT.allows(weight):

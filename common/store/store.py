@@ -34,8 +34,10 @@ class Problem:
 
 
 class Store:
-    """Open with `Store.open(path)`. Nothing is loaded until asked for; tensors come memory-mapped
-    or as references."""
+    """A store on disk, to be opened with `Store.open(path)`.
+
+    Nothing is loaded until asked for. Tensors come memory-mapped, or as references.
+    """
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
@@ -44,14 +46,12 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Raises StoreError if there is no store here or its manifest is damaged; `verify` checks
-        the rest."""
+        """Open a store. Raises StoreError for none, or a damaged manifest; see also `verify`."""
         path = Path(path)
         return cls(path, Manifest.read(path))
 
     def with_plan(self, plan: Plan) -> Store:
-        """The same files with another plan, one of tenants' own copies alone; nothing is
-        written."""
+        """The same files with another plan, of tenants' own copies alone. Nothing is written."""
         return Store(self.path, replace(self.manifest, plan=plan, merged={}, residuals=()))
 
     @property
@@ -65,10 +65,12 @@ class Store:
 
     @property
     def plan(self) -> Plan:
+        """Which copies are resident, and which of them serves whom."""
         return self.manifest.plan
 
     @property
     def tenants(self) -> tuple[str, ...]:
+        """Names, in the order that plans count them."""
         return tuple(t.name for t in self.manifest.tenants)
 
     @property
@@ -76,7 +78,7 @@ class Store:
         return self.manifest.tenants[0].config.experts
 
     def tenant(self, name: str) -> Tenant:
-        """Raises UnknownTenantError."""
+        """What the manifest says of a tenant. Raises UnknownTenantError."""
         for tenant in self.manifest.tenants:
             if tenant.name == name:
                 return tenant
@@ -86,8 +88,7 @@ class Store:
         return self.tenant(name).config
 
     def generation(self, name: str) -> GenerationConfig:
-        """What was decided about a tenant's special tokens and sampling when it was built into the
-        store.
+        """What was decided at the build about a tenant's special tokens and sampling.
 
         Raises CheckpointError for a store that holds no decision, and whose files do not allow one.
         """
@@ -148,21 +149,18 @@ class Store:
         return tuple(ref.path.name for ref in self.slot_refs(slot).values())
 
     def tenant_content(self, name: str) -> tuple[str, ...]:
-        """Equal for tenants whose non-expert weights and configs are the same, in this store and
-        any other."""
+        """Equal for tenants with the same non-expert weights and config, in any store."""
         tenant = self.tenant(name)
         ids = [tenant.tensors[t] for t in self.family.non_expert_shapes(tenant.config)]
         return (repr(tenant.config), *ids)
 
     def residual_ref(self, index: int) -> TensorRef:
-        """The record of `plan.residuals[index]`: uint8 [bytes], laid out as `common.plan.residual`
-        says."""
+        """The record of `plan.residuals[index]`: uint8 [bytes], as docs/store-format.md says."""
         nbytes = self.plan.residuals[index].nbytes(dict(self.experts.projections))
         return self.objects.ref(self.manifest.residuals[index], "uint8", (nbytes,))
 
     def served_expert(self, name: str, layer: int, expert: int) -> dict[str, np.ndarray]:
-        """The weights that answer for a tenant at a position, residual included: projection ->
-        float32 [out, in]."""
+        """The weights, residual included, that answer: projection -> float32 [out, in]."""
         index = self.tenants.index(self.tenant(name).name)
         slot = int(self.plan.serving[index, layer, expert])
         refs = self.copy_refs(name, layer, expert) if slot == MISS else self.slot_refs(slot)
@@ -207,8 +205,7 @@ class Store:
 
     @property
     def extra_bytes(self) -> int:
-        """What the pool and all residuals take beyond the experts of one model; negative if they
-        take less."""
+        """Bytes of the pool and all residuals beyond one model's experts; may be negative."""
         return (
             self.plan.num_slots * self.copy_bytes
             + self.residual_bytes
@@ -232,8 +229,7 @@ class Store:
 
     @property
     def bytes_budget(self) -> int:
-        """What `--budget` counts: the pool, all residuals and the largest tenant's non-expert
-        weights."""
+        """What `--budget` counts: pool, residuals, and the largest tenant's other weights."""
         largest = max(self.non_expert_bytes(name) for name in self.tenants)
         return self.plan.num_slots * self.copy_bytes + self.residual_bytes + largest
 
@@ -241,8 +237,7 @@ class Store:
         return {k: (v["dtype"], tuple(v["shape"])) for k, v in self.manifest.objects.items()}
 
     def verify(self, on_object: Callable[[], None] | None = None) -> list[Problem]:
-        """Read every file and compare it with its checksum. Returns the damaged or missing ones;
-        empty means sound."""
+        """Compare every file with its checksum. Returns the damaged or missing ones."""
         problems = []
         for object_id, (dtype, shape) in self._referenced().items():
             what = self.objects.damage(object_id, dtype, shape)
@@ -276,8 +271,8 @@ class Store:
         """Write a tenant, as the store serves it, as a plain Hugging Face checkpoint.
 
         Each expert is the copy that the plan gives the tenant (its own where it misses), with the
-        tenant's residual added and rounded to the store's type. The directory must not exist
-        or be empty. Raises StoreError.
+        tenant's residual added and rounded to the store's type. The directory must be absent or
+        empty. Raises StoreError.
         """
         target = Path(target).resolve()
         tenant = self.tenant(name)

@@ -57,7 +57,7 @@ def test_decode(family: list[str], tmp_path: Path) -> None:
 
 @FAMILIES
 def test_mixed_tenants(family: list[str], tmp_path: Path) -> None:
-    options = ["--batch", "4", "8", "--steps=3", "--repeats=2", "--prompt=5", SMALL[0]]
+    options = ["--batch", "4", "8", "--steps=3", "--repeats=2", "--prompt=5", *SMALL]
     rows = mixed_tenants.main([*family, *options, *outputs(tmp_path)])
     assert [(r["batch"], r["tenants"]) for r in rows] == [(4, 1), (4, 4), (8, 1), (8, 4)]
     for one, four in zip(rows[::2], rows[1::2], strict=True):
@@ -71,7 +71,7 @@ def test_mixed_tenants(family: list[str], tmp_path: Path) -> None:
 
 
 def test_what_tenants_have_equal_is_read_once(tmp_path: Path) -> None:
-    options = ["--steps=2", "--repeats=1", "--prompt=5", "--batch=8", SMALL[0]]
+    options = ["--steps=2", "--repeats=1", "--prompt=5", "--batch=8", *SMALL]
     equal = ["--equal", "lm_head", "self_attn"]
     unlike, alike = (
         mixed_tenants.main([*MIXTRAL, *options, *more, *outputs(tmp_path)])[1]
@@ -103,7 +103,7 @@ def test_residuals(family: list[str], tmp_path: Path) -> None:
 
 @FAMILIES
 def test_reconfiguration(family: list[str], tmp_path: Path) -> None:
-    options = ["--switches=4", "--prompt=5", SMALL[0]]
+    options = ["--switches=4", "--prompt=5", *SMALL]
     every, one = reconfiguration.main([*family, *options, *outputs(tmp_path)])
     assert (every["ready tenants"], one["ready tenants"]) == ("all", 1)
     assert every["bytes copied a switch"] == 0 and one["bytes copied a switch"] > 0

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import common.build.build
-import scripts.commands.plan
-from common import SamplingParams, Store, add_tenant, build_store, load_engine
-from common.build.calibration import calibrate
-from common.plan.profile import Profile
+from common import Store, add_tenant
 from common.planning.planner import Planner
-from common.store.profiles import load_profile
 from scripts import cli
 from scripts.commands.plan import EXTRAS, Asked, Offer, offers, recommended
 from tests import helpers
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tenants and their base, planned by the paper's rule."""
-    root = tmp_path_factory.mktemp("plan")
-    base = helpers.random_mixtral(
-        0,
-        num_local_experts=3,
-        hidden_size=16,
-        intermediate_size=24,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-    )
-    models = {"base": base, "ana": helpers.tuned(base, 1), "bob": helpers.tuned(base, 2)}
-    paths = {n: helpers.save(m, root / n) for n, m in models.items()}
-    return build_store(root / "store", paths, policy="round_robin").path
-
-
-@pytest.fixture
-def store(built: Path, tmp_path: Path) -> Path:
-    shutil.copytree(built, tmp_path / "store")
-    return tmp_path / "store"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -218,96 +188,6 @@ def test_a_budget_is_kept_as_it_was_asked_for(
     assert grown.plan.num_slots < 4 and grown.bytes_budget <= budget
 
 
-def test_calibration_is_measured_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    examples = helpers.REPOSITORY / "examples" / "tenants"
-    store = build_store(
-        tmp_path / "store", {n: examples / n for n in ("en", "fr")}, policy="round_robin"
-    )
-    measured: list[list[str]] = []
-
-    def counted(store: Store, sets: Any, **options: Any) -> dict[str, Profile]:
-        measured.append(list(sets))
-        return calibrate(store, sets, **options)
-
-    for module in (scripts.commands.plan, common.build.build):
-        monkeypatch.setattr(module, "calibrate", counted)
-    prompts = tmp_path / "fr.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in (12, 345, 6789)))
-    code, out, _ = run(
-        capsys,
-        store.path,
-        "--calibrate",
-        f"fr={prompts}",
-        "--extra",
-        "5%",
-        "--policy",
-        "fit",
-        "--apply",
-    )
-    assert code == 0 and "predicted loss in nats" in " ".join(out.split())
-    assert measured == [["fr"]]
-    after = Store.open(store.path)
-    kept = load_profile(after, "fr")
-    assert kept is not None and kept.tokens[0] > 20 and load_profile(after, "en") is None
-    assert after.verify() == [] and after.manifest.prediction is not None
-    assert after.manifest.prediction["unit"] == "nats"
-    with load_engine(after) as engine:
-        assert engine.generate("fr", "12", SamplingParams(max_new_tokens=20)).text == "douze"
-
-
-def test_the_mean_is_by_traffic(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--extra", "0", "--extra", "1.0", "--policy", "fit"]
-    code, out, _ = run(capsys, store, *options)
-    assert code == 0 and "by traffic" not in out
-    code, out, _ = run(capsys, store, *options, "--traffic", "ana=8")
-    assert code == 0
-    (head,) = [line for line in out.splitlines() if "copies" in line]
-    assert "mean by traffic" in head
-    opened = Store.open(store)
-    planner = Planner(opened, traffic={"ana": 8})
-    for row, found in zip(
-        rows(out),
-        offers(opened, planner, "fit", [Asked(extra=0.0), Asked(extra=1.0)]),
-        strict=True,
-    ):
-        weighted = float(found.losses @ [0.1, 0.8, 0.1])
-        assert row[-5] == f"{weighted:.4g}" and weighted != pytest.approx(
-            float(found.losses.mean()), rel=0.01
-        )
-    assert re.search(
-        r"predicted loss [\d.e-]+ on the mean by traffic, [\d.e-]+ for the worst tenant",
-        " ".join(out.split()),
-    )
-
-
-def test_calibration_and_traffic(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The store's tenants have no tokenizer: calibration needs one, and says so."""
-    path = tmp_path / "ana.jsonl"
-    path.write_text(json.dumps({"text": "some text"}))
-    code, _, err = run(capsys, store, "--calibrate", f"ana={path}")
-    assert code == 1 and "tokenizer" in err
-    shares = ["--traffic=ana=1000", "--traffic=bob=1", "--traffic=base=1"]
-    code, out, _ = run(capsys, store, "--extra", "0", "--policy", "fit", *shares, "--apply")
-    assert code == 0
-    after = Store.open(store)
-    assert all(copy.mix[1] > 0.99 for copy in after.plan.copies)
-    assert after.manifest.provenance["settings"]["traffic"] == {
-        "ana": 1000.0,
-        "bob": 1.0,
-        "base": 1.0,
-    }
-    # What the store was planned for is what is compared next time.
-    code, out, _ = run(capsys, store, "--extra", "0", "--policy", "fit")
-    assert code == 0
-    _, ana, bob = map(float, rows(out)[0][-3:])
-    assert ana < 0.001 * bob
-    assert load_profile(after, "ana") is None
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -343,23 +223,3 @@ def test_errors(
     found, _, err = run(capsys, *(a.replace("{store}", str(store)) for a in arguments))
     assert found == code and re.search(message, err), err
     assert "Traceback" not in err
-
-
-def test_what_was_measured_before_is_not_measured_again(
-    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """--apply uses what the table was made of, and from then on nothing is measured at all."""
-    spectra, seen = Planner._measure_spectra, []
-
-    def watch(self: Planner, configs: Any) -> None:
-        before = len(self._spectra)
-        spectra(self, configs)
-        seen.append(len(self._spectra) - before)
-
-    monkeypatch.setattr(Planner, "_measure_spectra", watch)
-    code, table, _ = run(capsys, store, "--extra", "20%", "--apply")
-    assert code == 0 and len(seen) >= 2 and seen[0] > 0 and not any(seen[1:])
-    code, again, _ = run(capsys, store, "--extra", "20%")
-    assert code == 0 and not seen[-1]
-    assert rows(again)[0] == rows(table)[0]
-    assert "this store now: policy residual" in again

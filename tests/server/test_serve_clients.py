@@ -165,7 +165,7 @@ def test_what_vllms_benchmark_reads(live: Live) -> None:
 def documented(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
-    """A server with the tenants that docs/serving.md names."""
+    """A server with the tenants that docs/http-server.md names."""
     path = tmp_path_factory.mktemp("documented") / "store"
     build_store(path, {"fr": checkpoints["bob"], "de": checkpoints["ana"]})
     loop = Loop(load_engine(path, device="cpu"))
@@ -175,7 +175,7 @@ def documented(
 
 
 def _curls() -> list[str]:
-    text = (helpers.REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (helpers.REPOSITORY / "docs" / "http-server.md").read_text(encoding="utf-8")
     return [
         block
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
@@ -202,7 +202,7 @@ def test_curl_lines_of_the_documentation(documented: Live, command: str) -> None
 
 
 def test_metrics_of_the_documentation_are_there(documented: Live) -> None:
-    text = (helpers.REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (helpers.REPOSITORY / "docs" / "http-server.md").read_text(encoding="utf-8")
     documented.post("/v1/completions", {"model": "fr", "prompt": "x"})
     found = documented.get("/metrics").text
     for name in re.findall(r"`(moetel_[a-z0-9_]+)", text):

@@ -171,7 +171,7 @@ def test_unused_settings_are_logged(words: Live, caplog: pytest.LogCaptureFixtur
 
 
 def test_the_documentation_names_every_field() -> None:
-    text = (helpers.REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (helpers.REPOSITORY / "docs" / "http-server.md").read_text(encoding="utf-8")
     names = {
         n for m in (CompletionRequest, ChatRequest, StreamOptions, Conversation) for n in m.refused
     }

@@ -344,3 +344,15 @@ def test_bfloat16_is_as_close_as_transformers_is(family: str, tmp_path: Path) ->
             found = engine.logits("only", rows)
         error, allowed = np.abs(found - exact).mean(), np.abs(expected - exact).mean()
         assert error <= 1.5 * allowed, (options, error, allowed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", SIZES)
+def test_cuda_float32(family: str, tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    models, paths = tenants(family, tmp_path, **LAYERS.get(family, {}))
+    store = helpers.build_round_robin(tmp_path / "store", paths, slots=4)
+    oracles = [helpers.oracle(models, i, store.plan) for i in range(2)]
+    with load_engine(store, device="cuda", ready_tenants=1) as engine:
+        compare(engine, dict(zip(paths, oracles, strict=True)))
