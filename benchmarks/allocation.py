@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Report, Spread, add_output, machine, peak_rss_gib, write_output
-from common.planning.configurations import Config, merged_configs, owned_configs
+from common.planning.configurations import Config, merged, owned
 from common.planning.losses import gram_of_distances
 from common.planning.residual_curves import Curve, Kinds, curves
 from common.planning.residual_fit import MAX_RANK, Spectrum
@@ -88,13 +88,9 @@ def spectra(case: Case, rng: np.random.Generator) -> list[list[Spectrum]]:
 
 
 def candidates(case: Case, rng: np.random.Generator) -> list[list[Config]]:
-    """As a policy that merges has them: mixtures for every number of groups, and the best single
-    copy of a tenant."""
+    """As a policy that merges has them: the best mixture, and the best copy of a tenant."""
     traffic = np.full(case.tenants, 1 / case.tenants)
-    return [
-        [*merged_configs(gram, traffic, case.tenants), owned_configs(gram, traffic, 1)[0]]
-        for gram in grams(case, rng)
-    ]
+    return [[merged(gram, traffic), owned(gram, traffic)] for gram in grams(case, rng)]
 
 
 def plans(case: Case, seed: int, shares: list[float], curve_sets: int) -> dict[str, Any]:

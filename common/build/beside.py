@@ -214,10 +214,7 @@ def _residuals(
             advance()
     totals = [sum(s.total for s in row) for row in spectra]
     # One configuration a position, the copy that is resident, whose bytes are paid for; one tenant.
-    configs = [
-        [Config(np.ones((1, 1)), np.zeros(1, dtype=np.int64), np.array([total]))]
-        for total in totals
-    ]
+    configs = [[Config(np.ones(1), np.array([total]))] for total in totals]
     drawn = [[curve] for curve in curves(spectra, kinds, itemsize)]
     price = Allocator(configs, [drawn], np.ones(1), 0).allocate(extra_bytes).price[:, 0]
     with progress("making residuals", len(places)) as advance:

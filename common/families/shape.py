@@ -23,11 +23,10 @@ Dims = tuple[int, ...]
 EMBED, HEAD, NORM, ENCODER_NORM = "embed", "head", "norm", "encoder_norm"
 ENCODER_EMBED, DECODER_EMBED = "encoder_embed", "decoder_embed"
 
-# Of a layer. [N * D, H]: q; [G * D, H]: k, v; [H, N * D]: o; [buckets, N]: position_bias.
+# Of a layer: input_norm, post_norm, router and router_bias, and
 ATTENTION = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
+# with position_bias; of a decoder that attends to an encoder, cross_norm and
 CROSS_ATTENTION = ("cross_q", "cross_k", "cross_v", "cross_o")
-LAYER = ("input_norm", *ATTENTION, "position_bias", "cross_norm", *CROSS_ATTENTION, "post_norm")
-ROUTER = ("router", "router_bias")
 
 # Of an expert. [I, H]: gate, up; [H, I]: down. Without a gate, up goes through the activation.
 GATE, UP, DOWN = "gate", "up", "down"

@@ -23,7 +23,7 @@ from common.store.objects import content_id
 from common.store.store import Store
 from common.version import __version__
 
-REVISION = 1
+REVISION = 2
 """Part of every key: raise it when the same weights would be measured otherwise."""
 
 Spectra = Mapping[tuple[int, int], list[list[Spectrum]]]
@@ -33,9 +33,9 @@ Spectra = Mapping[tuple[int, int], list[list[Spectrum]]]
 class Measurements:
     """key: of `key_of`. losses: of tenants' experts in each other's place.
 
-    ridge: how far fits are held to mixtures; None: not chosen yet. fitted: position -> float64
-    [copies fitted there, tenants], what they cost. spectra: (set of curves, position) -> of each
-    tenant's projections.
+    ridge: how far fits are held to mixtures; None: not chosen yet.
+    fitted: position -> float64 [tenants], what the copy that is fitted there costs.
+    spectra: (set of curves, position) -> of each tenant's projections.
     """
 
     key: str

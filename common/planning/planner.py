@@ -7,7 +7,7 @@ docs/consolidation.md says what each does and what the tables say of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -16,16 +16,17 @@ import numpy as np
 from common.dtypes import BY_NAME
 from common.errors import PlanError
 from common.plan.expert_math import plus
-from common.plan.plan import MERGED, MISS, Copy, Plan
+from common.plan.plan import MERGED, MISS, Plan
 from common.plan.profile import Profile
-from common.plan.residual import Residual, join_parts, matrices
-from common.planning.configurations import Config, merged_configs, owned_configs
+from common.plan.residual import matrices
+from common.planning.configurations import Config, mean, merged, owned
 from common.planning.copies import Sample, best_ridge
 from common.planning.losses import Losses, measure_losses
 from common.planning.measurements import Measurements, key_of
+from common.planning.plan_builder import Chosen, build_plan
 from common.planning.policies import Policy, policy_named
-from common.planning.position import REFITS, Known, Matrix, PositionPlanner, single_copy
-from common.planning.residual_curves import PRICES, Curve, Kinds, choose, curves
+from common.planning.position import Known, Matrix, PositionPlanner
+from common.planning.residual_curves import PRICES, Curve, curves
 from common.planning.round_robin import plan_round_robin
 from common.planning.spending import Allocation, Allocator
 from common.progress import Progress, silent
@@ -142,34 +143,21 @@ class Planner:
     def _of_position(self, copies: str, p: int) -> list[Config]:
         gram, count = self.losses.gram[:, *self._places[p]], len(self.store.tenants)
         if copies == "owned":
-            return owned_configs(gram, self.traffic, count)
+            return [owned(gram, self.traffic)]
         if copies == "mean":
-            mix = np.full(count, 1 / count)
-            losses = np.maximum(0, np.einsum("c,tcd,d->t", mix, gram, mix))
-            return [Config(mix[None], np.zeros(count, dtype=np.int64), losses)]
-        merged = merged_configs(gram, self.traffic, count)
-        # One of the tenants' own as the only copy is a candidate too: where the others differ from
-        # it by a few components (a merged LoRA), residuals beside it are small.
-        found = [*merged, owned_configs(gram, self.traffic, 1)[0]]
+            return [mean(gram)]
+        mixture = merged(gram, self.traffic)
+        # A tenant's own as the copy is a candidate too: where the others differ from it by a few
+        # components (a merged LoRA), residuals beside it are small.
+        found = [mixture, owned(gram, self.traffic)]
         if copies == "fitted" and self.losses.sampled[:, *self._places[p]].any() and count > 1:
-            fits = merged[:-1]  # the last one is a copy for each tenant
+            fitted = replace(mixture, curve=2, fitted=True)
             if p not in self._fitted:
-                self._fitted[p] = np.array([self._loss_of_fits(p, config) for config in fits])
-            found += [
-                Config(config.mixes, config.serves, losses, 2, True)
-                for config, losses in zip(fits, self._fitted[p], strict=True)
-            ]
+                position = self._position(p)
+                copy = position.copy(fitted)
+                self._fitted[p] = np.array([position.loss(t, copy) for t in range(count)])
+            found.append(replace(fitted, losses=self._fitted[p]))
         return found
-
-    def _loss_of_fits(self, p: int, config: Config) -> np.ndarray:
-        """float64 [tenants], with copies that are fitted to the tenants that each of the mixtures
-        would serve."""
-        position = self._position(p)
-        weights = [
-            position.copy(mix, np.flatnonzero(config.serves == i), True)
-            for i, mix in enumerate(config.mixes)
-        ]
-        return np.array([position.loss(t, weights[int(i)]) for t, i in enumerate(config.serves)])
 
     @property
     def _ridge(self) -> float:
@@ -198,7 +186,7 @@ class Planner:
         return self.store.own_expert(self.store.tenants[tenant], *place)
 
     def _measure_spectra(self, configs: list[list[Config]]) -> None:
-        """Spectra of what each tenant lacks beside the one copy of each configuration that has one.
+        """Spectra of what each tenant lacks beside the copy of each configuration.
 
         Not beside a mixture where a copy was fitted: what serves tenants better leaves less for
         residuals too.
@@ -207,8 +195,7 @@ class Planner:
             (p, c)
             for p, row in enumerate(configs)
             for c in row
-            if len(c.mixes) == 1
-            and (c.curve, p) not in self._spectra
+            if (c.curve, p) not in self._spectra
             and not (c.curve == 0 and any(other.fitted for other in row))
         ]
         if not wanted:
@@ -216,9 +203,7 @@ class Planner:
         with self.progress("measuring residuals", len(wanted)) as advance:
             for p, config in wanted:
                 position = self._position(p)
-                copy = position.copy(
-                    config.mixes[0], np.arange(len(self.store.tenants)), config.fitted
-                )
+                copy = position.copy(config)
                 self._spectra[config.curve, p] = [
                     position.spectra(t, copy) for t in range(len(self.store.tenants))
                 ]
@@ -273,14 +258,27 @@ class Planner:
             else None
         )
         configs = self._candidates(rule)
-        if allocator is None:
-            chosen = [
-                min(range(len(row)), key=lambda i: single_copy(row[i], self.traffic))
-                for row in configs
-            ]
-            return self._build(policy, configs, chosen, None, kept, None)
-        found = allocator.allocate(slots * self.store.copy_bytes + extra_bytes)
-        return self._build(policy, configs, found.chosen.tolist(), found, kept, rule.kinds)
+        found = None
+        if allocator is not None:
+            found = allocator.allocate(slots * self.store.copy_bytes + extra_bytes)
+        chosen = {p: self._chosen(p, configs[p], found) for p in kept}
+        built = build_plan(
+            policy, self.store, self.traffic, chosen, rule.kinds, self._position, self.progress
+        )
+        bound = None if found is None else found.bound
+        prediction = self.predict(built.plan, built.merged, built.records, bound)
+        return Outcome(built.plan, built.merged, built.records, prediction)
+
+    def _chosen(self, p: int, configs: list[Config], found: Allocation | None) -> Chosen:
+        """found: None where there are no bytes for residuals; then the least loss decides."""
+        if found is None:
+            best = min(configs, key=self._loss)
+            return Chosen(best, np.full(len(self.traffic), np.inf))
+        config = configs[int(found.chosen[p])]
+        return Chosen(config, found.price[p], self._spectra.get((config.curve, p), ()))
+
+    def _loss(self, config: Config) -> float:
+        return float(config.losses @ self.traffic)
 
     def _kept_positions(self, rule: Policy, slots: int) -> list[int]:
         """Which positions are resident: those whose sharing costs least for every look-up that they
@@ -289,132 +287,9 @@ class Planner:
             return list(range(slots))
         configs = self._candidates(rule)
         picks = np.einsum("tle,t->le", self.losses.frequency, self.traffic).reshape(-1)
-        cost = [float(min(single_copy(c, self.traffic) for c in row)[1]) for row in configs]
+        cost = [min(map(self._loss, row)) for row in configs]
         order = sorted(range(len(configs)), key=lambda p: (cost[p] / max(1e-12, picks[p]), p))
         return sorted(order[:slots])
-
-    def _build(
-        self,
-        policy: str,
-        configs: list[list[Config]],
-        chosen: Sequence[int],
-        allocation: Allocation | None,
-        kept: Sequence[int],
-        kinds: Kinds | None,
-    ) -> Outcome:
-        spec, names = self.store.experts, self.store.tenants
-        count, shapes = len(names), dict(spec.projections)
-        copies: list[Copy] = []
-        merged: dict[int, Matrix] = {}
-        residuals: list[Residual] = []
-        records: list[np.ndarray] = []
-        serving = np.full((count, spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
-        with self.progress("making copies", len(kept)) as advance:
-            for p in kept:
-                place = self._places[p]
-                config = configs[p][chosen[p]]
-                prices = (
-                    np.full(count, np.inf)
-                    if allocation is None or kinds is None
-                    else allocation.price[p]
-                )
-                content, made = self._make(p, config, prices, kinds or Kinds((), False))
-                for number, (mix, weights) in enumerate(zip(config.mixes, content, strict=True)):
-                    serving[np.flatnonzero(config.serves == number), *place] = len(copies)
-                    if weights is None:
-                        copies.append(Copy(*place, int(np.flatnonzero(mix)[0])))
-                    else:
-                        merged[len(copies)] = weights
-                        copies.append(
-                            Copy(*place, MERGED, () if config.fitted else tuple(mix.tolist()))
-                        )
-                for residual, record in made.values():
-                    assert len(record) == residual.nbytes(shapes)
-                    residuals.append(residual)
-                    records.append(record)
-                advance()
-        plan = Plan(
-            policy,
-            names,
-            spec.num_layers,
-            spec.num_experts,
-            tuple(copies),
-            serving,
-            tuple(residuals),
-        )
-        bound = allocation.bound if allocation is not None else None
-        return Outcome(plan, merged, records, self.predict(plan, merged, records, bound))
-
-    def _make(
-        self, p: int, config: Config, prices: np.ndarray, kinds: Kinds
-    ) -> tuple[list[Matrix | None], dict[int, tuple[Residual, np.ndarray]]]:
-        """Weights of a position's copies (None: a tenant's own), and tenants' residuals with their
-        records.
-
-        Fitted copies and residuals are fitted to each other in turn: a copy need not serve what
-        residuals add.
-        """
-        users = [np.flatnonzero(config.serves == i) for i in range(len(config.mixes))]
-        merges = [
-            len(np.flatnonzero(mix)) > 1 or (config.fitted and len(u) > 1)
-            for mix, u in zip(config.mixes, users, strict=True)
-        ]
-        wanted = bool(np.isfinite(prices).any())
-        if not wanted and not any(merges):
-            return [None] * len(merges), {}
-        position = self._position(p)
-
-        def attempt(
-            added: Mapping[int, Matrix],
-        ) -> tuple[list[Matrix], dict[int, tuple[Residual, np.ndarray]], dict[int, Matrix], float]:
-            """Copies beside residuals, residuals fitted to these copies, what they add, and what
-            all of it costs."""
-            copies = [
-                position.copy(m, u, config.fitted, added)
-                for m, u in zip(config.mixes, users, strict=True)
-            ]
-            made, adds, cost = {}, {}, 0.0
-            for t, number in enumerate(config.serves):
-                copy = copies[int(number)]
-                loss = position.loss(t, copy)
-                found = self._residual(t, p, config, float(prices[t]), kinds, copy)
-                if found is not None:
-                    matrix = self._matrices({t: found})[t]
-                    # The spectrum is a prediction; what is kept must help.
-                    if (left := position.loss(t, plus(copy, matrix))) < loss:
-                        made[t], adds[t], loss = found, matrix, left
-                cost += float(self.traffic[t]) * loss
-            return copies, made, adds, cost
-
-        copies, made, adds, best = attempt({})
-        if config.fitted and made:
-            for _ in range(REFITS):
-                others, found, adds, cost = attempt(adds)
-                if cost >= best:
-                    break
-                copies, made, best = others, found, cost
-        return [c if merged else None for c, merged in zip(copies, merges, strict=True)], made
-
-    def _matrices(self, made: Mapping[int, tuple[Residual, np.ndarray]]) -> dict[int, Matrix]:
-        shapes = dict(self.store.experts.projections)
-        return {t: matrices(residual, record, shapes) for t, (residual, record) in made.items()}
-
-    def _residual(
-        self, tenant: int, p: int, config: Config, price: float, kinds: Kinds, copy: Matrix
-    ) -> tuple[Residual, np.ndarray] | None:
-        if not np.isfinite(price) or config.losses[tenant] <= 0:
-            return None
-        if (config.curve, p) not in self._spectra:  # no curve was drawn
-            return None
-        spectra = self._spectra[config.curve, p][tenant]
-        total = sum(s.total for s in spectra)
-        if total <= 0:  # nothing was to be won beside the one copy that its curve was drawn beside
-            return None
-        choices = choose([s.scaled(s.total / total) for s in spectra], price, kinds, self._itemsize)
-        parts, packed = self._position(p).residual(tenant, copy, choices)
-        if not parts:
-            return None
-        return Residual(tenant, *self._places[p], tuple(parts)), join_parts(packed)
 
     # Predictions.
 

@@ -15,53 +15,42 @@ class Policy:
     copies: "paper" (round robin), "all" (every tenant its own), "owned" (some tenants' own),
         "mean", "merged" (the mixture with the least loss) or "fitted" (least squares on calibration
         inputs; the mixture without them).
-    several: whether bytes beyond one copy a position may go to further copies.
     kinds: residuals that it may use.
     """
 
     summary: str
     copies: str
-    several: bool = False
     kinds: Kinds = field(default_factory=lambda: Kinds((), False))
 
     @property
     def uses_extra(self) -> bool:
         """Whether bytes beyond one copy a position are of use to it."""
-        return self.several or self.kinds.any
+        return self.kinds.any
 
 
 POLICIES: dict[str, Policy] = {
     "round_robin": Policy(
         "the paper's rule: one tenant's copy a position, owners in turn", "paper"
     ),
-    "fit": Policy(
-        "copies fitted to the outputs of all tenants' experts; more where it pays", "fitted", True
-    ),
+    "fit": Policy("copies fitted to the outputs of all tenants' experts", "fitted"),
     "residual": Policy(
-        "fit, and residuals of any kind and precision where they pay", "fitted", True, Kinds()
+        "fit, and residuals of any kind and precision where they pay", "fitted", Kinds()
     ),
     "all": Policy("every tenant's own copies; nothing is shared but what is identical", "all"),
 }
 """What users choose from."""
 
 KNOWN_POLICIES = POLICIES | {
-    "medoid": Policy(
-        "of tenants' own copies the one that serves the others best; more where it pays",
-        "owned",
-        True,
-    ),
+    "medoid": Policy("of tenants' own copies the one that serves the others best", "owned"),
     "mean": Policy("the plain mean of the tenants' experts", "mean"),
-    "merge": Policy(
-        "the mixture of tenants' experts with the least loss; more where it pays", "merged", True
-    ),
+    "merge": Policy("the mixture of tenants' experts with the least loss", "merged"),
     "sign": Policy(
         "fit, and residuals of one sign bit a weight where they pay",
         "fitted",
-        True,
         Kinds((), True),
     ),
     "low_rank": Policy(
-        "fit, and low-rank residuals in 16 bits where they pay", "fitted", True, Kinds((16,), False)
+        "fit, and low-rank residuals in 16 bits where they pay", "fitted", Kinds((16,), False)
     ),
 }
 """With those that evaluations compare them with, and that older stores name."""

@@ -99,20 +99,16 @@ class PositionPlanner:
             self._weighting[tenant] = weightings(self._spec, self.own[tenant], *self.seen(tenant))
         return self._weighting[tenant]
 
-    def copy(
-        self,
-        mix: np.ndarray,
-        users: np.ndarray,
-        fitted: bool,
-        added: Mapping[int, Matrix] | None = None,
-    ) -> Matrix:
-        """A copy's weights, rounded to the store's type; one tenant's own as they are. added:
-        tenants' residuals."""
-        used = np.flatnonzero(mix)
-        if len(used) == 1 and not (fitted and len(users) > 1):
+    def copy(self, config: Config, added: Mapping[int, Matrix] | None = None) -> Matrix:
+        """A copy's weights, rounded to the store's type; one tenant's own as they are.
+
+        added: what tenants' residuals add to it.
+        """
+        mix, used = config.mix, np.flatnonzero(config.mix)
+        if len(used) == 1 and not (config.fitted and len(self.own) > 1):
             return self.own[int(used[0])]
-        if fitted:
-            samples = {int(t): self.weighted_sample(int(t)) for t in users}
+        if config.fitted:
+            samples = {t: self.weighted_sample(t) for t in self.own}
             targets = {
                 t: self.targets(t).of_rows(self.fitted_to(t))
                 for t, s in samples.items()
@@ -236,8 +232,3 @@ class PositionPlanner:
             held, None
         ]
         return scale * float((error.astype(np.float64) ** 2).sum())
-
-
-def single_copy(config: Config, traffic: np.ndarray) -> tuple[int, float]:
-    """Order of configurations without extra bytes: fewest copies, then least loss."""
-    return len(config.mixes), float(config.losses @ traffic)

@@ -1,9 +1,8 @@
 """Where memory goes: how many copies of each position, whose or of what mixture, and which tenants
 keep residuals.
 
-Every position has configurations (one copy, two, ... one for each tenant) with a loss for each
-tenant, and beside each
-copy every tenant has a curve: how much of its loss is left for how many bytes of residual. At a
+Every position has a few candidates for its copy, each with a loss for every tenant. Beside a copy
+every tenant has a curve: how much of its loss is left for how many bytes of residual. At a
 price of mu loss a byte each position has a best choice of its own, found by looking at all of its
 configurations; mu is then lowered, by bisection, until the budget is used. This is Lagrangian
 relaxation of a multiple-choice knapsack: what it finds is the best of all plans with as many bytes,
@@ -61,8 +60,7 @@ class Allocator:
         self._losses = np.array(
             [[c.losses for c in row] for row in configs]
         )  # [positions, configs, tenants]
-        self._counts = np.array([[len(c.mixes) for c in row] for row in configs])
-        self._base = self._counts * float(copy_bytes)
+        self._copy_bytes = float(copy_bytes)
         self._set = np.array([[c.curve for c in row] for row in configs])
         self._curves = None
         self._point = np.zeros(0)
@@ -108,10 +106,10 @@ class Allocator:
             nbytes, left = (
                 np.where(lower, b, a) for a, b in zip(nearest[0][:2], nearest[1][:2], strict=True)
             )
-        value = (left * self._traffic).sum(axis=2) + mu * (self._base + nbytes.sum(axis=2))
+        value = (left * self._traffic).sum(axis=2) + mu * (self._copy_bytes + nbytes.sum(axis=2))
         chosen = value.argmin(axis=1)
         rows = np.arange(len(chosen))
-        total = self._base[rows, chosen] + nbytes[rows, chosen].sum(axis=1)
+        total = self._copy_bytes + nbytes[rows, chosen].sum(axis=1)
         return (
             chosen,
             index[rows, chosen],
@@ -120,16 +118,12 @@ class Allocator:
             float(value[rows, chosen].sum()),
         )
 
-    def copies(self, allocation: Allocation) -> list[int]:
-        """Number of copies of each position in an allocation."""
-        return [int(n) for n in self._counts[np.arange(len(self._counts)), allocation.chosen]]
-
     def allocate(self, budget: int) -> Allocation:
         """The best use of `budget` bytes for copies and residuals.
 
         Raises PlanError if one copy a position does not fit.
         """
-        least = int(self._base.min(axis=1).sum())
+        least = int(self._copy_bytes * len(self._losses))
         if budget < least:
             raise PlanError(
                 f"{budget} bytes are less than one copy of each position takes ({least})"

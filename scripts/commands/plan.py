@@ -90,7 +90,6 @@ class Offer:
     asked: Asked
     extra: float
     nbytes: int
-    copies: int
     losses: np.ndarray
 
 
@@ -102,13 +101,11 @@ def offers(store: Store, planner: Planner, policy: str, budgets: Sequence[Asked]
     found = []
     for asked in budgets:
         allocation = allocator.allocate(one_model + asked.extra_bytes(store))
-        copies = int(sum(allocator.copies(allocation)))
         found.append(
             Offer(
                 asked,
                 allocation.nbytes / one_model - 1,
                 allocation.nbytes + fixed,
-                copies,
                 allocation.losses.sum(axis=0),
             )
         )
@@ -136,7 +133,7 @@ def table(
     made = Table(
         title=f"{store.path}: policy {policy}, predicted loss in {unit}", title_justify="left"
     )
-    for column in ("", "extra", "experts and one tenant", "copies", mean_name(traffic), "worst"):
+    for column in ("", "extra", "experts and one tenant", mean_name(traffic), "worst"):
         made.add_column(column, justify="right")
     for name in store.tenants:
         made.add_column(name, justify="right")
@@ -145,7 +142,6 @@ def table(
             "->" if i == best else "",
             f"{offer.extra:.1%}",
             format_bytes(offer.nbytes),
-            str(offer.copies),
             f"{offer.losses @ traffic:.4g}",
             f"{offer.losses.max():.4g}",
             *(f"{loss:.3g}" for loss in offer.losses),

@@ -42,7 +42,7 @@ def test_a_table_of_budgets(store: Path, capsys: pytest.CaptureFixture[str]) -> 
     code, out, _ = run(capsys, store)
     assert code == 0
     assert "policy residual, predicted loss in squared distance" in " ".join(out.split())
-    for word in ("extra", "copies", "mean", "worst", "base", "ana", "bob"):
+    for word in ("extra", "mean", "worst", "base", "ana", "bob"):
         assert word in out
     assert "no tenant is calibrated: distances of weights stand in" in out
     body = rows(out)
@@ -76,11 +76,11 @@ def test_the_table_is_what_the_planner_reckons(store: Path) -> None:
         assert offer.nbytes == made.nbytes + fixed and offer.asked == asked
         assert offer.extra == pytest.approx(made.nbytes / whole - 1)
         np.testing.assert_allclose(offer.losses, made.losses.sum(axis=0))
-    assert found[0].copies == 3 and found[-1].copies == 9 and found[-1].losses.max() == 0
+    assert found[-1].losses.max() < 0.01 * found[0].losses.max()
 
 
 def offer(mean: float, worst: float) -> Offer:
-    return Offer(Asked(), 0.0, 0, 0, np.array([2 * mean - worst, worst]))
+    return Offer(Asked(), 0.0, 0, np.array([2 * mean - worst, worst]))
 
 
 def test_the_recommended_budget_is_the_cheapest_that_is_good_enough() -> None:
@@ -102,12 +102,12 @@ def test_budgets_can_be_given_in_bytes_and_in_shares(
     opened = Store.open(store)
     fixed = max(opened.non_expert_bytes(n) for n in opened.tenants)
     budget = fixed + one_model(store) + 3 * opened.copy_bytes
-    code, out, _ = run(capsys, store, "--budget", budget, "--extra", "10%", "--policy", "fit")
-    assert code == 0 and "policy fit" in " ".join(out.split())
+    code, out, _ = run(capsys, store, "--budget", budget, "--extra", "10%", "--policy", "residual")
+    assert code == 0 and "policy residual" in " ".join(out.split())
     body = rows(out)
     assert len(body) == 2
-    assert "100.0%" in " ".join(body[1]) and "0.0%" in " ".join(body[0])
-    # At the worse of the two, extra bytes that buy no whole copy are not used.
+    used = [float(row[1 if row[0] == "->" else 0].rstrip("%")) for row in body]
+    assert sorted(used)[0] <= 10 and 90 < max(used) <= 100
     short = fixed + one_model(store) - 1
     code, _, err = run(capsys, store, "--budget", short)
     assert (
@@ -165,14 +165,14 @@ def test_a_budget_is_kept_as_it_was_asked_for(
         + one_model(store)
         + opened.copy_bytes
     )
-    code, _, _ = run(capsys, store, "--budget", budget, "--policy", "fit", "--apply")
+    code, _, _ = run(capsys, store, "--budget", budget, "--policy", "residual", "--apply")
     settings = Store.open(store).manifest.provenance["settings"]
     assert code == 0 and (settings["budget_bytes"], settings["extra"], settings["slots"]) == (
         budget,
         None,
         None,
     )
-    assert Store.open(store).bytes_budget == budget
+    assert budget - 64 < Store.open(store).bytes_budget <= budget
     # A tenant with a wider vocabulary: its other weights take bytes of the budget that copies had.
     wide = helpers.random_mixtral(
         7,
@@ -195,7 +195,7 @@ def test_a_budget_is_kept_as_it_was_asked_for(
         (
             ["{store}", "--policy", "round_robin"],
             1,
-            "'round_robin' has one plan for every budget .* choose one of: fit",
+            "'round_robin' has one plan for every budget .* choose one of: residual",
         ),
         (["{store}", "--policy", "best"], 2, "invalid choice"),
         (

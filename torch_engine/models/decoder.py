@@ -89,7 +89,10 @@ def forward(
             out = dense(everything, layer, normed)
         else:
             gates, expert_ids = _route(everything, layer, normed)
-            added = _observe(observer, everything, pool, mlp, (normed, expert_ids, gates))
+            added: list[tuple[slice, Tensor]] = []
+            if observer is not None:
+                shown = (normed.float(), expert_ids, gates)
+                added = _observe(observer, everything, pool, mlp, shown)
             out = pool.forward(mlp.position, normed, expert_ids, gates, tenants, misses)
             for place, more in added:
                 out[place] += more
@@ -111,7 +114,7 @@ def _route(segments: Segments, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _observe(
-    observer: Observer | None,
+    observer: Observer,
     segments: Segments,
     pool: ExpertPool,
     mlp: Sparse,
@@ -120,12 +123,9 @@ def _observe(
     """Show each tenant's routing: (x, expert_ids, gates). Returns what is to be added to the
     experts' weighted sum, float32 [T, H], and to which tokens."""
     added: list[tuple[slice, Tensor]] = []
-    for segment, place in segments.slices() if observer is not None else ():
-        assert observer is not None
+    for segment, place in segments.slices():
         # Copies of their own: an observer may keep them.
-        x, ids, gates = (
-            (t.float() if t.is_floating_point() else t)[place].cpu().numpy().copy() for t in routing
-        )
+        x, ids, gates = (t[place].cpu().numpy().copy() for t in routing)
         tenant = pool.plan.tenants[segment.tenant_index]
         more = observer(tenant, mlp.position, x, ids, gates)
         if more is None:

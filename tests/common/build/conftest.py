@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common import (
     Store,
     build_store,
 )
+from common.plan.plan import plan_all
+from common.store.change import set_plan
 from tests import checkpoints
 from tests.common.conftest import Family
 
@@ -28,8 +31,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "paper": {"policy": "round_robin"},
     "misses": {"policy": "round_robin", "slots": 5},
     "nothing shared": {"slots": "all"},
-    "several copies": {"policy": "medoid", "extra": 1.0},
-    "merged": {"policy": "merge", "extra": 0.5},
+    "several copies": {"slots": "all"},
+    "merged": {"policy": "merge"},
     "residuals": {"policy": "residual"},
     "signs in bfloat16": {"policy": "sign", "extra": 0.15, "dtype": "bfloat16"},
 }
@@ -37,4 +40,9 @@ PLANS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=PLANS)
 def store(request: pytest.FixtureRequest, family: Family, tmp_path: Path) -> Store:
-    return build_store(tmp_path / "store", family.paths, **PLANS[request.param])
+    found = build_store(tmp_path / "store", family.paths, **PLANS[request.param])
+    if request.param == "several copies":  # two at each position, one of them for two tenants
+        shape = (3, found.experts.num_layers, found.experts.num_experts)
+        contents = np.broadcast_to(np.array([0, 1, 0])[:, None, None], shape)
+        return set_plan(found.path, plan_all(contents, found.tenants))
+    return found

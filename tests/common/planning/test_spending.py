@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import PlanError
-from common.planning.configurations import Config, merged_configs, owned_configs
+from common.planning.configurations import Config, mean, merged, owned
 from common.planning.losses import gram_of_distances
 from common.planning.residual_curves import PRICES, Curve
 from common.planning.spending import Allocator
@@ -23,12 +23,13 @@ COPY = 1000
 def random_case(
     seed: int, positions: int, tenants: int, grid: int
 ) -> tuple[list[list[Config]], list[list[Curve]]]:
-    """Configurations of one to `tenants` copies, and curves of a few convex steps at the prices."""
+    """Three candidates a position, and curves of a few convex steps at the prices."""
     rng = np.random.default_rng(seed)
     configs, drawn = [], []
     for p in range(positions):
         gram = grams(1000 * seed + p, tenants) * float(rng.uniform(0.01, 1)) * 1e-2
-        configs.append(owned_configs(gram, shares(seed, tenants), tenants))
+        traffic = shares(seed, tenants)
+        configs.append([merged(gram, traffic), owned(gram, traffic), mean(gram)])
         row = []
         for _ in range(tenants):
             steps = rng.integers(1, 400, size=grid) * 8
@@ -54,7 +55,7 @@ def try_everything(
     for p, row in enumerate(configs):
         options = []
         for config in row:
-            partial = [(len(config.mixes) * float(COPY), 0.0)]
+            partial = [(float(COPY), 0.0)]
             for t, loss in enumerate(config.losses):
                 points = {(0.0, 1.0)}
                 if drawn is not None:
@@ -101,7 +102,7 @@ def test_allocations_against_trying_everything(seed: int, residuals: bool) -> No
         assert best * (1 - 1e-9) - 1e-15 <= value
         # What is left over could at most have bought the next step of one position.
         assert value - made.bound <= max(float(row[0].losses @ traffic) for row in configs)
-        nbytes = COPY * sum(allocator.copies(made))
+        nbytes = COPY * positions
         if drawn is not None:
             for p, t in product(range(positions), range(tenants)):
                 loss = configs[p][made.chosen[p]].losses[t]
@@ -126,7 +127,6 @@ def test_more_bytes_never_cost_more(seed: int, residuals: bool) -> None:
         assert made.nbytes <= budget and made.bound <= value * (1 + 1e-9) + 1e-15
         assert value <= last * (1 + 1e-9) + 1e-15, f"{budget} bytes cost more than fewer"
         last = value
-    assert value == pytest.approx(0, abs=1e-12) and made.bound == pytest.approx(0, abs=1e-12)
 
 
 def test_points_that_are_not_the_best_of_their_curve_are_not_chosen() -> None:
@@ -134,7 +134,7 @@ def test_points_that_are_not_the_best_of_their_curve_are_not_chosen() -> None:
     nbytes, left = np.zeros(len(PRICES)), np.ones(len(PRICES))
     nbytes[:80], left[:80] = 900.0, 0.05
     nbytes[80:90], left[80:90] = 950.0, 0.5  # dearer and worse than what lower prices buy
-    configs = [[Config(np.eye(2)[:1], np.zeros(2, dtype=int), np.array([0.0, 1.0]))]]
+    configs = [[Config(np.eye(2)[0], np.array([0.0, 1.0]))]]
     dented = Curve(nbytes, left)
     allocator = Allocator(configs, [[[dented, dented]]], np.array([0.5, 0.5]), COPY)
     for mu in 0.5 * PRICES[60:100]:
@@ -146,27 +146,12 @@ def test_points_that_are_not_the_best_of_their_curve_are_not_chosen() -> None:
     assert allocator.allocate(COPY + 899).losses[0, 1] == 1.0
 
 
-def test_identical_experts_are_kept_once() -> None:
-    same = np.zeros((3, 3, 3))
-    pair = gram_of_distances(np.array([[0, 0, 1.0], [0, 0, 1], [1, 1, 0]]))
-    traffic = np.full(3, 1 / 3)
-    for make in (owned_configs, merged_configs):
-        configs = [make(g, traffic, 3) for g in (same, pair)]
-        made = Allocator(configs, None, traffic, COPY).allocate(10 * COPY)
-        assert Allocator(configs, None, traffic, COPY).copies(made) == [1, 2]
-        assert (
-            made.nbytes == 3 * COPY
-            and made.losses.max() == pytest.approx(0, abs=1e-12)
-            and made.bound == 0
-        )
-
-
 def test_positions_may_have_different_numbers_of_configurations() -> None:
     traffic = shares(0, 3)
     configs, _ = random_case(0, 4, 3, 3)
     configs[1], configs[3] = configs[1][:1], configs[3][:2]
     allocator = Allocator(configs, None, traffic, COPY)
-    for budget in range(4 * COPY, 13 * COPY, COPY):
+    for budget in (4 * COPY, 9 * COPY):
         made = allocator.allocate(budget)
         assert all(chosen < len(row) for chosen, row in zip(made.chosen, configs, strict=True))
         best = try_everything(configs, None, traffic, budget)
@@ -175,7 +160,7 @@ def test_positions_may_have_different_numbers_of_configurations() -> None:
 
 
 def test_one_tenant_needs_nothing() -> None:
-    configs = [owned_configs(np.zeros((1, 1, 1)), np.ones(1), 1)] * 4
+    configs = [[owned(np.zeros((1, 1, 1)), np.ones(1))]] * 4
     none = Curve(np.zeros(len(PRICES)), np.ones(len(PRICES)))
     made = Allocator(configs, [[[none]] * 4] * 2, np.ones(1), COPY).allocate(9 * COPY)
     assert made.nbytes == 4 * COPY and made.losses.max() == 0 and made.bound == 0
@@ -184,13 +169,13 @@ def test_one_tenant_needs_nothing() -> None:
 def test_a_tenant_with_most_of_the_traffic_gets_the_bytes() -> None:
     gram = gram_of_distances(np.array([[0, 1.0], [1, 0]]))
     traffic = np.array([1e-9, 1 - 1e-9])
-    configs = [owned_configs(gram, traffic, 2)] * 3
+    configs = [[owned(gram, traffic)]] * 3
     made = Allocator(configs, None, traffic, COPY).allocate(3 * COPY)
     assert (made.losses[:, 1] == 0).all() and (made.losses[:, 0] == 1).all()
 
 
 def test_less_than_one_copy_a_position_is_refused() -> None:
-    configs = [owned_configs(grams(0, 2), np.full(2, 0.5), 2)] * 3
+    configs = [[owned(grams(0, 2), np.full(2, 0.5))]] * 3
     with pytest.raises(
         PlanError, match="2999 bytes are less than one copy of each position takes \\(3000\\)"
     ):

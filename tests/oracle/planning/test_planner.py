@@ -9,6 +9,7 @@ import pytest
 
 from common import Store
 from common.plan.profile import Profile
+from common.planning.configurations import Config
 from common.planning.planner import Planner
 from common.store.profiles import load_profile
 from tests.oracle.planning.case import Case, planner
@@ -45,15 +46,16 @@ def test_more_bytes_are_predicted_to_cost_no_more(mixtral: Case) -> None:
     """As the allocator reckons; what is then fitted may differ a little."""
     made = planner(Store.open(mixtral.path))
     one_model = made.store.experts.num_positions * made.store.copy_bytes
-    for policy in ("medoid", "merge", "fit", "residual"):
+    for policy in ("sign", "low_rank", "residual"):
         allocator, last = made.allocator(policy), np.inf
+        first = float((allocator.allocate(one_model).losses @ made.traffic).sum())
         for extra in np.linspace(0, 2.2, 23):
             found = allocator.allocate(int(one_model * (1 + extra)))
             value = float((found.losses @ made.traffic).sum())
             assert found.nbytes <= int(one_model * (1 + extra))
             assert found.bound <= value * (1 + 1e-9) + 1e-15 and value <= last * (1 + 1e-9)
             last = value
-        assert value == pytest.approx(0, abs=1e-9)
+        assert value < (0.5 if policy == "sign" else 0.01) * first
 
 
 def test_what_is_built_is_near_what_was_reckoned(mixtral: Case) -> None:
@@ -125,7 +127,7 @@ def test_the_more_samples_the_less_the_last_projection_is_held(
     believed."""
     position = planner(Store.open(mixtral.path))._position(0)
     own = position.own[1]["down"]
-    copy = position.copy(np.full(3, 1 / 3), np.arange(3), False)
+    copy = position.copy(Config(np.full(3, 1 / 3), np.zeros(3)))
     x, gates = position.sample(1)
     moved = []
     for times in (1, 8, 64):
@@ -146,7 +148,7 @@ def test_the_tenant_with_the_traffic_is_served_best(mixtral: Case) -> None:
         found = [
             np.array(
                 mixtral.plan(
-                    policy, extra=0.1, traffic={name: 1e6, other: 1.0}
+                    policy, extra=0.0, traffic={name: 1e6, other: 1.0}
                 ).manifest.prediction["losses"]  # type: ignore[index]
             )
             for name, other in (("ana", "bob"), ("bob", "ana"))
