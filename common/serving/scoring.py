@@ -75,7 +75,9 @@ def _rows(ids: Any, what: str) -> list[list[int]]:
     """[batch, seq] of anything array-like, or rows of different lengths, as lists."""
 
     def row(values: Any) -> Any:
-        return list(values) if isinstance(values, Sequence) else getattr(values, "tolist", list)()
+        if isinstance(values, Sequence):
+            return list(values)
+        return values.tolist() if hasattr(values, "tolist") else values
 
     rows = ids.tolist() if hasattr(ids, "tolist") else [row(values) for values in ids]
     if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):
