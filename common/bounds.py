@@ -25,7 +25,7 @@ class Bound:
         whole: whether only whole numbers are allowed.
         low, high: the least and the largest value, both allowed.
         above: the value must be larger than this one.
-        choices: the only values, for options that are not numbers.
+        choices: values that are allowed; the only ones unless it may be a number too.
         optional: whether None is allowed.
         note: what messages add, such as the meaning of a bound.
     """
@@ -41,8 +41,10 @@ class Bound:
     def allows(self, value: Any) -> bool:
         if value is None:
             return self.optional
-        if self.choices:
-            return any(type(value) is type(one) and value == one for one in self.choices)
+        if any(type(value) is type(one) and value == one for one in self.choices):
+            return True
+        if self.choices and not self.whole:
+            return False
         if not (is_whole(value) if self.whole else _is_number(value)):
             return False
         return (
@@ -55,7 +57,7 @@ class Bound:
     @property
     def words(self) -> str:
         """`give a whole number from 1 to 20, or None`."""
-        if self.choices:
+        if self.choices and not self.whole:
             return f"choose one of {', '.join(map(str, self.choices))}"
         parts = ["a whole number" if self.whole else "a number"]
         if self.above is not None:
@@ -71,6 +73,10 @@ class Bound:
         """The bound as arguments of pydantic's `Field`."""
         given = {"ge": self.low, "le": self.high, "gt": self.above}
         return {name: value for name, value in given.items() if value is not None}
+
+
+COUNT = Bound(whole=True, low=1)
+COUNT_OR_NONE = Bound(whole=True, low=1, optional=True)
 
 
 def bounded(default: Any, bound: Bound) -> Any:
@@ -94,12 +100,14 @@ def check_bounds(options: Any, error: type[Exception]) -> None:
 
 
 def make_options(kind: type[Options], values: Mapping[str, Any], error: type[Exception]) -> Options:
-    """Options of a class by name. Raises `error` for one that the class does not have."""
+    """Options of a class by name. Raises `error` for what the class does not have or allow."""
     known = sorted(f.name for f in fields(kind))  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise error(f"{kind.__name__} has no option {unknown[0]!r}; it has: {', '.join(known)}")
-    return kind(**values)
+    made = kind(**values)
+    check_bounds(made, error)
+    return made
 
 
 def _is_number(value: Any) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
+from common.bounds import COUNT, COUNT_OR_NONE, Bound, bounded, make_options
 from common.errors import EngineError
 
 
@@ -31,44 +32,23 @@ class JaxOptions:
         once, when it first compiles anything.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
-    products: Literal["auto", "native", "plain"] = "auto"
+    device: str = bounded("auto", Bound(choices=("auto", "cpu", "gpu", "cuda", "tpu")))
+    dtype: str = bounded("auto", Bound(choices=("auto", "float32", "bfloat16")))
+    products: str = bounded("auto", Bound(choices=("auto", "native", "plain")))
     mesh: Sequence[int] | None = None
-    expert_capacity: int | Literal["config"] | None = None
-    spare_slots: int = 16
-    ready_tenants: int | None = None
-    kv_cache_bytes: int | None = None
+    expert_capacity: int | str | None = bounded(
+        None, Bound(whole=True, low=1, choices=("config",), note=", or 'config'", optional=True)
+    )
+    spare_slots: int = bounded(16, COUNT)
+    ready_tenants: int | None = bounded(None, COUNT_OR_NONE)
+    kv_cache_bytes: int | None = bounded(None, COUNT_OR_NONE)
     compilation_cache: str | None = "auto"
 
     @classmethod
     def make(cls, **values: Any) -> JaxOptions:
         """Check names and values. Raises EngineError."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise EngineError(
-                f"the jax engine has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}"
-            )
-        options = cls(**values)
-        for name, allowed in (
-            ("device", ("auto", "cpu", "gpu", "cuda", "tpu")),
-            ("dtype", ("auto", "float32", "bfloat16")),
-            ("products", ("auto", "native", "plain")),
-        ):
-            if getattr(options, name) not in allowed:
-                raise EngineError(
-                    f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}"
-                )
-        for name in ("spare_slots", "ready_tenants", "kv_cache_bytes", "expert_capacity"):
-            value = getattr(options, name)
-            if (value is None and name != "spare_slots") or (
-                name == "expert_capacity" and value == "config"
-            ):
-                continue
-            if type(value) is not int or value < 1:
-                raise EngineError(f"{name} is {value!r}; give a whole number from 1")
+        options = make_options(cls, values, EngineError)
         mesh = options.mesh
-        if mesh is not None and (len(mesh) != 2 or any(type(n) is not int or n < 1 for n in mesh)):
+        if mesh is not None and (len(mesh) != 2 or not all(map(COUNT.allows, mesh))):
             raise EngineError(f"mesh is {mesh!r}; give (data, expert), two whole numbers from 1")
         return options

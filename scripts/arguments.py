@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from common import RequestError
+from common.bounds import COUNT, Bound, bound_of
 from common.build.examples import CalibrationSet
 from common.units import parse_bytes
 
@@ -87,14 +90,27 @@ def traffic(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=WEIGHT, for example fr=3") from None
 
 
-def whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
-    return value
+def number(bound: Bound) -> Callable[[str], float]:
+    """A number within a bound, for argparse."""
+
+    def parse(text: str) -> float:
+        try:
+            value: float = int(text) if bound.whole else float(text)
+        except ValueError:
+            value = math.nan
+        if not bound.allows(value):
+            raise argparse.ArgumentTypeError(f"{text!r}: {replace(bound, optional=False).words}")
+        return value
+
+    return parse
+
+
+def option(options: type, name: str) -> Callable[[str], float]:
+    """A number that an option of a dataclass may be, for argparse."""
+    return number(bound_of(options, name))
+
+
+whole = number(COUNT)
 
 
 def seconds(text: str) -> float:

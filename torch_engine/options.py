@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
+from common.bounds import COUNT, COUNT_OR_NONE, Bound, bounded, make_options
 from common.errors import EngineError
-from common.units import is_whole
 
 
 @dataclass(frozen=True)
@@ -29,36 +29,14 @@ class TorchOptions:
     """
 
     device: str = "auto"
-    dtype: str = "auto"
-    experts: Literal["auto", "loop", "grouped"] = "auto"
-    products: Literal["auto", "native", "plain"] = "auto"
-    spare_slots: int = 16
-    ready_tenants: int | None = None
-    kv_cache_bytes: int | None = None
+    dtype: str = bounded("auto", Bound(choices=("auto", "float32", "bfloat16", "float16")))
+    experts: str = bounded("auto", Bound(choices=("auto", "loop", "grouped")))
+    products: str = bounded("auto", Bound(choices=("auto", "native", "plain")))
+    spare_slots: int = bounded(16, COUNT)
+    ready_tenants: int | None = bounded(None, COUNT_OR_NONE)
+    kv_cache_bytes: int | None = bounded(None, COUNT_OR_NONE)
 
     @classmethod
     def make(cls, **values: Any) -> TorchOptions:
         """Check names and values. Raises EngineError."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise EngineError(
-                f"the torch engine has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}"
-            )
-        options = cls(**values)
-        for name, allowed in (
-            ("dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("experts", ("auto", "loop", "grouped")),
-            ("products", ("auto", "native", "plain")),
-        ):
-            if getattr(options, name) not in allowed:
-                raise EngineError(
-                    f"{name} is {getattr(options, name)!r}; choose one of {', '.join(allowed)}"
-                )
-        if not is_whole(options.spare_slots) or options.spare_slots < 1:
-            raise EngineError(f"spare_slots is {options.spare_slots!r}; give a whole number from 1")
-        for name in ("ready_tenants", "kv_cache_bytes"):
-            value = getattr(options, name)
-            if value is not None and (not is_whole(value) or value < 1):
-                raise EngineError(f"{name} is {value!r}; give a whole number from 1, or None")
-        return options
+        return make_options(cls, values, EngineError)

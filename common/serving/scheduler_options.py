@@ -6,11 +6,9 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from common.bounds import Bound, bounded, check_bounds
+from common.bounds import COUNT, COUNT_OR_NONE, Bound, bounded, check_bounds
 from common.errors import EngineError, UnknownTenantError
 
-COUNT = Bound(whole=True, low=1)
-COUNT_OR_NONE = Bound(whole=True, low=1, optional=True)
 WEIGHT = Bound(above=0, high=sys.float_info.max)
 
 

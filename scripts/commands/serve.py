@@ -100,27 +100,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument(
         "--max-model-len",
-        type=arguments.whole,
+        type=arguments.option(SchedulerOptions, "max_model_len"),
         metavar="N",
         help="most tokens of prompt and answer together",
     )
     load.add_argument(
         "--max-num-seqs",
-        type=arguments.whole,
+        type=arguments.option(SchedulerOptions, "max_num_seqs"),
         default=engine.max_num_seqs,
         metavar="N",
         help="sequences a step",
     )
     load.add_argument(
         "--max-num-batched-tokens",
-        type=arguments.whole,
+        type=arguments.option(SchedulerOptions, "max_num_batched_tokens"),
         metavar="N",
         help=f"tokens a step (default: {engine.max_num_batched_tokens}, or --max-num-seqs if that "
         "is more)",
     )
     load.add_argument(
         "--prefill-chunk",
-        type=arguments.whole,
+        type=arguments.option(SchedulerOptions, "prefill_chunk"),
         metavar="N",
         help="tokens of prompts in a step in which others answer",
     )
@@ -159,13 +159,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     share.add_argument(
         "--default-tenant-limit",
-        type=arguments.whole,
+        type=arguments.option(SchedulerOptions, "default_limit"),
         metavar="N",
         help="the same of tenants that are not named (default: as many as are free)",
     )
     share.add_argument(
         "--max-interference",
-        type=float,
+        type=arguments.option(SchedulerOptions, "max_interference"),
         default=engine.max_interference,
         metavar="X",
         help="how much longer steps may get by places that a tenant takes beyond its share while "
@@ -174,13 +174,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     share.add_argument(
         "--max-queue",
-        type=arguments.whole,
+        type=arguments.option(SchedulerOptions, "max_queue"),
         default=engine.max_queue,
         metavar="N",
         help="requests that may wait; more get 429",
     )
     share.add_argument(
-        "--max-queue-per-tenant", type=arguments.whole, metavar="N", help="and of one tenant"
+        "--max-queue-per-tenant",
+        type=arguments.option(SchedulerOptions, "max_queue_per_tenant"),
+        metavar="N",
+        help="and of one tenant",
     )
 
     who = parser.add_argument_group("who may do what")
