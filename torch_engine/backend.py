@@ -3,7 +3,7 @@ caches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from common.families import Decoder
 from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
 from common.units import format_bytes
+from torch_engine import native
 from torch_engine.device import (
     choose_products,
     find_device,
@@ -22,12 +23,16 @@ from torch_engine.device import (
     free_cache_bytes,
     products_name,
 )
+from torch_engine.experts.grouped import GroupedPool
+from torch_engine.experts.grouped_product import grouped_mm_fits
+from torch_engine.experts.loop import LoopPool
+from torch_engine.experts.own import KernelPool
+from torch_engine.experts.pool import ExpertPool
 from torch_engine.layers.attention import kind_of
 from torch_engine.layers.cache import BLOCK, Arena, block_bytes, token_width
 from torch_engine.models.decoder import check, forward, heads
 from torch_engine.options import TorchOptions
-from torch_engine.pool import ExpertPool, GroupedPool, LoopPool, grouped_mm_fits
-from torch_engine.products import Weight, pack, pack_native
+from torch_engine.products import PlainWeight, Weight, pack_native
 from torch_engine.segments import Segment
 from torch_engine.sequences import CachedSequence, segment_of, whole_prompts
 from torch_engine.tenants.by_copy import TenantsByCopy
@@ -50,14 +55,17 @@ class TorchBackend(Backend):
         self.device = find_device(options.device)
         self.dtype = find_dtype(options.dtype, store, self.device)
         self.products = choose_products(options.products, self.dtype, self.device)
-        product = {"native": pack_native, "packed": pack, "plain": _plain}[self.products]
+        kernels = native.load(self.dtype) if self.products == "native" else None
+        product: Callable[[Tensor], Weight] = pack_native if kernels else PlainWeight
         self.experts = self._expert_implementation(options)
         try:
             self.pool: ExpertPool
             if self.experts == "grouped":
                 self.pool = GroupedPool(store, self.dtype, self.device, options.spare_slots)
+            elif kernels is not None:
+                self.pool = KernelPool(store, self.dtype, options.spare_slots, kernels)
             else:
-                self.pool = LoopPool(store, self.dtype, self.device, options.spare_slots, product)
+                self.pool = LoopPool(store, self.dtype, self.device, options.spare_slots)
             self._wanted_ready = options.ready_tenants
             self.max_ready_tenants = self._max_ready(store)
             self.ready: ReadyTenants
@@ -323,7 +331,3 @@ class TorchBackend(Backend):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-
-
-def _plain(weight: Tensor) -> Weight:
-    return weight

@@ -9,7 +9,6 @@ import torch
 from common.errors import EngineError
 from common.store import Store
 from torch_engine import native
-from torch_engine.products import can_pack
 
 # What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded,
 # and on a CPU at most this many bytes.
@@ -51,14 +50,11 @@ def find_dtype(wanted: str, store: Store, device: torch.device) -> torch.dtype:
 
 
 def choose_products(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The first of native, packed and plain that works for this type on this device, if none is
-    asked for."""
+    """The first of native and plain that works for this type on this device, if none is asked
+    for."""
     works = ["plain"]
-    if device.type == "cpu":
-        if can_pack(dtype):
-            works.insert(0, "packed")
-        if native.load(dtype) is not None:
-            works.insert(0, "native")
+    if device.type == "cpu" and native.load(dtype) is not None:
+        works.insert(0, "native")
     if wanted not in ("auto", *works):
         raise EngineError(
             f"products={wanted!r} does not work for {dtype} on {device} here; use auto or "
@@ -73,7 +69,7 @@ def products_name(products: str, dtype: torch.dtype) -> str:
         kernels = native.load(dtype)
         assert kernels is not None
         return f"own kernels ({kernels.target})"
-    return {"packed": "oneDNN", "plain": "torch"}[products]
+    return "torch"
 
 
 def free_cache_bytes(device: torch.device) -> int:

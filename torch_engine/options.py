@@ -17,9 +17,8 @@ class TorchOptions:
     experts: how products of many experts run. loop: one copy after another; grouped: one grouped
         product; auto: what was measured faster, loop on a CPU and grouped on CUDA
         (docs/architecture.md, decision on products).
-    products: how matrices are kept and multiplied on a CPU. packed: reordered once for oneDNN;
-        native: packed once for kernels of our own, which leave many rows to oneDNN where it is
-        fast; plain: as they are; auto: the first of native, packed and plain that works here.
+    products: how matrices are kept and multiplied on a CPU. native: packed once for kernels of our
+        own; plain: as they are; auto: native where it works.
         MOETEL_NATIVE=0 in the environment rules native out.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a
@@ -32,7 +31,7 @@ class TorchOptions:
     device: str = "auto"
     dtype: str = "auto"
     experts: Literal["auto", "loop", "grouped"] = "auto"
-    products: Literal["auto", "native", "packed", "plain"] = "auto"
+    products: Literal["auto", "native", "plain"] = "auto"
     spare_slots: int = 16
     ready_tenants: int | None = None
     kv_cache_bytes: int | None = None
@@ -50,7 +49,7 @@ class TorchOptions:
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("experts", ("auto", "loop", "grouped")),
-            ("products", ("auto", "native", "packed", "plain")),
+            ("products", ("auto", "native", "plain")),
         ):
             if getattr(options, name) not in allowed:
                 raise EngineError(

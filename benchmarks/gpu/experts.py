@@ -12,7 +12,9 @@ from benchmarks.common import Report, Spread, ratios
 from benchmarks.gpu.clock import Clock, pinned
 from common import Engine, Store, load_engine
 from common.serving.backend import Row
-from torch_engine.pool import GroupedPool, LoopPool, TokenTenants
+from torch_engine.experts.grouped import GroupedPool
+from torch_engine.experts.loop import LoopPool
+from torch_engine.experts.routing import TokenTenants
 
 
 def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:
@@ -24,7 +26,7 @@ def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:
     spec = store.experts
     pools = [
         GroupedPool(store, torch.bfloat16, device, 1),
-        LoopPool(store, torch.bfloat16, device, 1, lambda w: w),
+        LoopPool(store, torch.bfloat16, device, 1),
     ]
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 16, 64, 256, 1024):

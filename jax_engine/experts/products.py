@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.dtypes import BY_NAME, to_float32
+from common.kernels.layout import BLOCK
 
 if TYPE_CHECKING:
     from jax_engine.native import Kernels
 
 Array = jax.Array
-
-BLOCK = 64
-"""Outputs in a block of the packed layout."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class Products(ABC):
         """`x @ weight.T`: compute [..., in] -> compute [..., out]."""
 
     @abstractmethod
-    def rows(self, table: Array, ids: Array) -> Array:
-        """Rows of a packed [vocab, hidden] table: int32 [...] -> compute [..., hidden]."""
+    def rows(self, table: Array, ids: Array, width: int) -> Array:
+        """Rows of a packed [vocab, width] table: int32 [...] -> compute [..., width]."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,13 @@ class PlainProducts(Products):
     def linear(self, x: Array, weight: Array, out_features: int) -> Array:
         return jnp.einsum("...k,nk->...n", x, weight.astype(x.dtype))
 
-    def rows(self, table: Array, ids: Array) -> Array:
+    def rows(self, table: Array, ids: Array, width: int) -> Array:
         return jnp.take(table, ids, axis=0, mode="clip").astype(self.compute)
 
 
 @dataclass(frozen=True)
 class NativeProducts(Products):
-    """[blocks of 64 outputs, in, 64], read by the kernels of `jax_engine.native`."""
+    """Packed in blocks of 64 outputs, for the kernels of `jax_engine.native`."""
 
     kernels: Kernels
 
@@ -95,8 +93,11 @@ class NativeProducts(Products):
     def linear(self, x: Array, weight: Array, out_features: int) -> Array:
         return self.kernels.linear(x, weight, out_features)
 
-    def rows(self, table: Array, ids: Array) -> Array:
-        return table[ids // BLOCK, :, ids % BLOCK].astype(self.compute)
+    def rows(self, table: Array, ids: Array, width: int) -> Array:
+        *_, steps, size = table.shape
+        cells = table.reshape(-1, steps, BLOCK, size // BLOCK)
+        found = cells[ids // BLOCK, :, ids % BLOCK].astype(self.compute)
+        return found.reshape(*ids.shape, -1)[..., :width]
 
 
 def make_products(kind: str, weights: str, compute: str) -> Products:

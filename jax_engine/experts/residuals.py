@@ -14,7 +14,7 @@ slot's own parts have: nothing is padded to the largest tenant's. Padding is roo
 behind a layer's last record: at d_ff 3072, 12 KiB for sign parts, 24 KiB for low rank in 4 bits.
 
 On one CPU device the kernels of `jax_engine.native` do all this. For them the bits of sign parts
-are laid out in blocks of 64 outputs, as the weights that they correct are (`blocked_sign`); padding
+are laid out in blocks of 64 outputs, as the weights that they correct are (`blocked_part`); padding
 is that of outputs to a multiple of 64.
 
 Legend: tokens T, inputs K, outputs N of a projection, slots S, rank R.
@@ -32,7 +32,8 @@ import numpy as np
 from jax import lax
 
 from common.errors import EngineError
-from common.plan.residual import ALIGNMENT, LOW_RANK, SIGN, Part, row_bytes
+from common.kernels.layout import ALIGNMENT, BLOCK, FIELDS, KINDS, NONE, blocked_part
+from common.plan.residual import LOW_RANK, SIGN, Part, row_bytes
 from common.store import Store
 
 Array = jax.Array
@@ -41,12 +42,6 @@ SIGN_ROWS = 32
 LOW_RANK_ROWS = 16
 """Rows that are expanded at once: some hundred KiB of float32 at Switch's widths, so that they stay
 in a cache."""
-
-NONE, KINDS = 0, {SIGN: 1, LOW_RANK: 2}
-"""Numbers of a part's kind in a table; 0: no part. kernels.cc has the same."""
-
-FIELDS = 4
-"""Fields of a part in a table: kind, bits, size, first 4-byte word of its data."""
 
 MOST_WORDS = 2**31 - 1
 """Words of a layer: jax counts in int32."""
@@ -204,39 +199,13 @@ def _add_low_rank(
     return added
 
 
-def blocked_sign(data: np.ndarray, part: Part, shape: tuple[int, ...]) -> np.ndarray:
-    """A sign part, uint8 [bytes], for the kernels: its scales, then uint64 [blocks of 64 outputs,
-    K].
-
-    Bit i of a word is that of the block's output i. As many bytes as before, but that outputs are
-    padded to whole blocks.
-    """
-    outputs, inputs = shape
-    start, width = row_bytes(-(-outputs // part.size), 16), row_bytes(inputs, 1)
-    blocks, groups = -(-outputs // 64), -(-inputs // 64)
-    padded = np.zeros((blocks * 64, groups * 8), dtype=np.uint8)
-    padded[:outputs, :width] = data[start : start + outputs * width].reshape(outputs, width)
-    bits = padded.view("<u8").reshape(blocks, 64, groups)
-    # Squares of 64 x 64 bits are transposed by exchanging ever smaller quarters (Hacker's Delight,
-    # section 7-3).
-    for half in (32, 16, 8, 4, 2, 1):
-        low = np.uint64(sum(1 << i for i in range(64) if not i & half))
-        pairs = bits.reshape(blocks, 64 // (2 * half), 2, half, groups)
-        upper, lower = pairs[:, :, 0], pairs[:, :, 1]
-        moved = ((upper >> np.uint64(half)) ^ lower) & low
-        lower ^= moved
-        upper ^= moved << np.uint64(half)
-    codes = np.ascontiguousarray(bits.swapaxes(1, 2).reshape(blocks, groups * 64)[:, :inputs])
-    return np.concatenate([data[:start], codes.reshape(-1).view(np.uint8)])
-
-
 def part_on_device(
     data: np.ndarray, part: Part, shape: tuple[int, ...], blocked: bool
 ) -> np.ndarray:
     """A part that begins at data[0] as it lies on the device: uint8 [bytes, a multiple of 16]."""
     data = data[: part.nbytes(shape)]
-    if blocked and part.kind == SIGN:
-        data = blocked_sign(data, part, shape)
+    if blocked:
+        return blocked_part(data, part.kind, part.size, shape)
     return np.concatenate([data, np.zeros(-len(data) % ALIGNMENT, dtype=np.uint8)])
 
 
@@ -245,7 +214,7 @@ def _part_bytes(part: Part, shape: tuple[int, ...], blocked: bool) -> int:
     count = part.nbytes(shape)
     if blocked and part.kind == SIGN:
         outputs, inputs = shape
-        count = row_bytes(-(-outputs // part.size), 16) + -(-outputs // 64) * inputs * 8
+        count = row_bytes(-(-outputs // part.size), 16) + -(-outputs // BLOCK) * inputs * 8
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 

@@ -24,7 +24,8 @@ class Linear(nnx.Module):
     ):
         """dims: [out, in] of each matrix. std: of the initial values."""
         outputs, inputs = dims
-        self.products, self.out_features = products, outputs * len(roles)
+        self.products = products
+        self.out_features, self.in_features = outputs * len(roles), inputs
         value = initial.normal((self.out_features, inputs), products.weights, std)
         self.weight = tenant_variable(products.pack(value), roles, packed=True)
 
@@ -34,4 +35,4 @@ class Linear(nnx.Module):
 
     def rows(self, ids: Array) -> Array:
         """Rows of the matrix, as of a table of embeddings: int32 [...] -> [..., in]."""
-        return self.products.rows(self.weight[...], ids)
+        return self.products.rows(self.weight[...], ids, self.in_features)

@@ -19,7 +19,7 @@ FLOORS = (
     ("common.plan",),
     ("common.checkpoints",),
     ("common.families",),
-    ("common.kernels", "common.native"),
+    ("common.kernels",),
 )
 FACES = ("common", "moetel")
 PACKAGES = ("common", "torch_engine", "jax_engine", "scripts", "moetel")

@@ -18,7 +18,8 @@ import pytest
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-from common import native as targets  # noqa: E402
+from common.kernels import build, layout  # noqa: E402
+from common.kernels import target as targets  # noqa: E402
 from jax_engine import native  # noqa: E402
 
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -100,7 +101,7 @@ def test_packing_and_back(shape: tuple[int, ...], module: Any) -> None:
         packed[(0,) * len(stack)][-1, -1, (outputs - 1) % 64] == weight[(0,) * len(stack)][-1, -1]
     )
     assert np.all(np.asarray(packed)[..., -1, :, (outputs - 1) % 64 + 1 :] == 0)
-    assert np.array_equal(native.unpack(packed, outputs), weight)
+    assert np.array_equal(layout.unpack(np.asarray(packed), outputs, inputs), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -412,12 +413,12 @@ def test_wrong_products_are_refused(
     )
     with caplog.at_level(logging.INFO, logger=native.__name__):
         assert native.load() is None
-    assert "a product differs from numpy's" in caplog.text
+    assert "a product through XLA differs from numpy's" in caplog.text
 
 
 @pytest.mark.slow
 def test_compiled_once_and_kept(filled: pytest.MonkeyPatch) -> None:
-    filled.setattr(native.subprocess, "run", _only_version(native.subprocess.run))
+    filled.setattr(build.subprocess, "run", _only_version(build.subprocess.run))
     assert native.load() is not None
 
 
@@ -435,7 +436,7 @@ def test_a_damaged_library_is_noticed(compiled: Path, tmp_path: Path) -> None:
     good, copy = library.read_bytes(), tmp_path / "copy.so"
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
-    assert not native._is_whole(copy)
+    assert not build.is_whole(copy)
     for content in (
         b"",
         good[:20],
@@ -446,7 +447,7 @@ def test_a_damaged_library_is_noticed(compiled: Path, tmp_path: Path) -> None:
         good,
     ):
         copy.write_bytes(content)
-        assert native._is_whole(copy) == (content == good)
+        assert build.is_whole(copy) == (content == good)
 
 
 @pytest.mark.slow
@@ -456,7 +457,7 @@ def test_a_damaged_library_is_built_again(filled: pytest.MonkeyPatch, tmp_path: 
     library.write_bytes(half)
     again = native.load()
     assert again is not None
-    assert native._is_whole(library)
+    assert build.is_whole(library)
     weight, x = noise(0, 70, 30), noise(1, 3, 30)
     found = again.linear(jnp.asarray(x), native.pack(jnp.asarray(weight)), 70)
     np.testing.assert_allclose(found, x @ weight.T, atol=1e-4)

@@ -153,7 +153,7 @@ def test_every_family_of_decoders_is_here() -> None:
     assert set(SIZES) == {name for name, shape in shapes.items() if isinstance(shape, Decoder)}
 
 
-@pytest.mark.parametrize("products", ["plain", "packed"])
+@pytest.mark.parametrize("products", ["plain"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_other_ways_to_multiply(family: str, products: str, tmp_path: Path) -> None:
     models, paths = tenants(family, tmp_path, **LAYERS.get(family, {}))

@@ -3,10 +3,8 @@ needed."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,13 @@ import torch
 from torch.nn import functional as F
 
 from common import EngineError, load_engine
-from common import native as targets
+from common.kernels import build
+from common.kernels import target as targets
 from tests import helpers
-from torch_engine import native, products
+from torch_engine import native
+from torch_engine.layers.mlp import ACTIVATIONS
 from torch_engine.layers.norm import rms_norm
-from torch_engine.pool import ACTIVATIONS
-from torch_engine.products import linears, pack_native
+from torch_engine.products import PlainWeight, linears, pack_native
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -46,140 +45,56 @@ def close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(64, 64), (1, 2), (8, 1024), (37, 50), (100, 34), (129, 200), (320, 96)]
+    ("outputs", "inputs"),
+    [(64, 64), (1, 2), (8, 1024), (37, 50), (100, 34), (129, 200), (320, 96), (70, 517), (64, 1)],
 )
-def test_linear_is_right_for_any_shape_and_number_of_rows(
+def test_products_are_right_for_any_shape_and_number_of_rows(
     dtype: torch.dtype, outputs: int, inputs: int
 ) -> None:
-    found = kernels(dtype)
+    kernels(dtype)
     weight = (noise(0, outputs, inputs) * inputs**-0.5).to(dtype)
-    packed = products.pack_native(weight)
-    if (
-        packed.place is None
-    ):  # where oneDNN packs, it does some shapes in other ways, and then multiplies them too
-        assert not found.own_layout
-        assert packed.kernels is None
-    else:
-        for rows in (*range(1, 15), 20):
-            x = noise(rows, rows, inputs).to(dtype)
-            close(
-                native.linear(found, x, packed.place, outputs),
-                x.double() @ weight.double().T,
-                dtype,
-            )
-    x = noise(1, 5, inputs).to(dtype)
-    close(products.linear(x, packed), x.double() @ weight.double().T, dtype)
+    packed = pack_native(weight)
+    assert packed.nbytes == weight.nbytes and packed.shape == weight.shape
+    for rows in (*range(1, 15), 20, 95, 97, 200):
+        x = noise(rows, rows, inputs).to(dtype)
+        close(packed.multiply(x), x.double() @ weight.double().T, dtype)
 
 
-def test_the_shapes_that_matter_are_taken() -> None:
-    for dtype in DTYPES:
-        kernels(dtype)
-        for outputs, inputs in ((64, 64), (384, 128), (1536, 1024), (8, 64), (500, 64)):
-            assert products.pack_native(noise(0, outputs, inputs).to(dtype)).place is not None
-
-
-@pytest.mark.parametrize("inputs", [1, 33, 129, 257])
-def test_odd_inputs(inputs: int) -> None:
-    """Weights that we pack have a zero for the other half of the last pair; oneDNN's are left to
-    it."""
-    found = kernels(torch.bfloat16)
-    weight, x = (noise(0, 64, inputs) * inputs**-0.5).bfloat16(), noise(1, 7, inputs).bfloat16()
-    packed = products.pack_native(weight)
-    assert found.own_layout or packed.place is None
-    close(products.linear(x, packed), x.double() @ weight.double().T, torch.bfloat16)
-    # What follows a row in memory is no number: it must not be multiplied with the padding.
-    own = native.pack(weight)
-    x = torch.cat([x, torch.full_like(x, torch.nan)])
-    out = native.linear(found, x, native.place_of(own), 64)[:7]
-    close(out, x[:7].double() @ weight.double().T, torch.bfloat16)
-
-
-def onednn_packs(weight: torch.Tensor) -> torch.Tensor | None:
-    try:
-        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # no such type on this processor, or no oneDNN
-        return None
-    return packed
+def test_what_follows_an_odd_row_is_not_multiplied() -> None:
+    kernels(torch.bfloat16)
+    weight, x = noise(0, 64, 33).bfloat16(), noise(1, 7, 33).bfloat16()
+    followed = torch.cat([x, torch.full_like(x, torch.nan)])
+    out = pack_native(weight).multiply(followed)[:7]
+    close(out, x.double() @ weight.double().T, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_are_packed_here_as_onednn_does_it(dtype: torch.dtype) -> None:
-    """Where oneDNN packs in blocks of 64 outputs, and bfloat16 in pairs, what we pack is the
-    same."""
-    lanes = 2 if dtype == torch.bfloat16 else 1
-    for outputs, inputs in ((64, 64), (1, 2), (384, 128), (100, 34), (63, 8), (65, 5)):
-        weight = noise(0, outputs, inputs).to(dtype)
-        own = native.pack(weight)
-        by_hand = torch.zeros_like(own)
-        for n in range(outputs):
-            for k in range(inputs):
-                by_hand[n // 64, k // lanes, n % 64, k % lanes] = weight[n, k]
-        assert torch.equal(own, by_hand)
-        packed = onednn_packs(weight)
-        if packed is not None and (place := native.locate(weight, packed)) is not None:
-            raw = (ctypes.c_char * own.nbytes).from_address(place.pointer)
-            if place.stride == inputs:
-                assert bytes(raw) == own.view(torch.uint8).numpy().tobytes()
-
-
-def test_another_layout_is_noticed() -> None:
-    found = kernels(torch.float32)
-    weight, other = noise(0, 128, 64), noise(1, 128, 64)
-    packed = onednn_packs(weight)
-    if packed is None:
-        assert found.own_layout
-        return
-    assert (native.locate(weight, packed) is None) == found.own_layout
-    assert native.locate(other, packed) is None
-    assert native.locate(weight.T.contiguous(), packed) is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (5, 1), (13, 3)])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "inter"), [(1, 2, 64), (5, 1, 27), (13, 3, 130), (250, 2, 64)]
+)
 def test_a_whole_layer_of_experts(
-    dtype: torch.dtype, activation: str, tokens: int, top_k: int
+    dtype: torch.dtype, activation: str, tokens: int, top_k: int, inter: int
 ) -> None:
     found = kernels(dtype)
-    hidden, inter, num_experts = 40, 64, 5
-    gate_up = [(noise(i, 2 * inter, hidden) * 0.2).to(dtype) for i in range(num_experts)]
-    down = [(noise(9 + i, hidden, inter) * 0.2).to(dtype) for i in range(num_experts)]
+    hidden, num_experts = 40, 5
+    shapes = ((inter, hidden), (inter, hidden), (hidden, inter))
+    weights = [
+        [(noise(9 * e + i, *s) * 0.2).to(dtype) for i, s in enumerate(shapes)]
+        for e in range(num_experts)
+    ]
+    packed = [[native.pack(w) for w in expert] for expert in weights]
     x = noise(3, tokens, hidden).to(dtype)
     rng = np.random.default_rng(0)
-    ids = np.stack([rng.permutation(num_experts)[:top_k] for _ in range(tokens)])
+    ids = np.stack([rng.permutation(num_experts + 1)[:top_k] for _ in range(tokens)]) - 1
     gates = torch.from_numpy(rng.random((tokens, top_k), dtype=np.float32))
-    packed = [
-        (products.pack_native(a), products.pack_native(b))
-        for a, b in zip(gate_up, down, strict=True)
-    ]
-    order = np.argsort(ids.reshape(-1), kind="stable")
-    hit, starts = np.unique(ids.reshape(-1)[order], return_index=True)
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    out = native.experts(
-        found,
-        x,
-        [p for p in (packed[i][0].place for i in hit) if p],
-        [p for p in (packed[i][1].place for i in hit) if p],
-        inter,
-        np.append(starts, len(order)).astype(np.int64),
-        order // top_k,
-        places,
-        gates,
-        activation,
-    )
+    at = np.stack([native.addresses(expert) for expert in packed])
+    out = native.experts(found, x, ids.astype(np.int32), gates, at, inter, activation)
     exact = torch.zeros(tokens, hidden, dtype=torch.float64)
-    for t in range(tokens):
-        for choice in range(top_k):
-            e = ids[t, choice]
-            gate, up = (x[t].double() @ gate_up[e].double().T).chunk(2)
-            exact[t] += gates[t, choice].double() * (
-                (ACTIVATIONS[activation](gate) * up) @ down[e].double().T
-            )
+    for t, choice in np.argwhere(ids >= 0):  # -1 is no expert
+        gate, up, down = (w.double() for w in weights[ids[t, choice]])
+        inner = ACTIVATIONS[activation](gate @ x[t].double()) * (up @ x[t].double())
+        exact[t] += gates[t, choice].double() * (down @ inner)
     close(out, exact, dtype)
 
 
@@ -199,7 +114,7 @@ def test_rms_norm_equals_the_plain_one(dtype: torch.dtype) -> None:
 def test_several_runs_of_rows_in_one_call(
     dtype: torch.dtype, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = kernels(dtype)
+    kernels(dtype)
     starts = np.cumsum([0, *rows]).astype(np.int64)
     x, weights = (
         noise(0, sum(rows), 70).to(dtype),
@@ -217,13 +132,8 @@ def test_several_runs_of_rows_in_one_call(
     )
     close(linears(x, starts, packed), exact, dtype)
     assert len(calls) == 1
-    # What the kernels do not take in one call: too many rows, plain weights among packed ones.
-    few = (
-        [] if found.own_layout else [replace(p, kernels=replace(found, max_rows=1)) for p in packed]
-    )
-    mixed = [*packed[:-1], weights[-1]]
-    for other in filter(None, (few, mixed, weights)):
-        close(linears(x, starts, other), exact, dtype)
+    close(linears(x, starts, [PlainWeight(w) for w in weights]), exact, dtype)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -266,21 +176,21 @@ def test_decode_attention(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """An empty cache of compiled kernels, and nothing loaded yet."""
-    native.load.cache_clear()
+    native._load.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield monkeypatch
-    native.load.cache_clear()
+    native._load.cache_clear()
 
 
 @pytest.mark.parametrize("lack", ["compiler", "broken compiler", "AVX2", "x86", "leave"])
-def test_without_kernels_onednn_does_all_products(
+def test_without_kernels_torch_does_all_products(
     lack: str, fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if lack == "compiler":
         fresh.setenv("PATH", str(tmp_path))
-        fresh.delenv("CC", raising=False)
+        fresh.delenv("CXX", raising=False)
     elif lack == "broken compiler":
-        fresh.setenv("CC", "false")
+        fresh.setenv("CXX", "false")
     elif lack == "AVX2":
         fresh.setattr(targets, "cpu_flags", lambda: frozenset({"avx"}))
     elif lack == "x86":
@@ -296,7 +206,7 @@ def test_without_kernels_onednn_does_all_products(
     )
     rows = helpers.prompts(0, [12])
     with load_engine(store) as engine:
-        assert engine.stats()["products"] in ("oneDNN", "torch")
+        assert engine.stats()["products"] == "torch"
         helpers.assert_close(engine.logits("only", rows), helpers.hf_logits(model, rows))
         answer = engine.generate("only", rows[0])
         assert list(answer.token_ids) == helpers.hf_greedy(
@@ -311,31 +221,23 @@ def test_a_malformed_switch_is_an_error(fresh: pytest.MonkeyPatch, value: str) -
         native.load(torch.float32)
 
 
-def no_layout(*_: Any) -> Any:
-    raise RuntimeError("no reorder of this type")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["AVX2", "AVX-512", "AVX-512 bf16"])
-def test_where_onednn_packs_nothing(fresh: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
-    """Kernels for every processor up to this one pack by themselves and multiply any number of
-    rows."""
-    lack = {"AVX2": {"avx512f", "avx512_bf16"}, "AVX-512": {"avx512_bf16"}}.get(target, set())
-    flags = native.cpu_flags() - lack - {"amx_bf16"}
-    fresh.setattr(targets, "cpu_flags", lambda: flags)
-    fresh.setattr(native, "cpu_flags", lambda: flags)
-    fresh.setattr(native, "_shares_layout", lambda dtype: False)
-    fresh.setattr(torch.ops.mkldnn, "_reorder_linear_weight", no_layout)
+@pytest.mark.parametrize(
+    ("switch", "target"), [("avx2", "AVX2"), ("avx512", "AVX-512"), ("1", "AVX-512 bf16")]
+)
+def test_each_target_multiplies_any_number_of_rows(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, switch: str, target: str
+) -> None:
+    fresh.setenv(targets.SWITCH, switch)
     if (found := native.load(torch.bfloat16)) is None or found.target != target:
         pytest.skip(f"this machine compiles no kernels for {target}")
     for dtype in DTYPES:
         for outputs, inputs in ((64, 64), (1, 2), (129, 200), (320, 96), (70, 517)):
             weight = (noise(0, outputs, inputs) * inputs**-0.5).to(dtype)
             packed = pack_native(weight)
-            assert packed.place is not None and packed.nbytes == dtype.itemsize * outputs * inputs
             for rows in (1, 2, 3, 4, 5, 6, 7, 95, 97, 200):
                 x = noise(rows, rows, inputs).to(dtype)
-                close(products.linear(x, packed), x.double() @ weight.double().T, dtype)
+                close(packed.multiply(x), x.double() @ weight.double().T, dtype)
     path = helpers.save(
         helpers.random_mixtral(0, hidden_size=32, intermediate_size=64).bfloat16(),
         tmp_path / "only",
@@ -359,8 +261,8 @@ def test_compiled_once_and_kept(fresh: pytest.MonkeyPatch, tmp_path: Path) -> No
     kernels(torch.float32)
     (library,) = (tmp_path / "cache" / "moetel").iterdir()
     assert library.suffix == ".so"
-    native.load.cache_clear()
-    fresh.setattr(native.subprocess, "run", _only_version(native.subprocess.run))
+    native._load.cache_clear()
+    fresh.setattr(build.subprocess, "run", _only_version(build.subprocess.run))
     assert native.load(torch.float32) is not None
 
 

@@ -16,7 +16,7 @@ from common import EngineError, SamplingParams, load_engine
 from tests import helpers
 from tests.conftest import Family
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
-from torch_engine.pool import grouped_mm_fits
+from torch_engine.experts.grouped_product import grouped_mm_fits
 from torch_engine.tenants.by_copy import TenantsByCopy
 
 NEW = SamplingParams(max_new_tokens=10, ignore_eos=True)
@@ -125,7 +125,7 @@ def test_every_way_to_multiply_equals_hugging_face(shape: str, tmp_path: Path) -
     expected = [hf_logits(model, [row])[0] for row in rows]
     greedy = [hf_greedy(model, row, 10) for row in rows]
     spec = store.experts
-    ways: list[dict[str, Any]] = [{"products": "plain"}, {"products": "packed"}]
+    ways: list[dict[str, Any]] = [{"products": "plain"}]
     if grouped_mm_fits(
         spec.hidden_size, spec.intermediate_size, torch.float32, torch.device("cpu")
     ):
@@ -185,7 +185,7 @@ def test_any_mixture_of_all_that_may_vary(seed: int, tmp_path: Path) -> None:
         tmp_path / "store", paths, slots=rng.choice(["all", None, rng.randint(0, positions)])
     )
     options = {
-        "products": rng.choice(["auto", "plain", "packed"]),
+        "products": rng.choice(["auto", "plain"]),
         "spare_slots": rng.choice([1, 2, 16]),
         "ready_tenants": rng.choice([None, 1]),
         "max_batch_size": rng.choice([1, 3, 32]),
@@ -435,7 +435,7 @@ def test_shared_fixtures_nothing_shared(fixture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("slots", rest_slow([3, None, 0, 5, "all"]))
 @pytest.mark.parametrize(
     "options",
-    [{}, {"spare_slots": 1}, {"experts": "grouped", "spare_slots": 2}, {"products": "packed"}],
+    [{}, {"spare_slots": 1}, {"experts": "grouped", "spare_slots": 2}, {"products": "plain"}],
     ids=str,
 )
 def test_shared_experts_equal_the_oracle(

@@ -19,13 +19,13 @@ from tests import helpers
 from tests.conftest import Family
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 from torch_engine.backend import TorchBackend
-from torch_engine.pool import GroupedPool
+from torch_engine.experts.grouped import GroupedPool
 
 WAYS: list[dict[str, Any]] = [
     {},
     {"products": "plain"},
     {"experts": "grouped", "products": "plain", "spare_slots": 2},
-    {"products": "packed", "ready_tenants": 2},
+    {"products": "plain", "ready_tenants": 2},
 ]
 
 

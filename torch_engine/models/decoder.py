@@ -22,13 +22,13 @@ from common.errors import EngineError
 from common.families import Decoder
 from common.families.shape import Dense, Rope, Sparse
 from common.serving.backend import Observer
+from torch_engine.experts.pool import ExpertPool
+from torch_engine.experts.routing import TokenTenants
 from torch_engine.layers.attention import attention, group_of, kind_of
 from torch_engine.layers.cache import Arena
 from torch_engine.layers.mlp import dense
 from torch_engine.layers.norm import rms_norms
 from torch_engine.layers.router import route
-from torch_engine.pool import ExpertPool, TokenTenants
-from torch_engine.products import linear
 from torch_engine.segments import Segment, Segments, joined, present, scaled
 from torch_engine.tenants.weights import TenantWeights
 
@@ -154,7 +154,7 @@ def heads(segments: Sequence[Segment], hidden: Sequence[Tensor]) -> list[Tensor]
         for segment, _ in pairs:
             segment.weights.wait(len(segment.weights.shape.layers) + 1)
         normed = joined([_last_norm(segment.weights, x) for segment, x in pairs])
-        logits = linear(normed, pairs[0][0].weights.head).split([len(x) for _, x in pairs])
+        logits = pairs[0][0].weights.head.multiply(normed).split([len(x) for _, x in pairs])
         for (segment, _), values in zip(pairs, logits, strict=True):
             divisor = segment.weights.shape.scalars.logits_divisor
             found.append((values if divisor == 1.0 else values / divisor).float())

@@ -15,10 +15,12 @@ from torch import Tensor
 from common.families import Decoder
 from common.store import Store
 from torch_engine.layers.rotary import RotaryTable
+from torch_engine.products import PlainWeight
 from torch_engine.tenants.layout import FlatLayout
 from torch_engine.tenants.ready import unchanged
 from torch_engine.tenants.weights import (
     Content,
+    Entry,
     TenantWeights,
     arrange,
     content_of,
@@ -46,7 +48,7 @@ class _HostTenant:
     layout: FlatLayout
     host: Tensor
     rotary: RotaryTable
-    common: dict[str, Tensor]
+    common: dict[str, PlainWeight]
 
 
 class TenantsByCopy:
@@ -65,7 +67,7 @@ class TenantsByCopy:
         self.switches = 0
         self.copied_bytes = 0
         self._store = store
-        self._common: WeakValueDictionary[Content, Tensor] = WeakValueDictionary()
+        self._common: WeakValueDictionary[Content, PlainWeight] = WeakValueDictionary()
         self._tenants = self._on_hosts(store, store.tenants, capacity)
         largest = max(t.layout.elements for t in self._tenants.values())
         self._buffers = [
@@ -121,14 +123,14 @@ class TenantsByCopy:
         contents: of its entries. equal: of entries that several tenants have.
         """
         shape = shape_of(store, name)
-        common: dict[str, Tensor] = {}
+        common: dict[str, PlainWeight] = {}
         for entry in entries(shape):
             content = contents[entry.name]
             if content not in equal and content not in self._common:
                 continue
             if (held := self._common.get(content)) is None:
-                held = torch.empty(entry.shape, dtype=self._dtype, device=self._device)
-                _fill(held, mapped_entry(store, name, entry))
+                held = PlainWeight(torch.empty(entry.shape, dtype=self._dtype, device=self._device))
+                _fill(held.tensor, mapped_entry(store, name, entry))
                 self._common[content] = held
             common[entry.name] = held
         layout = FlatLayout.of(shape, common)
@@ -231,8 +233,14 @@ class TenantsByCopy:
                 torch.cuda.current_stream(self._device).wait_event(arrived[stage])
 
         buffer.tenant = name
-        weights = layout.views(shape, buffer.data) | tenant.common
-        buffer.weights = arrange(shape, lambda e: weights[e.name], tenant.rotary, wait)
+        views = layout.views(shape, buffer.data)
+        weights = {name: PlainWeight(view) for name, view in views.items()} | tenant.common
+
+        def weight(entry: Entry) -> Tensor | PlainWeight:
+            found = weights[entry.name]
+            return found if entry.is_matrix else found.tensor
+
+        buffer.weights = arrange(shape, weight, tenant.rotary, wait)
         return buffer
 
     def seconds(self, name: str) -> float:

@@ -41,7 +41,8 @@ class TenantsInPlace:
         self._last: frozenset[str] = frozenset()
         self._ready: OrderedDict[str, TenantWeights] = OrderedDict()
         self._seconds: dict[str, float] = {}
-        self._made: WeakValueDictionary[tuple[bool, Content], Weight] = WeakValueDictionary()
+        self._made: WeakValueDictionary[tuple[bool, Content], Tensor | Weight]
+        self._made = WeakValueDictionary()
         self._made_bytes = 0
         for name in store.tenants[:capacity]:
             self._ready[name] = self._load(store, name)
@@ -58,7 +59,7 @@ class TenantsInPlace:
     def _load(self, store: Store, name: str) -> TenantWeights:
         shape = shape_of(store, name)
 
-        def once(entry: Entry) -> Weight:
+        def once(entry: Entry) -> Tensor | Weight:
             key = entry.is_matrix, content_of(store, name, entry)
             made = self._made.get(key)
             if made is None:
@@ -72,7 +73,7 @@ class TenantsInPlace:
         rotary = RotaryTable(shape, self._dtype, torch.device("cpu"))
         return arrange(shape, once, rotary)
 
-    def _held_for(self, name: str) -> list[Weight | None]:
+    def _held_for(self, name: str) -> list[Tensor | Weight | None]:
         """What of a tenant's weights is there, as others have it too."""
         return [
             self._made.get((entry.is_matrix, content_of(self._store, name, entry)))

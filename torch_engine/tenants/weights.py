@@ -14,7 +14,7 @@ from common.families.shape import Dense, non_expert_dims
 from common.store import Store
 from torch_engine import native
 from torch_engine.layers.rotary import RotaryTable
-from torch_engine.products import PackedWeight, Weight, as_tensor
+from torch_engine.products import Weight, as_tensor
 
 # Roles that are computed as one product, along their first axis.
 STACKS = {
@@ -72,8 +72,8 @@ class TenantWeights:
         assert isinstance(mlp, Dense)
         return mlp.inner
 
-    def all(self) -> Iterator[Weight]:
-        """Every tensor."""
+    def all(self) -> Iterator[Tensor | Weight]:
+        """Everything."""
         yield self.embed
         for layer in self.layers:
             each = (getattr(layer, f.name) for f in fields(layer))
@@ -125,21 +125,23 @@ def entries(shape: Decoder) -> list[Entry]:
 
 def arrange(
     shape: Decoder,
-    weight: Callable[[Entry], Weight],
+    weight: Callable[[Entry], Tensor | Weight],
     rotary: RotaryTable,
     wait: Callable[[int], None] = lambda stage: None,
 ) -> TenantWeights:
-    """Make a tenant's weights of what `weight` gives for each entry."""
-    layers: list[dict[str, Weight]] = [{} for _ in shape.layers]
-    whole: dict[str, Weight] = {}
+    """Make a tenant's weights of what `weight` gives for each entry: a `Weight` for matrices."""
+    layers: list[dict[str, Tensor | Weight]] = [{} for _ in shape.layers]
+    whole: dict[str, Tensor | Weight] = {}
     for entry in entries(shape):
         where = whole if entry.layer is None else layers[entry.layer]
         where[entry.role] = weight(entry)
     head = whole.pop("head")
-    kernels = head.kernels if isinstance(head, PackedWeight) else None
+    assert isinstance(head, Weight)
     tables = {role: tensor for role, tensor in whole.items() if isinstance(tensor, Tensor)}
     made = tuple(LayerWeights(**each) for each in layers)  # type: ignore[arg-type]
-    return TenantWeights(shape, tables["embed"], made, tables["norm"], head, rotary, kernels, wait)
+    return TenantWeights(
+        shape, tables["embed"], made, tables["norm"], head, rotary, head.kernels, wait
+    )
 
 
 Content = tuple[str, ...]

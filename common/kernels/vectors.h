@@ -1,8 +1,8 @@
-/* Sixteen float32 at a time: one register of AVX-512, or two of AVX2 with FMA and F16C. Included by the CPU kernels of
- * both engines; C11 and C++17. A kernel written with these functions compiles for either. Another processor needs its
- * own section here and nothing else.
+/* Sixteen float32 at a time: one register of AVX-512, or two of AVX2 with FMA and F16C. A kernel written with these
+ * functions compiles for either. Another processor needs its own section here and nothing else.
  *
  * VECTOR_REGISTERS: values of type v16 that fit into registers, a few left for operands.
+ * BF16_PRODUCTS: whether the processor multiplies pairs of bfloat16.
  */
 
 #ifndef MOETEL_VECTORS_H
@@ -11,6 +11,12 @@
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__AVX512BF16__) && !defined(MOETEL_NO_BF16)
+#define BF16_PRODUCTS 1
+#else
+#define BF16_PRODUCTS 0
+#endif
 
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -45,8 +51,6 @@ ALWAYS __mmask16 v_mask(int64_t count) { return count >= 16 ? (__mmask16)0xffff 
 ALWAYS v16 v_load_some(const float *from, int64_t count) { return _mm512_maskz_loadu_ps(v_mask(count), from); }
 ALWAYS void v_store_some(float *to, v16 v, int64_t count) { _mm512_mask_storeu_ps(to, v_mask(count), v); }
 
-/* sum + v where a bit is set. */
-ALWAYS v16 v_add_where(v16 sum, uint16_t bits, v16 v) { return _mm512_mask_add_ps(sum, (__mmask16)bits, sum, v); }
 /* a + size where a bit is set, a - size elsewhere. */
 ALWAYS v16 v_add_signed(v16 a, uint16_t bits, v16 size) {
     return _mm512_mask_add_ps(_mm512_sub_ps(a, size), (__mmask16)bits, a, size);
@@ -156,9 +160,6 @@ ALWAYS __m256 v_lanes(uint16_t bits) {
     const __m256i each = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), each), each));
 }
-ALWAYS v16 v_add_where(v16 sum, uint16_t bits, v16 v) {
-    return v_add(sum, v_of(_mm256_and_ps(v_lanes(bits), v.a), _mm256_and_ps(v_lanes(bits >> 8), v.b)));
-}
 ALWAYS v16 v_add_signed(v16 x, uint16_t bits, v16 size) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return v_add(x, v_of(_mm256_xor_ps(size.a, _mm256_andnot_ps(v_lanes(bits), sign)),
@@ -231,6 +232,14 @@ ALWAYS float v_sum(v16 v) {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+
+/* Keeps a value in a register: gcc would read it from memory again for each use, which takes an AVX2 product half of its
+ * rate. */
+#if VECTOR_REGISTERS >= 16
+ALWAYS void v_keep(v16 &v) { asm("" : "+v"(v)); }
+#else
+ALWAYS void v_keep(v16 &v) { asm("" : "+x"(v.a), "+x"(v.b)); }
+#endif
 
 /* e^x to about one unit in the last place: 2^n times a Taylor polynomial on |r| <= ln(2) / 2. */
 ALWAYS v16 v_exp(v16 x) {

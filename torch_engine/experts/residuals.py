@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,35 +16,34 @@ from torch import Tensor
 
 from common.plan.residual import SIGN, Part, Residual, row_bytes
 from common.store import Store
-from torch_engine import native
+from torch_engine.experts.routing import TokenTenants, groups_of, looked_up
 from torch_engine.products import as_tensor
 
 # Numbers that are expanded at once: 4 MiB of float32, beside megabytes that stay packed.
 CHUNK = 1 << 20
 
-# In the order that our own kernels take their parts.
 PROJECTIONS = ("gate", "up", "down")
+
+
+class HeldResiduals(Protocol):
+    """All tenants' residuals on the device."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def close(self) -> None:
+        """Drop the bytes."""
 
 
 class PackedResidual:
     """What one tenant adds at one position. data: uint8 [bytes], its record on the device."""
 
-    def __init__(
-        self,
-        residual: Residual,
-        data: Tensor,
-        shapes: dict[str, tuple[int, ...]],
-        kernels: native.Kernels | None,
-    ):
+    def __init__(self, residual: Residual, data: Tensor, shapes: dict[str, tuple[int, ...]]):
         self.data = data
         self.shapes = shapes
         self.parts: dict[str, list[tuple[Part, int]]] = {projection: [] for projection in shapes}
         for part, offset in zip(residual.parts, residual.offsets(shapes), strict=False):
             self.parts[part.projection].append((part, offset))
-        self._kernels = kernels
-        self.native: native.Residual | None = None
-        if kernels is not None:
-            self.native = native.Residual(data, [(self.parts[p], shapes[p]) for p in PROJECTIONS])
 
     def add(self, projection: str, x: Tensor, out: Tensor) -> None:
         """out [M, N] += x [M, K] R^T, computed in float32; out is rounded once more."""
@@ -51,12 +51,9 @@ class PackedResidual:
         if not parts:
             return
         sums = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-        if self._kernels is not None and self.native is not None:
-            native.add_residual(self._kernels, self.native, PROJECTIONS.index(projection), x, sums)
-        else:
-            wide = x.float()
-            for part, offset in parts:
-                add_part(part, self.data[offset:], self.shapes[projection], wide, sums)
+        wide = x.float()
+        for part, offset in parts:
+            add_part(part, self.data[offset:], self.shapes[projection], wide, sums)
         out += sums
 
 
@@ -141,7 +138,7 @@ class ResidentResiduals:
         `plan.residuals`.
     """
 
-    def __init__(self, store: Store, device: torch.device, kernels: native.Kernels | None):
+    def __init__(self, store: Store, device: torch.device):
         plan, shapes = store.plan, dict(store.experts.projections)
         self.numbers = np.zeros(
             (plan.num_layers, len(plan.tenants), plan.num_experts), dtype=np.int64
@@ -153,7 +150,7 @@ class ResidentResiduals:
         for i, residual in enumerate(plan.residuals):
             data = buffer[ends[i] : ends[i + 1]]
             data.copy_(as_tensor(store.residual_ref(i).map()))
-            self.items.append(PackedResidual(residual, data, shapes, kernels))
+            self.items.append(PackedResidual(residual, data, shapes))
             self.numbers[residual.layer, residual.tenant, residual.expert] = i + 1
         self._at = np.asarray(self.numbers.any(axis=2))
 
@@ -163,12 +160,23 @@ class ResidentResiduals:
             self._at[layer, tenant_ids if single is None else single].any()
         )
 
-    def rows(self, groups: Sequence[tuple[int, int, int]]) -> list[RowResidual]:
-        """groups: (number, start, stop) of runs of rows."""
+    def numbers_of(self, layer: int, ids: np.ndarray, tenants: TokenTenants) -> np.ndarray | None:
+        """Which residual each row of routing has, int64 [T, K], 0 for none; None if no tenant has
+        any in this layer."""
+        if not self.among(layer, tenants.ids, tenants.single):
+            return None
+        return looked_up(self.numbers[layer], ids, tenants)
+
+    def rows(self, numbers: np.ndarray, both: np.ndarray) -> list[RowResidual]:
+        """Runs of rows with a residual.
+
+        numbers: int64 [rows]. both: int64 [rows], sorted, equal in a run.
+        """
+        runs = groups_of(both)
         return [
-            RowResidual(start, stop, self.items[number - 1])
-            for number, start, stop in groups
-            if number
+            RowResidual(start, stop, self.items[int(numbers[start]) - 1])
+            for _, start, stop in runs
+            if numbers[start]
         ]
 
     def close(self) -> None:

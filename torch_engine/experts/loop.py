@@ -1,0 +1,176 @@
+"""Pools that compute one copy after another, each with matrices of its own. Routing is read on the
+host.
+
+Legend: tokens T, top_k K, hidden H.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.store import Store
+from torch_engine.experts.pool import ExpertPool, PoolPlan, mapped
+from torch_engine.experts.residuals import (
+    ResidentResiduals,
+    RowResidual,
+    add_residuals,
+    residuals_within,
+)
+from torch_engine.experts.routing import TokenTenants, groups_of, looked_up
+from torch_engine.products import PlainWeight, Weight
+
+Expert = TypeVar("Expert")
+
+
+class CopyPool(ExpertPool, Generic[Expert]):
+    """Every copy by itself, in whatever form its products need."""
+
+    def __init__(self, store: Store, dtype: torch.dtype, device: torch.device, spare_slots: int):
+        super().__init__(store, dtype, device, spare_slots)
+        self._contents = [[store.slot_content(i) for i in slots] for slots in self.slots_of_layer]
+        self._resident = [
+            [self._ready(mapped(store.slot_refs(i))) for i in slots]
+            for slots in self.slots_of_layer
+        ]
+        self._spare: OrderedDict[tuple[int, int], Expert] = OrderedDict()
+
+    def update(self, store: Store) -> None:
+        made = PoolPlan(store)
+        residuals = self.make_residuals(made)
+        here = {
+            content: expert
+            for contents, experts in zip(self._contents, self._resident, strict=True)
+            for content, expert in zip(contents, experts, strict=True)
+        }
+        contents = [[store.slot_content(i) for i in slots] for slots in made.slots_of_layer]
+        resident = [
+            [
+                here.get(c) or self._ready(mapped(store.slot_refs(i)))
+                for i, c in zip(slots, row, strict=True)
+            ]
+            for slots, row in zip(made.slots_of_layer, contents, strict=True)
+        ]
+        self._spare.clear()  # its keys are those of the old plan
+        self._take_plan(made, residuals)
+        self._contents, self._resident = contents, resident
+
+    @abstractmethod
+    def _ready(self, copy: dict[str, Tensor]) -> Expert:
+        """A copy's matrices [out, in], by projection, ready for products."""
+
+    def _expert(self, layer: int, key: int) -> Expert:
+        """The copy that a key names, fetched into a spare slot if it is missing."""
+        resident = self._resident[layer]
+        if key < len(resident):
+            return resident[key]
+        found = self._spare.get((layer, key))
+        if found is None:
+            while len(self._spare) >= self.spare_slots:
+                self._spare.popitem(last=False)
+            found = self._spare[layer, key] = self._ready(self._missed(layer, key))
+            self.counts.fetches += 1
+            self.counts.fetched_bytes += self.copy_bytes
+        else:
+            self._spare.move_to_end((layer, key))
+        return found
+
+    @property
+    def device_bytes(self) -> int:
+        return (self.plan.num_slots + len(self._spare)) * self.copy_bytes
+
+    @property
+    def spare_filled(self) -> int:
+        return len(self._spare)
+
+    def close(self) -> None:
+        self._resident.clear()
+        self._spare.clear()
+        self._missing.clear()
+        self.residuals.close()
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One copy. gate_up: [2I, H], gate first; down: [H, I]."""
+
+    gate_up: Weight
+    down: Weight
+
+
+class LoopPool(CopyPool[_Expert]):
+    """Products of torch, for any device."""
+
+    residuals: ResidentResiduals
+
+    def make_residuals(self, plan: PoolPlan) -> ResidentResiduals:
+        return ResidentResiduals(plan.store, self.device)
+
+    def _ready(self, copy: dict[str, Tensor]) -> _Expert:
+        gate_up = torch.cat((copy["gate"], copy["up"])).to(self.device, self.dtype)
+        return _Expert(PlainWeight(gate_up), PlainWeight(copy["down"].to(self.device, self.dtype)))
+
+    def _feed_forward(
+        self, expert: _Expert, x: Tensor, residuals: Sequence[RowResidual] = ()
+    ) -> Tensor:
+        """[rows, H] -> [rows, H]. residuals: in rows of x."""
+        gate, up = expert.gate_up.multiply(x).chunk(2, dim=-1)
+        add_residuals(residuals, "gate", x, gate)
+        add_residuals(residuals, "up", x, up)
+        inner = self.activation(gate).mul_(up)
+        out = expert.down.multiply(inner)
+        add_residuals(residuals, "down", inner, out)
+        return out
+
+    def forward(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        tenants: TokenTenants,
+        misses: np.ndarray,
+    ) -> Tensor:
+        ids = expert_ids.cpu().numpy()
+        keys = looked_up(self.keys[layer], ids, tenants)
+        self._count_misses(layer, keys, tenants, misses)
+        numbers = self.residuals.numbers_of(layer, ids, tenants)
+        # Rows sorted by key and, in a key, by residual.
+        both = keys.reshape(-1)
+        if numbers is not None:
+            both = both * (len(self.residuals.items) + 1) + numbers.reshape(-1)
+        order = np.argsort(both, kind="stable")
+        groups = groups_of(keys.reshape(-1)[order])
+        residuals = (
+            [] if numbers is None else self.residuals.rows(numbers.reshape(-1)[order], both[order])
+        )
+        if len(x) == 1:
+            out: Tensor | None = None
+            for row, (key, start, stop) in sorted(zip(order.tolist(), groups, strict=True)):
+                part = self._feed_forward(
+                    self._expert(layer, key), x, residuals_within(residuals, start, stop)
+                )
+                part.mul_(float(weights[0, row]))
+                out = part if out is None else out.add_(part)
+            assert out is not None
+            return out
+        by_key = x.index_select(0, torch.from_numpy(order // self.top_k).to(self.device))
+        parts = [
+            self._feed_forward(
+                self._expert(layer, key),
+                by_key[start:stop],
+                residuals_within(residuals, start, stop),
+            )
+            for key, start, stop in groups
+        ]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        by_token = torch.cat(parts).index_select(0, torch.from_numpy(inverse).to(self.device))
+        return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
