@@ -351,9 +351,9 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """What the engine holds and did: bytes by kind, hits, misses, fetches, reconfigurations.
 
-        products: who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels
-        (AVX-512 bf16)", "oneDNN", "torch" or "XLA". tenants: what each one's requests came to since
-        the engine was loaded.
+        `products` says who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels
+        (AVX-512 bf16)", "torch" or "XLA". `tenants` has what each one's requests came to since the
+        engine was loaded.
         """
         return {
             **self._require_backend().stats(),
