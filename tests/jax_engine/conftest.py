@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jax")
+
+import jax
 
 from common import Store
 from jax_engine import load_backend
@@ -55,6 +59,26 @@ def small_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
         tmp_path_factory.mktemp("small"),
         [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)],
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> SwitchFamily:
+    """base, ana and bob: one sparse layer a side with 4 experts, vocabulary 96, float32."""
+    base = switch_models.random_switch(0)
+    return save_family(
+        tmp_path_factory.mktemp("tiny"),
+        [base, switch_models.tuned(base, 1), switch_models.tuned(base, 2)],
+    )
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def backend_for(store: Store, **options: Any) -> JaxBackend:

@@ -14,7 +14,7 @@ from common import EngineError
 from common.serving.backend import Part, Row
 from tests.helpers import assert_close, build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, backend_for, save_family
-from tests.jax_engine.test_residuals import mixed
+from tests.jax_engine.residual_plans import mixed
 from tests.schedules import CLOSE, Asked, advance, alone, check_equal, requests_of, run
 from tests.switch_models import (
     hf_greedy,

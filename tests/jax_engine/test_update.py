@@ -14,7 +14,7 @@ from jax_engine.tenants import weights
 from tests import helpers
 from tests.helpers import build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, backend_for
-from tests.jax_engine.test_residuals import mixed
+from tests.jax_engine.residual_plans import mixed
 from tests.schedules import Asked, advance, alone, check_equal
 from tests.switch_models import (
     hf_greedy,
