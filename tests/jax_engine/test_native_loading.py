@@ -1,4 +1,4 @@
-"""Our own CPU kernels for JAX: compiled once, rebuilt where damaged, refused where they are wrong."""
+"""Our own CPU kernels for JAX: compiled once, rebuilt where damaged, refused where wrong."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Values of config.json's fields: each is read as transformers reads it, does nothing, or is refused
-by name."""
+"""Values in config.json: each is read as transformers reads it, does nothing, or is refused by
+name."""
 
 from __future__ import annotations
 
