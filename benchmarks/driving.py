@@ -23,7 +23,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     """Where and how the engine runs, and from what its floors are measured."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--products", choices=("auto", "native", "packed", "plain"), default="auto")
+    parser.add_argument("--products", choices=("auto", "native", "plain"), default="auto")
     parser.add_argument("--threads", type=int, help="torch's; default: its own choice")
     parser.add_argument("--scratch", help="folder for random checkpoints and their stores")
     parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30, help="of the plain read")

@@ -16,7 +16,7 @@ class TorchOptions:
         float16.
     experts: how products of many experts run. loop: one copy after another; grouped: one grouped
         product; auto: what was measured faster, loop on a CPU and grouped on CUDA
-        (docs/architecture.md, decision on products).
+        (docs/architecture.md, "Experts on CUDA are one grouped product").
     products: how matrices are kept and multiplied on a CPU. native: packed once for kernels of our
         own; plain: as they are; auto: native where it works.
         MOETEL_NATIVE=0 in the environment rules native out.

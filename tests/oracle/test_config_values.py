@@ -1,5 +1,4 @@
-"""Values in config.json: each is read as transformers reads it, does nothing, or is refused by
-name."""
+"""Values of config.json: each is read as transformers reads it, does nothing, or is refused."""
 
 from __future__ import annotations
 
