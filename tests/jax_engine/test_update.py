@@ -10,7 +10,6 @@ import pytest
 
 from common import Store
 from jax_engine.backend import JaxBackend
-from jax_engine.tenants import weights
 from tests import helpers
 from tests.helpers import build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, backend_for
@@ -111,32 +110,6 @@ def test_another_plan(
         ours, theirs = backend.stats(), fresh.stats()
         for key in ("pool_bytes", "residual_bytes", "non_expert_bytes", "pool_slots"):
             assert ours[key] == theirs[key], key
-
-
-@pytest.mark.slow
-def test_nothing_is_read_twice(
-    small_family: SwitchFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = build_round_robin(tmp_path / "store", small_family.paths)
-    backend = backend_for(store)
-
-    monkeypatch.setattr("jax_engine.experts.pool.fill_pool", without_reading(weights.fill_pool))
-    monkeypatch.setattr(
-        "jax_engine.tenants.ready.fill_tenant", without_reading(weights.fill_tenant)
-    )
-    backend.update(Store.open(store.path))
-
-
-def without_reading(fill: Any) -> Any:
-    """A function that fills a state, refusing to read."""
-
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("an object was read")
-
-    def run(state: Any, read: Any, *rest: Any) -> Any:
-        return fill(state, refuse, *rest)
-
-    return run
 
 
 @pytest.mark.slow
