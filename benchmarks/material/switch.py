@@ -26,7 +26,7 @@ from common.dtypes import BFLOAT16
 from common.families import FAMILIES, ModelConfig
 from common.families.shape import DECODER_EMBED, ENCODER_EMBED
 from jax_engine.layers.attention import prompt_mask
-from jax_engine.layers.variables import Expert, Initializer
+from jax_engine.layers.variables import Initializer, PoolVariable
 from jax_engine.models.checkpoints import canonical_tensors, training_spec
 from jax_engine.models.encoder_decoder import EncoderDecoderModel
 from scripts.demo.number_words import LANGUAGES
@@ -156,7 +156,7 @@ def adamw(steps: int, lr: float) -> optax.GradientTransformation:
 @nnx.jit
 def step(model: Any, optimizer: Any, prompts: jax.Array, answers: jax.Array) -> Any:
     """One update of all weights, in place. Returns the cross-entropy."""
-    every = nnx.DiffState(0, nnx.Any(nnx.Param, Expert))
+    every = nnx.DiffState(0, nnx.Any(nnx.Param, PoolVariable))
     (_, entropy), grads = nnx.value_and_grad(loss, argnums=every, has_aux=True)(
         model, prompts, answers
     )
@@ -174,7 +174,7 @@ def train(
     advance: Callable[[], None],
 ) -> list[float]:
     """AdamW, all weights, in place. Returns each step's cross-entropy."""
-    optimizer = nnx.Optimizer(model, adamw(steps, lr), wrt=nnx.Any(nnx.Param, Expert))
+    optimizer = nnx.Optimizer(model, adamw(steps, lr), wrt=nnx.Any(nnx.Param, PoolVariable))
     rng = random.Random(seed)
     losses = []
     for _ in range(steps):

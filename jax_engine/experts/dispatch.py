@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from jax_engine.native import Kernels
 
 Array = jax.Array
-Copy = tuple[Array, ...]
+Matrices = tuple[Array, ...]
 """The projections of one copy: (wi, wo) or (wi_0, wi_1, wo); stacked ones have a leading axis of
 slots."""
 
@@ -58,11 +58,11 @@ class FeedForward:
     gated: bool
     intermediate_size: int
 
-    def __call__(self, x: Array, copy: Copy) -> Array:
+    def __call__(self, x: Array, copy: Matrices) -> Array:
         """[T, H] -> [T, H] through one copy of plain [out, in] matrices."""
         return self.last(self.hidden(self.inner(x, copy)), copy)
 
-    def inner(self, x: Array, copy: Copy) -> list[Array]:
+    def inner(self, x: Array, copy: Matrices) -> list[Array]:
         """What comes before the activation: [T, H] -> one [T, I], or two of a gated expert."""
         return [jnp.einsum("tk,nk->tn", x, w.astype(x.dtype)) for w in copy[:-1]]
 
@@ -70,7 +70,7 @@ class FeedForward:
         act = ACTIVATIONS[self.activation]
         return act(inner[0]) * inner[1] if self.gated else act(inner[0])
 
-    def last(self, hidden: Array, copy: Copy) -> Array:
+    def last(self, hidden: Array, copy: Matrices) -> Array:
         """[T, I] -> [T, H]."""
         return jnp.einsum("tk,nk->tn", hidden, copy[-1].astype(hidden.dtype))
 
@@ -89,7 +89,7 @@ class Dispatch(ABC):
         self,
         x: Array,
         slots: Array,
-        copies: Sequence[Copy],
+        copies: Sequence[Matrices],
         ff: FeedForward,
         residuals: LayerResiduals | None = None,
     ) -> Array:
@@ -99,7 +99,7 @@ class Dispatch(ABC):
         nothing is compiled for them. MeshDispatch takes one tenant's alone.
         """
 
-    def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
+    def single(self, x: Array, copy: Matrices, ff: FeedForward) -> Array:
         """All tokens [T, H] through one copy, such as a dense layer's."""
         return ff(x, copy)
 
@@ -115,7 +115,7 @@ class NativeDispatch(Dispatch):
         self,
         x: Array,
         slots: Array,
-        copies: Sequence[Copy],
+        copies: Sequence[Matrices],
         ff: FeedForward,
         residuals: LayerResiduals | None = None,
     ) -> Array:
@@ -129,7 +129,7 @@ class NativeDispatch(Dispatch):
             residuals=None if residuals is None else (residuals.words, residuals.table),
         )
 
-    def single(self, x: Array, copy: Copy, ff: FeedForward) -> Array:
+    def single(self, x: Array, copy: Matrices, ff: FeedForward) -> Array:
         return self(x, jnp.zeros(len(x), jnp.int32), (copy,), ff)
 
 
@@ -143,7 +143,7 @@ class LoopDispatch(Dispatch):
         self,
         x: Array,
         slots: Array,
-        copies: Sequence[Copy],
+        copies: Sequence[Matrices],
         ff: FeedForward,
         residuals: LayerResiduals | None = None,
     ) -> Array:
@@ -190,7 +190,7 @@ class MeshDispatch(Dispatch):
         self,
         x: Array,
         slots: Array,
-        copies: Sequence[Copy],
+        copies: Sequence[Matrices],
         ff: FeedForward,
         residuals: LayerResiduals | None = None,
     ) -> Array:
@@ -240,7 +240,7 @@ class DenseDispatch(Dispatch):
         self,
         x: Array,
         slots: Array,
-        copies: Sequence[Copy],
+        copies: Sequence[Matrices],
         ff: FeedForward,
         residuals: LayerResiduals | None = None,
     ) -> Array:
@@ -323,7 +323,7 @@ def over_blocks(
 def _ragged(
     x: Array,
     slots: Array,
-    stack: Copy,
+    stack: Matrices,
     ff: FeedForward,
     residuals: LayerResiduals | None = None,
     first: Array | int = 0,

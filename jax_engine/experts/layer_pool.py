@@ -7,10 +7,10 @@ from flax import nnx
 from jax import Array
 
 from common.families.shape import Dims
-from jax_engine.experts.dispatch import Copy, Dispatch, FeedForward
+from jax_engine.experts.dispatch import Dispatch, FeedForward, Matrices
 from jax_engine.experts.products import Products
 from jax_engine.experts.residuals import LayerResiduals
-from jax_engine.layers.variables import Expert, Initializer
+from jax_engine.layers.variables import Initializer, PoolVariable
 
 
 class LayerPool(nnx.Module):
@@ -30,12 +30,12 @@ class LayerPool(nnx.Module):
         self.ff, self.dispatch = ff, dispatch
         lead = (slots,) if dispatch.stacked else ()
 
-        def copy(slot: int | None) -> nnx.List[Expert]:
+        def copy(slot: int | None) -> nnx.List[PoolVariable]:
             made = []
             for role, dims in projections:
                 value = initial.normal((*lead, *dims), products.weights, dims[1] ** -0.5)
                 value = value if dispatch.stacked else products.pack(value)
-                made.append(Expert(value, layer=position, slot=slot, projection=role))
+                made.append(PoolVariable(value, layer=position, slot=slot, projection=role))
             return nnx.List(made)
 
         self.copies = nnx.List(
@@ -49,7 +49,7 @@ class LayerPool(nnx.Module):
             x: [B, T, H].
             slots: int32 [B, T].
         """
-        copies: list[Copy] = [tuple(w[...] for w in copy) for copy in self.copies]
+        copies: list[Matrices] = [tuple(w[...] for w in copy) for copy in self.copies]
         if not copies:
             return jnp.zeros_like(x)
         flat = x.reshape(-1, x.shape[-1])

@@ -1,8 +1,8 @@
 """Variables of the model: two types, what they say of themselves, and where first values come from.
 
-`nnx.Param` is what a tenant has of its own, `Expert` a copy in the pool. Both say in their metadata
-which tensors they are made of. That one description serves shapes, loading, initialisation and
-saving.
+`nnx.Param` is what a tenant has of its own, `PoolVariable` a copy in the pool. Both say in their
+metadata which tensors they are made of. That one description serves shapes, loading, initialisation
+and saving.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TensorRole = tuple[str, int | None]
 names it (`Family.tensor_name`)."""
 
 
-class Expert(nnx.Variable[Array]):
+class PoolVariable(nnx.Variable[Array]):
     """Weights in the expert pool, shared by all tenants.
 
     Metadata: layer (its number among the sparse ones), slot (None: all slots stacked), projection.

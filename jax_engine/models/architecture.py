@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jax_engine.layers.variables import Expert, Initializer
+from jax_engine.layers.variables import Initializer, PoolVariable
 from jax_engine.models.block import Block
 from jax_engine.models.encoder_decoder import EncoderDecoderModel
 from jax_engine.models.spec import ModelSpec
@@ -88,7 +88,7 @@ class Architecture:
 
 def split(module: nnx.Module) -> tuple[Any, Any, Any]:
     """(graphdef, pool state, tenant state)."""
-    parts: Any = nnx.split(module, Expert, nnx.Param)
+    parts: Any = nnx.split(module, PoolVariable, nnx.Param)
     graphdef, pool, tenant = parts
     return graphdef, pool, tenant
 

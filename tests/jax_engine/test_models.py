@@ -15,7 +15,7 @@ from common.families import FAMILIES, Decoder, EncoderDecoder
 from common.families.shape import Rope, Sparse
 from jax_engine.experts.dispatch import LoopDispatch
 from jax_engine.experts.products import PlainProducts
-from jax_engine.layers.variables import Expert
+from jax_engine.layers.variables import PoolVariable
 from jax_engine.models.architecture import abstract_model
 from jax_engine.models.spec import ModelSpec, check_shape
 from tests.helpers import rest_slow
@@ -122,7 +122,7 @@ def test_real_sizes_build_abstractly(experts: int, parameters: float) -> None:
         (experts,) * 12,
         32128,
     )
-    _, pool, tenant = nnx.split(abstract_model(spec), Expert, nnx.Param)
+    _, pool, tenant = nnx.split(abstract_model(spec), PoolVariable, nnx.Param)
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves((pool, tenant)))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((pool, tenant)))
     assert abs(count - parameters) < 0.03 * parameters
