@@ -23,7 +23,7 @@ from common.build.beside import leave
 from common.build.calibration import calibrate
 from common.build.draft import make_draft
 from common.build.examples import CalibrationSet
-from common.build.settings import Amount, Settings, Slots, resolve
+from common.build.settings import Amount, PlanSettings, Slots, resolve
 from common.build.sources import Source, check_agreement, check_name, with_tenant
 from common.checkpoints import open_checkpoint
 from common.dtypes import common_dtype
@@ -84,7 +84,7 @@ def build_store(
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
     path = Path(path)
-    settings = Settings(policy, slots, budget_bytes, extra, dict(traffic or {}))
+    settings = PlanSettings(policy, slots, budget_bytes, extra, dict(traffic or {}))
     settings.check()
     pairs = list(tenants.items()) if isinstance(tenants, Mapping) else list(tenants)
     if not pairs:
@@ -180,12 +180,12 @@ def replan(
 
     Raises PlanError, StoreError, RequestError; the store is then as it was.
     """
-    old = Settings.from_json(Store.open(path).manifest.provenance["settings"])
+    old = PlanSettings.from_json(Store.open(path).manifest.provenance["settings"])
     if slots is None and budget_bytes is None and extra is None:
         slots, budget_bytes, extra = old.slots, old.budget_bytes, old.extra
         if policy is not None and not policy_named(policy).uses_extra:
             extra = None
-    settings = Settings(
+    settings = PlanSettings(
         policy or old.policy,
         slots,
         budget_bytes,
@@ -233,7 +233,7 @@ def _change(
     edit: Callable[[Store], list[Source]],
     calibration: Mapping[str, CalibrationSet | Profile],
     progress: Progress,
-    settings: Settings | None = None,
+    settings: PlanSettings | None = None,
     known: Measurements | None = None,
 ) -> Store:
     """Give a store the tenants that `edit` makes of it, planned with its own settings or others.
@@ -249,7 +249,7 @@ def _change(
         if strangers:
             raise UnknownTenantError(strangers[0], tuple(names))
         if settings is None:
-            settings = Settings.from_json(store.manifest.provenance["settings"])
+            settings = PlanSettings.from_json(store.manifest.provenance["settings"])
             settings = replace(
                 settings, traffic={k: v for k, v in settings.traffic.items() if k in names}
             )
@@ -303,7 +303,7 @@ def change_beside(
 def _assemble(
     directory: Path,
     sources: Sequence[Source],
-    settings: Settings,
+    settings: PlanSettings,
     amount: Amount,
     dtype: str,
     old: Distances | None,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.build.examples import CalibrationSet
-from common.build.scoring import Row, divergence, iter_logits, rows_of
+from common.build.scoring import ScoredRow, divergence, iter_logits, rows_of
 from common.errors import RequestError
 from common.families import ExpertSpec
 from common.plan.expert_math import forward
@@ -202,7 +202,9 @@ class _Swap:
         return change
 
 
-def _sensitivity(engine: Engine, store: Store, tenant: str, rows: Sequence[Row]) -> np.ndarray:
+def _sensitivity(
+    engine: Engine, store: Store, tenant: str, rows: Sequence[ScoredRow]
+) -> np.ndarray:
     """float64 [layers]. 0 where other tenants' experts change nothing."""
     found = np.zeros(store.experts.num_layers)
     if len(store.tenants) < 2:

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.build.beside import came_and_went, join
 from common.build.build import change_beside
-from common.build.settings import Settings, check_extra
+from common.build.settings import PlanSettings, check_extra
 from common.build.sources import with_tenant
 from common.errors import PlanError
 from common.planning.policies import DEFAULT_EXTRA, policy_named
@@ -48,7 +48,7 @@ def extend_store(
         check_extra(extra)
 
     def beside(old: Store, draft: Store, put: Callable[[np.ndarray], str]) -> Manifest:
-        settings = Settings.from_json(old.manifest.provenance["settings"])
+        settings = PlanSettings.from_json(old.manifest.provenance["settings"])
         kinds = policy_named(settings.policy).kinds
         manifest = join(
             old,
@@ -75,7 +75,7 @@ def extend_store(
     return change_beside(Path(path), with_tenant(name, checkpoint, config), beside, progress)
 
 
-def _bytes_beside(settings: Settings, old: Store, draft: Store, extra: float | None) -> int:
+def _bytes_beside(settings: PlanSettings, old: Store, draft: Store, extra: float | None) -> int:
     """Bytes for the residuals of the last tenant of `draft`, see `extend_store`."""
     one_model = old.experts.num_positions * old.copy_bytes
     if extra is not None:

@@ -16,7 +16,7 @@ LOGITS_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """Token ids to run, and which logits count.
 
     An answer's last token is not among them: it is what the last logits are for. Decoder-only:
@@ -30,7 +30,7 @@ class Row:
     first: int
 
 
-def rows_of(engine: Engine, tenant: str, examples: CalibrationSet) -> list[Row]:
+def rows_of(engine: Engine, tenant: str, examples: CalibrationSet) -> list[ScoredRow]:
     """Examples as token ids, answers generated where they are not given.
 
     Raises RequestError for a text without a tokenizer and for a prompt that the tenant cannot take.
@@ -55,11 +55,15 @@ def rows_of(engine: Engine, tenant: str, examples: CalibrationSet) -> list[Row]:
         if config.is_encoder_decoder:
             # The decoder reads a start token before the answer.
             rows.append(
-                Row(tuple(prompt[: config.max_positions]), read[: config.max_positions - 1], 0)
+                ScoredRow(
+                    tuple(prompt[: config.max_positions]), read[: config.max_positions - 1], 0
+                )
             )
         else:
             whole = (*prompt, *read)[: config.max_positions]
-            rows.append(Row(tuple(whole), (), min(len(prompt), len(whole)) - 1 if answer else 0))
+            rows.append(
+                ScoredRow(tuple(whole), (), min(len(prompt), len(whole)) - 1 if answer else 0)
+            )
     return rows
 
 
@@ -75,7 +79,7 @@ def _answer_ids(engine: Engine, tenant: str, answer: Prompt | None) -> tuple[int
     return tuple(engine.answer_ids(tenant, answer) if isinstance(answer, str) else answer)
 
 
-def iter_logits(engine: Engine, tenant: str, rows: Sequence[Row]) -> Iterator[np.ndarray]:
+def iter_logits(engine: Engine, tenant: str, rows: Sequence[ScoredRow]) -> Iterator[np.ndarray]:
     """The scored logits of each row, float32 [positions, vocab]: as many as its answer, or its
     text, has tokens."""
     config = engine.store.config(tenant)

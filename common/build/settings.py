@@ -17,7 +17,7 @@ Slots = int | Literal["all"] | None
 
 
 @dataclass(frozen=True)
-class Settings:
+class PlanSettings:
     """How a store is planned; kept in its provenance, and applied again when a tenant is added or
     removed.
 
@@ -71,7 +71,7 @@ class Settings:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Settings:
+    def from_json(cls, value: Mapping[str, Any]) -> PlanSettings:
         return cls(
             value["policy"],
             value["slots"],
@@ -98,7 +98,7 @@ class Amount:
     extra_bytes: int = 0
 
 
-def resolve(settings: Settings, sources: Sequence[Source], dtype: str) -> Amount:
+def resolve(settings: PlanSettings, sources: Sequence[Source], dtype: str) -> Amount:
     """How much memory there is for what. Raises PlanError if it cannot be had."""
     spec = sources[0].config.experts
     policy = policy_named(settings.policy)

@@ -20,7 +20,7 @@ from common.serving.scheduler_options import SchedulerOptions
 from scripts import arguments
 from scripts.server.keys import KeyRing
 from scripts.server.process import ServeError, bind, serve
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from common.serving.engine import Engine
@@ -226,7 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> ServerSettings:
     """Raises KeyFileError, ServeError."""
     keys = None if args.api_keys is None else KeyRing.read(args.api_keys)
     if keys is None and not _is_loopback(args.host):
@@ -239,7 +239,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             "%s can be reached from other machines and no keys are asked for; see --api-keys",
             args.host,
         )
-    return Settings(
+    return ServerSettings(
         keys=keys,
         enable_admin=args.enable_admin,
         tenant_roots=tuple(args.tenant_root),

@@ -19,7 +19,7 @@ from scripts.server.front import Front
 from scripts.server.origins import Origins
 from scripts.server.requests import MENDS
 from scripts.server.service import Service
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from common.build.online import OnlineEngine
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def create_app(async_engine: OnlineEngine | None, settings: Settings) -> FastAPI:
+def create_app(async_engine: OnlineEngine | None, settings: ServerSettings) -> FastAPI:
     """The application. Without an engine it says that the store is loaded until
     `app.state.service.attach` is called.
 

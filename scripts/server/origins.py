@@ -6,7 +6,7 @@ from __future__ import annotations
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 
 CLOSED = ("/v1/load_tenant", "/v1/unload_tenant")
 """A page that somebody happens to open must not change a server that they can reach."""
@@ -15,7 +15,7 @@ CLOSED = ("/v1/load_tenant", "/v1/unload_tenant")
 class Origins(CORSMiddleware):
     """ASGI middleware. It answers a browser's preflight, which has no key."""
 
-    def __init__(self, app: ASGIApp, settings: Settings):
+    def __init__(self, app: ASGIApp, settings: ServerSettings):
         super().__init__(
             app,
             allow_origins=settings.allowed_origins,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import MoetelError
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from common.build.online import OnlineEngine
@@ -56,7 +56,10 @@ def _address(sock: socket.socket) -> str:
 
 
 async def serve(
-    load: Callable[[], Engine], settings: Settings, sock: socket.socket, timeout_keep_alive: int
+    load: Callable[[], Engine],
+    settings: ServerSettings,
+    sock: socket.socket,
+    timeout_keep_alive: int,
 ) -> None:
     """Listen at once, load the store meanwhile, serve until a signal comes. Closes the socket."""
     import uvicorn
@@ -142,7 +145,7 @@ def _in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
     return future
 
 
-async def _drain(service: Service, settings: Settings, hurry: asyncio.Event) -> None:
+async def _drain(service: Service, settings: ServerSettings, hurry: asyncio.Event) -> None:
     """Let running requests end; a second signal, or too long a time, cancels them."""
     service.start_draining()
     log.info("stopping: %d requests are being answered", service.requests)

@@ -16,7 +16,7 @@ from scripts.server.errors import RATE, SERVER, ApiError, retry_after, unknown_m
 from scripts.server.keys import Key
 from scripts.server.limits import RateLimiter
 from scripts.server.metrics import Metrics
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from scripts.server.window import Window
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Stoppable(Protocol):
 class Service:
     """The state of one server. `engine` is None until the store is loaded."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: ServerSettings):
         self.settings = settings
         self.engine: OnlineEngine | None = None
         self.started_at = int(time.time())

@@ -16,7 +16,7 @@ escapes included."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """keys: who may call, None: everybody.
     enable_admin: whether tenants can be loaded and unloaded. tenant_roots: directories that they
         are loaded from;

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from common import build_store, load_engine
 from common.serving.scheduler_options import SchedulerOptions
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from tests import helpers
 from tests.byte_tokenizer import NUM_BASE, byte_tokenizer
 from tests.server import speech
@@ -61,7 +61,7 @@ def loop(store_path: Path) -> Iterator[Loop]:
 @pytest.fixture(scope="session")
 def live(loop: Loop) -> Iterator[Live]:
     """A server without keys or limits."""
-    with loop.serve(Settings(max_sequences=24)) as live:
+    with loop.serve(ServerSettings(max_sequences=24)) as live:
         yield live
 
 

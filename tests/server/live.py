@@ -19,7 +19,7 @@ from common.build.online import OnlineEngine
 from common.serving.engine import Engine
 from scripts.server.app import create_app
 from scripts.server.schema import ErrorAnswer
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 
 T = TypeVar("T")
 
@@ -52,9 +52,9 @@ class Loop:
         self._thread.join(10)
 
     @contextlib.contextmanager
-    def serve(self, settings: Settings | None = None, loaded: bool = True) -> Iterator[Live]:
+    def serve(self, settings: ServerSettings | None = None, loaded: bool = True) -> Iterator[Live]:
         """Listen at a free port until the context ends."""
-        app = create_app(self.engine if loaded else None, settings or Settings())
+        app = create_app(self.engine if loaded else None, settings or ServerSettings())
         sock = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from common import build_store, load_engine
 from scripts.server.keys import ALL, Key, KeyRing, new_key
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from tests import helpers
 from tests.server.live import Live, Loop, wait_for
 
@@ -97,7 +97,7 @@ def test_openai_models_and_errors(client: openai.OpenAI, loop: Loop) -> None:
             )
         ]
     )
-    with loop.serve(Settings(keys=ring, rate_limit=1)) as locked:
+    with loop.serve(ServerSettings(keys=ring, rate_limit=1)) as locked:
         mine = openai.OpenAI(base_url=f"{locked.url}/v1", api_key=secret, max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             mine.with_options(api_key="sk-wrong").completions.create(model="ana", prompt="x")
@@ -304,7 +304,7 @@ def test_the_page_in_a_browser(live: Live, loop: Loop) -> None:
     )  # two cells, one in the legend
     assert re.search(r'<span class="pool"[^>]*style="flex-grow: 0', page)
     ring = KeyRing([Key("a", b"x" * 32, frozenset([ALL]))])
-    with loop.serve(Settings(keys=ring)) as locked:
+    with loop.serve(ServerSettings(keys=ring)) as locked:
         page = browse(locked.url)
         assert "key needed" in page and re.search(r'<form id="ask-key">', page)
         assert re.search(r'<div id="content" hidden', page)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from common.errors import OverloadedError
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from tests.server.live import GOOD, Live, Loop, error, events, wait_for
 
 
@@ -240,7 +240,7 @@ def test_deadlines(live: Live, loop: Loop) -> None:
 
 
 def test_long_bodies_are_refused(loop: Loop) -> None:
-    with loop.serve(Settings(max_request_bytes=2000)) as live:
+    with loop.serve(ServerSettings(max_request_bytes=2000)) as live:
         assert live.post("/v1/completions", GOOD | {"prompt": "x" * 1500}).status_code == 200
         found = error(live.post("/v1/completions", GOOD | {"prompt": "x" * 3000}), 413)
         assert found["code"] == "request_too_large" and "2000 bytes" in found["message"]
@@ -256,7 +256,7 @@ def test_long_bodies_are_refused(loop: Loop) -> None:
 
 
 def test_no_more_of_a_long_body_is_read(loop: Loop) -> None:
-    with loop.serve(Settings(max_request_bytes=1000)) as live, _raw(live) as raw:
+    with loop.serve(ServerSettings(max_request_bytes=1000)) as live, _raw(live) as raw:
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
@@ -275,9 +275,9 @@ def _raw(live: Live) -> socket.socket:
 
 
 def test_default_bound_of_a_body() -> None:
-    assert Settings().body_limit(4096) == 2**20
-    assert Settings().body_limit(131072) == 4 * 2**20
-    assert Settings(max_request_bytes=10).body_limit(131072) == 10
+    assert ServerSettings().body_limit(4096) == 2**20
+    assert ServerSettings().body_limit(131072) == 4 * 2**20
+    assert ServerSettings(max_request_bytes=10).body_limit(131072) == 10
 
 
 def test_bodies_held_at_a_time_are_bounded(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from tests.server.live import Live, Loop, error
 from tests.server.speaking import CHAT, COMPLETION, chat, complete
 
@@ -225,7 +225,7 @@ def test_a_generation_config_gives_defaults(words: Live, speaking: Loop) -> None
         for s in range(4)
     ]
     assert len(set(drawn)) > 1
-    with speaking.serve(Settings(generation_config=False)) as plain:
+    with speaking.serve(ServerSettings(generation_config=False)) as plain:
         counts = {
             len(plain.post("/v1/completions", body).json()["choices"][0]["token_ids"])
             for _ in range(2)

@@ -11,7 +11,7 @@ import pytest
 from scripts import cli
 from scripts.server.keys import ALL, Key, KeyFileError, KeyRing, new_key
 from scripts.server.limits import RateLimiter
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from tests.server.live import GOOD, Live, Loop, error
 
 
@@ -47,7 +47,7 @@ def ring(secrets: dict[str, str]) -> KeyRing:
 
 @pytest.fixture
 def locked(loop: Loop, ring: KeyRing) -> Any:
-    with loop.serve(Settings(keys=ring, enable_admin=True)) as live:
+    with loop.serve(ServerSettings(keys=ring, enable_admin=True)) as live:
         yield live
 
 
@@ -197,7 +197,7 @@ def test_a_bucket_fills_again() -> None:
 
 
 def test_rates_are_limited_by_tenant_without_keys(loop: Loop) -> None:
-    with loop.serve(Settings(rate_limit=2)) as live:
+    with loop.serve(ServerSettings(rate_limit=2)) as live:
         assert [live.post("/v1/completions", GOOD).status_code for _ in range(3)] == [200, 200, 429]
         reply = live.post("/v1/completions", GOOD | {"stream": True})
         assert (
@@ -211,7 +211,7 @@ def test_rates_are_limited_by_tenant_without_keys(loop: Loop) -> None:
 
 
 def test_rates_are_limited_by_key(loop: Loop, ring: KeyRing, secrets: dict[str, str]) -> None:
-    with loop.serve(Settings(keys=ring, rate_limit=1)) as live:
+    with loop.serve(ServerSettings(keys=ring, rate_limit=1)) as live:
         assert live.post("/v1/completions", GOOD, **bearer(secrets["ab"])).status_code == 200
         again = live.post("/v1/completions", GOOD | {"model": "bob"}, **bearer(secrets["ab"]))
         assert error(again, 429) and "key" in again.json()["error"]["message"]

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common import build_store, load_engine
 from common.version import __version__
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from scripts.server.window import SAMPLES, Window, quantile
 from tests.server.live import GOOD, Live, Loop, error, events, wait_for
 
@@ -264,7 +264,9 @@ def admin(checkpoints: dict[str, Path], tmp_path: Path) -> Any:
     tenants = {n: checkpoints[n] for n in ("ana", "bob")}
     build_store(tmp_path / "store", tenants, policy="round_robin", slots=6)
     loop = Loop(load_engine(tmp_path / "store", device="cpu"))
-    with loop.serve(Settings(enable_admin=True, tenant_roots=(checkpoints["new"].parent,))) as live:
+    with loop.serve(
+        ServerSettings(enable_admin=True, tenant_roots=(checkpoints["new"].parent,))
+    ) as live:
         yield live, loop
     loop.close()
 
@@ -341,7 +343,7 @@ def test_tenants_that_cannot_be_loaded(
 
 
 def test_draining(loop: Loop) -> None:
-    with loop.serve(Settings(drain_timeout_s=20)) as live:
+    with loop.serve(ServerSettings(drain_timeout_s=20)) as live:
         service = live.app.state.service
         found: list[Any] = []
         body = GOOD | {"max_tokens": 300, "ignore_eos": True}

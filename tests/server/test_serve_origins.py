@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scripts.server.keys import KeyRing, _key, new_key
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from tests.helpers import examples
 from tests.server.live import GOOD, Live, Loop, error
 
@@ -27,7 +27,7 @@ def locked(loop: Loop) -> Any:
     """A server with keys whose tenants may change."""
     _, line = new_key(["ana"], admin=True)
     with loop.serve(
-        Settings(keys=KeyRing([_key("", json.loads(line))]), enable_admin=True)
+        ServerSettings(keys=KeyRing([_key("", json.loads(line))]), enable_admin=True)
     ) as live:
         yield live
 
@@ -56,7 +56,7 @@ def test_errors_may_be_read_too(live: Live, locked: Live, loop: Loop) -> None:
     ):
         reply = server.client.post(path, json=body, headers=PAGE)
         assert error(reply, status) and reply.headers[ALLOWED] == "*"
-    with loop.serve(Settings(max_request_bytes=2000)) as short:
+    with loop.serve(ServerSettings(max_request_bytes=2000)) as short:
         reply = short.client.post(
             "/v1/completions", json=GOOD | {"prompt": "x" * 3000}, headers=PAGE
         )
@@ -67,7 +67,7 @@ def test_errors_may_be_read_too(live: Live, locked: Live, loop: Loop) -> None:
     "path", ["/v1/load_tenant", "/v1/unload_tenant", "/v1/unload_tenant/", "/v1/unload%5Ftenant"]
 )
 def test_no_page_changes_tenants(loop: Loop, path: str) -> None:
-    with loop.serve(Settings(enable_admin=True)) as live:
+    with loop.serve(ServerSettings(enable_admin=True)) as live:
         reply = live.client.request("OPTIONS", path, headers=PREFLIGHT)
         assert reply.status_code == 405 and ALLOWED not in reply.headers
         reply = live.client.post(
@@ -77,7 +77,7 @@ def test_no_page_changes_tenants(loop: Loop, path: str) -> None:
 
 
 def test_which_origins(loop: Loop) -> None:
-    mine = Settings(
+    mine = ServerSettings(
         allowed_origins=("http://mine",), allowed_methods=("GET",), allowed_headers=("x-mine",)
     )
     with loop.serve(mine) as live:
@@ -87,7 +87,7 @@ def test_which_origins(loop: Loop) -> None:
             == "http://mine"
         )
         assert live.client.request("OPTIONS", "/v1/models", headers=PREFLIGHT).status_code == 400
-    with loop.serve(Settings(allowed_origins=())) as live:
+    with loop.serve(ServerSettings(allowed_origins=())) as live:
         assert live.client.request("OPTIONS", "/v1/models", headers=PREFLIGHT).status_code == 405
         assert ALLOWED not in live.client.get("/v1/models", headers=PAGE).headers
 
@@ -257,7 +257,7 @@ ROUTES = [
 
 
 def test_no_text_breaks_the_server(loop: Loop) -> None:
-    with loop.serve(Settings(enable_admin=True)) as live:
+    with loop.serve(ServerSettings(enable_admin=True)) as live:
 
         @settings(
             max_examples=examples(120),
@@ -287,6 +287,6 @@ def test_no_text_breaks_the_server(loop: Loop) -> None:
 
 @pytest.mark.parametrize("path", ["a\0b", "~nobody-here/x", "x" * 4000, "/" + "x/" * 2000])
 def test_paths_that_are_none(loop: Loop, path: str) -> None:
-    with loop.serve(Settings(enable_admin=True)) as live:
+    with loop.serve(ServerSettings(enable_admin=True)) as live:
         reply = live.post("/v1/load_tenant", {"tenant_name": "x", "tenant_path": path})
         assert error(reply, 400)["param"] == "tenant_path"

@@ -16,7 +16,7 @@ from common import Store, build_store, load_engine
 from common.checkpoints.generation_config import GenerationConfig
 from common.store.manifest import Manifest
 from scripts.server.keys import KeyRing, _key, new_key
-from scripts.server.settings import Settings
+from scripts.server.settings import ServerSettings
 from tests import helpers
 from tests.server.live import GOOD, Live, Loop, error
 from tests.server.test_serve_command import serving
@@ -70,7 +70,7 @@ def served(damaged: Path) -> Iterator[Callable[..., Live]]:
     """(settings) -> a server of the store, as it is then."""
     loops: list[Any] = []
 
-    def serve(settings: Settings | None = None) -> Live:
+    def serve(settings: ServerSettings | None = None) -> Live:
         loop = Loop(load_engine(damaged, device="cpu"))
         loop.engine.engine.load_texts()  # as `moetel serve` does
         context = loop.serve(settings)
@@ -164,7 +164,7 @@ def test_names_are_for_those_who_may_use_them(damaged: Path, served: Callable[..
     secrets, lines = zip(
         *(new_key([name], admin=name == "*") for name in ("ana", "bob", "*")), strict=True
     )
-    live = served(Settings(keys=KeyRing([_key("", json.loads(line)) for line in lines])))
+    live = served(ServerSettings(keys=KeyRing([_key("", json.loads(line)) for line in lines])))
     assert live.get("/ready").json() == {"status": "ready"}
     assert live.get("/ready", Authorization="Bearer wrong").json() == {"status": "ready"}
     ana, bob, admin = ({"Authorization": f"Bearer {s}"} for s in secrets)
@@ -193,7 +193,7 @@ def test_what_cannot_be_served_is_not_loaded(
         (path / "generation_config.json").write_text('{"eos_token_id": [[2]]}')
     else:
         TOKENIZERS[kind](path)
-    live = served(Settings(enable_admin=True))
+    live = served(ServerSettings(enable_admin=True))
     before = helpers.fingerprint(damaged)
     answer = live.post("/v1/completions", GOOD).json()["choices"]
     found = error(
@@ -217,7 +217,7 @@ def test_another_tenant_comes_beside_a_damaged_one(
 ) -> None:
     bad = _copy(checkpoints["bob"], tmp_path / "bad", damage)
     _as_older(monkeypatch, damaged, {"ana": checkpoints["ana"], "bob": bad})
-    live = served(Settings(enable_admin=True))
+    live = served(ServerSettings(enable_admin=True))
     reply = live.post(
         "/v1/load_tenant", {"tenant_name": "new", "tenant_path": str(checkpoints["new"])}
     )
