@@ -239,7 +239,7 @@ def test_partition_that_cannot_load_leaves_no_process(store: Store, setup: Setup
     async def run(options: dict[str, Any]) -> None:
         await Partition.start(store, Setup(store.path, 4, options=options))
 
-    with pytest.raises(EngineError, match="torch engine has no option 'nonsense'"):
+    with pytest.raises(EngineError, match="TorchOptions has no option 'nonsense'"):
         asyncio.run(run({"nonsense": 1}))
     with pytest.raises(EngineError, match="divides tenants among 2 processes"):
         asyncio.run(Partition.start(alone_store(store, ["ana"]), setup))

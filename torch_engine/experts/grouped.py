@@ -87,7 +87,7 @@ class GroupedPool(ExpertPool):
         residuals = self.make_residuals(made)
         contents = [[store.slot_content(i) for i in slots] for slots in made.slots_of_layer]
         # All that is new is mapped before anything is overwritten: a missing file is found here.
-        mapped = {
+        new = {
             (layer, slot): mapped(store.slot_refs(index))
             for layer, slots in enumerate(made.slots_of_layer)
             for slot, index in enumerate(slots)
@@ -106,7 +106,7 @@ class GroupedPool(ExpertPool):
                 gate_up, down = self._empty(len(row))
             for slot, content in enumerate(row):
                 if content not in old:
-                    fill(gate_up[slot], down[slot], mapped[layer, slot])
+                    fill(gate_up[slot], down[slot], new[layer, slot])
                 elif gate_up is not self._gate_up[layer]:
                     gate_up[slot].copy_(self._gate_up[layer][old[content]])
                     down[slot].copy_(self._down[layer][old[content]])
