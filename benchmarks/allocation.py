@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Report, Spread, add_output, machine, peak_rss_gib, write_output
+from common.planning.allocation import Allocator
 from common.planning.configurations import Config, merged, owned
 from common.planning.losses import gram_of_distances
 from common.planning.residual_curves import Curve, Kinds, curves
 from common.planning.residual_fit import MAX_RANK, Spectrum
-from common.planning.spending import Allocator
 
 KINDS = Kinds()
 ITEMSIZE = 2

@@ -43,7 +43,7 @@ from common.serving.fake import FakeBackend
 from common.serving.request import Request
 from common.serving.scheduler import Scheduler
 from common.serving.scheduler_options import SchedulerOptions
-from common.serving.text import TenantText
+from common.serving.tenant_text import TenantText
 from scripts.load.traffic import Call, Flood, Load, make_trace
 
 TENANTS = ("a", "b", "c", "d")

@@ -23,10 +23,10 @@ from torch_engine.device import (
     free_cache_bytes,
     products_name,
 )
-from torch_engine.experts.grouped import GroupedPool
+from torch_engine.experts.grouped_pool import GroupedPool
 from torch_engine.experts.grouped_product import grouped_mm_fits
-from torch_engine.experts.loop import LoopPool
-from torch_engine.experts.own import KernelPool
+from torch_engine.experts.kernel_pool import KernelPool
+from torch_engine.experts.loop_pool import LoopPool
 from torch_engine.experts.pool import ExpertPool
 from torch_engine.layers.attention import kind_of
 from torch_engine.layers.cache import BLOCK, Arena, block_bytes, token_width
@@ -35,7 +35,7 @@ from torch_engine.options import TorchOptions
 from torch_engine.products import PlainWeight, Weight, pack_native
 from torch_engine.segments import Segment
 from torch_engine.sequences import CachedSequence, segment_of, whole_prompts
-from torch_engine.tenants.by_copy import TenantsByCopy
+from torch_engine.tenants.device_copies import TenantsByCopy
 from torch_engine.tenants.in_place import TenantsInPlace
 from torch_engine.tenants.ready import ReadyTenants
 from torch_engine.tenants.weights import shape_of

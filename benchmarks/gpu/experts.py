@@ -12,9 +12,9 @@ from benchmarks.common import Report, Spread, ratios
 from benchmarks.gpu.clock import Clock, pinned
 from common import Engine, Store, load_engine
 from common.serving.backend import Row
-from torch_engine.experts.grouped import GroupedPool
-from torch_engine.experts.loop import LoopPool
-from torch_engine.experts.routing import TokenTenants
+from torch_engine.experts.grouped_pool import GroupedPool
+from torch_engine.experts.loop_pool import LoopPool
+from torch_engine.experts.token_tenants import TokenTenants
 
 
 def expert_products(store: Store, device: torch.device, clock: Clock) -> Report:

@@ -20,11 +20,11 @@ from common.dtypes import BY_NAME, to_float32
 from common.plan.distance import compare
 from common.plan.plan import MERGED, MISS, Copy, Plan
 from common.plan.residual import Part, Residual, join_parts
+from common.planning.allocation import Allocator
 from common.planning.configurations import Config
 from common.planning.losses import UNITS
 from common.planning.residual_curves import Kinds, choose, curves
 from common.planning.residual_fit import Choice, Spectrum, fit, plain, spectrum
-from common.planning.spending import Allocator
 from common.progress import Progress
 from common.store.manifest import BESIDE, Manifest
 from common.store.store import Store

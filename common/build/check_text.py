@@ -9,7 +9,7 @@ from pathlib import Path
 from common.checkpoints import Checkpoint
 from common.checkpoints.generation_config import FILE, GenerationConfig, decide
 from common.errors import CheckpointError, StoreError
-from common.serving.text import TenantText
+from common.serving.tenant_text import TenantText
 
 
 def decide_generation(name: str, checkpoint: Checkpoint) -> GenerationConfig:

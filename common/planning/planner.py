@@ -19,6 +19,7 @@ from common.plan.expert_math import plus
 from common.plan.plan import MERGED, MISS, Plan
 from common.plan.profile import Profile
 from common.plan.residual import matrices
+from common.planning.allocation import Allocation, Allocator
 from common.planning.configurations import Config, mean, merged, owned
 from common.planning.copies import Sample, best_ridge
 from common.planning.losses import Losses, measure_losses
@@ -28,7 +29,6 @@ from common.planning.policies import Policy, policy_named
 from common.planning.position import Known, Matrix, PositionPlanner
 from common.planning.residual_curves import PRICES, Curve, curves
 from common.planning.round_robin import plan_round_robin
-from common.planning.spending import Allocation, Allocator
 from common.progress import Progress, silent
 from common.store.store import Store
 from common.units import is_whole

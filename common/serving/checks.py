@@ -11,7 +11,7 @@ from common.errors import RequestError
 from common.families import ModelConfig
 from common.sampling_params import SamplingParams
 from common.serving.request import Request
-from common.serving.text import TenantText
+from common.serving.tenant_text import TenantText
 
 Prompt = str | Sequence[int]
 

@@ -29,8 +29,8 @@ from common.serving.request import Generation, Output, Request
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.scoring import logits_of
 from common.serving.steps import Steps
-from common.serving.text import TenantText
-from common.serving.texts import Texts
+from common.serving.tenant_text import TenantText
+from common.serving.tenant_texts import Texts
 from common.serving.warm_up import warm_up
 from common.store import Store
 from common.units import is_whole

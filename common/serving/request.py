@@ -13,7 +13,8 @@ from common.errors import MoetelError
 from common.sampling_params import SamplingParams
 from common.serving.backend import Row
 from common.serving.sampling import TokenLogprob, log_probabilities, sample
-from common.serving.text import TenantText, TextStream
+from common.serving.tenant_text import TenantText
+from common.serving.text_stream import TextStream
 
 FinishReason = Literal["stop", "length", "abort"]
 

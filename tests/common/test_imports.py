@@ -16,7 +16,7 @@ from tests.common.conftest import ABSENT
     [
         ("common", ("torch", "jax", "transformers")),
         (
-            "common.serving.engine, common.store, common.serving.text, common.plan.distance",
+            "common.serving.engine, common.store, common.serving.tenant_text, common.plan.distance",
             ("torch", "jax"),
         ),
         ("torch_engine", ("jax", "flax")),

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from common.errors import RequestError
-from common.serving.text import TenantText
+from common.serving.tenant_text import TenantText
 from scripts.server.chat_requests import Conversation
 from scripts.server.conversation import variables, written
 from scripts.server.errors import ApiError

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from common.serving.sampling import TokenLogprob
-from common.serving.text import TenantText
+from common.serving.tenant_text import TenantText
 from scripts.server.tokens import TokenTexts
 from tests.server import speech
 from tests.server.live import Live, Loop, events

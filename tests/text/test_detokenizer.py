@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from common.serving.detokenizer import CleanUp
-from common.serving.text import TenantText, TextStream
+from common.serving.tenant_text import TenantText
+from common.serving.text_stream import TextStream
 from tests.helpers import examples
 from tests.text.kinds import CHARACTERS, KINDS
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import RequestError, StoreError, TenantUnavailableError
-from common.serving.text import TenantText, TextStream
+from common.serving.tenant_text import TenantText
+from common.serving.text_stream import TextStream
 from tests.helpers import examples
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

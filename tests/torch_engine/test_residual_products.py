@@ -14,7 +14,7 @@ from tests import helpers
 from tests.torch_engine.residual_stores import EVERY_KIND, PROJECTIONS
 from torch_engine import native
 from torch_engine.experts import residuals
-from torch_engine.experts.own import laid_out
+from torch_engine.experts.kernel_pool import laid_out
 from torch_engine.experts.residuals import add_part
 
 DTYPES = [torch.bfloat16, torch.float32]

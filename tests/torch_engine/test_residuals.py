@@ -19,7 +19,7 @@ from tests import helpers
 from tests.conftest import Family
 from tests.helpers import assert_close, hf_greedy, hf_logits, rest_slow
 from tests.torch_engine.residual_stores import CASES, EVERY_KIND, PROJECTIONS, WAYS, prepared
-from torch_engine.experts.own import KernelPool
+from torch_engine.experts.kernel_pool import KernelPool
 
 NEW = SamplingParams(max_new_tokens=8, ignore_eos=True)
 

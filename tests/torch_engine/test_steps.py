@@ -19,7 +19,7 @@ from tests import helpers
 from tests.conftest import Family
 from tests.helpers import TOLERANCE, assert_close, hf_greedy, hf_logits, rest_slow
 from torch_engine.backend import TorchBackend
-from torch_engine.experts.grouped import GroupedPool
+from torch_engine.experts.grouped_pool import GroupedPool
 
 WAYS: list[dict[str, Any]] = [
     {},

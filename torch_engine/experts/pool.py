@@ -19,7 +19,7 @@ from common.checkpoints import TensorRef
 from common.plan.plan import MISS, Plan
 from common.store import Store
 from torch_engine.experts.residuals import HeldResiduals
-from torch_engine.experts.routing import TokenTenants
+from torch_engine.experts.token_tenants import TokenTenants
 from torch_engine.layers.mlp import ACTIVATIONS
 from torch_engine.products import as_tensor
 

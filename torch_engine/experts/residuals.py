@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.plan.residual import SIGN, Part, Residual, row_bytes
 from common.store import Store
-from torch_engine.experts.routing import TokenTenants, groups_of, looked_up
+from torch_engine.experts.token_tenants import TokenTenants, groups_of, looked_up
 from torch_engine.products import as_tensor
 
 # Numbers that are expanded at once: 4 MiB of float32, beside megabytes that stay packed.

@@ -23,7 +23,7 @@ from common.families import Decoder
 from common.families.shape import Dense, Rope, Sparse
 from common.serving.backend import Observer
 from torch_engine.experts.pool import ExpertPool
-from torch_engine.experts.routing import TokenTenants
+from torch_engine.experts.token_tenants import TokenTenants
 from torch_engine.layers.attention import attention, group_of, kind_of
 from torch_engine.layers.cache import Arena
 from torch_engine.layers.mlp import dense

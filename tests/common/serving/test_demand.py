@@ -10,7 +10,7 @@ import pytest
 from common import SamplingParams
 from common.serving.demand import RECENT_S, Demand
 from common.serving.request import Request
-from common.serving.text import TenantText
+from common.serving.tenant_text import TenantText
 
 
 def request(tenant: str, at: float = 0.0, most: int = 100, got: int = 0, read: int = 8) -> Request:

@@ -15,10 +15,10 @@ from common.kernels.layout import FIELDS, KINDS, blocked_part
 from common.plan.residual import Residual
 from common.store import Store
 from torch_engine import native
-from torch_engine.experts.loop import CopyPool
+from torch_engine.experts.loop_pool import CopyPool
 from torch_engine.experts.pool import PoolPlan
 from torch_engine.experts.residuals import PROJECTIONS
-from torch_engine.experts.routing import TokenTenants, looked_up
+from torch_engine.experts.token_tenants import TokenTenants, looked_up
 
 Matrices = tuple[Tensor, Tensor, Tensor]
 """Packed gate, up and down matrices of one copy."""

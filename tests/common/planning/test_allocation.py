@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import PlanError
+from common.planning.allocation import Allocator
 from common.planning.configurations import Config, mean, merged, owned
 from common.planning.losses import gram_of_distances
 from common.planning.residual_curves import PRICES, Curve
-from common.planning.spending import Allocator
 from tests.common.planning.random_inputs import grams, shares
 from tests.helpers import examples
 

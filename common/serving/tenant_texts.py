@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from common.errors import CheckpointError, TenantUnavailableError
-from common.serving.text import TenantText
+from common.serving.tenant_text import TenantText
 from common.store import Store
 
 

@@ -24,7 +24,7 @@ from torch_engine.experts.residuals import (
     add_residuals,
     residuals_within,
 )
-from torch_engine.experts.routing import TokenTenants, groups_of, looked_up
+from torch_engine.experts.token_tenants import TokenTenants, groups_of, looked_up
 from torch_engine.products import PlainWeight, Weight
 
 Expert = TypeVar("Expert")

@@ -17,8 +17,8 @@ from common.store import Store
 from torch_engine.experts.grouped_product import find_grouped_mm
 from torch_engine.experts.pool import ExpertPool, PoolPlan, mapped
 from torch_engine.experts.residuals import ResidentResiduals, RowResidual, add_residuals
-from torch_engine.experts.routing import TokenTenants, groups_of
 from torch_engine.experts.staging import Staging, fill
+from torch_engine.experts.token_tenants import TokenTenants, groups_of
 
 
 class GroupedPool(ExpertPool):
