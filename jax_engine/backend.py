@@ -25,6 +25,20 @@ MOST_CACHE = 4 << 30
 """Bytes of caches, unless an option says otherwise."""
 
 
+def load_backend(
+    store: Store, device: str = "auto", dtype: str = "auto", **options: Any
+) -> Backend:
+    """Load a store's pool and tenants onto a device or a mesh.
+
+    Args:
+        options: the fields of `JaxOptions`.
+
+    Raises:
+        EngineError: an option is unknown or out of its bound, or the engine cannot serve the store.
+    """
+    return JaxBackend(store, JaxOptions.make(device=device, dtype=dtype, **options))
+
+
 class JaxBackend(Backend):
     """Encoder-decoders on one device or a mesh."""
 

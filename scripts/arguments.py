@@ -105,9 +105,22 @@ def number(bound: Bound) -> Callable[[str], float]:
     return parse
 
 
-def option(options: type, name: str) -> Callable[[str], float]:
-    """A number that an option of a dataclass may be, for argparse."""
-    return number(bound_of(options, name))
+def add_option(
+    parser: argparse._ActionsContainer, options: type, name: str, text: str, flag: str | None = None
+) -> None:
+    """A flag for a number that is an option of a dataclass, with its bound and default.
+
+    Args:
+        flag: the flag's name, if it is not the option's.
+    """
+    bound = bound_of(options, name)
+    parser.add_argument(
+        f"--{flag or name.replace('_', '-')}",
+        type=number(bound),
+        default=getattr(options, name),
+        metavar="N" if bound.whole else "X",
+        help=text,
+    )
 
 
 whole = number(COUNT)

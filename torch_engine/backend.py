@@ -46,6 +46,20 @@ LOGITS_TOKENS = 4096
 MAX_BLOCKS_PER_TENANT = 64  # of whole contexts: more than so many sequences at once is of no use
 
 
+def load_backend(
+    store: Store, device: str = "auto", dtype: str = "auto", **options: Any
+) -> Backend:
+    """Load a store's pool and tenants onto a device.
+
+    Args:
+        options: the fields of `TorchOptions`.
+
+    Raises:
+        EngineError: an option is unknown or out of its bound, or the engine cannot serve the store.
+    """
+    return TorchBackend(store, TorchOptions.make(device=device, dtype=dtype, **options))
+
+
 class TorchBackend(Backend):
     """Decoders on one device."""
 

@@ -56,8 +56,7 @@ class PlanSettings:
             if self.extra > 0 and not policy.uses_extra:
                 raise PlanError(
                     f"policy {self.policy!r} keeps one copy a position and has no use for extra "
-                    "bytes; "
-                    "leave extra out, or choose one of: "
+                    "bytes; leave extra out, or choose one of: "
                     f"{', '.join(n for n, p in POLICIES.items() if p.uses_extra)}"
                 )
 

@@ -235,9 +235,6 @@ class DecoderFamily(Family):
             return ()
         return self.tensor_name(config, EMBED), self.tensor_name(config, HEAD)
 
-    def untied(self, config: ModelConfig, names: Sequence[str]) -> dict[str, Any]:
-        return {**config.raw, "tie_word_embeddings": False}
-
     def file_name_of(self, name: str) -> str:
         return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 

@@ -123,7 +123,9 @@ class Planner:
         return self._last[1]
 
     def _candidates(self, policy: Policy) -> list[list[Config]]:
-        """Configurations of every position."""
+        """Configurations of every position. Raises PlanError for a policy that shares nothing."""
+        if policy.copies == "all":
+            raise PlanError("policy 'all' shares nothing, so there is nothing to plan")
         if policy.copies not in self._configs:
             if (
                 policy.copies == "fitted"

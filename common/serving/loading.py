@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.bounds import COUNT
 from common.errors import EngineError
 from common.families.shape import Decoder, EncoderDecoder
 from common.serving.backend import Backend
 from common.serving.engine import Engine
 from common.serving.scheduler_options import SchedulerOptions
 from common.store import Store
-from common.units import is_whole
 
 # The engine of each shape.
 BACKENDS = {Decoder: "torch", EncoderDecoder: "jax"}
@@ -54,8 +54,8 @@ def load_engine(
         )
     chosen = scheduler or SchedulerOptions()
     if max_batch_size is not None:
-        if not is_whole(max_batch_size) or max_batch_size < 1:
-            raise EngineError(f"max_batch_size is {max_batch_size!r}; give a whole number from 1")
+        if not COUNT.allows(max_batch_size):
+            raise EngineError(f"max_batch_size is {max_batch_size!r}; {COUNT.words}")
         tokens = max(chosen.max_num_batched_tokens, max_batch_size)
         chosen = replace(chosen, max_num_seqs=max_batch_size, max_num_batched_tokens=tokens)
     chosen.check_tenants(opened.tenants)
@@ -67,11 +67,10 @@ def _load_backend(
 ) -> Backend:
     # Found by name, so that nothing here imports a framework.
     try:
-        importlib.import_module(f"{name}_engine.backend")
+        engine = importlib.import_module(f"{name}_engine.backend")
     except ImportError as error:
         raise EngineError(
             f"the {name} backend is not installed ({error}); run: pip install 'moetel[{name}]'"
         ) from error
-    engine = importlib.import_module(f"{name}_engine")
     backend: Backend = engine.load_backend(store, device=device, dtype=dtype, **options)
     return backend

@@ -25,6 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -159,11 +160,8 @@ class LoopDispatch(Dispatch):
 
         def product(rows: Array, number: Array) -> Array:
             slot = number % len(copies)
-            inner = with_residuals(residuals, lax.switch(slot, first, rows), rows, number)
-            hidden = ff.hidden(inner)
-            return with_residual(
-                residuals, lax.switch(slot, last, hidden), hidden, number, len(inner)
-            )
+            inner = lax.switch(slot, first, rows)
+            return through(residuals, ff, rows, number, inner, partial(lax.switch, slot, last))
 
         return over_blocks(x, slots, residuals.table.shape[0], product)
 
@@ -208,11 +206,9 @@ class MeshDispatch(Dispatch):
                     copy = tuple(lax.dynamic_index_in_dim(w, slot, keepdims=False) for w in stack)
                     if residuals is None:
                         return ff(rows, copy)
-                    inner = with_residuals(residuals, ff.inner(rows, copy), rows, first + slot)
-                    hidden = ff.hidden(inner)
-                    return with_residual(
-                        residuals, ff.last(hidden, copy), hidden, first + slot, len(inner)
-                    )
+                    inner = ff.inner(rows, copy)
+                    last = partial(ff.last, copy=copy)
+                    return through(residuals, ff, rows, first + slot, inner, last)
 
                 found = over_blocks(x, mine, count, product)
             else:
@@ -262,11 +258,24 @@ def with_residual(
     return found if added is None else (found + added).astype(found.dtype)
 
 
-def with_residuals(
-    residuals: LayerResiduals, inner: Sequence[Array], x: Array, slot: Array
-) -> list[Array]:
-    """The same for every projection before the activation."""
-    return [with_residual(residuals, found, x, slot, i) for i, found in enumerate(inner)]
+def through(
+    residuals: LayerResiduals,
+    ff: FeedForward,
+    rows: Array,
+    slot: Array,
+    inner: Sequence[Array],
+    last: Callable[[Array], Array],
+) -> Array:
+    """Rows [T, H] of one slot through its copy, with what the slot's residual adds to each product.
+
+    Args:
+        inner: the copy's products before the activation.
+        last: the copy's product behind it.
+    """
+    hidden = ff.hidden(
+        [with_residual(residuals, found, rows, slot, i) for i, found in enumerate(inner)]
+    )
+    return with_residual(residuals, last(hidden), hidden, slot, len(inner))
 
 
 def block_rows(tokens: int, slots: int) -> int:

@@ -98,31 +98,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most memory of all caches, as 4GiB",
     )
-    load.add_argument(
-        "--max-model-len",
-        type=arguments.option(SchedulerOptions, "max_model_len"),
-        metavar="N",
-        help="most tokens of prompt and answer together",
+    arguments.add_option(
+        load, SchedulerOptions, "max_model_len", "most tokens of prompt and answer together"
     )
-    load.add_argument(
-        "--max-num-seqs",
-        type=arguments.option(SchedulerOptions, "max_num_seqs"),
-        default=engine.max_num_seqs,
-        metavar="N",
-        help="sequences a step",
-    )
+    arguments.add_option(load, SchedulerOptions, "max_num_seqs", "sequences a step")
     load.add_argument(
         "--max-num-batched-tokens",
-        type=arguments.option(SchedulerOptions, "max_num_batched_tokens"),
+        type=arguments.whole,
         metavar="N",
         help=f"tokens a step (default: {engine.max_num_batched_tokens}, or --max-num-seqs if that "
         "is more)",
     )
-    load.add_argument(
-        "--prefill-chunk",
-        type=arguments.option(SchedulerOptions, "prefill_chunk"),
-        metavar="N",
-        help="tokens of prompts in a step in which others answer",
+    arguments.add_option(
+        load,
+        SchedulerOptions,
+        "prefill_chunk",
+        "tokens of prompts in a step in which others answer",
     )
 
     load.add_argument(
@@ -157,34 +148,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=N",
         help="most sequences of a tenant in a step; repeatable",
     )
-    share.add_argument(
-        "--default-tenant-limit",
-        type=arguments.option(SchedulerOptions, "default_limit"),
-        metavar="N",
-        help="the same of tenants that are not named (default: as many as are free)",
+    arguments.add_option(
+        share,
+        SchedulerOptions,
+        "default_limit",
+        "the same of tenants that are not named (default: as many as are free)",
+        "default-tenant-limit",
     )
-    share.add_argument(
-        "--max-interference",
-        type=arguments.option(SchedulerOptions, "max_interference"),
-        default=engine.max_interference,
-        metavar="X",
-        help="how much longer steps may get by places that a tenant takes beyond its share while "
+    arguments.add_option(
+        share,
+        SchedulerOptions,
+        "max_interference",
+        "how much longer steps may get by places that a tenant takes beyond its share while "
         "others have requests "
         "(default: %(default)s, a tenth; inf: all free places are taken)",
     )
-    share.add_argument(
-        "--max-queue",
-        type=arguments.option(SchedulerOptions, "max_queue"),
-        default=engine.max_queue,
-        metavar="N",
-        help="requests that may wait; more get 429",
+    arguments.add_option(
+        share, SchedulerOptions, "max_queue", "requests that may wait; more get 429"
     )
-    share.add_argument(
-        "--max-queue-per-tenant",
-        type=arguments.option(SchedulerOptions, "max_queue_per_tenant"),
-        metavar="N",
-        help="and of one tenant",
-    )
+    arguments.add_option(share, SchedulerOptions, "max_queue_per_tenant", "and of one tenant")
 
     who = parser.add_argument_group("who may do what")
     who.add_argument(

@@ -21,7 +21,7 @@ from scripts.server.answers import (
 )
 from scripts.server.chat_requests import ChatRequest
 from scripts.server.conversation import prompt_ids, written
-from scripts.server.dependencies import ERRORS, Caller, SharedService
+from scripts.server.dependencies import ERRORS, STREAMED, Caller, SharedService
 from scripts.server.front import arrival
 from scripts.server.running import Run
 from scripts.server.schema import (
@@ -41,12 +41,7 @@ router = APIRouter(prefix="/v1", responses=ERRORS)
     "/chat/completions",
     response_model=ChatAnswer,
     response_model_exclude_unset=True,
-    responses={
-        200: {
-            "content": {"text/event-stream": {}},
-            "description": "An answer, or a stream of chunks.",
-        }
-    },
+    responses=STREAMED,
 )
 async def chat(
     body: ChatRequest, request: Request, service: SharedService, caller: Caller

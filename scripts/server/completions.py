@@ -21,7 +21,7 @@ from scripts.server.answers import (
     whole_output,
 )
 from scripts.server.conversation import echoed, prompt_ids
-from scripts.server.dependencies import ERRORS, Caller, SharedService
+from scripts.server.dependencies import ERRORS, STREAMED, Caller, SharedService
 from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.requests import Asked, CompletionRequest
@@ -51,12 +51,7 @@ def _require_text(body: Asked, service: Service, tenant: str) -> None:
     "/completions",
     response_model=CompletionAnswer,
     response_model_exclude_unset=True,
-    responses={
-        200: {
-            "content": {"text/event-stream": {}},
-            "description": "An answer, or a stream of such chunks.",
-        }
-    },
+    responses=STREAMED,
 )
 async def complete(
     body: CompletionRequest, request: Request, service: SharedService, caller: Caller

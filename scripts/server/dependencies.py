@@ -12,6 +12,13 @@ from scripts.server.front import arrival
 from scripts.server.schema import ErrorAnswer
 from scripts.server.service import Access, Service
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"text/event-stream": {}},
+        "description": "An answer, or a stream of its chunks.",
+    }
+}
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": about}
     for status, about in (

@@ -7,6 +7,7 @@ schemas that are not here are in `fields.py`: those that would change an answer 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -89,7 +90,7 @@ class StreamOptions(Taken):
     within: ClassVar[str] = "stream_options."
 
 
-class Asked(Taken):
+class Asked(Taken, ABC):
     """What completions and chat have in common."""
 
     model: str = Field(description="A tenant's name.", max_length=256)
@@ -205,10 +206,10 @@ class Asked(Taken):
         return self.skip_special_tokens is not False
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the most probable tokens to give with each token; None: no log
         probabilities."""
-        raise NotImplementedError
 
     def params(
         self, max_new_tokens: int, answer: int, defaults: Mapping[str, int | float]

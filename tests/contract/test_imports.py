@@ -39,9 +39,8 @@ def imported(path: Path, modules: dict[str, Path]) -> set[str]:
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: a relative import; write the whole name"
-                for alias in node.names:
-                    whole = f"{node.module}.{alias.name}"
-                    yield whole if whole in modules else str(node.module)
+                yield str(node.module)  # which runs, also where a module of it is imported
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
     return {name for name in names() if name in modules}
 

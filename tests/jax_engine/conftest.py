@@ -15,8 +15,7 @@ pytest.importorskip("jax")
 import jax
 
 from common import Store
-from jax_engine import load_backend
-from jax_engine.backend import JaxBackend
+from jax_engine.backend import JaxBackend, load_backend
 from tests import helpers, switch_models
 
 

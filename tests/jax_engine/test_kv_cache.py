@@ -12,7 +12,7 @@ import pytest
 
 from common import EngineError
 from common.serving.backend import Part, Row
-from jax_engine import load_backend
+from jax_engine.backend import load_backend
 from tests.helpers import build_round_robin, prompts, rest_slow
 from tests.jax_engine.conftest import SwitchFamily, backend_for
 from tests.schedules import Asked, advance, alone

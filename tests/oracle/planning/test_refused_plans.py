@@ -25,6 +25,8 @@ def test_what_cannot_be_planned_is_refused(mixtral: Case, tmp_path: Path) -> Non
             lambda: replan(path, policy="best"),
         ),
         (PlanError, "no policy 'best'", lambda: planner(Store.open(path)).plan("best")),
+        (PlanError, "'all' shares nothing", lambda: planner(Store.open(path)).plan("all")),
+        (PlanError, "'all' keeps all that", lambda: replan(path, policy="all", slots=3)),
         (PlanError, "no policy 'best'", lambda: planner(Store.open(path)).allocator("best")),
         (
             PlanError,
