@@ -16,6 +16,7 @@ from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
+from torch_engine.decode.step import DecodeSteps, why_not
 from torch_engine.device import (
     choose_products,
     find_device,
@@ -38,7 +39,7 @@ from torch_engine.sequences import CachedSequence, segment_of, whole_prompts
 from torch_engine.tenants.device_copies import TenantsByCopy
 from torch_engine.tenants.in_place import TenantsInPlace
 from torch_engine.tenants.ready import ReadyTenants
-from torch_engine.tenants.weights import shape_of
+from torch_engine.tenants.weights import TenantWeights, shape_of
 
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
@@ -101,6 +102,21 @@ class TorchBackend(Backend):
         self.cache = self._make_cache(options.kv_cache_bytes)
         self._sequences: dict[int, CachedSequence] = {}
         self._numbers = 0
+        self._wanted_decode = options.decode
+        self._decode = self._make_decode()
+
+    def _make_decode(self) -> DecodeSteps | None:
+        """What computes decode steps apart from prompts; None: nothing does."""
+        wanted = self._wanted_decode
+        if wanted == "eager" or (wanted == "auto" and self.device.type != "cuda"):
+            return None
+        reason = why_not(self.device, self.pool)
+        if reason is None and isinstance(self.pool, GroupedPool):
+            shapes = dict(zip(self.store.tenants, self._shapes(self.store), strict=True))
+            return DecodeSteps(self.pool, self.cache, shapes)
+        if wanted == "graph":
+            raise EngineError(f"decode='graph' does not work here: {reason}; use auto or eager")
+        return None
 
     def _max_ready(self, store: Store) -> int:
         default = len(store.tenants) if self.device.type == "cpu" else 2
@@ -206,6 +222,7 @@ class TorchBackend(Backend):
                 f"the device has no room for the changed store at {store.path} ({error})"
             ) from error
         self.store, self.max_ready_tenants = store, capacity
+        self._decode = self._make_decode()
 
     @torch.inference_mode()
     def step(self, parts: Sequence[Part]) -> Step:
@@ -213,6 +230,8 @@ class TorchBackend(Backend):
         for i, part in enumerate(parts):
             by_tenant.setdefault(self._sequences[part.sequence].tenant, []).append(i)
         weights = self.ready.acquire(by_tenant)
+        if self._decodes(parts, list(by_tenant)):
+            return self._decode_step(parts, by_tenant, weights)
         segments, order, start = [], [], 0
         # Those whose attention can be computed together, together.
         for name in sorted(by_tenant, key=lambda n: kind_of(weights[n].shape.attention)):
@@ -226,6 +245,48 @@ class TorchBackend(Backend):
             start = segments[-1].stop
         hidden, misses = forward(segments, self.pool, self.cache, self.observer)
         return self._step(parts, order, segments, hidden, misses)
+
+    def _decodes(self, parts: Sequence[Part], tenants: Sequence[str]) -> bool:
+        """Whether a step is one of `DecodeSteps`."""
+        return (
+            self._decode is not None
+            and self.observer is None
+            and not any(part.read for part in parts)
+            and self._decode.takes(tenants, len(parts))
+        )
+
+    def _decode_step(
+        self,
+        parts: Sequence[Part],
+        by_tenant: dict[str, list[int]],
+        weights: dict[str, TenantWeights],
+    ) -> Step:
+        assert self._decode is not None
+        order = [i for mine in by_tenant.values() for i in mine]
+        sequences = [self._sequences[parts[i].sequence] for i in order]
+        ids = [sequence.take(parts[i])[0] for i, sequence in zip(order, sequences, strict=True)]
+        for sequence in sequences:
+            self.cache.reserve(sequence.blocks, sequence.length)
+        winners, values = self._decode.run(
+            weights,
+            [(name, len(mine)) for name, mine in by_tenant.items()],
+            ids,
+            [s.length for s in sequences],
+            [s.blocks for s in sequences],
+        )
+        token_ids = np.full(len(parts), -1, dtype=np.int64)
+        token_ids[order] = winners.cpu().numpy()
+        logits: list[np.ndarray | None] = [None] * len(parts)
+        wanted = [k for k, i in enumerate(order) if parts[i].want_logits]
+        if wanted:
+            on_host = values if len(wanted) == len(order) else values[wanted]
+            for row, k in zip(on_host.float().cpu().numpy(), wanted, strict=True):
+                logits[order[k]] = row
+        spec = self.store.experts
+        hits = np.full(len(parts), spec.num_layers * spec.top_k, dtype=np.int64)
+        self.pool.counts.hits += int(hits.sum())
+        seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
+        return Step(token_ids, logits, hits, np.zeros_like(hits), seconds)
 
     def _step(
         self,
@@ -319,6 +380,7 @@ class TorchBackend(Backend):
             "dtype": str(self.dtype).removeprefix("torch."),
             "experts": self.experts,
             "products": products_name(self.products, self.dtype),
+            "decode_graph_steps": self._decode.count if self._decode is not None else 0,
             "pool_slots": self.store.plan.num_slots,
             "pool_bytes": self.pool.device_bytes,
             "residual_bytes": self.pool.residual_bytes,

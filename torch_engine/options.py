@@ -20,6 +20,10 @@ class TorchOptions:
     products: how matrices are kept and multiplied on a CPU. native: packed once for kernels of our
         own; plain: as they are; auto: native where it works.
         MOETEL_NATIVE=0 in the environment rules native out.
+    decode: how steps are computed in which every request gets its next token. graph: Triton kernels
+        for all tenants at once, captured as a CUDA graph, where nothing can miss and nobody has
+        residuals, other steps as with eager; eager: the way of prompts; auto: graph on CUDA where
+        triton is installed and experts are grouped.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a
         CPU, 2 on CUDA.
@@ -32,6 +36,7 @@ class TorchOptions:
     dtype: str = bounded("auto", Bound(choices=("auto", "float32", "bfloat16", "float16")))
     experts: str = bounded("auto", Bound(choices=("auto", "loop", "grouped")))
     products: str = bounded("auto", Bound(choices=("auto", "native", "plain")))
+    decode: str = bounded("auto", Bound(choices=("auto", "graph", "eager")))
     spare_slots: int = bounded(16, COUNT)
     ready_tenants: int | None = bounded(None, COUNT_OR_NONE)
     kv_cache_bytes: int | None = bounded(None, COUNT_OR_NONE)

@@ -53,9 +53,18 @@ class RotaryTable:
     def at(self, positions: Tensor, last: int) -> tuple[Tensor, Tensor]:
         """cos, sin [tokens, 1, head_dim / 2] for int64 positions [tokens], of which `last` is the
         largest."""
+        self.reach(last)
+        return self._cos[positions, None], self._sin[positions, None]
+
+    def reach(self, last: int) -> None:
+        """Have the tables hold position `last`."""
         if last >= len(self._cos):
             self._grow(min(self._max, max(last + 1, 2 * len(self._cos))))
-        return self._cos[positions, None], self._sin[positions, None]
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos, sin [positions, head_dim / 2]; others once they have grown."""
+        return self._cos, self._sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
