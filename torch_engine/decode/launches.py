@@ -10,8 +10,9 @@ from torch import Tensor
 from common.families import Decoder
 from torch_engine.decode.buffers import power_of_two
 from torch_engine.decode.graph import StepGraph
-from torch_engine.decode.kernels import attention, routing, rows
+from torch_engine.decode.kernels import attention, residuals, routing, rows
 from torch_engine.decode.kernels.linear import linear as multiply
+from torch_engine.decode.residual_table import ResidualTable
 from torch_engine.experts.grouped_pool import GroupedPool
 from torch_engine.layers.cache import BLOCK, Arena
 
@@ -173,8 +174,10 @@ def forward(
             graph.router,
             tenants,
             pool._tables[layer],
+            pool._residual_numbers[layer],
             graph.keys,
             graph.gates,
+            graph.numbers,
             shape.experts.count,
             TOP=top_k,
             RENORMALISE=router.renormalise or router.softmax == "picked",
@@ -195,13 +198,86 @@ def forward(
             STEP=32,
             num_warps=8,
         )
-        products(graph.normed, graph.inner, experts[2 * layer], inner, hidden, top_k, True)
-        products(graph.inner, graph.expert_out, experts[2 * layer + 1], hidden, inner, 1, False)
+        gate_up, down = experts[2 * layer], experts[2 * layer + 1]
+        if graph.residuals is None:
+            products(graph.normed, graph.inner, gate_up, inner, hidden, top_k, True)
+            products(graph.inner, graph.expert_out, down, hidden, inner, 1, False)
+        else:
+            products(graph.normed, graph.gate_up, gate_up, 2 * inner, hidden, top_k, False)
+            _add_gated(graph, graph.residuals, inner, hidden, top_k)
+            products(graph.inner, graph.expert_out, down, hidden, inner, 1, False)
+            _add_down(graph, graph.residuals, hidden, inner)
     norm(graph.expert_out, top_k, "norm")
     linear(graph.normed, graph.logits, "head", shape.vocab_size, hidden)
     if shape.scalars.logits_divisor != 1.0:
         graph.logits.div_(shape.scalars.logits_divisor)
     torch.argmax(graph.logits, dim=-1, out=graph.winners)
+
+
+def _add_gated(
+    graph: StepGraph, held: ResidualTable, outputs: int, inputs: int, share: int
+) -> None:
+    """What residuals add to gate and up, and the activation."""
+    of = held.data, held.parts, graph.numbers, graph.coefficients
+    rows = len(graph.numbers)
+    residuals.shrink[(rows, 2 * held.most_parts, -(-held.most_rank // 8))](
+        graph.normed,
+        *of,
+        inputs,
+        held.most_rank,
+        SHARE=share,
+        FIRST=0,
+        PARTS=held.most_parts,
+        BR=8,
+        BK=256,
+        num_warps=4,
+    )
+    residuals.expand_gated[(rows, -(-outputs // 32))](
+        graph.normed,
+        graph.gate_up,
+        graph.inner,
+        *of,
+        outputs,
+        inputs,
+        held.most_rank,
+        SHARE=share,
+        PARTS=held.most_parts,
+        BN=32,
+        BR=16,
+        BK=128,
+        num_warps=4,
+    )
+
+
+def _add_down(graph: StepGraph, held: ResidualTable, outputs: int, inputs: int) -> None:
+    """What residuals add to down."""
+    of = held.data, held.parts, graph.numbers, graph.coefficients
+    rows = len(graph.numbers)
+    residuals.shrink[(rows, held.most_parts, -(-held.most_rank // 8))](
+        graph.inner,
+        *of,
+        inputs,
+        held.most_rank,
+        SHARE=1,
+        FIRST=2,
+        PARTS=held.most_parts,
+        BR=8,
+        BK=256,
+        num_warps=4,
+    )
+    residuals.expand[(rows, -(-outputs // 32))](
+        graph.inner,
+        graph.expert_out,
+        *of,
+        outputs,
+        inputs,
+        held.most_rank,
+        PARTS=held.most_parts,
+        BN=32,
+        BR=16,
+        BK=128,
+        num_warps=4,
+    )
 
 
 def tile(outputs: int, sorted_rows: bool, exact: bool) -> dict[str, int]:

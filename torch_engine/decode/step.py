@@ -1,8 +1,8 @@
 """A decode step of several tenants' rows in twelve launches a layer, and one wait for its tokens.
 
-It takes steps in which every part appends one token, no tenant can miss, and none has residuals.
-Everything else is computed by `models/decoder.py`, whose results it equals up to rounding. On CUDA
-the launches of each number of rows are captured once as a graph.
+It takes steps in which every part appends one token and no tenant can miss. Residuals take four
+launches a layer more. Everything else is computed by `models/decoder.py`, whose results it equals
+up to rounding. On CUDA the launches of each number of rows are captured once as a graph.
 
 Legend: rows M (padded), vocabulary V.
 """
@@ -22,6 +22,7 @@ from common.families import Decoder
 from common.families.shape import Sparse
 from torch_engine.decode.buffers import Addresses, power_of_two
 from torch_engine.decode.graph import StepGraph
+from torch_engine.decode.residual_table import ResidualTable
 from torch_engine.experts.grouped_pool import GroupedPool
 from torch_engine.layers.attention import kind_of
 from torch_engine.layers.cache import BLOCK, Arena, Blocks
@@ -81,12 +82,15 @@ class DecodeSteps:
         self.device, self.dtype = pool.device, pool.dtype
         usable = {n: s for n, s in shapes.items() if unsupported(s) is None}
         self.shape = next(iter(usable.values()), next(iter(shapes.values())))
-        plain = ~(pool.can_miss.any(axis=0) | (pool.residuals.numbers != 0).any(axis=(0, 2)))
+        complete = np.logical_not(pool.can_miss.any(axis=0)).tolist()
         self.tenants = {
             name: i
             for i, name in enumerate(shapes)
-            if name in usable and plain[i] and _signature(shapes[name]) == _signature(self.shape)
+            if name in usable and complete[i] and _signature(shapes[name]) == _signature(self.shape)
         }
+        adding = (pool.residuals.numbers != 0).any(axis=(0, 2))
+        self._adding = {name for name, i in self.tenants.items() if adding[i]}
+        self._residuals = ResidualTable(pool.residuals, self.device) if self._adding else None
         most = max(s.max_positions for s in shapes.values())
         self.max_blocks = min(-(-most // BLOCK), cache.num_blocks)
         self.max_slots = max(len(s) for s in pool.slots_of_layer)
@@ -97,7 +101,7 @@ class DecodeSteps:
             for layer in zip(pool._gate_up, pool._down, strict=True)
             for matrices in layer
         ]
-        self._graphs: dict[tuple[int, int], StepGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], StepGraph] = {}
         self._memory: Any = None
         self.count = 0
 
@@ -132,11 +136,18 @@ class DecodeSteps:
             assert self._addresses is not None
             self._addresses.send()
         padded = next(r for r in ROWS if r >= rows)
-        key = padded, min(padded, power_of_two(len(groups)))
+        adds = not self._adding.isdisjoint(weights)
+        key = padded, min(padded, power_of_two(len(groups))), adds
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = StepGraph(
-                self.shape, self.dtype, self.device, *key, self.max_blocks, self.max_slots
+                self.shape,
+                self.dtype,
+                self.device,
+                *key[:2],
+                self.max_blocks,
+                self.max_slots,
+                self._residuals if adds else None,
             )
         positions = np.asarray(lengths) - 1
         places = [int(b.places(n - 1, n)[0]) for b, n in zip(blocks, lengths, strict=True)]

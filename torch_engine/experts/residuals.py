@@ -135,7 +135,7 @@ class ResidentResiduals:
     """All tenants' residuals, packed, in one buffer on the device.
 
     numbers: int64 [layers, tenants, experts], 0 where a tenant adds nothing, else 1 + the index in
-        `plan.residuals`.
+        `plan.residuals`. buffer: uint8, all records one after another.
     """
 
     def __init__(self, store: Store, device: torch.device):
@@ -145,10 +145,10 @@ class ResidentResiduals:
         )
         ends = np.cumsum([0, *(r.nbytes(shapes) for r in plan.residuals)])
         self.nbytes = int(ends[-1])
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        self.buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         self.items: list[PackedResidual] = []
         for i, residual in enumerate(plan.residuals):
-            data = buffer[ends[i] : ends[i + 1]]
+            data = self.buffer[ends[i] : ends[i + 1]]
             data.copy_(as_tensor(store.residual_ref(i).map()))
             self.items.append(PackedResidual(residual, data, shapes))
             self.numbers[residual.layer, residual.tenant, residual.expert] = i + 1

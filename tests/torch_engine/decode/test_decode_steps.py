@@ -12,14 +12,18 @@ import torch
 from common import EngineError, SamplingParams, load_engine
 from common.serving.backend import Backend, Part, Row
 from tests import helpers
+from tests.conftest import Family
 from tests.families import tenants
 from tests.helpers import assert_close, hf_greedy, rest_slow
+from tests.torch_engine.residual_stores import prepared
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 NEW = SamplingParams(max_new_tokens=3, ignore_eos=True)
 ON_HOST: dict[str, Any] = {"device": "cpu", "experts": "grouped", "products": "plain"}
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs without a card")
+
+RESIDUALS = ("several parts", "some projections, tenants and experts", "scales for 7 rows")
 
 # Sizes that torch's grouped product takes, with which the steps are compared as well.
 SIZES: dict[str, dict[str, Any]] = {
@@ -67,6 +71,21 @@ def test_tokens_and_logits_are_those_of_transformers(case: str, tmp_path: Path) 
         with torch.inference_mode():
             expected = oracles[name](torch.tensor([row])).logits[0, -1].float().numpy()
         assert_close(found[i], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("case", rest_slow(RESIDUALS))
+def test_residuals_and_merged_copies(family: Family, tmp_path: Path, case: str) -> None:
+    store = prepared(tmp_path / "store", family.paths, case)
+    oracles = [helpers.oracle_of_store(store, family.models, i) for i in range(2)]
+    prompts = {name: helpers.prompts(i, [9])[0] for i, name in enumerate(store.tenants[:2])}
+    with load_engine(store, decode="graph", **ON_HOST) as engine:
+        found = last_logits(engine._require_backend(), prompts, [7, 9])
+        assert engine.stats()["decode_graph_steps"] == 1
+    for oracle, prompt, token, logits in zip(oracles, prompts.values(), (7, 9), found, strict=True):
+        with torch.inference_mode():
+            expected = oracle(torch.tensor([[*prompt, token]])).logits[0, -1].float().numpy()
+        assert_close(logits, expected)
 
 
 @interpreted

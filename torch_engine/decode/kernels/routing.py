@@ -11,8 +11,10 @@ def pick(
     logits,
     tenants,
     slots,
+    residuals,
     keys,
     gates,
+    numbers,
     E,
     TOP: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -22,7 +24,8 @@ def pick(
 ):
     """Each row's experts: keys int32 [M * TOP], their slots (-1 of padding), and gates float32.
 
-    logits: [M, E]; slots: int64 [tenants, E], `ExpertPool.keys` of a layer.
+    numbers: int32 [M * TOP], what residual the tenant has there. logits: [M, E]. slots, residuals:
+    int64 [tenants, E], `ExpertPool.keys` and `ResidentResiduals.numbers` of a layer.
     """
     row = tl.program_id(0)
     tenant = tl.load(tenants + row)
@@ -30,6 +33,7 @@ def pick(
     if tenant < 0:
         for i in tl.static_range(TOP):
             tl.store(keys + row * TOP + i, -1)
+            tl.store(numbers + row * TOP + i, 0)
     else:
         left = tl.load(logits + row * E + e, mask=e < E, other=-float("inf")).to(tl.float32)
         highest = tl.max(left, 0)
@@ -51,6 +55,8 @@ def pick(
         found = tl.load(slots + tenant * E + experts, mask=t < TOP, other=0)
         tl.store(keys + row * TOP + t, found.to(tl.int32), mask=t < TOP)
         tl.store(gates + row * TOP + t, weights, mask=t < TOP)
+        found = tl.load(residuals + tenant * E + experts, mask=t < TOP, other=0)
+        tl.store(numbers + row * TOP + t, found.to(tl.int32), mask=t < TOP)
 
 
 @triton.jit
