@@ -4,6 +4,8 @@ caches."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,41 @@ def load_backend(
         EngineError: an option is unknown or out of its bound, or the engine cannot serve the store.
     """
     return TorchBackend(store, TorchOptions.make(device=device, dtype=dtype, **options))
+
+
+@dataclass
+class _Results:
+    """What a step gave so far: the fields of `Step`. waited: whether the host waited for it."""
+
+    token_ids: np.ndarray
+    logits: list[np.ndarray | None]
+    misses: np.ndarray
+    waited: bool = False
+
+    @classmethod
+    def of(cls, parts: int) -> _Results:
+        """Nothing yet."""
+        return cls(np.full(parts, -1, np.int64), [None] * parts, np.zeros(parts, np.int64))
+
+    def take(
+        self,
+        parts: Sequence[Part],
+        found: Sequence[tuple[Sequence[int], Tensor]],
+        winners: Tensor,
+    ) -> None:
+        """Take the most probable tokens, and logits where they are wanted.
+
+        found: parts' numbers and their logits [rows, V]; winners: int64 [rows of all].
+        """
+        # One look at the device for all tenants' winners.
+        self.token_ids[[i for numbers, _ in found for i in numbers]] = winners.cpu().numpy()
+        self.waited = True
+        for numbers, values in found:
+            wanted = [k for k, i in enumerate(numbers) if parts[i].want_logits]
+            if wanted:
+                kept = values if len(wanted) == len(numbers) else values[wanted]
+                for row, k in zip(kept.float().cpu().numpy(), wanted, strict=True):
+                    self.logits[numbers[k]] = row
 
 
 class TorchBackend(Backend):
@@ -226,13 +263,76 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def step(self, parts: Sequence[Part]) -> Step:
+        tenants = [self._sequences[part.sequence].tenant for part in parts]
+        weights = self.ready.acquire(tenants)
+        made = _Results.of(len(parts))
+        graphed = self._graphed(parts, tenants)
+        if graphed:
+            self._decode_rows(parts, graphed, weights, made)
+        rest = sorted(set(range(len(parts))) - set(graphed))
+        if rest:
+            self._forward(parts, rest, weights, made)
+        spec = self.store.experts
+        counts = np.array([part.read or 1 for part in parts], dtype=np.int64)
+        hits = counts * spec.num_layers * spec.top_k - made.misses
+        if self.device.type == "cuda" and not made.waited:
+            torch.cuda.current_stream(
+                self.device
+            ).synchronize()  # so that times are those of this step
+        seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
+        return Step(made.token_ids, made.logits, hits, made.misses, seconds)
+
+    def _graphed(self, parts: Sequence[Part], tenants: Sequence[str]) -> list[int]:
+        """The parts that `DecodeSteps` computes, those of a tenant together."""
+        if self._decode is None or self.observer is not None:
+            return []
+        found = [
+            i
+            for i, (part, name) in enumerate(zip(parts, tenants, strict=True))
+            if not part.read and name in self._decode.tenants
+        ]
+        if len(found) > self._decode.max_rows:
+            return []
+        return sorted(found, key=lambda i: tenants[i])
+
+    def _decode_rows(
+        self,
+        parts: Sequence[Part],
+        order: Sequence[int],
+        weights: dict[str, TenantWeights],
+        made: _Results,
+    ) -> None:
+        """Append one token to each of these parts' sequences."""
+        assert self._decode is not None
+        sequences = [self._sequences[parts[i].sequence] for i in order]
+        ids = [sequence.take(parts[i])[0] for i, sequence in zip(order, sequences, strict=True)]
+        for sequence in sequences:
+            self.cache.reserve(sequence.blocks, sequence.length)
+        winners, values = self._decode.run(
+            weights,
+            [(name, len(list(same))) for name, same in groupby(s.tenant for s in sequences)],
+            ids,
+            [s.length for s in sequences],
+            [s.blocks for s in sequences],
+        )
+        made.take(parts, [(order, values)], winners)
+        spec = self.store.experts
+        self.pool.counts.hits += len(order) * spec.num_layers * spec.top_k
+
+    def _forward(
+        self,
+        parts: Sequence[Part],
+        numbers: Sequence[int],
+        weights: dict[str, TenantWeights],
+        made: _Results,
+    ) -> None:
+        """Advance these parts' sequences, whatever they do."""
         by_tenant: dict[str, list[int]] = {}
-        for i, part in enumerate(parts):
-            by_tenant.setdefault(self._sequences[part.sequence].tenant, []).append(i)
-        weights = self.ready.acquire(by_tenant)
-        if self._decodes(parts, list(by_tenant)):
-            return self._decode_step(parts, by_tenant, weights)
-        segments, order, start = [], [], 0
+        for i in numbers:
+            by_tenant.setdefault(self._sequences[parts[i].sequence].tenant, []).append(i)
+        segments: list[Segment] = []
+        order: list[int] = []
+        start = 0
         # Those whose attention can be computed together, together.
         for name in sorted(by_tenant, key=lambda n: kind_of(weights[n].shape.attention)):
             mine = by_tenant[name]
@@ -244,108 +344,31 @@ class TorchBackend(Backend):
             order += mine
             start = segments[-1].stop
         hidden, misses = forward(segments, self.pool, self.cache, self.observer)
-        return self._step(parts, order, segments, hidden, misses)
-
-    def _decodes(self, parts: Sequence[Part], tenants: Sequence[str]) -> bool:
-        """Whether a step is one of `DecodeSteps`."""
-        return (
-            self._decode is not None
-            and self.observer is None
-            and not any(part.read for part in parts)
-            and self._decode.takes(tenants, len(parts))
-        )
-
-    def _decode_step(
-        self,
-        parts: Sequence[Part],
-        by_tenant: dict[str, list[int]],
-        weights: dict[str, TenantWeights],
-    ) -> Step:
-        assert self._decode is not None
-        order = [i for mine in by_tenant.values() for i in mine]
-        sequences = [self._sequences[parts[i].sequence] for i in order]
-        ids = [sequence.take(parts[i])[0] for i, sequence in zip(order, sequences, strict=True)]
-        for sequence in sequences:
-            self.cache.reserve(sequence.blocks, sequence.length)
-        winners, values = self._decode.run(
-            weights,
-            [(name, len(mine)) for name, mine in by_tenant.items()],
-            ids,
-            [s.length for s in sequences],
-            [s.blocks for s in sequences],
-        )
-        token_ids = np.full(len(parts), -1, dtype=np.int64)
-        token_ids[order] = winners.cpu().numpy()
-        logits: list[np.ndarray | None] = [None] * len(parts)
-        wanted = [k for k, i in enumerate(order) if parts[i].want_logits]
-        if wanted:
-            on_host = values if len(wanted) == len(order) else values[wanted]
-            for row, k in zip(on_host.float().cpu().numpy(), wanted, strict=True):
-                logits[order[k]] = row
-        spec = self.store.experts
-        hits = np.full(len(parts), spec.num_layers * spec.top_k, dtype=np.int64)
-        self.pool.counts.hits += int(hits.sum())
-        seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
-        return Step(token_ids, logits, hits, np.zeros_like(hits), seconds)
-
-    def _step(
-        self,
-        parts: Sequence[Part],
-        order: Sequence[int],
-        segments: Sequence[Segment],
-        hidden: Tensor,
-        misses: np.ndarray,
-    ) -> Step:
-        """What the parts get. order: the part that each of the segments' singles and chunks, one
-        after another, is."""
-        token_ids = np.full(len(parts), -1, dtype=np.int64)
-        logits: list[np.ndarray | None] = [None] * len(parts)
         counts = np.array([parts[i].read or 1 for i in order], dtype=np.int64)
         stops = np.cumsum(counts)
-        part_misses = np.zeros(len(parts), dtype=np.int64)
-        part_misses[list(order)] = np.add.reduceat(misses, stops - counts)
+        made.misses[order] = np.add.reduceat(misses, stops - counts)
         answering: list[Segment] = []
         rows: list[Tensor] = []
         numbers_of: list[list[int]] = []
         for segment in segments:
-            mine = [
+            ends = [
                 (i, int(stop) - 1)
                 for i, stop in zip(order, stops, strict=True)
                 if segment.start < stop <= segment.stop
                 and self._sequences[parts[i].sequence].unread == 0
             ]
-            if not mine:
+            if not ends:
                 continue
-            lasts = [last for _, last in mine]
+            lasts = [last for _, last in ends]
             if lasts == list(range(segment.start, segment.stop)):
                 rows.append(hidden[segment.start : segment.stop])
             else:
                 rows.append(hidden.index_select(0, torch.tensor(lasts, device=self.device)))
             answering.append(segment)
-            numbers_of.append([i for i, _ in mine])
+            numbers_of.append([i for i, _ in ends])
         found = list(zip(numbers_of, heads(answering, rows), strict=True))
         if found:
-            # One look at the device for all tenants' winners.
-            winners = torch.cat([values.argmax(dim=-1) for _, values in found]).cpu().numpy()
-            token_ids[[i for numbers, _ in found for i in numbers]] = winners
-        for numbers, values in found:
-            wanted = [k for k, i in enumerate(numbers) if parts[i].want_logits]
-            if wanted:
-                on_host = (values if len(wanted) == len(numbers) else values[wanted]).cpu().numpy()
-                for row, k in zip(on_host, wanted, strict=True):
-                    logits[numbers[k]] = row
-        spec = self.store.experts
-        lookups = (
-            np.array([part.read or 1 for part in parts], dtype=np.int64)
-            * spec.num_layers
-            * spec.top_k
-        )
-        if self.device.type == "cuda" and not found:
-            torch.cuda.current_stream(
-                self.device
-            ).synchronize()  # so that times are those of this step
-        seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
-        return Step(token_ids, logits, lookups - part_misses, part_misses, seconds)
+            made.take(parts, found, torch.cat([values.argmax(dim=-1) for _, values in found]))
 
     @torch.inference_mode()
     def logits(

@@ -29,7 +29,7 @@ from torch_engine.layers.cache import BLOCK, Arena, Blocks
 from torch_engine.products import PlainWeight
 from torch_engine.tenants.weights import LayerWeights, TenantWeights
 
-ROWS = (1, 2, 4, 8, 16, 32)  # that graphs are captured for; larger steps are computed eagerly
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # that graphs are captured for; larger steps are computed eagerly
 
 
 def unsupported(shape: Decoder) -> str | None:
@@ -75,7 +75,10 @@ def _signature(shape: Decoder) -> tuple[Any, ...]:
 
 
 class DecodeSteps:
-    """Decode steps over one pool, cache and list of tenants; made anew when any of them changes."""
+    """Decode steps over one pool, cache and list of tenants; made anew when any of them changes.
+
+    tenants: numbers of those that it computes. max_rows: of a step.
+    """
 
     def __init__(self, pool: GroupedPool, cache: Arena, shapes: dict[str, Decoder]):
         self.pool, self.cache = pool, cache
@@ -103,11 +106,8 @@ class DecodeSteps:
         ]
         self._graphs: dict[tuple[int, int, bool], StepGraph] = {}
         self._memory: Any = None
+        self.max_rows = ROWS[-1]
         self.count = 0
-
-    def takes(self, tenants: Sequence[str], rows: int) -> bool:
-        """Whether a step that appends one token to each of so many rows can be computed here."""
-        return rows <= ROWS[-1] and all(name in self.tenants for name in tenants)
 
     def run(
         self,
@@ -128,7 +128,8 @@ class DecodeSteps:
         rows = len(token_ids)
         last = max(lengths) - 1
         changed = False
-        for name, held in weights.items():
+        for name, _ in groups:
+            held = weights[name]
             held.rotary.reach(last)
             held.wait(len(self.shape.layers) + 1)
             changed |= self._take(name, held)
@@ -136,7 +137,7 @@ class DecodeSteps:
             assert self._addresses is not None
             self._addresses.send()
         padded = next(r for r in ROWS if r >= rows)
-        adds = not self._adding.isdisjoint(weights)
+        adds = not self._adding.isdisjoint(name for name, _ in groups)
         key = padded, min(padded, power_of_two(len(groups))), adds
         graph = self._graphs.get(key)
         if graph is None:
