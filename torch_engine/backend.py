@@ -4,8 +4,6 @@ caches."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,24 +22,25 @@ from torch_engine.device import (
     find_device,
     find_dtype,
     free_cache_bytes,
+    prepare,
     products_name,
+    ready_that_fit,
 )
 from torch_engine.experts.grouped_pool import GroupedPool
 from torch_engine.experts.grouped_product import grouped_mm_fits
 from torch_engine.experts.kernel_pool import KernelPool
 from torch_engine.experts.loop_pool import LoopPool
 from torch_engine.experts.pool import ExpertPool
-from torch_engine.layers.attention import kind_of
 from torch_engine.layers.cache import BLOCK, Arena, block_bytes, token_width
 from torch_engine.models.decoder import check, forward, heads
 from torch_engine.options import TorchOptions
 from torch_engine.products import PlainWeight, Weight, pack_native
-from torch_engine.segments import Segment
-from torch_engine.sequences import CachedSequence, segment_of, whole_prompts
+from torch_engine.sequences import CachedSequence, whole_prompts
+from torch_engine.steps import PendingStep, Results, compute, decode_rows
 from torch_engine.tenants.device_copies import TenantsByCopy
 from torch_engine.tenants.in_place import TenantsInPlace
 from torch_engine.tenants.ready import ReadyTenants
-from torch_engine.tenants.weights import TenantWeights, shape_of
+from torch_engine.tenants.weights import shape_of
 
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
@@ -63,41 +62,6 @@ def load_backend(
     return TorchBackend(store, TorchOptions.make(device=device, dtype=dtype, **options))
 
 
-@dataclass
-class _Results:
-    """What a step gave so far: the fields of `Step`. waited: whether the host waited for it."""
-
-    token_ids: np.ndarray
-    logits: list[np.ndarray | None]
-    misses: np.ndarray
-    waited: bool = False
-
-    @classmethod
-    def of(cls, parts: int) -> _Results:
-        """Nothing yet."""
-        return cls(np.full(parts, -1, np.int64), [None] * parts, np.zeros(parts, np.int64))
-
-    def take(
-        self,
-        parts: Sequence[Part],
-        found: Sequence[tuple[Sequence[int], Tensor]],
-        winners: Tensor,
-    ) -> None:
-        """Take the most probable tokens, and logits where they are wanted.
-
-        found: parts' numbers and their logits [rows, V]; winners: int64 [rows of all].
-        """
-        # One look at the device for all tenants' winners.
-        self.token_ids[[i for numbers, _ in found for i in numbers]] = winners.cpu().numpy()
-        self.waited = True
-        for numbers, values in found:
-            wanted = [k for k, i in enumerate(numbers) if parts[i].want_logits]
-            if wanted:
-                kept = values if len(wanted) == len(numbers) else values[wanted]
-                for row, k in zip(kept.float().cpu().numpy(), wanted, strict=True):
-                    self.logits[numbers[k]] = row
-
-
 class TorchBackend(Backend):
     """Decoders on one device."""
 
@@ -105,6 +69,7 @@ class TorchBackend(Backend):
         self._shapes(store)
         self.store = store
         self.device = find_device(options.device)
+        prepare(self.device)
         self.dtype = find_dtype(options.dtype, store, self.device)
         self.products = choose_products(options.products, self.dtype, self.device)
         kernels = native.load(self.dtype) if self.products == "native" else None
@@ -118,7 +83,9 @@ class TorchBackend(Backend):
                 self.pool = KernelPool(store, self.dtype, options.spare_slots, kernels)
             else:
                 self.pool = LoopPool(store, self.dtype, self.device, options.spare_slots)
-            self._wanted_ready = options.ready_tenants
+            self._most_ready = options.ready_tenants or ready_that_fit(
+                self._shapes(store), self.dtype, self.device
+            )
             self.max_ready_tenants = self._max_ready(store)
             self.ready: ReadyTenants
             if self.device.type == "cpu":
@@ -156,8 +123,7 @@ class TorchBackend(Backend):
         return None
 
     def _max_ready(self, store: Store) -> int:
-        default = len(store.tenants) if self.device.type == "cpu" else 2
-        return min(len(store.tenants), self._wanted_ready or default)
+        return min(len(store.tenants), self._most_ready or len(store.tenants))
 
     @staticmethod
     def _shapes(store: Store) -> list[Decoder]:
@@ -263,24 +229,28 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def step(self, parts: Sequence[Part]) -> Step:
-        tenants = [self._sequences[part.sequence].tenant for part in parts]
-        weights = self.ready.acquire(tenants)
-        made = _Results.of(len(parts))
+        sequences = [self._sequences[part.sequence] for part in parts]
+        tenants = [sequence.tenant for sequence in sequences]
+        made = Results.of(len(parts))
+        step = PendingStep(parts, sequences, self.ready.acquire(tenants), made)
+        spec = self.store.experts
+        lookups = spec.num_layers * spec.top_k
         graphed = self._graphed(parts, tenants)
-        if graphed:
-            self._decode_rows(parts, graphed, weights, made)
+        if graphed and self._decode is not None:
+            decode_rows(step, graphed, self._decode, self.cache)
+            self.pool.counts.hits += len(graphed) * lookups
         rest = sorted(set(range(len(parts))) - set(graphed))
         if rest:
-            self._forward(parts, rest, weights, made)
-        spec = self.store.experts
+            compute(step, rest, self.pool, self.cache, self.observer)
         counts = np.array([part.read or 1 for part in parts], dtype=np.int64)
-        hits = counts * spec.num_layers * spec.top_k - made.misses
         if self.device.type == "cuda" and not made.waited:
             torch.cuda.current_stream(
                 self.device
             ).synchronize()  # so that times are those of this step
         seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
-        return Step(made.token_ids, made.logits, hits, made.misses, seconds)
+        return Step(
+            made.token_ids, made.logits, counts * lookups - made.misses, made.misses, seconds
+        )
 
     def _graphed(self, parts: Sequence[Part], tenants: Sequence[str]) -> list[int]:
         """The parts that `DecodeSteps` computes, those of a tenant together."""
@@ -294,81 +264,6 @@ class TorchBackend(Backend):
         if len(found) > self._decode.max_rows:
             return []
         return sorted(found, key=lambda i: tenants[i])
-
-    def _decode_rows(
-        self,
-        parts: Sequence[Part],
-        order: Sequence[int],
-        weights: dict[str, TenantWeights],
-        made: _Results,
-    ) -> None:
-        """Append one token to each of these parts' sequences."""
-        assert self._decode is not None
-        sequences = [self._sequences[parts[i].sequence] for i in order]
-        ids = [sequence.take(parts[i])[0] for i, sequence in zip(order, sequences, strict=True)]
-        for sequence in sequences:
-            self.cache.reserve(sequence.blocks, sequence.length)
-        winners, values = self._decode.run(
-            weights,
-            [(name, len(list(same))) for name, same in groupby(s.tenant for s in sequences)],
-            ids,
-            [s.length for s in sequences],
-            [s.blocks for s in sequences],
-        )
-        made.take(parts, [(order, values)], winners)
-        spec = self.store.experts
-        self.pool.counts.hits += len(order) * spec.num_layers * spec.top_k
-
-    def _forward(
-        self,
-        parts: Sequence[Part],
-        numbers: Sequence[int],
-        weights: dict[str, TenantWeights],
-        made: _Results,
-    ) -> None:
-        """Advance these parts' sequences, whatever they do."""
-        by_tenant: dict[str, list[int]] = {}
-        for i in numbers:
-            by_tenant.setdefault(self._sequences[parts[i].sequence].tenant, []).append(i)
-        segments: list[Segment] = []
-        order: list[int] = []
-        start = 0
-        # Those whose attention can be computed together, together.
-        for name in sorted(by_tenant, key=lambda n: kind_of(weights[n].shape.attention)):
-            mine = by_tenant[name]
-            # Single tokens first: see `Segment`.
-            mine.sort(key=lambda i: parts[i].read > 0)
-            index = self.store.tenants.index(name)
-            read = [(self._sequences[parts[i].sequence], parts[i]) for i in mine]
-            segments.append(segment_of(index, weights[name], start, read, self.cache, self.device))
-            order += mine
-            start = segments[-1].stop
-        hidden, misses = forward(segments, self.pool, self.cache, self.observer)
-        counts = np.array([parts[i].read or 1 for i in order], dtype=np.int64)
-        stops = np.cumsum(counts)
-        made.misses[order] = np.add.reduceat(misses, stops - counts)
-        answering: list[Segment] = []
-        rows: list[Tensor] = []
-        numbers_of: list[list[int]] = []
-        for segment in segments:
-            ends = [
-                (i, int(stop) - 1)
-                for i, stop in zip(order, stops, strict=True)
-                if segment.start < stop <= segment.stop
-                and self._sequences[parts[i].sequence].unread == 0
-            ]
-            if not ends:
-                continue
-            lasts = [last for _, last in ends]
-            if lasts == list(range(segment.start, segment.stop)):
-                rows.append(hidden[segment.start : segment.stop])
-            else:
-                rows.append(hidden.index_select(0, torch.tensor(lasts, device=self.device)))
-            answering.append(segment)
-            numbers_of.append([i for i, _ in ends])
-        found = list(zip(numbers_of, heads(answering, rows), strict=True))
-        if found:
-            made.take(parts, found, torch.cat([values.argmax(dim=-1) for _, values in found]))
 
     @torch.inference_mode()
     def logits(

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from common.errors import EngineError
+from common.families import Decoder
 from common.store import Store
 from torch_engine import native
+from torch_engine.tenants.layout import FlatLayout
 
 # What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded,
 # and on a CPU at most this many bytes.
 CPU_CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 4 << 30
 CUDA_CACHE_SHARE = 0.8  # the rest is for activations
+# What ready tenants take of the memory that is free beside the pool.
+CUDA_READY_SHARE = 0.5
+
+
+def prepare(device: torch.device) -> None:
+    """Settings of torch for a device.
+
+    cuDNN plans its attention anew for every length, which takes up to tenths of a second; the other
+    implementations do not.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def ready_that_fit(
+    shapes: Sequence[Decoder], dtype: torch.dtype, device: torch.device
+) -> int | None:
+    """The most tenants whose non-expert weights are kept on the device; None, as on a CPU: all.
+
+    On a card as many of a store's as fit, and two at least: one computes while another comes.
+    """
+    if device.type == "cpu":
+        return None
+    one = max(FlatLayout.of(shape).elements for shape in shapes) * dtype.itemsize
+    room = CUDA_READY_SHARE * torch.cuda.mem_get_info(device)[0]
+    return max(2, min(len(shapes), int(room / one)))
 
 
 def find_device(name: str) -> torch.device:

@@ -26,7 +26,7 @@ class TorchOptions:
         triton is installed and experts are grouped.
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a
-        CPU, 2 on CUDA.
+        CPU, on CUDA as many as fit into half of what is free beside the pool.
     kv_cache_bytes: the most that keys and values of all sequences may take; None: a quarter of the
         free memory of a CPU's machine, at most 4 GiB, and four fifths of what is free on a CUDA
         device once weights are loaded.

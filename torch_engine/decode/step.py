@@ -10,7 +10,7 @@ Legend: rows M (padded), vocabulary V.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -111,7 +111,7 @@ class DecodeSteps:
 
     def run(
         self,
-        weights: dict[str, TenantWeights],
+        weights: Mapping[str, TenantWeights],
         groups: Sequence[tuple[str, int]],
         token_ids: Sequence[int],
         lengths: Sequence[int],

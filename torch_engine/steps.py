@@ -1,0 +1,134 @@
+"""What a step is made of: rows that decode by a captured graph, and everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.serving.backend import Observer, Part
+from torch_engine.decode.step import DecodeSteps
+from torch_engine.experts.pool import ExpertPool
+from torch_engine.layers.attention import kind_of
+from torch_engine.layers.cache import Arena
+from torch_engine.models.decoder import forward, heads
+from torch_engine.segments import Segment
+from torch_engine.sequences import CachedSequence, segment_of
+from torch_engine.tenants.weights import TenantWeights
+
+
+@dataclass
+class Results:
+    """What a step gave so far: the fields of `Step`. waited: whether the host waited for it."""
+
+    token_ids: np.ndarray
+    logits: list[np.ndarray | None]
+    misses: np.ndarray
+    waited: bool = False
+
+    @classmethod
+    def of(cls, parts: int) -> Results:
+        """Nothing yet."""
+        return cls(np.full(parts, -1, np.int64), [None] * parts, np.zeros(parts, np.int64))
+
+    def take(
+        self,
+        parts: Sequence[Part],
+        found: Sequence[tuple[Sequence[int], Tensor]],
+        winners: Tensor,
+    ) -> None:
+        """Take the most probable tokens, and logits where they are wanted.
+
+        found: parts' numbers and their logits [rows, V]; winners: int64 [rows of all].
+        """
+        # One look at the device for all tenants' winners.
+        self.token_ids[[i for numbers, _ in found for i in numbers]] = winners.cpu().numpy()
+        self.waited = True
+        for numbers, values in found:
+            wanted = [k for k, i in enumerate(numbers) if parts[i].want_logits]
+            if wanted:
+                kept = values if len(wanted) == len(numbers) else values[wanted]
+                for row, k in zip(kept.float().cpu().numpy(), wanted, strict=True):
+                    self.logits[numbers[k]] = row
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """Parts of a step, their sequences and tenants' weights, and what the step gave so far."""
+
+    parts: Sequence[Part]
+    sequences: Sequence[CachedSequence]
+    weights: Mapping[str, TenantWeights]
+    results: Results
+
+
+def decode_rows(step: PendingStep, order: Sequence[int], decode: DecodeSteps, cache: Arena) -> None:
+    """Append one token to each of these parts' sequences; those of a tenant are together."""
+    sequences = [step.sequences[i] for i in order]
+    ids = [s.take(step.parts[i])[0] for i, s in zip(order, sequences, strict=True)]
+    for sequence in sequences:
+        cache.reserve(sequence.blocks, sequence.length)
+    winners, values = decode.run(
+        step.weights,
+        [(name, len(list(same))) for name, same in groupby(s.tenant for s in sequences)],
+        ids,
+        [s.length for s in sequences],
+        [s.blocks for s in sequences],
+    )
+    step.results.take(step.parts, [(order, values)], winners)
+
+
+def compute(
+    step: PendingStep,
+    numbers: Sequence[int],
+    pool: ExpertPool,
+    cache: Arena,
+    observer: Observer | None,
+) -> None:
+    """Advance these parts' sequences, whatever they do."""
+    by_tenant: dict[str, list[int]] = {}
+    for i in numbers:
+        by_tenant.setdefault(step.sequences[i].tenant, []).append(i)
+    segments: list[Segment] = []
+    order: list[int] = []
+    start = 0
+    # Those whose attention can be computed together, together.
+    for name in sorted(by_tenant, key=lambda n: kind_of(step.weights[n].shape.attention)):
+        mine = by_tenant[name]
+        # Single tokens first: see `Segment`.
+        mine.sort(key=lambda i: step.parts[i].read > 0)
+        index = pool.plan.tenants.index(name)
+        read = [(step.sequences[i], step.parts[i]) for i in mine]
+        segments.append(segment_of(index, step.weights[name], start, read, cache, pool.device))
+        order += mine
+        start = segments[-1].stop
+    hidden, misses = forward(segments, pool, cache, observer)
+    counts = np.array([step.parts[i].read or 1 for i in order], dtype=np.int64)
+    stops = np.cumsum(counts)
+    step.results.misses[order] = np.add.reduceat(misses, stops - counts)
+    answering: list[Segment] = []
+    rows: list[Tensor] = []
+    numbers_of: list[list[int]] = []
+    for segment in segments:
+        ends = [
+            (i, int(stop) - 1)
+            for i, stop in zip(order, stops, strict=True)
+            if segment.start < stop <= segment.stop and step.sequences[i].unread == 0
+        ]
+        if not ends:
+            continue
+        lasts = [last for _, last in ends]
+        if lasts == list(range(segment.start, segment.stop)):
+            rows.append(hidden[segment.start : segment.stop])
+        else:
+            rows.append(hidden.index_select(0, torch.tensor(lasts, device=pool.device)))
+        answering.append(segment)
+        numbers_of.append([i for i, _ in ends])
+    found = list(zip(numbers_of, heads(answering, rows), strict=True))
+    if found:
+        winners = torch.cat([values.argmax(dim=-1) for _, values in found])
+        step.results.take(step.parts, found, winners)
