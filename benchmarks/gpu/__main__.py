@@ -11,7 +11,8 @@ Real Mixtral-8x7B widths (hidden 4096, intermediate 14336, 8 experts, 32 and 8 h
 own bandwidth;
 4. misses: fetching one expert against pinned bandwidth, and what a missing layer costs a decode
     step;
-5. mixed tenants: a decode step of 4 tenants with 4 rows each beside one tenant with 16;
+5. decode steps of OLMoE-1B-7B's and Qwen3-30B-A3B's shapes whole, and of as many layers of
+   Mixtral-8x7B as the card holds: 1 and 16 rows, of one tenant and of four;
 6. a switch hidden behind the prompt before it, on as many layers as the card holds;
 7. QoS in the time that is left: several tenants under open-loop arrivals, this engine beside the
    paper's way (first come, first served, batch 1, replacement before the request), on the same
@@ -26,6 +27,7 @@ runs the same code on any machine, for tests.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -37,14 +39,15 @@ from typing import Any
 import torch
 from transformers import MixtralForCausalLM
 
-from benchmarks import decode, mixed_tenants
-from benchmarks.common import Report, machine, memory_bandwidth
+from benchmarks import decode
+from benchmarks.common import Report, machine
 from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.decode_steps import TENANTS, decode_steps
 from benchmarks.gpu.experts import expert_products, misses
 from benchmarks.gpu.qos import qos
 from benchmarks.gpu.stores import MIXTRAL_8X7B, TINY, layers_that_fit, non_expert_store, several
 from benchmarks.gpu.switches import first_token, hidden_switch, reconfiguration
-from benchmarks.material.random_models import write_random
+from benchmarks.material.random_models import MODELS, write_random
 from benchmarks.material.shape import Shape
 from common import Store, build_store, load_engine
 
@@ -62,26 +65,30 @@ def decode_and_prefill(
     return report
 
 
-def mixed(store: Store, shape: Shape, device: str, tiny: bool) -> Report:
-    """Rows of all tenants in one batch beside as many rows of one."""
-    report = Report("Decoding for several tenants in one batch", mixed_tenants.COLUMNS)
-    tenants = len(store.tenants)
-    bandwidth = memory_bandwidth(10**7 if tiny else 4 << 30, device=device)
-    with load_engine(store, device=device, dtype="bfloat16", ready_tenants=tenants) as engine:
-        mixed_tenants.compare(
-            report,
-            shape,
-            engine._require_backend(),
-            store.tenants,
-            4 * tenants,
-            bandwidth,
-            steps=2 if tiny else 8,
-            repeats=2 if tiny else 9,
-            prompt=20,
-            itemsize=2,
-        )
-    report.note(f"{shape}; device memory read {bandwidth / 1e9:.0f} GB/s")
-    return report
+def steps_of_models(
+    root: Path, device: str, tiny: bool, left_s: Callable[[], float]
+) -> list[Report]:
+    """Part 5, as far as the time goes."""
+    if tiny:
+        return [decode_steps("tiny", root, TINY, device, tiny, True)]
+    mixtral = Shape(
+        MIXTRAL_8X7B.config
+        | {"num_hidden_layers": layers_that_fit(MIXTRAL_8X7B, torch.device(device), TENANTS)}
+    )
+    found = []
+    for name, shape, beside in (
+        ("olmoe", Shape(MODELS["olmoe"]), True),
+        ("mixtral-8x7b", mixtral, False),
+        ("qwen3-30b-a3b", Shape(MODELS["qwen3-30b-a3b"]), False),
+    ):
+        if left_s() < 2 * LOAD_S:
+            print(f"left out for lack of time: decode steps of {name}; give --minutes more")
+            continue
+        found.append(decode_steps(name, root, shape, device, tiny, beside))
+        print(found[-1].markdown())
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,9 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     begun = time.perf_counter()
     heading = f"GPU suite on {name}, {date.today()}"
     print(f"{heading}\n{machine()}")
-    reports = []
+    reports: list[Report] = []
+
+    def left_s() -> float:
+        return float(args.minutes * 60) - (time.perf_counter() - begun)
+
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
+        reports += steps_of_models(root, args.device, args.tiny, left_s)
         checkpoint = write_random(root / "cut", cut.config, "bfloat16", same_layers=True)
 
         def build(**options: Any) -> Store:
@@ -127,7 +139,6 @@ def main(argv: list[str] | None = None) -> int:
         store = build(slots="all")
         reports.append(expert_products(store, device, clock))
         reports.append(decode_and_prefill(store, checkpoint, cut, args.device, args.tiny))
-        reports.append(mixed(several(store, layers, 4), cut, args.device, args.tiny))
         if device.type == "cuda":
             torch.cuda.empty_cache()
         reports.append(misses(build, device, clock))
@@ -136,9 +147,6 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         deep = several(store, layers_that_fit(full, device, 2), 4)
-
-        def left_s() -> float:
-            return float(args.minutes * 60) - (time.perf_counter() - begun)
 
         reports += last_parts(deep, device, clock, args.tiny, left_s)
     reports[0].note(f"{machine()}; whole suite {time.perf_counter() - begun:.0f} s")

@@ -20,7 +20,8 @@ class StepGraph:
 
     x, normed, out: [M, H]; logits: [M, V]; winners: int64 [M]. keys, order, gates, inner and
     expert_out have a row for each of a token's experts. splits: parts of each row's keys.
-    residuals: those of the step's tenants; None: they have none.
+    residuals: those of the step's tenants; None: they have none. early: options of launches that
+    may begin before the last has ended.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class StepGraph:
     ):
         self.rows, self.groups, self.residuals = rows, groups, residuals
         self.inputs = StepInputs(rows, max_blocks, device)
+        early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.early = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
         a, top_k = shape.attention, shape.experts.router.top_k
 
         def zeros(*size: int, kind: torch.dtype = dtype) -> Tensor:

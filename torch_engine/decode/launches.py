@@ -50,6 +50,7 @@ def forward(
             TOP=top_k,
             BLOCK=wide,
             num_warps=8,
+            **graph.early,
         )
 
     def linear(x: Tensor, out: Tensor, name: str, outputs: int, inputs: int) -> None:
@@ -69,6 +70,7 @@ def forward(
             EXACT=exact,
             BM=16 if count <= 16 else 32,
             **cut,
+            **graph.early,
         )
 
     def products(
@@ -90,6 +92,7 @@ def forward(
             EXACT=exact,
             BM=16,
             **cut,
+            **graph.early,
         )
 
     rows.embed[(count,)](
@@ -101,6 +104,7 @@ def forward(
         hidden,
         BLOCK=wide,
         num_warps=8,
+        **graph.early,
     )
     top_k = router.top_k
     inner = shape.experts.inner
@@ -132,6 +136,7 @@ def forward(
             HALF=power_of_two(a.head_dim // 2),
             WHOLE=power_of_two(a.heads * a.head_dim),
             num_warps=1 if norms < 2 else 4,
+            **graph.early,
         )
         attention.attend[(count, a.kv_heads, graph.splits)](
             graph.q,
@@ -155,6 +160,7 @@ def forward(
             RP=max(16, power_of_two(a.heads // a.kv_heads)),
             BK=64,
             num_warps=4,
+            **graph.early,
         )
         attention.merge[(count, a.heads)](
             graph.parts,
@@ -166,6 +172,7 @@ def forward(
             DP=power_of_two(a.head_dim),
             SPLITS=graph.splits,
             num_warps=1,
+            **graph.early,
         )
         linear(graph.attended, graph.out, f"{layer}.o", hidden, a.heads * a.head_dim)
         norm(graph.out, 1, f"{layer}.post_norm")
@@ -185,6 +192,7 @@ def forward(
             TOP_BLOCK=power_of_two(top_k),
             BLOCK=power_of_two(shape.experts.count),
             num_warps=1,
+            **graph.early,
         )
         slots = len(experts[2 * layer])
         routing.sort[(1,)](
@@ -197,6 +205,7 @@ def forward(
             SLOTS_BLOCK=power_of_two(slots + 1),
             STEP=32,
             num_warps=8,
+            **graph.early,
         )
         gate_up, down = experts[2 * layer], experts[2 * layer + 1]
         if graph.residuals is None:
@@ -231,6 +240,7 @@ def _add_gated(
         BR=8,
         BK=256,
         num_warps=4,
+        **graph.early,
     )
     residuals.expand_gated[(rows, -(-outputs // 32))](
         graph.normed,
@@ -246,6 +256,7 @@ def _add_gated(
         BR=16,
         BK=128,
         num_warps=4,
+        **graph.early,
     )
 
 
@@ -264,6 +275,7 @@ def _add_down(graph: StepGraph, held: ResidualTable, outputs: int, inputs: int) 
         BR=8,
         BK=256,
         num_warps=4,
+        **graph.early,
     )
     residuals.expand[(rows, -(-outputs // 32))](
         graph.inner,
@@ -277,6 +289,7 @@ def _add_down(graph: StepGraph, held: ResidualTable, outputs: int, inputs: int) 
         BR=16,
         BK=128,
         num_warps=4,
+        **graph.early,
     )
 
 
