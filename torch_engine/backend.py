@@ -3,6 +3,7 @@ caches."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ from torch_engine.tenants.weights import shape_of
 
 # Tokens that `logits` computes at once: bounds its activations.
 LOGITS_TOKENS = 4096
+
+LOG = logging.getLogger(__name__)
 
 MAX_BLOCKS_PER_TENANT = 64  # of whole contexts: more than so many sequences at once is of no use
 
@@ -103,7 +106,13 @@ class TorchBackend(Backend):
         self.observer: Observer | None = None
         self.default_chunk = 128 if self.device.type == "cpu" else 1024
         self.prefetches = self.device.type == "cuda"
-        self.cache = self._make_cache(options.kv_cache_bytes)
+        try:
+            self.cache = self._make_cache(options.kv_cache_bytes)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"{self.device} has no room for keys and values ({error}); give a smaller "
+                "kv_cache_bytes, fewer ready_tenants, or build the store with a smaller --budget"
+            ) from error
         self._sequences: dict[int, CachedSequence] = {}
         self._numbers = 0
         self._wanted_decode = options.decode
@@ -247,10 +256,8 @@ class TorchBackend(Backend):
             torch.cuda.current_stream(
                 self.device
             ).synchronize()  # so that times are those of this step
-        seconds = {name: self.ready.seconds(name) for name in self.ready.switched}
-        return Step(
-            made.token_ids, made.logits, counts * lookups - made.misses, made.misses, seconds
-        )
+        hits = counts * lookups - made.misses
+        return Step(made.token_ids, made.logits, hits, made.misses, self.ready.seconds())
 
     def _graphed(self, parts: Sequence[Part], tenants: Sequence[str]) -> list[int]:
         """The parts that `DecodeSteps` computes, those of a tenant together."""
@@ -322,6 +329,11 @@ class TorchBackend(Backend):
         self.ready.close()
         self.cache.close()
         self._sequences.clear()
+        self._decode = None
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                # A failed launch is reported by every later call; it was told when it came.
+                LOG.warning("%s could not be emptied: %s", self.device, error)

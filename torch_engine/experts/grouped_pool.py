@@ -5,6 +5,7 @@ Legend: tokens T, top_k K, slots S of one layer, hidden H, intermediate I.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ from torch_engine.experts.pool import ExpertPool, PoolPlan, mapped
 from torch_engine.experts.residuals import ResidentResiduals, RowResidual, add_residuals
 from torch_engine.experts.staging import Staging, fill
 from torch_engine.experts.token_tenants import TokenTenants, groups_of
+
+LOG = logging.getLogger(__name__)
 
 
 class GroupedPool(ExpertPool):
@@ -78,9 +81,12 @@ class GroupedPool(ExpertPool):
             (len(self.plan.tenants), self.plan.num_layers, self.plan.num_experts), dtype=np.int64
         )
         if self.can_miss.any() and not len(self._spare_gate_up):
-            self._spare_gate_up, self._spare_down = self._empty(self.spare_slots)
-            if device.type == "cuda":
-                self._staging = Staging(self.store.experts.copy_elements, self.dtype, device)
+            self._make_spare()
+
+    def _make_spare(self) -> None:
+        self._spare_gate_up, self._spare_down = self._empty(self.spare_slots)
+        if self.device.type == "cuda":
+            self._staging = Staging(self.store.experts.copy_elements, self.dtype, self.device)
 
     def update(self, store: Store) -> None:
         made = PoolPlan(store)
@@ -93,17 +99,21 @@ class GroupedPool(ExpertPool):
             for slot, index in enumerate(slots)
             if contents[layer][slot] not in self._contents[layer]
         }
+        # So is all room taken first: what fails there has changed nothing.
+        old_slots = [{c: slot for slot, c in enumerate(row)} for row in self._contents]
+        room: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, row in enumerate(contents):
-            old = {content: slot for slot, content in enumerate(self._contents[layer])}
+            old = old_slots[layer]
+            if len(row) != len(old) or any(old.get(c, s) != s for s, c in enumerate(row)):
+                room[layer] = self._empty(len(row))
+        if made.can_miss.any() and not len(self._spare_gate_up):
+            self._make_spare()
+        for layer, row in enumerate(contents):
+            old = old_slots[layer]
             if row == self._contents[layer]:
                 continue
-            if len(row) == len(old) and all(old.get(c, slot) == slot for slot, c in enumerate(row)):
-                gate_up, down = (
-                    self._gate_up[layer],
-                    self._down[layer],
-                )  # what stays has its place already
-            else:
-                gate_up, down = self._empty(len(row))
+            # Without room of its own, what stays has its place already.
+            gate_up, down = room.get(layer, (self._gate_up[layer], self._down[layer]))
             for slot, content in enumerate(row):
                 if content not in old:
                     fill(gate_up[slot], down[slot], new[layer, slot])
@@ -231,19 +241,19 @@ class GroupedPool(ExpertPool):
             self._spare.move_to_end((layer, key))
             slot = self._spare[layer, key]
             if slot in self._coming:
-                arrived = self._coming[slot].result()
-                del self._coming[slot]
-                if arrived is not None:
-                    torch.cuda.current_stream(self.device).wait_event(arrived)
+                try:
+                    self._wait(self._coming.pop(slot).result())
+                except Exception:
+                    # What was expected did not come: it is fetched now, or the request is told why.
+                    LOG.warning("an expected expert did not arrive", exc_info=True)
+                    self._wait(self._bring(slot, layer, key, self._staging, self._now()))
         else:
             slot = len(self._spare)
             if slot == self.spare_slots:
                 slot = self._emptied(
                     next(k for k in self._spare if k[0] != layer or k[1] not in needed)
                 )
-            arrived = self._bring(slot, layer, key, self._staging, self._now())
-            if arrived is not None:
-                torch.cuda.current_stream(self.device).wait_event(arrived)
+            self._wait(self._bring(slot, layer, key, self._staging, self._now()))
             self._spare[layer, key] = slot
             self.counts.fetches += 1
             self.counts.fetched_bytes += self.copy_bytes
@@ -254,9 +264,15 @@ class GroupedPool(ExpertPool):
         """The slot of a spare expert, which is forgotten."""
         slot = self._spare.pop(key)
         coming = self._coming.pop(slot, None)
-        if coming is not None:
-            coming.exception()  # waits; whether it came no longer matters
+        if coming is not None and coming.exception() is None:
+            # What comes into the slot next must come after it.
+            self._wait(coming.result())
         return slot
+
+    def _wait(self, arrived: torch.cuda.Event | None) -> None:
+        """Have the device compute what follows after a copy has arrived."""
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)
 
     def _now(self) -> torch.cuda.Event | None:
         """After all that was issued so far: kernels that still read a slot's last content."""

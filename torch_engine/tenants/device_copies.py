@@ -76,7 +76,7 @@ class TenantsByCopy:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._order: OrderedDict[str, _DeviceBuffer] = OrderedDict()
         self._timers: dict[str, tuple[torch.cuda.Event, torch.cuda.Event] | float] = {}
-        self.switched: list[str] = []
+        self._untold: set[str] = set()
         self._last: frozenset[str] = frozenset()
 
     def _on_hosts(
@@ -152,11 +152,16 @@ class TenantsByCopy:
         tenants = {n: self._tenants[n] if n in kept else new[n] for n in store.tenants}
         largest = max(t.layout.elements for t in tenants.values())
         if capacity != len(self._buffers) or largest > len(self._buffers[0].data):
-            self._order.clear()
-            self._buffers = [
+            # Room first: where there is none, nothing has changed.
+            buffers = [
                 _DeviceBuffer(torch.empty(largest, dtype=self._dtype, device=self._device))
                 for _ in range(capacity)
             ]
+            if self._stream is not None:
+                # A prefetch may still write to the old ones, whose memory others get now.
+                torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._order.clear()
+            self._buffers = buffers
         for name in [n for n in self._order if n not in kept]:
             buffer = self._order.pop(name)
             buffer.tenant = buffer.weights = None
@@ -178,11 +183,8 @@ class TenantsByCopy:
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:
         wanted = list(dict.fromkeys(names))
         assert len(wanted) <= self.capacity
-        self.switched = [n for n in wanted if n not in self._last]
         # What a prefetch measured is told when its tenant comes into use.
-        self._timers = {
-            n: t for n, t in self._timers.items() if n in self.switched or n not in self._last
-        }
+        self._untold |= {n for n in wanted if n not in self._last}
         found = {}
         for name in wanted:
             if name not in self._order:
@@ -243,9 +245,19 @@ class TenantsByCopy:
         buffer.weights = arrange(shape, weight, tenant.rotary, wait)
         return buffer
 
-    def seconds(self, name: str) -> float:
-        timer = self._timers.get(name, 0.0)
-        return timer if isinstance(timer, float) else timer[0].elapsed_time(timer[1]) / 1e3
+    def seconds(self) -> dict[str, float]:
+        found = {}
+        for name in list(self._untold):
+            timer = self._timers.get(name, 0.0)
+            if isinstance(timer, float):
+                found[name] = timer
+            elif timer[1].query():
+                found[name] = timer[0].elapsed_time(timer[1]) / 1e3
+            else:
+                continue  # told after a later step: waiting would hold up this one
+            self._untold.discard(name)
+            self._timers.pop(name, None)
+        return found
 
     @property
     def ready(self) -> list[str]:

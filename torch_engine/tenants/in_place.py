@@ -37,7 +37,6 @@ class TenantsInPlace:
         self.capacity = capacity
         self.switches = 0
         self.copied_bytes = 0
-        self.switched: list[str] = []
         self._last: frozenset[str] = frozenset()
         self._ready: OrderedDict[str, TenantWeights] = OrderedDict()
         self._seconds: dict[str, float] = {}
@@ -84,7 +83,6 @@ class TenantsInPlace:
         wanted = list(dict.fromkeys(names))
         assert len(wanted) <= self.capacity
         self._seconds = {}
-        self.switched = [n for n in wanted if n not in self._last]
         found = {}
         for name in wanted:
             start = time.perf_counter()
@@ -108,8 +106,9 @@ class TenantsInPlace:
         """Nothing: weights that are not ready are read and packed by the processor that
         computes."""
 
-    def seconds(self, name: str) -> float:
-        return self._seconds.get(name, 0.0)
+    def seconds(self) -> dict[str, float]:
+        told, self._seconds = self._seconds, {}
+        return told
 
     @property
     def ready(self) -> list[str]:

@@ -29,8 +29,6 @@ class ReadyTenants(Protocol):
     capacity: int
     switches: int
     copied_bytes: int
-    switched: list[str]
-    """What the last `acquire` named and the one before it did not."""
 
     def acquire(self, names: Iterable[str]) -> dict[str, TenantWeights]:
         """Make these tenants ready, at most `capacity` of them; others may be dropped, least
@@ -47,8 +45,11 @@ class ReadyTenants(Protocol):
         this raises."""
         ...
 
-    def seconds(self, name: str) -> float:
-        """What the last `acquire` spent on a tenant; on CUDA, call it after a synchronisation."""
+    def seconds(self) -> dict[str, float]:
+        """What making tenants ready took, of those that came into use and were not told yet.
+
+        It waits for nothing: on CUDA a time is known, and told, once the copy has arrived.
+        """
         ...
 
     @property
