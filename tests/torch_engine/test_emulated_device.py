@@ -1,0 +1,34 @@
+"""Tests marked `gpu` on an emulated CUDA device, which finds races and mixed devices."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import shared_path
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: they run on it"),
+]
+
+
+def test_no_races() -> None:
+    emulation = shared_path("cuda")
+    environment = {**os.environ, "PYTHONPATH": f"{emulation}:."}
+    arguments = ["-m", "pytest", "-q", "-s", "-p", "plugin", "-m", "gpu", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, *arguments, "tests/torch_engine"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    looks = re.findall(r"races:\n((?:  .*\n)*)", run.stdout)
+    assert len(looks) > 10, run.stdout[-3000:]
+    assert not any(looks), looks
