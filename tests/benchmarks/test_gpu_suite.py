@@ -25,7 +25,7 @@ def test_gpu_suite_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "beside transformers",
         "Misses",
     ]
-    titles += ["several tenants in one batch", "hidden behind the prompt", "QoS of several tenants"]
+    titles += ["Decode steps, tiny", "hidden behind the prompt", "QoS of several tenants"]
     for title in titles:
         assert title in text
     assert (
