@@ -31,6 +31,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Each step is compiled for a few calls: XLA's passes would take longer than they save. CI runs the
 # engines' tests with them as well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Triton reads it once, when it is imported, which torch does in some tests. Without a card its
+# kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,15 @@ SYSTEMS = ("single", "moetel", "paper", "partition", "time_sharing")
 """In the order in which they are tested: the first one's saturation sets the rates. All but moetel
 are `benchmarks.lab`'s."""
 
-MODELS = ("mixtral", "mixtral-slice", "switch", "tiny-mixtral", "tiny-switch")
+MODELS = (
+    "mixtral",
+    "mixtral-slice",
+    "olmoe",
+    "qwen3-30b-a3b",
+    "switch",
+    "tiny-mixtral",
+    "tiny-switch",
+)
 """Shapes of random tenants, from `benchmarks.material.random_models`."""
 
 WIDTH = 150

@@ -36,7 +36,6 @@ CASES = [
 ]
 out, capability = sys.argv[1], int(sys.argv[2])
 for i, (kernel, types, constants, aligned, warps, stages) in enumerate(CASES):
-    constants = constants | {"EARLY": capability >= 90}
     signature = types | {name: "constexpr" for name in constants}
     attributes = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned.split()
@@ -44,7 +43,7 @@ for i, (kernel, types, constants, aligned, warps, stages) in enumerate(CASES):
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(
         source, target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=warps, num_stages=stages, launch_pdl=capability >= 90),
+        options=dict(num_warps=warps, num_stages=stages),
     )
     open(f"{out}/{i}.cubin", "wb").write(made.asm["cubin"])
     assert "cp.async.cg" in made.asm["ptx"], "loads of 16 bytes were not found"
