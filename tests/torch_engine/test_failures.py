@@ -103,10 +103,11 @@ def test_an_expected_expert_that_did_not_arrive_is_fetched(family: Family, tmp_p
         name = store.tenants[1]
         expected = engine.logits(name, rows)
         assert pool.counts.misses
-        for slot in pool._spare.values():
+        assert pool._spare is not None
+        for slot in pool._spare.filled.values():
             failed: Future[Any] = Future()
             failed.set_exception(OSError("the file cannot be read"))
-            pool._coming[slot] = failed
-        for matrices in (pool._spare_gate_up, pool._spare_down):
+            pool._spare._coming[slot] = failed
+        for matrices in (pool._spare.gate_up, pool._spare.down):
             matrices.fill_(torch.nan)
         assert np.array_equal(engine.logits(name, rows), expected)

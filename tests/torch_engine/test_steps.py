@@ -157,12 +157,11 @@ def test_what_is_expected_is_what_was_missed_most(family: Family, missing: Store
             engine.generate(family.names[index], row, new(4))
         uses = pool._uses[0].copy()
         assert uses.sum() == pool._uses.sum() - pool._uses[1].sum() > 0
-        held = set(pool._spare)
+        assert pool._spare is not None
+        held = set(pool._spare.filled)
         pool.expect(0)
-        found = {(layer, key - len(pool.slots_of_layer[layer])) for layer, key in pool._spare}
-        brought = [
-            (layer, key - len(pool.slots_of_layer[layer])) for layer, key in set(pool._spare) - held
-        ]
+        found = set(pool._spare.filled)
+        brought = list(found - held)
         assert brought and pool.counts.prefetches == len(brought)
         left = [uses[layer, e] for layer, e in np.argwhere(uses) if (layer, e) not in found]
         assert min(uses[place] for place in brought) >= max(left, default=0)

@@ -5,10 +5,7 @@ Legend: tokens T, top_k K, slots S of one layer, hidden H, intermediate I.
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,10 +15,9 @@ from common.store import Store
 from torch_engine.experts.grouped_product import find_grouped_mm
 from torch_engine.experts.pool import ExpertPool, PoolPlan, mapped
 from torch_engine.experts.residuals import ResidentResiduals, RowResidual, add_residuals
-from torch_engine.experts.staging import Staging, fill
+from torch_engine.experts.spare_slots import Missing, SpareSlots
+from torch_engine.experts.staging import fill
 from torch_engine.experts.token_tenants import TokenTenants, groups_of
-
-LOG = logging.getLogger(__name__)
 
 
 class GroupedPool(ExpertPool):
@@ -29,9 +25,6 @@ class GroupedPool(ExpertPool):
     Routing stays on the device.
 
     gate_up: [S, 2I, H]; down: [S, H, I] a layer. Spare slots: the same, one tensor for all layers.
-
-    A miss that is expected (see `expect`) is brought by a thread of its own: reading an expert from
-    its file into pinned memory takes the host longer than a layer takes the device.
     """
 
     residuals: ResidentResiduals
@@ -47,14 +40,7 @@ class GroupedPool(ExpertPool):
             self._gate_up.append(gate_up)
             self._down.append(down)
         self._contents = [[store.slot_content(i) for i in slots] for slots in self.slots_of_layer]
-        self._spare: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._spare_gate_up, self._spare_down = self._empty(0)
-        self._staging: Staging | None = None
-        self._passes = 0
-        self._used_in = [0] * spare_slots
-        self._coming: dict[int, Future[torch.cuda.Event | None]] = {}
-        self._carrier: ThreadPoolExecutor | None = None
-        self._carrier_staging: Staging | None = None
+        self._spare: SpareSlots | None = None
         self._make_tables()
         grouped_mm = find_grouped_mm()
         assert grouped_mm is not None
@@ -80,13 +66,17 @@ class GroupedPool(ExpertPool):
         self._uses = np.zeros(
             (len(self.plan.tenants), self.plan.num_layers, self.plan.num_experts), dtype=np.int64
         )
-        if self.can_miss.any() and not len(self._spare_gate_up):
+        if self.can_miss.any():
             self._make_spare()
 
     def _make_spare(self) -> None:
-        self._spare_gate_up, self._spare_down = self._empty(self.spare_slots)
-        if self.device.type == "cuda":
-            self._staging = Staging(self.store.experts.copy_elements, self.dtype, self.device)
+        if self._spare is None:
+            places = self._empty(self.spare_slots)
+            self._spare = SpareSlots(*places, self._read_missing, self.counts)
+
+    def _read_missing(self, missing: Missing) -> dict[str, Tensor]:
+        layer, number = missing
+        return self._missed(layer, len(self.slots_of_layer[layer]) + number)
 
     def update(self, store: Store) -> None:
         made = PoolPlan(store)
@@ -106,7 +96,7 @@ class GroupedPool(ExpertPool):
             old = old_slots[layer]
             if len(row) != len(old) or any(old.get(c, s) != s for s, c in enumerate(row)):
                 room[layer] = self._empty(len(row))
-        if made.can_miss.any() and not len(self._spare_gate_up):
+        if made.can_miss.any():
             self._make_spare()
         for layer, row in enumerate(contents):
             old = old_slots[layer]
@@ -121,7 +111,8 @@ class GroupedPool(ExpertPool):
                     gate_up[slot].copy_(self._gate_up[layer][old[content]])
                     down[slot].copy_(self._down[layer][old[content]])
             self._gate_up[layer], self._down[layer] = gate_up, down
-        self._forget_spare()  # its keys are those of the old plan
+        if self._spare is not None:
+            self._spare.forget()
         self._contents = contents
         self._take_plan(made, residuals)
         self._make_tables()
@@ -153,7 +144,8 @@ class GroupedPool(ExpertPool):
         tenants: TokenTenants,
         misses: np.ndarray,
     ) -> Tensor:
-        self._passes += layer == 0
+        if layer == 0 and self._spare is not None:
+            self._spare.begin_pass()
         can_miss = self.can_miss[layer, np.unique(tenants.ids)].any()
         has_residuals = self.residuals.among(layer, tenants.ids, tenants.single)
         keys = self._looked_up(self._tables[layer], expert_ids, tenants)
@@ -204,6 +196,8 @@ class GroupedPool(ExpertPool):
     ) -> Tensor:
         """Resident rows first, then the missing ones in rounds of as many experts as there are
         spare slots."""
+        spare = self._spare
+        assert spare is not None
         num_slots = len(self.slots_of_layer[layer])
         num_resident = int((sorted_keys < num_slots).sum())
         parts = []
@@ -215,7 +209,8 @@ class GroupedPool(ExpertPool):
         missing = [g for g in groups_of(sorted_keys) if g[0] >= num_slots]
         for first in range(0, len(missing), self.spare_slots):
             rows = missing[first : first + self.spare_slots]
-            slots = [self._spare_slot(layer, key, {k for k, _, _ in rows}) for key, _, _ in rows]
+            needed = [(layer, key - num_slots) for key, _, _ in rows]
+            slots = [spare.hold(missing, set(needed)) for missing in needed]
             # A grouped product takes slots in order: the rows of this round are put into that
             # order, and back.
             by_slot = sorted(range(len(rows)), key=lambda i: slots[i])
@@ -227,141 +222,38 @@ class GroupedPool(ExpertPool):
                 counts[slots[i]] = stop - start
             spare_ends = torch.from_numpy(np.cumsum(counts, dtype=np.int32)).to(self.device)
             found = self._products(
-                by_key.index_select(0, order), self._spare_gate_up, self._spare_down, spare_ends
+                by_key.index_select(0, order), spare.gate_up, spare.down, spare_ends
             )
             back = torch.empty_like(found)
             back[order - rows[0][1]] = found
             parts.append(back)
         return torch.cat(parts)
 
-    def _spare_slot(self, layer: int, key: int, needed: set[int]) -> int:
-        """The spare slot that holds a missing expert, fetching it if need be; those `needed` in
-        this round stay."""
-        if (layer, key) in self._spare:
-            self._spare.move_to_end((layer, key))
-            slot = self._spare[layer, key]
-            if slot in self._coming:
-                try:
-                    self._wait(self._coming.pop(slot).result())
-                except Exception:
-                    # What was expected did not come: it is fetched now, or the request is told why.
-                    LOG.warning("an expected expert did not arrive", exc_info=True)
-                    self._wait(self._bring(slot, layer, key, self._staging, self._now()))
-        else:
-            slot = len(self._spare)
-            if slot == self.spare_slots:
-                slot = self._emptied(
-                    next(k for k in self._spare if k[0] != layer or k[1] not in needed)
-                )
-            self._wait(self._bring(slot, layer, key, self._staging, self._now()))
-            self._spare[layer, key] = slot
-            self.counts.fetches += 1
-            self.counts.fetched_bytes += self.copy_bytes
-        self._used_in[slot] = self._passes
-        return slot
-
-    def _emptied(self, key: tuple[int, int]) -> int:
-        """The slot of a spare expert, which is forgotten."""
-        slot = self._spare.pop(key)
-        coming = self._coming.pop(slot, None)
-        if coming is not None and coming.exception() is None:
-            # What comes into the slot next must come after it.
-            self._wait(coming.result())
-        return slot
-
-    def _wait(self, arrived: torch.cuda.Event | None) -> None:
-        """Have the device compute what follows after a copy has arrived."""
-        if arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrived)
-
-    def _now(self) -> torch.cuda.Event | None:
-        """After all that was issued so far: kernels that still read a slot's last content."""
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    @torch.inference_mode()
-    def _bring(
-        self,
-        slot: int,
-        layer: int,
-        key: int,
-        staging: Staging | None,
-        after: torch.cuda.Event | None,
-    ) -> torch.cuda.Event | None:
-        """Copy a missing expert into a spare slot, on the device after `after`. When it has
-        arrived; None: it has."""
-        gate_up, down = self._spare_gate_up[slot], self._spare_down[slot]
-        if staging is None or after is None:
-            fill(gate_up, down, self._missed(layer, key))
-            return None
-        host_gate_up, host_down = staging.views(gate_up.shape, down.shape)
-        fill(host_gate_up, host_down, self._missed(layer, key))
-        return staging.send(((host_gate_up, gate_up), (host_down, down)), after)
-
     def expect(self, tenant: int) -> None:
         """The experts that it missed most often so far come into spare slots that the last pass did
         not use."""
         uses = self._uses[tenant]
-        if not uses.any():
+        if self._spare is None or not uses.any():
             return
-        num_experts = self.plan.num_experts
-        own = range(tenant * num_experts, (tenant + 1) * num_experts)
-        idle = [
-            (layer, key)
-            for (layer, key), slot in self._spare.items()
-            if self._used_in[slot] < self._passes
-            and key - len(self.slots_of_layer[layer]) not in own
-        ]
-        room = self.spare_slots - len(self._spare) + len(idle)
-        for flat in np.argsort(-uses, axis=None, kind="stable")[: np.count_nonzero(uses)].tolist():
-            if not room:
-                return
-            layer, expert = divmod(flat, num_experts)
-            key = len(self.slots_of_layer[layer]) + own[expert]
-            if (layer, key) in self._spare:
-                continue
-            slot = (
-                len(self._spare)
-                if len(self._spare) < self.spare_slots
-                else self._emptied(idle.pop(0))
-            )
-            room -= 1
-            if self._carrier is None:
-                self._carrier = ThreadPoolExecutor(1, thread_name_prefix="moetel-expected-misses")
-                if self._staging is not None:
-                    self._carrier_staging = Staging(
-                        self.store.experts.copy_elements, self.dtype, self.device
-                    )
-            self._coming[slot] = self._carrier.submit(
-                self._bring, slot, layer, key, self._carrier_staging, self._now()
-            )
-            self._spare[layer, key] = slot
-            self._used_in[slot] = self._passes
-            self.counts.prefetches += 1
-            self.counts.fetched_bytes += self.copy_bytes
-
-    def _forget_spare(self) -> None:
-        for key in list(self._spare):
-            self._emptied(key)
+        count = self.plan.num_experts
+        most = np.argsort(-uses, axis=None, kind="stable")[: np.count_nonzero(uses)].tolist()
+        wanted = [(flat // count, tenant * count + flat % count) for flat in most]
+        self._spare.expect(wanted, but=lambda held: held[1] // count == tenant)
 
     @property
     def device_bytes(self) -> int:
-        tensors = [*self._gate_up, *self._down, self._spare_gate_up, self._spare_down]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        spare = self._spare.nbytes if self._spare is not None else 0
+        return spare + sum(t.nbytes for t in [*self._gate_up, *self._down])
 
     @property
     def spare_filled(self) -> int:
-        return len(self._spare)
+        return len(self._spare.filled) if self._spare is not None else 0
 
     def close(self) -> None:
-        self._forget_spare()
-        if self._carrier is not None:
-            self._carrier.shutdown()
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
         self._gate_up.clear()
         self._down.clear()
         self._missing.clear()
         self.residuals.close()
-        self._spare_gate_up = self._spare_down = torch.empty(0)
