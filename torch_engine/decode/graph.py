@@ -20,8 +20,7 @@ class StepGraph:
 
     x, normed, out: [M, H]; logits: [M, V]; winners: int64 [M]. keys, order, gates, inner and
     expert_out have a row for each of a token's experts. splits: parts of each row's keys.
-    residuals: those of the step's tenants; None: they have none. early: options of launches that
-    may begin before the last has ended.
+    residuals: those of the step's tenants; None: they have none.
     """
 
     def __init__(
@@ -37,8 +36,6 @@ class StepGraph:
     ):
         self.rows, self.groups, self.residuals = rows, groups, residuals
         self.inputs = StepInputs(rows, max_blocks, device)
-        early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.early = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
         a, top_k = shape.attention, shape.experts.router.top_k
 
         def zeros(*size: int, kind: torch.dtype = dtype) -> Tensor:
@@ -65,12 +62,11 @@ class StepGraph:
         self.winners = zeros(rows, kind=torch.int64)
         self._captured: torch.cuda.CUDAGraph | None = None
 
-    def launch(self, forward: Callable[[], None], memory: Any) -> Any:
-        """Compute the step, captured the first time. memory: of other graphs, or None; this one's
-        is returned."""
+    def launch(self, forward: Callable[[], None], memory: Any) -> None:
+        """Compute the step, captured the first time. memory: what graphs share, of CUDA."""
         if not self.x.is_cuda:
             forward()
-            return None
+            return
         if self._captured is None:
             forward()  # compiles what is new; the graph computes the same once more
             torch.cuda.synchronize(self.x.device)
@@ -80,4 +76,3 @@ class StepGraph:
                 forward()
             self._captured = captured
         self._captured.replay()
-        return self._captured.pool()

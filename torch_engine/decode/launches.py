@@ -16,6 +16,9 @@ from torch_engine.decode.residual_table import ResidualTable
 from torch_engine.experts.grouped_pool import GroupedPool
 from torch_engine.layers.cache import BLOCK, Arena
 
+# How the expansion of residuals is cut: outputs, ranks and inputs at once.
+EXPANDED = {"BN": 32, "BR": 16, "BK": 128, "num_warps": 4}
+
 
 def forward(
     shape: Decoder,
@@ -50,7 +53,6 @@ def forward(
             TOP=top_k,
             BLOCK=wide,
             num_warps=8,
-            **graph.early,
         )
 
     def linear(x: Tensor, out: Tensor, name: str, outputs: int, inputs: int) -> None:
@@ -70,7 +72,6 @@ def forward(
             EXACT=exact,
             BM=16 if count <= 16 else 32,
             **cut,
-            **graph.early,
         )
 
     def products(
@@ -92,7 +93,6 @@ def forward(
             EXACT=exact,
             BM=16,
             **cut,
-            **graph.early,
         )
 
     rows.embed[(count,)](
@@ -104,7 +104,6 @@ def forward(
         hidden,
         BLOCK=wide,
         num_warps=8,
-        **graph.early,
     )
     top_k = router.top_k
     inner = shape.experts.inner
@@ -136,7 +135,6 @@ def forward(
             HALF=power_of_two(a.head_dim // 2),
             WHOLE=power_of_two(a.heads * a.head_dim),
             num_warps=1 if norms < 2 else 4,
-            **graph.early,
         )
         attention.attend[(count, a.kv_heads, graph.splits)](
             graph.q,
@@ -160,7 +158,6 @@ def forward(
             RP=max(16, power_of_two(a.heads // a.kv_heads)),
             BK=64,
             num_warps=4,
-            **graph.early,
         )
         attention.merge[(count, a.heads)](
             graph.parts,
@@ -172,7 +169,6 @@ def forward(
             DP=power_of_two(a.head_dim),
             SPLITS=graph.splits,
             num_warps=1,
-            **graph.early,
         )
         linear(graph.attended, graph.out, f"{layer}.o", hidden, a.heads * a.head_dim)
         norm(graph.out, 1, f"{layer}.post_norm")
@@ -192,7 +188,6 @@ def forward(
             TOP_BLOCK=power_of_two(top_k),
             BLOCK=power_of_two(shape.experts.count),
             num_warps=1,
-            **graph.early,
         )
         slots = len(experts[2 * layer])
         routing.sort[(1,)](
@@ -205,7 +200,6 @@ def forward(
             SLOTS_BLOCK=power_of_two(slots + 1),
             STEP=32,
             num_warps=8,
-            **graph.early,
         )
         gate_up, down = experts[2 * layer], experts[2 * layer + 1]
         if graph.residuals is None:
@@ -223,26 +217,38 @@ def forward(
     torch.argmax(graph.logits, dim=-1, out=graph.winners)
 
 
-def _add_gated(
-    graph: StepGraph, held: ResidualTable, outputs: int, inputs: int, share: int
-) -> None:
-    """What residuals add to gate and up, and the activation."""
+def _shrink(
+    graph: StepGraph,
+    held: ResidualTable,
+    x: Tensor,
+    projections: range,
+    inputs: int,
+    share: int,
+) -> tuple[object, ...]:
+    """The small products of residuals with a projection's rows; what their expansion reads."""
     of = held.data, held.parts, graph.numbers, graph.coefficients
-    rows = len(graph.numbers)
-    residuals.shrink[(rows, 2 * held.most_parts, -(-held.most_rank // 8))](
-        graph.normed,
+    parts = len(projections) * held.most_parts
+    residuals.shrink[(len(graph.numbers), parts, -(-held.most_rank // 8))](
+        x,
         *of,
         inputs,
         held.most_rank,
         SHARE=share,
-        FIRST=0,
+        FIRST=projections.start,
         PARTS=held.most_parts,
         BR=8,
         BK=256,
         num_warps=4,
-        **graph.early,
     )
-    residuals.expand_gated[(rows, -(-outputs // 32))](
+    return of
+
+
+def _add_gated(
+    graph: StepGraph, held: ResidualTable, outputs: int, inputs: int, share: int
+) -> None:
+    """What residuals add to gate and up, and the activation."""
+    of = _shrink(graph, held, graph.normed, range(0, 2), inputs, share)
+    residuals.expand_gated[(len(graph.numbers), -(-outputs // EXPANDED["BN"]))](
         graph.normed,
         graph.gate_up,
         graph.inner,
@@ -252,32 +258,14 @@ def _add_gated(
         held.most_rank,
         SHARE=share,
         PARTS=held.most_parts,
-        BN=32,
-        BR=16,
-        BK=128,
-        num_warps=4,
-        **graph.early,
+        **EXPANDED,
     )
 
 
 def _add_down(graph: StepGraph, held: ResidualTable, outputs: int, inputs: int) -> None:
     """What residuals add to down."""
-    of = held.data, held.parts, graph.numbers, graph.coefficients
-    rows = len(graph.numbers)
-    residuals.shrink[(rows, held.most_parts, -(-held.most_rank // 8))](
-        graph.inner,
-        *of,
-        inputs,
-        held.most_rank,
-        SHARE=1,
-        FIRST=2,
-        PARTS=held.most_parts,
-        BR=8,
-        BK=256,
-        num_warps=4,
-        **graph.early,
-    )
-    residuals.expand[(rows, -(-outputs // 32))](
+    of = _shrink(graph, held, graph.inner, range(2, 3), inputs, 1)
+    residuals.expand[(len(graph.numbers), -(-outputs // EXPANDED["BN"]))](
         graph.inner,
         graph.expert_out,
         *of,
@@ -285,18 +273,15 @@ def _add_down(graph: StepGraph, held: ResidualTable, outputs: int, inputs: int) 
         inputs,
         held.most_rank,
         PARTS=held.most_parts,
-        BN=32,
-        BR=16,
-        BK=128,
-        num_warps=4,
-        **graph.early,
+        **EXPANDED,
     )
 
 
 def tile(outputs: int, sorted_rows: bool, exact: bool) -> dict[str, int]:
     """How a program of `kernels.linear.linear` is cut: outputs and inputs at once, warps, stages.
 
-    The fastest of ten on an H100 (docs/results/2026-11-26-h100.md). Float32 takes twice the bytes.
+    Of ten cuts tried on an H100 for the shapes of Mixtral, OLMoE and Qwen3-30B, these were fast for
+    all; none was the fastest for all. Float32 takes twice the bytes.
     """
     if exact:
         return {"BN": 16, "BK": 64, "num_warps": 4, "num_stages": 3}

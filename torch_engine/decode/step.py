@@ -77,7 +77,7 @@ def _signature(shape: Decoder) -> tuple[Any, ...]:
 class DecodeSteps:
     """Decode steps over one pool, cache and list of tenants; made anew when any of them changes.
 
-    tenants: numbers of those that it computes. max_rows: of a step.
+    tenants: numbers of those that it computes. Steps have at most `ROWS[-1]` rows.
     """
 
     def __init__(self, pool: GroupedPool, cache: Arena, shapes: dict[str, Decoder]):
@@ -105,8 +105,7 @@ class DecodeSteps:
             for matrices in layer
         ]
         self._graphs: dict[tuple[int, int, bool], StepGraph] = {}
-        self._memory: Any = None
-        self.max_rows = ROWS[-1]
+        self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.count = 0
 
     def run(
@@ -162,7 +161,7 @@ class DecodeSteps:
             [(self.tenants[name], count) for name, count in groups],
             [b.table[: b.count] for b in blocks],
         )
-        self._memory = graph.launch(lambda: self._forward(graph), self._memory)
+        graph.launch(lambda: self._forward(graph), self._memory)
         self.count += 1
         return graph.winners[:rows], graph.logits[:rows]
 

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from torch_engine.decode.kernels.addresses import weights_of
-from torch_engine.decode.kernels.order import after_the_last
 
 
 @triton.jit
@@ -39,7 +38,6 @@ def rotate_and_keep(
     CLIP: tl.constexpr,
     HALF: tl.constexpr,
     WHOLE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Norm and turn queries and keys; keys and values go into the cache.
 
@@ -47,7 +45,6 @@ def rotate_and_keep(
     [M], the token's row in the cache. NORM: 0 none, 1 each head, 2 the whole projection, of WHOLE
     (padded) numbers. HALF: D / 2, padded. cos, sin: [positions, D / 2] a tenant.
     """
-    after_the_last(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     tenant = tl.load(tenants + row)
@@ -124,7 +121,6 @@ def attend(
     EXACT: tl.constexpr,
     RP: tl.constexpr,
     BK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Softmax of a part of a row's keys, for the SHARED query heads of one key-value head.
 
@@ -132,7 +128,6 @@ def attend(
     padding. parts: float32 [M, heads, SPLITS, D]; weights: float32 [M, heads, SPLITS], the log of
     each part's sum. As in FlashDecoding, with pages.
     """
-    after_the_last(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -201,10 +196,8 @@ def merge(
     D: tl.constexpr,
     DP: tl.constexpr,
     SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The parts of `attend` as one: out [M, HEADS * D]."""
-    after_the_last(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     if tl.load(lengths + row) > 0:

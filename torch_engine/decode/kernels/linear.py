@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from torch_engine.decode.kernels.addresses import weights_of
-from torch_engine.decode.kernels.order import after_the_last
 
 
 @triton.jit
@@ -26,7 +25,6 @@ def linear(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Rows of each group times its matrix: out [rows, N] = x W^T, or silu(x G^T) * (x U^T).
 
@@ -34,7 +32,6 @@ def linear(
     and a row of out reads row / SHARE of x; else they are adjacent. columns: int32 [G], each
     group's place in the table; with SORTED it is the group. W: [N, K]; gated: [2 * N, K].
     """
-    after_the_last(EARLY)
     group = tl.program_id(1)
     begin = tl.load(starts + group)
     end = tl.load(starts + group + 1)

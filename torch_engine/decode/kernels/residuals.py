@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_engine.decode.kernels.order import after_the_last
-
 
 @triton.jit
 def _row_bytes(count, bits):
@@ -51,14 +49,12 @@ def shrink(
     PARTS: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """coefficients[row, FIRST * PARTS + part, :rank] = scale * (V x), of low-rank parts.
 
     x: [rows / SHARE, K]; coefficients: float32 [rows, 3 * PARTS, MOST_RANK]. FIRST: the projection
     that the grid's second axis begins with.
     """
-    after_the_last(EARLY)
     row = tl.program_id(0)
     number = tl.load(numbers + row)
     if number > 0:
@@ -154,10 +150,8 @@ def expand_gated(
     BN: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """inner [rows, N] = silu(gate + residual) * (up + residual). gate_up: [rows, 2 * N]."""
-    after_the_last(EARLY)
     row = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     kind = inner.dtype.element_ty
@@ -189,10 +183,8 @@ def expand(
     BN: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """out [rows, N] += what residuals of down add. x: [rows, K]."""
-    after_the_last(EARLY)
     row = tl.program_id(0)
     number = tl.load(numbers + row)
     if number > 0:

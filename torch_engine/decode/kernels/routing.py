@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_engine.decode.kernels.order import after_the_last
-
 
 @triton.jit
 def pick(
@@ -23,14 +21,12 @@ def pick(
     ROUND: tl.constexpr,
     TOP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Each row's experts: keys int32 [M * TOP], their slots (-1 of padding), and gates float32.
 
     numbers: int32 [M * TOP], what residual the tenant has there. logits: [M, E]. slots, residuals:
     int64 [tenants, E], `ExpertPool.keys` and `ResidentResiduals.numbers` of a layer.
     """
-    after_the_last(EARLY)
     row = tl.program_id(0)
     tenant = tl.load(tenants + row)
     e = tl.arange(0, BLOCK)
@@ -73,13 +69,11 @@ def sort(
     BLOCK: tl.constexpr,
     SLOTS_BLOCK: tl.constexpr,
     STEP: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """order int32 [COUNT]: rows by slot. starts: int32 [SLOTS + 1], where each slot's begin.
 
     keys: int32 [COUNT], -1 for rows to be left out. A program for all: COUNT is small.
     """
-    after_the_last(EARLY)
     i = tl.arange(0, BLOCK)
     mine = tl.load(keys + i, mask=i < COUNT, other=-1)
     s = tl.arange(0, SLOTS_BLOCK)

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from torch_engine.decode.kernels.addresses import weights_of
-from torch_engine.decode.kernels.order import after_the_last
 
 
 @triton.jit
@@ -18,10 +17,8 @@ def embed(
     scale,
     H,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """x [M, H] = scale * embedding of each row's tenant. tenants: int32 [M], -1 of padding."""
-    after_the_last(EARLY)
     row = tl.program_id(0)
     tenant = tl.load(tenants + row)
     if tenant >= 0:
@@ -44,14 +41,12 @@ def add_norm(
     H,
     TOP: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """x [M, H] += scale * what a layer's part gave; normed [M, H]: its RMS norm.
 
     added: [M, H] with TOP 1, else experts' outputs [M * TOP, H], weighed by gates float32
     [M * TOP]; nothing with TOP 0.
     """
-    after_the_last(EARLY)
     row = tl.program_id(0)
     tenant = tl.load(tenants + row)
     if tenant >= 0:
