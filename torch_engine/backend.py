@@ -17,7 +17,7 @@ from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
-from torch_engine.decode.step import DecodeSteps, why_not
+from torch_engine.decode.step import ROWS, DecodeSteps, why_not
 from torch_engine.device import (
     choose_products,
     find_device,
@@ -268,7 +268,7 @@ class TorchBackend(Backend):
             for i, (part, name) in enumerate(zip(parts, tenants, strict=True))
             if not part.read and name in self._decode.tenants
         ]
-        if len(found) > self._decode.max_rows:
+        if len(found) > ROWS[-1]:
             return []
         return sorted(found, key=lambda i: tenants[i])
 

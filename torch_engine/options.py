@@ -21,9 +21,9 @@ class TorchOptions:
         own; plain: as they are; auto: native where it works.
         MOETEL_NATIVE=0 in the environment rules native out.
     decode: how steps are computed in which every request gets its next token. graph: Triton kernels
-        for all tenants at once, captured as a CUDA graph, where nothing can miss and nobody has
-        residuals, other steps as with eager; eager: the way of prompts; auto: graph on CUDA where
-        triton is installed and experts are grouped.
+        for all tenants at once, captured as a CUDA graph, of those that cannot miss, others as with
+        eager; eager: the way of prompts; auto: graph on CUDA where triton is installed and experts
+        are grouped (docs/architecture.md, "Decode steps on CUDA").
     spare_slots: copies of missing experts kept on the device, least recently used first out.
     ready_tenants: tenants whose non-expert weights are kept ready on the device; None: all on a
         CPU, on CUDA as many as fit into half of what is free beside the pool.

@@ -199,7 +199,7 @@ class Scheduler:
         for name, seconds in step.reconfiguration_s.items():
             if name in self._tenants:
                 self._tenants[name].switch_s = seconds
-        if step.reconfiguration_s and self._backend.prefetches:
+        if self._backend.prefetches and any(step.reconfiguration_s.values()):
             return  # copies run beside the step: what of its time they took is not known
         computing_s = now - self._began_at - sum(step.reconfiguration_s.values())
         tenants = len({request.tenant for request, _ in parts})

@@ -167,6 +167,7 @@ class TenantsByCopy:
             buffer.tenant = buffer.weights = None
         self._store, self._tenants, self.capacity = store, tenants, capacity
         self._last = frozenset(n for n in self._last if n in self._order)
+        self._untold.intersection_update(tenants)
 
     def prefetch(self, names: Iterable[str]) -> None:
         for name in names:
