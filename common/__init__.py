@@ -22,6 +22,7 @@ from common.serving.loading import load_engine
 from common.serving.request import Generation, Timings
 from common.serving.scheduler_options import SchedulerOptions
 from common.store import Store
+from common.store.pack import pack_store
 from common.version import __version__
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "build_store",
     "extend_store",
     "load_engine",
+    "pack_store",
     "plan_all",
     "plan_round_robin",
     "remove_tenant",

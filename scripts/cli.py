@@ -31,6 +31,7 @@ COMMANDS = {
     "lm-eval": "run EleutherAI's lm-eval on a tenant",
     "convert_t5x": "T5X or Orbax checkpoint to Hugging Face",
     "convert_hf": "Hugging Face checkpoint to T5X or Orbax",
+    "pack": "write a store with only what serving needs",
     "export": "write a tenant, as served, as a Hugging Face checkpoint",
 }
 

@@ -172,11 +172,12 @@ def oracle(tenants: Sequence[MixtralForCausalLM], index: int, plan: Plan) -> Mix
     """The tenant's Hugging Face model with each expert replaced as the plan says; its own where it
     misses."""
     model = copy.deepcopy(tenants[index])
+    own, all_experts = expert_modules(model), [expert_modules(m) for m in tenants]
     for layer in range(plan.num_layers):
         for expert in range(plan.num_experts):
             slot = plan.serving[index, layer, expert]
             owner = index if slot < 0 else plan.copies[slot].owner
-            ours, theirs = (expert_modules(m)[layer] for m in (model, tenants[owner]))
+            ours, theirs = own[layer], all_experts[owner][layer]
             ours.gate_up_proj.data[expert] = theirs.gate_up_proj.data[expert]
             ours.down_proj.data[expert] = theirs.down_proj.data[expert]
     return model
@@ -341,3 +342,12 @@ def build_round_robin(path: Path, tenants: Any, **options: Any) -> Store:
     """A store by the paper's rule, unless options say otherwise: every copy is a tenant's own, as
     `oracle` supposes, and nothing is added to it."""
     return build_store(path, tenants, **({"policy": "round_robin"} | options))
+
+
+def flip(store: Store, object_id: str) -> Path:
+    """Change an object's first byte. Returns its file."""
+    path, offset = store.objects.path(object_id), store.objects.ref(object_id).offset
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+    return path

@@ -54,21 +54,21 @@ def several(store: Store, num_layers: int, num_tenants: int) -> Store:
         for name in family.all_shapes(config)
     }
     own = {source[name] for name in family.non_expert_shapes(config)}
-    objects, known = Objects(store.path / "objects"), dict(store.manifest.objects)
+    objects = Objects(store.path / "objects", store.manifest.objects)
     tenants = []
     for number in range(num_tenants):
         ids = {name: first.tensors[name] for name in source.values()}
         for name in own if number else ():
             array = store.ref(first.name, name).read()
             ids[name] = objects.put(np.roll(array.reshape(-1), number).reshape(array.shape))
-            known[ids[name]] = known[first.tensors[name]]
         tensors = {name: ids[of] for name, of in source.items()}
         tenants.append(replace(first, name=f"tenant{number}", config=config, tensors=tensors))
     plan = plan_round_robin(
         np.zeros((num_layers, config.experts.num_experts)), tuple(t.name for t in tenants)
     )
+    objects.flush()
     changed: dict[str, Any] = {
-        "objects": known,
+        "objects": objects.entries,
         "tenants": tuple(tenants),
         "plan": plan,
         "merged": {},

@@ -27,16 +27,17 @@ from common.build.settings import Amount, PlanSettings, Slots, resolve
 from common.build.sources import Source, check_agreement, check_name, with_tenant
 from common.checkpoints import open_checkpoint
 from common.dtypes import common_dtype
-from common.errors import StoreError, UnknownTenantError
+from common.errors import PlanError, StoreError, UnknownTenantError
 from common.plan.distance import Distances
 from common.plan.profile import Profile
 from common.planning.measurements import Measurements
 from common.planning.planner import Planner
 from common.planning.policies import DEFAULT_POLICY, policy_named
 from common.progress import Progress, silent
-from common.store.change import commit, new_or_existing, putter, with_plan
-from common.store.manifest import Manifest
-from common.store.objects import check_dtype
+from common.store.change import commit, known_objects, new_or_existing, with_plan
+from common.store.manifest import COPY, NONE, OWN_EXPERTS, Manifest
+from common.store.objects import Objects, check_dtype
+from common.store.pack import for_serving
 from common.store.profiles import load_profile
 from common.store.store import Store, is_store
 from common.version import __version__
@@ -59,6 +60,7 @@ def build_store(
     traffic: Mapping[str, float] | None = None,
     dtype: str = "auto",
     configs: Mapping[str, str | Path] | None = None,
+    own_experts: str = COPY,
     progress: Progress = silent,
 ) -> Store:
     """Build a store from checkpoints, replacing the store at `path` if there is one.
@@ -80,10 +82,16 @@ def build_store(
         dtype: the store's type; auto is that of all tensors of all tenants if they agree, else
             float32, so that nothing is rounded.
         configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none.
+        own_experts: copy puts every tenant's experts into the store. reference leaves them in their
+            checkpoints, where their types allow it; what it refers to is checked when it is used.
+            none drops those that are not resident once the plan is made, so that the store can
+            neither miss, nor be planned anew, nor take more tenants.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
     path = Path(path)
+    if own_experts not in OWN_EXPERTS:
+        raise StoreError(f"own_experts is {own_experts!r}; give one of {', '.join(OWN_EXPERTS)}")
     settings = PlanSettings(policy, slots, budget_bytes, extra, dict(traffic or {}))
     settings.check()
     pairs = list(tenants.items()) if isinstance(tenants, Mapping) else list(tenants)
@@ -127,10 +135,20 @@ def build_store(
             f"{path}: exists and is not a store; name another place, or remove it first"
         )
     with new_or_existing(path) as directory:
+        objects = Objects(directory / "objects", known_objects(directory))
         manifest = _assemble(
-            directory, sources, settings, amount, dtype, None, {}, calibration or {}, progress
+            objects,
+            sources,
+            settings,
+            amount,
+            dtype,
+            own_experts,
+            None,
+            {},
+            calibration or {},
+            progress,
         )
-        commit(directory, manifest)
+        commit(objects, manifest)
     return Store.open(path)
 
 
@@ -258,18 +276,19 @@ def _change(
             name: p for name in names if name in store.tenants and (p := load_profile(store, name))
         }
         manifest = _assemble(
-            directory,
+            store.objects,
             sources,
             settings,
             amount,
             store.dtype,
+            store.manifest.own_experts,
             store.distances,
             profiles,
             calibration,
             progress,
             known or Measurements.from_store(store),
         )
-        commit(directory, manifest)
+        commit(store.objects, manifest)
     return Store.open(path)
 
 
@@ -289,30 +308,33 @@ def change_beside(
     with new_or_existing(path) as directory:
         old = Store.open(directory)
         draft = make_draft(
-            directory, edit(old), old.dtype, old.distances, old.manifest.provenance, progress
+            directory,
+            edit(old),
+            old.dtype,
+            old.distances,
+            old.manifest.provenance,
+            progress,
+            old.objects,
+            old.manifest.own_experts,
         )
-        entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
-        manifest = change(old, draft, putter(draft.objects, entries))
-        for object_id in manifest.object_ids():
-            if object_id not in entries:
-                entries[object_id] = dict(old.manifest.objects[object_id])
-        commit(directory, replace(manifest, objects=entries))
+        commit(old.objects, change(old, draft, old.objects.put))
     return Store.open(path)
 
 
 def _assemble(
-    directory: Path,
+    objects: Objects,
     sources: Sequence[Source],
     settings: PlanSettings,
     amount: Amount,
     dtype: str,
+    own_experts: str,
     old: Distances | None,
     profiles: Mapping[str, Profile],
     calibration: Mapping[str, CalibrationSet | Profile],
     progress: Progress,
     known: Measurements | None = None,
 ) -> Manifest:
-    """Put every tensor of every source into `directory`, plan, and describe it all.
+    """Put every tensor of every source among `objects`, plan, and describe it all.
 
     known: what planning measured before, used as far as it still holds.
     """
@@ -326,7 +348,8 @@ def _assemble(
             "safetensors": version("safetensors"),
         },
     }
-    draft = make_draft(directory, sources, dtype, old, provenance, progress)
+    directory = objects.root.parent
+    draft = make_draft(directory, sources, dtype, old, provenance, progress, objects, own_experts)
     measured = {name: given for name, given in calibration.items() if isinstance(given, Profile)}
     for name, profile in measured.items():
         profile.check(sources[0].config.experts, name)
@@ -336,19 +359,32 @@ def _assemble(
         **measured,
         **(calibrate(draft, asked, progress=progress) if asked else {}),
     }
-    entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
-    kept = {
-        name: profile.to_json(putter(draft.objects, entries)) for name, profile in profiles.items()
-    }
-    draft = Store(directory, replace(draft.manifest, objects=entries, calibration=kept))
+    kept = {name: profile.to_json(objects.put) for name, profile in profiles.items()}
+    draft = Store(directory, replace(draft.manifest, calibration=kept), objects)
     if amount.slots is None:
-        return draft.manifest
+        return _dropped(draft.manifest, objects)
     planner = Planner(draft, profiles, settings.traffic, progress, known)
     outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes)
     if planner.measurements.worth_keeping:
-        entries = {object_id: dict(entry) for object_id, entry in draft.manifest.objects.items()}
-        found = planner.measurements.to_json(putter(draft.objects, entries))
-        draft = Store(directory, replace(draft.manifest, objects=entries, measurements=found))
-    return with_plan(
+        found = planner.measurements.to_json(objects.put)
+        draft = Store(directory, replace(draft.manifest, measurements=found), objects)
+    manifest = with_plan(
         draft, outcome.plan, outcome.merged, outcome.records, outcome.prediction.to_json()
     )
+    return _dropped(manifest, objects)
+
+
+def _dropped(manifest: Manifest, objects: Objects) -> Manifest:
+    """The manifest without own experts, if they are not to be kept."""
+    if manifest.own_experts != NONE:
+        return manifest
+    if manifest.plan.num_misses:
+        raise PlanError(
+            f"{manifest.plan.num_misses} experts of tenants would be missed, and --own-experts "
+            "none keeps none of them; give every position a copy, or use copy or reference"
+        )
+    found = for_serving(manifest)
+    for object_id in found.object_ids():
+        if not objects.entry(object_id).in_store:
+            objects.move(object_id)
+    return found

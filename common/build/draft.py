@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from common.build.sources import Source, convert, notes_of, read_converted, refuse_not_finite
-from common.dtypes import BY_NAME
+from common.checkpoints import TensorRef, TensorSource
 from common.plan.distance import Distances, compare, tenant_pairs
 from common.plan.plan import plan_all
 from common.progress import Progress
-from common.store.manifest import Manifest, Tenant
-from common.store.objects import Objects, save_assets
+from common.store.assets import save_assets
+from common.store.manifest import COPY, Manifest, Tenant
+from common.store.objects import Objects
 from common.store.store import Store
 
 # Bytes of tensors that the threads of a build hold at once; one thread may exceed it with its one
@@ -31,29 +32,24 @@ def make_draft(
     old: Distances | None,
     provenance: Mapping[str, Any],
     progress: Progress,
+    objects: Objects,
+    own_experts: str = COPY,
 ) -> Store:
     """Put every tensor of every source into `directory`: a store, not yet committed, that shares
     what is identical.
 
-    old: distances of tenants that need not be measured again.
+    old: distances of tenants that need not be measured again. objects: of `directory`, with what is
+        there already. own_experts: one of `OWN_EXPERTS`.
     """
-    objects = Objects(directory / "objects")
-    matrix = _store_experts(objects, sources, dtype, old, progress)
+    matrix = _store_experts(objects, sources, dtype, old, progress, own_experts != COPY)
     _store_non_experts(objects, sources, dtype, progress)
     names = tuple(s.name for s in sources)
     # The plan follows from what is kept (float32), so that planning again from the store gives the
     # same plan.
     distances = Distances(names, matrix.astype(np.float32).astype(np.float64))
-    entries = _object_entries(sources, dtype)
     similarity: dict[str, Any] = {"object": None, "layers": distances.layer_summary()}
     if distances.matrix.shape[0]:
-        table = distances.matrix.astype(np.float32)
-        similarity["object"] = objects.put(table)
-        entries[similarity["object"]] = {
-            "dtype": "float32",
-            "shape": list(table.shape),
-            "bytes": table.nbytes,
-        }
+        similarity["object"] = objects.put(distances.matrix.astype(np.float32))
     tenants = []
     for source in sources:
         folder, files = save_assets(directory / "assets", source.assets)
@@ -72,12 +68,17 @@ def make_draft(
     # What is planned and measured from here on looks at the tensors through a store that shares
     # nothing.
     everything = plan_all(_contents(sources), distances.tenants)
-    return Store(
-        directory,
-        Manifest(
-            sources[0].family, dtype, tuple(tenants), everything, entries, similarity, provenance
-        ),
+    manifest = Manifest(
+        sources[0].family,
+        dtype,
+        tuple(tenants),
+        everything,
+        {},
+        similarity,
+        provenance,
+        own_experts=own_experts,
     )
+    return Store(directory, manifest, objects)
 
 
 def _store_experts(
@@ -86,8 +87,12 @@ def _store_experts(
     dtype: str,
     old: Distances | None,
     progress: Progress,
+    refer: bool,
 ) -> np.ndarray:
-    """Store all expert tensors and measure distances. Returns float64 [pairs, layers, experts]."""
+    """Store all expert tensors and measure distances. Returns float64 [pairs, layers, experts].
+
+    refer: leave those in their checkpoints that lie there as they are needed.
+    """
     family, config = sources[0].family, sources[0].config
     spec = config.experts
     pairs = tenant_pairs(len(sources))
@@ -114,7 +119,7 @@ def _store_experts(
         for tenant in np.flatnonzero(~finite):
             refuse_not_finite(sources[int(tenant)], tensor, dtype)
         ids = [
-            s.ids.get(tensor) or objects.put(array)
+            s.ids.get(tensor) or _keep(objects, s.refs[tensor], array, refer)
             for s, array in zip(sources, arrays, strict=True)
         ]
         return layer, expert, part, ids
@@ -163,6 +168,12 @@ def _store_non_experts(
             advance()
 
 
+def _keep(objects: Objects, ref: TensorSource, array: np.ndarray, refer: bool) -> str:
+    if refer and isinstance(ref, TensorRef) and ref.dtype == array.dtype.name:
+        return objects.refer(array, ref)
+    return objects.put(array)
+
+
 def _workers(bytes_each: int) -> int:
     return max(1, min(4, os.cpu_count() or 1, IN_FLIGHT_BYTES // max(1, bytes_each)))
 
@@ -181,14 +192,3 @@ def _contents(sources: Sequence[Source]) -> np.ndarray:
                 )
                 contents[t, layer, expert] = numbers.setdefault(key, len(numbers))
     return contents
-
-
-def _object_entries(sources: Sequence[Source], dtype: str) -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = {}
-    for source in sources:
-        shapes = source.family.all_shapes(source.config)
-        for tensor, object_id in source.ids.items():
-            shape = shapes[tensor]
-            nbytes = int(np.prod(shape, dtype=np.int64)) * BY_NAME[dtype].itemsize
-            entries[object_id] = {"dtype": dtype, "shape": list(shape), "bytes": nbytes}
-    return entries

@@ -16,7 +16,8 @@ from common.checkpoints.generation_config import GenerationConfig
 from common.dtypes import BY_NAME, is_lossless
 from common.errors import CheckpointError, StoreError
 from common.families import Family, ModelConfig
-from common.store.objects import Objects, asset_damage
+from common.store.assets import asset_damage
+from common.store.objects import Objects
 from common.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,12 @@ class Source:
     @classmethod
     def from_store(cls, store: Store, name: str) -> Source:
         tenant = store.tenant(name)
+        if len(tenant.tensors) < len(store.family.all_shapes(tenant.config)):
+            raise StoreError(
+                f"{store.path}: keeps only what serving needs, so it cannot be planned anew or "
+                "take other tenants; change the store that it was packed from, or build it from "
+                "its checkpoints with --own-experts copy"
+            )
         refs: dict[str, TensorSource] = {
             tensor: store.ref(name, tensor) for tensor in tenant.tensors
         }

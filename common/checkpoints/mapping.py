@@ -1,7 +1,8 @@
-"""Read-only views of file ranges that keep no file descriptor open.
+"""Files mapped whole and read-only, that keep no file descriptor open.
 
 numpy.memmap and mmap.mmap hold one descriptor a mapping, and a process may usually have 1,024:
-fewer than a model has tensors. The kernel needs none once a range is mapped.
+fewer than a model has tensors. The kernel needs none once a file is mapped. It allows 65,530
+mappings, so a file of many tensors is mapped once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +30,13 @@ _FAILED = ctypes.c_void_p(-1).value
 class _Mapping:
     """Owns a mapping; numpy keeps it alive as the base of the arrays made from it."""
 
-    def __init__(self, path: Path, offset: int, nbytes: int):
+    def __init__(self, path: Path):
         assert _libc is not None
         self._address: int | None = None
-        lead = offset % mmap.ALLOCATIONGRANULARITY
-        self._length = nbytes + lead
         fd = os.open(path, os.O_RDONLY)
         try:
-            if os.fstat(fd).st_size < offset + nbytes:
-                raise OSError(f"the file ends before byte {offset + nbytes}")
-            address = _libc.mmap(
-                None, self._length, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset - lead
-            )
+            self._length = os.fstat(fd).st_size
+            address = _libc.mmap(None, self._length, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
         finally:
             os.close(fd)
         if address == _FAILED:
@@ -49,8 +46,8 @@ class _Mapping:
         self.__array_interface__ = {
             "version": 3,
             "typestr": "|u1",
-            "shape": (nbytes,),
-            "data": (address + lead, True),  # read-only
+            "shape": (self._length,),
+            "data": (address, True),  # read-only
         }
 
     def __del__(self) -> None:
@@ -59,11 +56,27 @@ class _Mapping:
             self._address = None
 
 
-def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
-    """uint8 [nbytes], read-only; pages are read when touched; mapped as long as the array lives.
-    Raises OSError."""
-    if nbytes == 0:
-        return np.empty(0, dtype=np.uint8)
-    if _libc is None:
-        return np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(nbytes,))
-    return np.asarray(_Mapping(path, offset, nbytes))
+class MappedFile:
+    """A file that is mapped when it is first asked for, and as long as this or a view of it lives.
+
+    What replaces the file later changes nothing of what was mapped.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._bytes: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def part(self, offset: int, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes], read-only; pages are read when touched. Raises OSError."""
+        with self._lock:
+            if self._bytes is None:
+                if os.stat(self.path).st_size == 0:
+                    self._bytes = np.empty(0, dtype=np.uint8)
+                elif _libc is None:
+                    self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
+                else:
+                    self._bytes = np.asarray(_Mapping(self.path))
+        if offset + nbytes > len(self._bytes):
+            raise OSError(f"the file ends before byte {offset + nbytes}")
+        return self._bytes[offset : offset + nbytes]

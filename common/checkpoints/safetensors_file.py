@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from common.checkpoints.mapping import map_bytes
+from common.checkpoints.mapping import MappedFile
 from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError
 from common.families import Dims, Region
@@ -29,13 +29,17 @@ from common.families import Dims, Region
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor's bytes lie: `nbytes` at `offset` of `path`, C order, little endian."""
+    """Where one tensor's bytes lie: `nbytes` at `offset` of `path`, C order, little endian.
+
+    file: what the tensors of one file share, so that they share its mapping.
+    """
 
     path: Path
     file_tensor: str
     dtype: str
     shape: Dims
     offset: int  # of a type that weights do not have, `dtype` is the header's code
+    file: MappedFile | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -43,17 +47,13 @@ class TensorRef:
 
     def map(self) -> np.ndarray:
         """A read-only view of the file; pages are read when touched. The mapping lives as long as
-        the array."""
+        an array of the file."""
+        file = self.file or MappedFile(self.path)
         try:
-            return (
-                map_bytes(self.path, self.offset, self.nbytes)
-                .view(_TYPES[self.dtype])
-                .reshape(self.shape)
-            )
+            found = file.part(self.offset, self.nbytes)
+            return found.view(_TYPES[self.dtype]).reshape(self.shape)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {self.file_tensor} cannot be mapped: {error}"
-            ) from error
+            raise self._failed("mapped", error) from error
 
     def read(self) -> np.ndarray:
         """A copy in memory of our own, so that no page of the file stays counted to this
@@ -74,10 +74,15 @@ class TensorRef:
                         )
                     done += got
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {self.file_tensor} cannot be read: {error}"
-            ) from error
+            raise self._failed("read", error) from error
         return out
+
+    def _failed(self, what: str, error: OSError) -> CheckpointError:
+        if isinstance(error, FileNotFoundError):
+            return CheckpointError(
+                f"{self.path}: the file is missing; restore it from a backup, or fetch it again"
+            )
+        return CheckpointError(f"{self.path}: tensor {self.file_tensor} cannot be {what}: {error}")
 
     def at(self, region: Region) -> TensorRef:
         """The part of this tensor that a region names."""
@@ -171,7 +176,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             f"{path}: not a whole safetensors file ({_shortfall(path) or error}); "
             "it is truncated or damaged, fetch it again"
         ) from error
-    refs = {}
+    refs, mapped = {}, MappedFile(path)
     for name in names:
         entry = header[name]
         refs[name] = TensorRef(
@@ -180,6 +185,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             dtype=_NAMES.get(entry["dtype"], entry["dtype"]),
             shape=tuple(entry["shape"]),
             offset=8 + header_size + entry["data_offsets"][0],
+            file=mapped,
         )
     return refs
 

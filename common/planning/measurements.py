@@ -125,9 +125,8 @@ class Measurements:
 
 def _table(store: Store, entry: Mapping[str, Any]) -> np.ndarray:
     shape, kind = tuple(entry["shape"]), np.dtype(entry["dtype"])
-    nbytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-    ref = store.objects.ref(entry["object"], "uint8", (nbytes,))
-    return np.asarray(store.objects.read(ref).view(kind).reshape(shape))
+    data = store.objects.read(store.objects.ref(entry["object"]))
+    return np.asarray(data.view(kind).reshape(shape))
 
 
 def key_of(store: Store, profiles: Mapping[str, Profile], traffic: np.ndarray) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,12 @@ from common.checkpoints.safetensors_file import fsync
 from common.dtypes import BY_NAME
 from common.errors import PlanError, StoreError
 from common.plan.plan import MERGED, Plan
+from common.store.index import PREFIX
 from common.store.lock import FILE as LOCK_FILE
 from common.store.lock import exclusive
 from common.store.manifest import BESIDE, Manifest
 from common.store.objects import Objects
+from common.store.shards import Entry
 from common.store.store import Store, is_store
 
 
@@ -41,7 +43,7 @@ def set_plan(
     Store.open(path)
     with new_or_existing(path) as directory:
         store = Store.open(directory)
-        commit(directory, with_plan(store, plan, merged, records, None))
+        commit(store.objects, with_plan(store, plan, merged, records, None))
     return Store.open(path)
 
 
@@ -66,13 +68,7 @@ def with_plan(
         raise PlanError("weights must be given for each merged copy of the plan, and for no other")
     if len(records) != len(plan.residuals):
         raise PlanError(f"{len(records)} records for {len(plan.residuals)} residuals of the plan")
-    entries: dict[str, dict[str, Any]] = {
-        i: dict(manifest.objects[i]) for t in manifest.tenants for i in t.tensors.values()
-    }
-    for object_id in manifest.measured_ids():
-        entries[object_id] = dict(manifest.objects[object_id])
-
-    put = putter(store.objects, entries)
+    put = store.objects.put
     ids: dict[int, dict[str, str]] = {}
     for slot, matrices in merged.items():
         if {p: tuple(m.shape) for p, m in matrices.items()} != shapes:
@@ -93,27 +89,11 @@ def with_plan(
     return replace(
         manifest,
         plan=plan,
-        objects=entries,
         merged=ids,
         residuals=kept,
         prediction=prediction,
         provenance=provenance,
     )
-
-
-def putter(objects: Objects, entries: dict[str, dict[str, Any]]) -> Callable[[np.ndarray], str]:
-    """Stores an array and lists it among a manifest's objects."""
-
-    def put(array: np.ndarray) -> str:
-        object_id = objects.put(array)
-        entries[object_id] = {
-            "dtype": array.dtype.name,
-            "shape": list(array.shape),
-            "bytes": array.nbytes,
-        }
-        return object_id
-
-    return put
 
 
 @contextmanager
@@ -133,7 +113,7 @@ def new_or_existing(path: Path) -> Iterator[Path]:
                     # A store whose manifest is damaged is left alone: what its files are for is not
                     # known.
                     with suppress(StoreError):
-                        sweep(path, Manifest.read(path))
+                        sweep(path)
                     raise
             return
         place = path.resolve()  # the directory itself, where a symbolic link leads to it
@@ -163,16 +143,30 @@ def new_or_existing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def commit(directory: Path, manifest: Manifest) -> None:
-    for folder in sorted((directory / "objects").glob("*")):
-        fsync(folder)
+def known_objects(directory: Path) -> dict[str, Entry]:
+    """What the store in a directory holds; nothing where there is none, or it is damaged."""
+    with suppress(StoreError):
+        return dict(Manifest.read(directory).objects)
+    return {}
+
+
+def commit(objects: Objects, manifest: Manifest) -> None:
+    """Make a manifest, whose objects are among `objects`, what the store is."""
+    directory = objects.root.parent
+    manifest = replace(manifest, objects=objects.compact(manifest.object_ids()))
+    if objects.root.is_dir():
+        fsync(objects.root)
     manifest.write(directory)
-    sweep(directory, manifest)
+    sweep(directory)
 
 
-def sweep(directory: Path, manifest: Manifest) -> None:
-    """Remove what the manifest does not refer to."""
-    Objects(directory / "objects").sweep(set(manifest.objects))
+def sweep(directory: Path) -> None:
+    """Remove what the manifest does not refer to. Raises StoreError where it is damaged."""
+    manifest = Manifest.read(directory)
+    Objects(directory / "objects", manifest.objects).sweep(manifest.objects)
+    for path in directory.glob(f"{PREFIX}*"):
+        if path.name != manifest.index_file:
+            path.unlink()
     folders = {t.assets_folder for t in manifest.tenants}
     for folder in (directory / "assets").glob("*"):
         if folder.name not in folders:

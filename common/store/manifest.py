@@ -1,8 +1,7 @@
 """store.json: the one file that says what a store is. Replacing it is what makes a change happen.
 
-Format 3, documented in docs/store-format.md. Version 2, which names projections as the family's
-files do, and version 1, without merged copies and residuals, are read too. The checksum covers the
-rest of the file.
+Format 4, documented in docs/store-format.md. Versions 1 to 3, with a file for each tensor and all
+names in store.json, are read too. The checksum covers the rest of the file.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,17 @@ from common.errors import MoetelError, StoreError
 from common.families import FAMILIES, Family, ModelConfig
 from common.plan.plan import MERGED, Plan
 from common.plan.residual import role_of
+from common.store.index import Index
+from common.store.shards import SINGLE_OFFSET, Entry
 
 FORMAT = "moetel-store"
-VERSION = 3
-READABLE = (1, 2, 3)
+VERSION = 4
+READABLE = (1, 2, 3, 4)
 FILE = "store.json"
+
+COPY, REFERENCE, NONE = OWN_EXPERTS = ("copy", "reference", "none")
+"""Tenants' own experts: copied into the store, left in their checkpoints, or dropped but for those
+that are resident or can be missed."""
 
 BESIDE = "beside"
 """Entry of `provenance`: names `added` and `removed` since the plan was made; absent if there are
@@ -56,11 +61,13 @@ class Tenant:
 class Manifest:
     """What store.json holds.
 
-    objects: id -> {dtype, shape, bytes}; similarity: {object, layers}.
+    objects: id -> where it lies; similarity: {object, layers}.
     merged: slot of a merged copy -> projection -> object id. residuals: object ids of the plan's
         residuals, in order.
     calibration: tenant -> what was measured on its calibration prompts, a `Profile`.
     measurements: what planning measured; None if nothing is kept.
+    own_experts: where tenants' experts are that no copy is: one of `OWN_EXPERTS`.
+    index_file: of a manifest that was read.
     prediction: what the plan is expected to cost each tenant; None if not known.
     """
 
@@ -68,7 +75,7 @@ class Manifest:
     dtype: str
     tenants: tuple[Tenant, ...]
     plan: Plan
-    objects: Mapping[str, Mapping[str, Any]]
+    objects: Mapping[str, Entry]
     similarity: Mapping[str, Any]
     provenance: Mapping[str, Any]
     merged: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
@@ -76,6 +83,8 @@ class Manifest:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     prediction: Mapping[str, Any] | None = None
     measurements: Mapping[str, Any] | None = None
+    own_experts: str = COPY
+    index_file: str | None = None
 
     def measured_ids(self) -> list[str]:
         """Ids of the objects that distances, calibration and planning measured."""
@@ -111,30 +120,38 @@ class Manifest:
                     "notes": list(t.notes),
                     "assets_folder": t.assets_folder,
                     "assets": {k: dict(v) for k, v in t.assets.items()},
-                    "tensors": dict(t.tensors),
                     "generation": None if t.generation is None else t.generation.to_json(),
                 }
                 for t in self.tenants
             ],
             "plan": self.plan.to_json(),
-            "merged": {str(slot): dict(ids) for slot, ids in self.merged.items()},
-            "residuals": list(self.residuals),
             "calibration": dict(self.calibration),
             "prediction": None if self.prediction is None else dict(self.prediction),
             "measurements": None if self.measurements is None else dict(self.measurements),
             "similarity": dict(self.similarity),
-            "objects": {k: dict(v) for k, v in self.objects.items()},
+            "own_experts": self.own_experts,
         }
 
     def write(self, directory: Path) -> None:
-        """Replace the directory's manifest in one step."""
-        body = self.to_json()
-        text = json.dumps({"checksum": _checksum(body), **body}, indent=1)
+        """Replace the directory's manifest in one step, its index written first."""
+        body = {**self.to_json(), "index": self._index().write(directory)}
+        lines = {"checksum": _checksum(body), **body}.items()
+        text = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in lines)
         partial = directory / f"{FILE}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
         fsync(partial)
         os.replace(partial, directory / FILE)
         fsync(directory)
+
+    def _index(self) -> Index:
+        named: dict[str, list[str | None]] = {"residuals": list(self.residuals)}
+        for i, tenant in enumerate(self.tenants):
+            names = sorted(self.family.all_shapes(tenant.config))
+            named[f"tenants.{i}"] = [tenant.tensors.get(name) for name in names]
+        projections = self.tenants[0].config.experts.projections
+        slots = sorted(self.merged)
+        named["merged"] = [self.merged[slot][p] for slot in slots for p, _ in projections]
+        return Index(self.objects, named)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -159,14 +176,23 @@ class Manifest:
         checksum = value.pop("checksum", None)
         if checksum != _checksum(value):
             raise StoreError(f"{path}: damaged, its checksum does not match; build the store again")
+        index = Index.read(directory, value["index"]) if "index" in value else None
         try:
             family = FAMILIES[value["family"]]
+            configs = [
+                family.parse_config(t["config"], f"{path}: tenant {t['name']}")
+                for t in value["tenants"]
+            ]
+            plan = Plan.from_json(value["plan"])
+            objects, tensors, merged, residuals = (
+                _from_json(value) if index is None else _from_index(index, family, configs, plan)
+            )
             tenants = tuple(
                 Tenant(
                     name=t["name"],
                     source=t["source"],
-                    config=family.parse_config(t["config"], f"{path}: tenant {t['name']}"),
-                    tensors=t["tensors"],
+                    config=config,
+                    tensors=ids,
                     assets_folder=t["assets_folder"],
                     assets=t["assets"],
                     notes=tuple(t["notes"]),
@@ -174,14 +200,8 @@ class Manifest:
                     if t.get("generation")
                     else None,
                 )
-                for t in value["tenants"]
+                for t, config, ids in zip(value["tenants"], configs, tensors, strict=True)
             )
-            plan = Plan.from_json(value["plan"])
-            merged = {
-                int(slot): {role_of(projection): i for projection, i in ids.items()}
-                for slot, ids in value.get("merged", {}).items()
-            }
-            residuals = tuple(value.get("residuals", ()))
             if set(merged) != {i for i, c in enumerate(plan.copies) if c.owner == MERGED}:
                 raise StoreError("the merged copies of the plan and of the store differ")
             if len(residuals) != len(plan.residuals):
@@ -193,7 +213,7 @@ class Manifest:
                 dtype=value["dtype"],
                 tenants=tenants,
                 plan=plan,
-                objects=value["objects"],
+                objects=objects,
                 similarity=value["similarity"],
                 provenance=value["provenance"],
                 merged=merged,
@@ -201,11 +221,53 @@ class Manifest:
                 calibration=value.get("calibration", {}),
                 prediction=value.get("prediction"),
                 measurements=value.get("measurements"),
+                own_experts=value.get("own_experts", COPY),
+                index_file=value["index"]["file"] if index is not None else None,
             )
         except (KeyError, TypeError, ValueError, MoetelError) as error:
             raise StoreError(
                 f"{path}: not understood ({type(error).__name__}: {error}); build the store again"
             ) from error
+
+
+Named = tuple[dict[str, Entry], list[dict[str, str]], dict[int, dict[str, str]], tuple[str, ...]]
+"""Objects, each tenant's tensors, merged copies, and residuals."""
+
+
+def _from_index(index: Index, family: Family, configs: Sequence[ModelConfig], plan: Plan) -> Named:
+    tensors = []
+    for i, config in enumerate(configs):
+        rows = zip(sorted(family.all_shapes(config)), index.named[f"tenants.{i}"], strict=True)
+        tensors.append({name: object_id for name, object_id in rows if object_id is not None})
+    projections = [name for name, _ in configs[0].experts.projections]
+    slots = [i for i, copy in enumerate(plan.copies) if copy.owner == MERGED]
+    merged_ids = [i for i in index.named["merged"] if i is not None]
+    per_slot = zip(*[iter(merged_ids)] * len(projections), strict=True)
+    merged = {
+        slot: dict(zip(projections, ids, strict=True))
+        for slot, ids in zip(slots, per_slot, strict=True)
+    }
+    residuals = tuple(i for i in index.named["residuals"] if i is not None)
+    return dict(index.entries), tensors, merged, residuals
+
+
+def _from_json(value: Mapping[str, Any]) -> Named:
+    """Of versions 1 to 3, which have a file for each object."""
+    objects = {
+        object_id: Entry(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            f"{object_id[:2]}/{object_id}.safetensors",
+            SINGLE_OFFSET,
+        )
+        for object_id, entry in value["objects"].items()
+    }
+    merged = {
+        int(slot): {role_of(projection): i for projection, i in ids.items()}
+        for slot, ids in value.get("merged", {}).items()
+    }
+    tensors = [dict(t["tensors"]) for t in value["tenants"]]
+    return objects, tensors, merged, tuple(value.get("residuals", ()))
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -16,11 +16,10 @@ def load_profile(store: Store, tenant: str) -> Profile | None:
     value = store.manifest.calibration.get(tenant)
     if value is None:
         return None
-    rows, hidden = int(value["rows"]), store.experts.hidden_size
+    hidden = store.experts.hidden_size
     arrays = {"inputs": np.zeros((0, hidden), np.float32), "gates": np.zeros(0, np.float32)}
     for name, object_id in value["objects"].items():
-        shape = (rows, hidden) if name == "inputs" else (rows,)
-        ref = store.objects.ref(object_id, "float32", shape)
+        ref = store.objects.ref(object_id)
         arrays[name] = ref.map()  # not read: large models' inputs take a gigabyte a tenant
         store.objects.check(ref, arrays[name])
     tables = {name: np.array(value[name], dtype=kind) for name, kind in TABLES.items()}

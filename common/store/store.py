@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +21,18 @@ from common.plan.distance import Distances, tenant_pairs
 from common.plan.plan import MERGED, MISS, Plan
 from common.plan.residual import matrices
 from common.progress import Progress, silent
+from common.store.assets import asset_damage
 from common.store.manifest import FILE, Manifest, Tenant
-from common.store.objects import Objects, asset_damage
+from common.store.objects import Objects
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A file of the store that is not as it was written."""
+    """A file of the store that is not as it was written. object_ids: what is damaged in it."""
 
     file: Path
     what: str
+    object_ids: tuple[str, ...] = ()
 
 
 class Store:
@@ -39,10 +41,11 @@ class Store:
     Nothing is loaded until asked for. Tensors come memory-mapped, or as references.
     """
 
-    def __init__(self, path: Path, manifest: Manifest):
+    def __init__(self, path: Path, manifest: Manifest, objects: Objects | None = None):
+        """objects: of a store that is being written, whose manifest does not name them yet."""
         self.path = path
         self.manifest = manifest
-        self.objects = Objects(path / "objects")
+        self.objects = objects or Objects(path / "objects", manifest.objects)
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -52,7 +55,8 @@ class Store:
 
     def with_plan(self, plan: Plan) -> Store:
         """The same files with another plan, of tenants' own copies alone. Nothing is written."""
-        return Store(self.path, replace(self.manifest, plan=plan, merged={}, residuals=()))
+        manifest = replace(self.manifest, plan=plan, merged={}, residuals=())
+        return Store(self.path, manifest, self.objects)
 
     @property
     def family(self) -> Family:
@@ -109,9 +113,15 @@ class Store:
 
     def ref(self, name: str, tensor: str) -> TensorRef:
         """Where a tenant's tensor lies, by its canonical name."""
-        object_id = self.tenant(name).tensors[tensor]
-        entry = self.manifest.objects[object_id]
-        return self.objects.ref(object_id, entry["dtype"], tuple(entry["shape"]))
+        found = self.tenant(name)
+        object_id = found.tensors.get(tensor)
+        if object_id is None:
+            raise StoreError(
+                f"{self.path}: holds no {tensor} of tenant {name!r}, as it keeps only what serving "
+                "needs; use the store that it was packed from, or build it with "
+                "--own-experts copy"
+            )
+        return self.objects.ref(object_id)
 
     def role_tensor(self, name: str, role: str, layer: int | None = None) -> str:
         """Canonical name of a tenant's tensor with a role; see `common.families.shape`."""
@@ -133,20 +143,31 @@ class Store:
         refs = self.copy_refs(name, layer, expert)
         return {projection: to_float32(self.objects.read(ref)) for projection, ref in refs.items()}
 
+    def own_content(self, name: str, layer: int, expert: int) -> tuple[str, ...]:
+        """Equal for own experts of the same weights, in this store and any other."""
+        return tuple(ref.file_tensor for ref in self.copy_refs(name, layer, expert).values())
+
+    def hold_misses(self) -> None:
+        """Map the files of all experts that can be missed, so that a damaged store is found before
+        the first request, and a replaced one does no harm. Raises StoreError."""
+        names = self.tenants
+        self.objects.hold(
+            object_id
+            for tenant, layer, expert in np.argwhere(self.plan.serving == MISS).tolist()
+            for object_id in self.own_content(names[tenant], layer, expert)
+        )
+
     def slot_refs(self, slot: int) -> dict[str, TensorRef]:
         """The weights of a resident copy, its owner's or merged ones: projection -> reference."""
         copy = self.plan.copies[slot]
         if copy.owner != MERGED:
             return self.copy_refs(self.tenants[copy.owner], copy.layer, copy.expert)
         ids = self.manifest.merged[slot]
-        return {
-            name: self.objects.ref(ids[name], self.dtype, shape)
-            for name, shape in self.experts.projections
-        }
+        return {name: self.objects.ref(ids[name]) for name, _ in self.experts.projections}
 
     def slot_content(self, slot: int) -> tuple[str, ...]:
         """Equal for resident copies whose weights are the same, in this store and any other."""
-        return tuple(ref.path.name for ref in self.slot_refs(slot).values())
+        return tuple(ref.file_tensor for ref in self.slot_refs(slot).values())
 
     def tenant_content(self, name: str) -> tuple[str, ...]:
         """Equal for tenants with the same non-expert weights and config, in any store."""
@@ -156,8 +177,7 @@ class Store:
 
     def residual_ref(self, index: int) -> TensorRef:
         """The record of `plan.residuals[index]`: uint8 [bytes], as docs/store-format.md says."""
-        nbytes = self.plan.residuals[index].nbytes(dict(self.experts.projections))
-        return self.objects.ref(self.manifest.residuals[index], "uint8", (nbytes,))
+        return self.objects.ref(self.manifest.residuals[index])
 
     def served_expert(self, name: str, layer: int, expert: int) -> dict[str, np.ndarray]:
         """The weights, residual included, that answer: projection -> float32 [out, in]."""
@@ -184,8 +204,8 @@ class Store:
         )
         if not shape[0]:
             return Distances(self.tenants, np.zeros(shape))
-        ref = self.objects.ref(entry["object"], "float32", shape)
-        return Distances(self.tenants, self.objects.read(ref).astype(np.float64))
+        found = self.objects.read(self.objects.ref(entry["object"]))
+        return Distances(self.tenants, found.astype(np.float64))
 
     # Memory, in bytes of the store's type.
 
@@ -233,18 +253,21 @@ class Store:
         largest = max(self.non_expert_bytes(name) for name in self.tenants)
         return self.plan.num_slots * self.copy_bytes + self.residual_bytes + largest
 
-    def _referenced(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {k: (v["dtype"], tuple(v["shape"])) for k, v in self.manifest.objects.items()}
-
     def verify(self, on_object: Callable[[], None] | None = None) -> list[Problem]:
         """Compare every file with its checksum. Returns the damaged or missing ones."""
-        problems = []
-        for object_id, (dtype, shape) in self._referenced().items():
-            what = self.objects.damage(object_id, dtype, shape)
+        damaged: dict[tuple[Path, str], list[str]] = {}
+        files: dict[Path, str | None] = {}
+        places = self.manifest.objects
+        for object_id in sorted(places, key=lambda i: (places[i].shard, places[i].offset)):
+            path = self.objects.path(object_id)
+            if path not in files:
+                files[path] = self.objects.shard_damage(object_id)
+            what = files[path] or self.objects.damage(object_id)
             if what is not None:
-                problems.append(Problem(self.objects.path(object_id), what))
+                damaged.setdefault((path, what), []).append(object_id)
             if on_object:
                 on_object()
+        problems = [Problem(*place, tuple(ids)) for place, ids in damaged.items()]
         # Tenants with equal files share a folder, whose files are checked once.
         checksums = {
             self.assets_dir(tenant.name) / name: entry["sha256"]
@@ -257,14 +280,13 @@ class Store:
                 problems.append(Problem(path, what))
         return problems
 
-    def owners_of(self, object_id: str) -> list[str]:
-        """`tenant: tensor` for everything that an object holds, to name what a damaged file
-        costs."""
+    def owners_of(self, object_ids: Collection[str]) -> list[str]:
+        """`tenant: tensor` for everything that objects hold, to name what a damaged file costs."""
         return [
             f"{t.name}: {tensor}"
             for t in self.manifest.tenants
             for tensor, i in t.tensors.items()
-            if i == object_id
+            if i in object_ids
         ]
 
     def export(self, name: str, target: str | Path, progress: Progress = silent) -> None:
@@ -356,7 +378,7 @@ class Store:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "bytes_budget": self.bytes_budget,
-            "bytes_on_disk": sum(int(v["bytes"]) for v in self.manifest.objects.values()),
+            "bytes_on_disk": sum(e.nbytes for e in self.manifest.objects.values() if e.in_store),
         }
 
 

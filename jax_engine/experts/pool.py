@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoints import TensorRef
 from common.plan.plan import MISS, Plan
 from common.store import Store
 from jax_engine.models.architecture import Architecture, Leaves
@@ -60,9 +59,7 @@ class DevicePool:
         self._spec = architecture.spec
         self._put_spare = put_spare
         self._names = [name for name, _ in store.experts.projections]
-        self._contents = [
-            [_content(store.slot_refs(number)) for number in slots] for slots in layers
-        ]
+        self._contents = [[store.slot_content(number) for number in slots] for slots in layers]
 
         def read(layer: int, slot: int, projection: str) -> np.ndarray:
             if slot >= len(
@@ -73,7 +70,7 @@ class DevicePool:
                 stacked = before._stacked(self._contents[layer][slot], projection)
                 if stacked is not None:
                     return stacked
-            return store.slot_refs(layers[layer][slot])[projection].map()
+            return store.objects.map(store.slot_refs(layers[layer][slot])[projection])
 
         def kept(layer: int, slot: int | None, projection: str) -> jax.Array | None:
             if before is None:
@@ -91,17 +88,13 @@ class DevicePool:
         self.copies = [
             architecture.layer_copies(self.leaves, n) for n in self._spec.shape.sparse_layers
         ]
-        # Mapped now, so that a damaged store is found before the first request, and a replaced one
-        # does no harm.
-        self._missing: dict[tuple[int, int, int], tuple[CopyContent, list[np.ndarray]]] = {}
-        for tenant, layer, expert in np.argwhere(store.plan.serving == MISS).tolist():
-            refs = store.copy_refs(store.tenants[tenant], layer, expert)
-            self._missing[tenant, layer, expert] = (
-                _content(refs),
-                [ref.map() for ref in refs.values()],
-            )
+        store.hold_misses()
+        self._store = store
         self.spare_slots = spare_slots
-        wanted = {content for content, _ in self._missing.values()}
+        wanted = {
+            store.own_content(store.tenants[tenant], layer, expert)
+            for tenant, layer, expert in np.argwhere(store.plan.serving == MISS).tolist()
+        }
         self._spare: OrderedDict[CopyContent, tuple[jax.Array, ...]] = OrderedDict(
             (content, copy)
             for content, copy in (before._spare.items() if before else ())
@@ -148,8 +141,11 @@ class DevicePool:
 
     def fetch(self, tenant: int, layer: int, expert: int) -> tuple[jax.Array, ...]:
         """A tenant's own expert, from a spare slot or from the store into one."""
-        content, matrices = self._missing[tenant, layer, expert]
+        name = self._store.tenants[tenant]
+        content = self._store.own_content(name, layer, expert)
         if content not in self._spare:
+            refs = self._store.copy_refs(name, layer, expert)
+            matrices = [self._store.objects.map(ref) for ref in refs.values()]
             while len(self._spare) >= self.spare_slots:
                 self._spare.popitem(last=False)
             if self._spec.dispatch.stacked:
@@ -176,8 +172,3 @@ class DevicePool:
         self.leaves = ()
         self.copies.clear()
         self._spare.clear()
-        self._missing.clear()
-
-
-def _content(refs: Mapping[str, TensorRef]) -> CopyContent:
-    return tuple(ref.path.stem for ref in refs.values())

@@ -253,7 +253,7 @@ class LoadedResiduals:
         for layer, numbers in enumerate(of_layer):
             residuals = [plan.residuals[i] for i in numbers]
             self._contents.append(
-                tuple((store.residual_ref(i).path.stem, plan.residuals[i].parts) for i in numbers)
+                tuple((store.residual_ref(i).file_tensor, plan.residuals[i].parts) for i in numbers)
             )
             same = before is not None and before._contents[layer] == self._contents[layer]
             forms = tuple(

@@ -12,6 +12,7 @@ from common import Store, StoreError, build_store
 from common.planning.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
 from common.progress import bars
 from common.store.kinds import kind_of, reference_of
+from common.store.manifest import COPY, OWN_EXPERTS
 from common.units import format_bytes
 from scripts import arguments
 
@@ -65,6 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + " for each tenant",
     )
     arguments.add_plan_arguments(parser)
+    parser.add_argument(
+        "--own-experts",
+        choices=OWN_EXPERTS,
+        default=COPY,
+        help="tenants' experts that are not resident, default %(default)s. copy: they are put into "
+        "the store; reference: they stay in their checkpoints, which must stay as they are; none: "
+        "they are dropped once the plan is made, so the store can neither miss nor be planned anew "
+        "nor take more tenants",
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -131,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
         traffic=dict(args.traffic),
         dtype=args.dtype,
         configs=dict(args.config),
+        own_experts=args.own_experts,
         progress=bars,
     )
     report(store, console)

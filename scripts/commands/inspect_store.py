@@ -13,6 +13,7 @@ from common import Store
 from common.build.beside import came_and_went
 from common.plan.plan import MERGED
 from common.store.kinds import kind_of, reference_of
+from common.store.pack import bytes_by_part
 from common.units import format_bytes
 from scripts import arguments
 
@@ -88,7 +89,18 @@ def memory_table(store: Store) -> Table:
         "resident copies", f"{about['resident_copies']} for {about['positions']} positions{merged}"
     )
     table.add_row("residuals", f"{about['residuals']}, {format_bytes(about['residual_bytes'])}")
-    table.add_row("on disk, misses included", format_bytes(about["bytes_on_disk"]))
+    return table
+
+
+def disk_table(store: Store) -> Table:
+    """A row a part of the store: what it takes on disk."""
+    table = Table(title="on disk", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for part, nbytes in bytes_by_part(store).items():
+        if nbytes:
+            table.add_row(part, format_bytes(nbytes))
+    table.add_row("all files of tensors", format_bytes(store.describe()["bytes_on_disk"]))
     return table
 
 
@@ -139,7 +151,12 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160  # a file or pipe has no width; wide enough that nothing is cut
-    for table in (tenants_table(store), memory_table(store), distances_table(store)):
+    for table in (
+        tenants_table(store),
+        memory_table(store),
+        disk_table(store),
+        distances_table(store),
+    ):
         console.print(table)
     settings = store.manifest.provenance
     asked = settings["settings"]

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         problems = store.verify(advance)
     for problem in problems:
         console.print(f"{problem.file}: {problem.what}", markup=False)
-        owners = store.owners_of(problem.file.stem)
+        owners = store.owners_of(problem.object_ids)
         if owners:
             more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
             console.print(f"  holds {'; '.join(owners[:3])}{more}", markup=False)

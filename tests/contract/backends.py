@@ -97,7 +97,7 @@ class StoredMade(Made):
         shutil.copytree(self.more.path, root / "damaged")
         damaged = Store.open(root / "damaged")
         for only in set(damaged.manifest.objects) - set(store.manifest.objects):
-            damaged.objects.path(only).unlink()
+            damaged.objects.path(only).unlink(missing_ok=True)
         shapes = {"x": helpers.save(other, root / "models" / "x")}
         self.refused = [damaged, build_round_robin(root / "shapes", shapes)]
 

@@ -66,7 +66,7 @@ def test_a_tenant_joins_and_another_leaves(small_family: SwitchFamily, tmp_path:
 def contents(store: Store) -> list[str]:
     """The objects of a store's slots, layer by layer, in the order of the pool's leaves."""
     numbers = sorted(range(len(store.plan.copies)), key=lambda n: store.plan.copies[n].layer)
-    return [ref.path.stem for n in numbers for ref in store.slot_refs(n).values()]
+    return [ref.file_tensor for n in numbers for ref in store.slot_refs(n).values()]
 
 
 def pointers(backend: JaxBackend) -> list[int]:

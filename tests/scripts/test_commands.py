@@ -139,10 +139,7 @@ def test_generate_prints_ids_or_json(store: Path, capsys: pytest.CaptureFixture[
 
 def test_verify_names_the_damaged_file(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = Store.open(store)
-    damaged = found.objects.path(found.tenant("bob").tensors["model.norm.weight"])
-    data = bytearray(damaged.read_bytes())
-    data[-3] ^= 4
-    damaged.write_bytes(data)
+    damaged = helpers.flip(found, found.tenant("bob").tensors["model.norm.weight"])
     code, out, err = run(capsys, "verify", store)
     assert code == 1
     assert f"{damaged}: content does not match its checksum" in out

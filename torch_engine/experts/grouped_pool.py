@@ -36,7 +36,7 @@ class GroupedPool(ExpertPool):
         for slots in self.slots_of_layer:
             gate_up, down = self._empty(len(slots))
             for slot, index in enumerate(slots):
-                fill(gate_up[slot], down[slot], mapped(store.slot_refs(index)))
+                fill(gate_up[slot], down[slot], mapped(store, store.slot_refs(index)))
             self._gate_up.append(gate_up)
             self._down.append(down)
         self._contents = [[store.slot_content(i) for i in slots] for slots in self.slots_of_layer]
@@ -84,7 +84,7 @@ class GroupedPool(ExpertPool):
         contents = [[store.slot_content(i) for i in slots] for slots in made.slots_of_layer]
         # All that is new is mapped before anything is overwritten: a missing file is found here.
         new = {
-            (layer, slot): mapped(store.slot_refs(index))
+            (layer, slot): mapped(store, store.slot_refs(index))
             for layer, slots in enumerate(made.slots_of_layer)
             for slot, index in enumerate(slots)
             if contents[layer][slot] not in self._contents[layer]
@@ -255,5 +255,4 @@ class GroupedPool(ExpertPool):
             self._spare = None
         self._gate_up.clear()
         self._down.clear()
-        self._missing.clear()
         self.residuals.close()

@@ -37,7 +37,7 @@ class CopyPool(ExpertPool, Generic[Expert]):
         super().__init__(store, dtype, device, spare_slots)
         self._contents = [[store.slot_content(i) for i in slots] for slots in self.slots_of_layer]
         self._resident = [
-            [self._ready(mapped(store.slot_refs(i))) for i in slots]
+            [self._ready(mapped(store, store.slot_refs(i))) for i in slots]
             for slots in self.slots_of_layer
         ]
         self._spare: OrderedDict[tuple[int, int], Expert] = OrderedDict()
@@ -53,7 +53,7 @@ class CopyPool(ExpertPool, Generic[Expert]):
         contents = [[store.slot_content(i) for i in slots] for slots in made.slots_of_layer]
         resident = [
             [
-                here.get(c) or self._ready(mapped(store.slot_refs(i)))
+                here.get(c) or self._ready(mapped(store, store.slot_refs(i)))
                 for i, c in zip(slots, row, strict=True)
             ]
             for slots, row in zip(made.slots_of_layer, contents, strict=True)
@@ -93,7 +93,6 @@ class CopyPool(ExpertPool, Generic[Expert]):
     def close(self) -> None:
         self._resident.clear()
         self._spare.clear()
-        self._missing.clear()
         self.residuals.close()
 
 

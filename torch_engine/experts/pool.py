@@ -52,14 +52,7 @@ class PoolPlan:
         self.can_miss = np.array(
             [(k >= len(s)).any(axis=1) for k, s in zip(self.keys, self.slots_of_layer, strict=True)]
         )
-        # Mapped now, so that a damaged store is found before the first request, and a replaced one
-        # does no harm.
-        self.missing = {
-            (int(tenant), int(layer), int(expert)): mapped(
-                store.copy_refs(store.tenants[tenant], int(layer), int(expert))
-            )
-            for tenant, layer, expert in np.argwhere(store.plan.serving == MISS)
-        }
+        store.hold_misses()
 
 
 class ExpertPool(ABC):
@@ -85,7 +78,6 @@ class ExpertPool(ABC):
         self.slots_of_layer, self.keys = made.slots_of_layer, made.keys
         self.can_miss = made.can_miss
         self.residuals: HeldResiduals = residuals
-        self._missing = made.missing
 
     @abstractmethod
     def update(self, store: Store) -> None:
@@ -129,7 +121,7 @@ class ExpertPool(ABC):
     def _missed(self, layer: int, key: int) -> dict[str, Tensor]:
         """The tenant's own matrices that a miss key names."""
         tenant, expert = divmod(key - len(self.slots_of_layer[layer]), self.plan.num_experts)
-        return self._missing[tenant, layer, expert]
+        return mapped(self.store, self.store.copy_refs(self.plan.tenants[tenant], layer, expert))
 
     def _count_misses(
         self, layer: int, keys: np.ndarray, tenants: TokenTenants, misses: np.ndarray
@@ -145,9 +137,9 @@ class ExpertPool(ABC):
         """Drop the weights."""
 
 
-def mapped(refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
+def mapped(store: Store, refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
     """A copy's matrices as views of the store's files."""
-    return {projection: as_tensor(ref.map()) for projection, ref in refs.items()}
+    return {projection: as_tensor(store.objects.map(ref)) for projection, ref in refs.items()}
 
 
 def key_tables(plan: Plan) -> tuple[list[list[int]], list[np.ndarray]]:

@@ -23,7 +23,7 @@ from tests import checkpoints, helpers
 DRIVER = """
 import json, os, shutil, sys
 from pathlib import Path
-from common import Store, StoreError, add_tenant, build_store, extend_store, remove_tenant
+from common import Store, add_tenant, build_store, extend_store, pack_store, remove_tenant
 
 place, case, checkpoints = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 a, b, c = checkpoints
@@ -36,7 +36,7 @@ build_store(spare, {"a": a, "b": b}, slots=1)
 def prepare():
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    if case != "new":
+    if case not in ("new", "pack"):
         shutil.copytree(spare, path)
 
 
@@ -47,6 +47,8 @@ def change():
         remove_tenant(path, "a")
     elif case == "extend":
         extend_store(path, "c", c, extra=0.5)
+    elif case == "pack":
+        pack_store(Store.open(spare), path)
     elif case == "leave":
         remove_tenant(path, "a", keep_plan=True)
     else:
@@ -124,7 +126,7 @@ print(json.dumps(outcomes | {"steps": step}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["new", "replace", "add", "remove", "extend", "leave"])
+@pytest.mark.parametrize("case", ["new", "replace", "add", "remove", "extend", "leave", "pack"])
 def test_dying_before_any_step(case: str, tmp_path: Path) -> None:
     base = checkpoints.random_mixtral(
         0, num_hidden_layers=1, num_local_experts=2, hidden_size=8, intermediate_size=8

@@ -265,12 +265,10 @@ def test_refused_changes_leave_the_store_as_it_was(
         extend_store(path, "cy", newcomer)
     assert helpers.fingerprint(path) == before
     # A merged copy is never measured against when it is damaged.
-    damaged = store.objects.path(store.manifest.merged[3]["down"])
-    data = bytearray(damaged.read_bytes())
-    data[-9] ^= 16
-    damaged.write_bytes(bytes(data))
+    damaged = store.manifest.merged[3]["down"]
+    helpers.flip(store, damaged)
     before = helpers.fingerprint(path)
-    with pytest.raises(StoreError, match=f"{damaged.name}: content does not match its checksum"):
+    with pytest.raises(StoreError, match=f"{damaged} does not match its checksum"):
         extend_store(path, "cy", newcomer)
     assert helpers.fingerprint(path) == before
     one = build_store(tmp_path / "one", {"ana": ana})

@@ -159,7 +159,7 @@ def test_export_is_the_tenant_as_served(family: Family, tmp_path: Path, slots: A
 
 def test_the_manifest_is_documented_json(store: Store) -> None:
     value = json.loads((store.path / "store.json").read_text())
-    assert (value["format"], value["version"]) == ("moetel-store", 3)
+    assert (value["format"], value["version"]) == ("moetel-store", 4)
     assert {
         "checksum",
         "family",
@@ -168,5 +168,5 @@ def test_the_manifest_is_documented_json(store: Store) -> None:
         "tenants",
         "plan",
         "similarity",
-        "objects",
+        "index",
     } <= set(value)
