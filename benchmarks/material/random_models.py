@@ -180,6 +180,8 @@ def write_random(
 
             def block(of: int, number: int = number, count: int = count) -> np.ndarray:
                 start = (number * 7919 + of * 104729) % NOISE
+                if start + count <= NOISE:
+                    return noise[start : start + count].copy()
                 return np.resize(np.roll(noise, -start), count)
 
             values = block(mine if moved is None else 0)

@@ -101,7 +101,8 @@ class Shape:
 
 def add_model(parser: argparse.ArgumentParser, **default_sizes: Mapping[str, int]) -> None:
     """--family and --sizes. default_sizes: of each family, beside those of `MODELS`."""
-    parser.add_argument("--family", choices=("mixtral", "switch"), default="mixtral")
+    families = ("mixtral", "switch", "olmoe", "qwen3-30b-a3b")
+    parser.add_argument("--family", choices=families, default="mixtral")
     parser.add_argument(
         "--sizes",
         nargs="*",
