@@ -24,8 +24,7 @@ from common.build.calibration import calibrate
 from common.build.draft import make_draft
 from common.build.examples import CalibrationSet
 from common.build.settings import Amount, PlanSettings, Slots, resolve
-from common.build.sources import Source, check_agreement, check_name, with_tenant
-from common.checkpoints import open_checkpoint
+from common.build.sources import Source, check_agreement, check_name, open_tenants, with_tenant
 from common.dtypes import common_dtype
 from common.errors import StoreError, UnknownTenantError
 from common.plan.distance import Distances
@@ -59,6 +58,7 @@ def build_store(
     traffic: Mapping[str, float] | None = None,
     dtype: str = "auto",
     configs: Mapping[str, str | Path] | None = None,
+    bases: Mapping[str, str | Path] | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Build a store from checkpoints, replacing the store at `path` if there is one.
@@ -80,6 +80,7 @@ def build_store(
         dtype: the store's type; auto is that of all tensors of all tenants if they agree, else
             float32, so that nothing is rounded.
         configs: tenant -> config.json, for T5X and Orbax checkpoints, which hold none.
+        bases: tenant -> base, for PEFT adapters; else the base is the one that the adapter names.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
@@ -95,9 +96,10 @@ def build_store(
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
-    configs = configs or {}
+    configs, bases = configs or {}, bases or {}
     for what, given in (
         ("a config", configs),
+        ("a base", bases),
         ("calibration", calibration or {}),
         ("traffic", traffic or {}),
     ):
@@ -106,10 +108,7 @@ def build_store(
             raise StoreError(
                 f"{what} is given for {strangers[0]!r}, which is no tenant of this build"
             )
-    sources = [
-        Source.from_checkpoint(name, open_checkpoint(place, configs.get(name)))
-        for name, place in pairs
-    ]
+    sources = open_tenants(pairs, configs, bases)
     check_agreement(sources)
     if dtype == "auto":
         types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
@@ -140,6 +139,7 @@ def add_tenant(
     checkpoint: str | Path,
     *,
     config: str | Path | None = None,
+    base: str | Path | None = None,
     calibration: CalibrationSet | None = None,
     progress: Progress = silent,
 ) -> Store:
@@ -148,12 +148,13 @@ def add_tenant(
 
     Args:
         config: config.json of a T5X or Orbax checkpoint, which holds none.
+        base: of a PEFT adapter; else the one that the adapter names.
         calibration: examples of the new tenant's use.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
     examples = {} if calibration is None else {name: calibration}
-    return _change(Path(path), with_tenant(name, checkpoint, config), examples, progress)
+    return _change(Path(path), with_tenant(name, checkpoint, config, base), examples, progress)
 
 
 def replan(

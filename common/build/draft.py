@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.build.sources import Source, convert, notes_of, read_converted, refuse_not_finite
+from common.build.sources import (
+    Reader,
+    Source,
+    first_of_equal,
+    notes_of,
+    place_of,
+    refuse_not_finite,
+)
 from common.dtypes import BY_NAME
 from common.plan.distance import Distances, compare, tenant_pairs
 from common.plan.plan import plan_all
@@ -109,15 +116,19 @@ def _store_experts(
 
     def one(job: tuple[int, int, str, str]) -> tuple[int, int, np.ndarray, list[str]]:
         layer, expert, _, tensor = job
-        arrays = [read_converted(objects, s, tensor, dtype) for s in sources]
-        part, finite = compare(arrays, compared)
-        for tenant in np.flatnonzero(~finite):
-            refuse_not_finite(sources[int(tenant)], tensor, dtype)
-        ids = [
-            s.ids.get(tensor) or objects.put(array)
-            for s, array in zip(sources, arrays, strict=True)
-        ]
-        return layer, expert, part, ids
+        first = first_of_equal(sources, tensor)
+        each = sorted(set(first))
+        reader = Reader(objects, dtype)
+        arrays = {i: reader.read(sources[i], tensor) for i in each}
+        apart = sorted({(first[a], first[b]) for a, b in compared if first[a] != first[b]})
+        numbers = [(each.index(a), each.index(b)) for a, b in apart]
+        found, finite = compare(list(arrays.values()), numbers)
+        for i in np.flatnonzero(~finite):
+            refuse_not_finite(sources[each[i]], tensor, dtype)
+        squares = dict(zip(apart, found, strict=True))
+        part = np.array([squares.get((first[a], first[b]), 0.0) for a, b in compared])
+        ids = {i: sources[i].ids.get(tensor) or objects.put(arrays[i]) for i in each}
+        return layer, expert, part, [ids[i] for i in first]
 
     jobs = list(family.iter_expert_tensors(config))
     tensor_bytes = max(int(np.prod(shape)) for _, shape in spec.projections) * 4
@@ -137,18 +148,18 @@ def _store_experts(
 def _store_non_experts(
     objects: Objects, sources: Sequence[Source], dtype: str, progress: Progress
 ) -> None:
-    jobs = [
-        (s, tensor)
-        for s in sources
-        for tensor in s.family.non_expert_shapes(s.config)
-        if tensor not in s.ids
-    ]
+    of_place: dict[Hashable, list[tuple[Source, str]]] = {}
+    for s in sources:
+        for tensor in s.family.non_expert_shapes(s.config):
+            if tensor not in s.ids:
+                of_place.setdefault(place_of(s.refs[tensor]), []).append((s, tensor))
+    jobs = [owners[0] for owners in of_place.values()]
     if not jobs:
         return
 
     def one(job: tuple[Source, str]) -> str:
         source, tensor = job
-        array = convert(source, tensor, dtype)
+        array = Reader(objects, dtype).read(source, tensor)
         if not compare([array], [])[1][0]:
             refuse_not_finite(source, tensor, dtype)
         return objects.put(array)
@@ -158,8 +169,9 @@ def _store_non_experts(
         ThreadPoolExecutor(_workers(largest)) as pool,
         progress("storing non-expert weights", len(jobs)) as advance,
     ):
-        for (source, tensor), object_id in zip(jobs, pool.map(one, jobs), strict=True):
-            source.ids[tensor] = object_id
+        for owners, object_id in zip(of_place.values(), pool.map(one, jobs), strict=True):
+            for source, tensor in owners:
+                source.ids[tensor] = object_id
             advance()
 
 

@@ -27,6 +27,7 @@ def extend_store(
     checkpoint: str | Path,
     *,
     config: str | Path | None = None,
+    base: str | Path | None = None,
     extra: float | None = None,
     progress: Progress = silent,
 ) -> Store:
@@ -37,6 +38,7 @@ def extend_store(
 
     Args:
         config: config.json of a T5X or Orbax checkpoint, which holds none.
+        base: of a PEFT adapter; else the one that the adapter names.
         extra: bytes for residuals of its own, as a share of one model's expert bytes. Without it
             what each planned tenant had: `DEFAULT_EXTRA` or its part of the store's own share, and
             no more than is left of a budget; nothing where the policy has no use for it or slots
@@ -72,7 +74,7 @@ def extend_store(
             )
         return manifest
 
-    return change_beside(Path(path), with_tenant(name, checkpoint, config), beside, progress)
+    return change_beside(Path(path), with_tenant(name, checkpoint, config, base), beside, progress)
 
 
 def _bytes_beside(settings: PlanSettings, old: Store, draft: Store, extra: float | None) -> int:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from common.build.check_text import decide_generation
-from common.checkpoints import Checkpoint, TensorRef, TensorSource, open_checkpoint
+from common.checkpoints import (
+    Checkpoint,
+    TensorRef,
+    TensorSource,
+    is_adapter,
+    open_checkpoint,
+)
 from common.checkpoints.generation_config import GenerationConfig
+from common.checkpoints.peft_tensors import AdaptedTensor
 from common.dtypes import BY_NAME, is_lossless
 from common.errors import CheckpointError, StoreError
 from common.families import Family, ModelConfig
@@ -86,8 +93,28 @@ class Source:
         )
 
 
+def open_tenants(
+    tenants: Sequence[tuple[str, str | Path]],
+    configs: Mapping[str, str | Path],
+    bases: Mapping[str, str | Path],
+) -> list[Source]:
+    """The tenants of a build, in order. A base that several adapters have is opened once.
+
+    configs, bases: by tenant, see `open_checkpoint`. Raises CheckpointError.
+    """
+    opened: dict[Path, Checkpoint] = {}
+    found: dict[str, Checkpoint] = {}
+    # Whole models first: they may be the bases of adapters that were named before them.
+    for name, place in sorted(tenants, key=lambda pair: is_adapter(Path(pair[1]))):
+        checkpoint = open_checkpoint(place, configs.get(name), base=bases.get(name), beside=opened)
+        found[name] = checkpoint
+        whole = checkpoint if checkpoint.base is None else checkpoint.base
+        opened.setdefault(whole.path.resolve(), whole)
+    return [Source.from_checkpoint(name, found[name]) for name, _ in tenants]
+
+
 def with_tenant(
-    name: str, checkpoint: str | Path, config: str | Path | None
+    name: str, checkpoint: str | Path, config: str | Path | None, base: str | Path | None = None
 ) -> Callable[[Store], list[Source]]:
     """What makes the sources of a store's tenants and, last, a new one's. Raises StoreError for a
     name that is not allowed, and when it is called CheckpointError or StoreError."""
@@ -99,7 +126,8 @@ def with_tenant(
                 f"tenant {name!r} is in this store already; remove it first or choose another name"
             )
         sources = [Source.from_store(store, tenant) for tenant in store.tenants]
-        sources.append(Source.from_checkpoint(name, open_checkpoint(checkpoint, config)))
+        opened = open_checkpoint(checkpoint, config, base=base)
+        sources.append(Source.from_checkpoint(name, opened))
         check_agreement(sources)
         return sources
 
@@ -126,22 +154,49 @@ def check_agreement(sources: Sequence[Source]) -> None:
             )
 
 
-def read_converted(objects: Objects, source: Source, tensor: str, dtype: str) -> np.ndarray:
-    """A tensor in the store's type. What is stored already is compared with its checksum, as new
-    tensors are hashed: else distances of damaged weights would be kept, and plans made by them.
-    Hashing (1.8 GB/s a thread) costs less than most disks' reading."""
-    ref = source.refs[tensor]
-    if tensor in source.ids and isinstance(ref, TensorRef):
-        return objects.read(ref)
-    return convert(source, tensor, dtype)
+class Reader:
+    """Tensors of several tenants in the store's type. What tenants have from one place is read
+    once; made for tensors that are looked at together, and dropped with them."""
+
+    def __init__(self, objects: Objects, dtype: str):
+        self._objects, self._dtype = objects, dtype
+        self._raw: dict[TensorRef, np.ndarray] = {}
+
+    def read(self, source: Source, tensor: str) -> np.ndarray:
+        """What is stored already is compared with its checksum, as new tensors are hashed: else
+        distances of damaged weights would be kept, and plans made by them. Hashing (1.8 GB/s a
+        thread) costs less than most disks' reading."""
+        ref = source.refs[tensor]
+        if tensor in source.ids and isinstance(ref, TensorRef):
+            return self._objects.read(ref)
+        if isinstance(ref, AdaptedTensor):  # in float32, so that it is rounded once
+            start = self._of_file(ref.start) if isinstance(ref.start, TensorRef) else None
+            return self._converted(ref.merged(start))
+        return self._converted(self._of_file(ref) if isinstance(ref, TensorRef) else ref.read())
+
+    def _of_file(self, ref: TensorRef) -> np.ndarray:
+        if ref not in self._raw:
+            self._raw[ref] = ref.read()
+        return self._raw[ref]
+
+    def _converted(self, array: np.ndarray) -> np.ndarray:
+        if array.dtype == BY_NAME[self._dtype]:
+            return array
+        with np.errstate(
+            over="ignore"
+        ):  # what does not fit becomes infinite and is refused by name
+            return array.astype(BY_NAME[self._dtype])
 
 
-def convert(source: Source, tensor: str, dtype: str) -> np.ndarray:
-    array = source.refs[tensor].read()
-    if array.dtype == BY_NAME[dtype]:
-        return array
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite and is refused by name
-        return array.astype(BY_NAME[dtype])
+def first_of_equal(sources: Sequence[Source], tensor: str) -> list[int]:
+    """For each source the number of the first one that has the tensor from the same place."""
+    seen: dict[Hashable, int] = {}
+    return [seen.setdefault(place_of(s.refs[tensor]), i) for i, s in enumerate(sources)]
+
+
+def place_of(ref: TensorSource) -> Hashable:
+    """Equal for tensors that are the same bytes of the same file."""
+    return ref if isinstance(ref, TensorRef | AdaptedTensor) else id(ref)
 
 
 def refuse_not_finite(source: Source, tensor: str, dtype: str) -> None:
