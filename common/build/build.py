@@ -24,11 +24,18 @@ from common.build.calibration import calibrate
 from common.build.draft import make_draft
 from common.build.examples import CalibrationSet
 from common.build.settings import Amount, PlanSettings, Slots, resolve
-from common.build.sources import Source, check_agreement, check_name, open_tenants, with_tenant
-from common.dtypes import common_dtype
+from common.build.sources import (
+    Source,
+    check_agreement,
+    check_name,
+    narrowest_type,
+    open_tenants,
+    with_tenant,
+)
 from common.errors import StoreError, UnknownTenantError
 from common.plan.distance import Distances
 from common.plan.profile import Profile
+from common.planning.adapters import plan_adapters
 from common.planning.measurements import Measurements
 from common.planning.planner import Planner
 from common.planning.policies import DEFAULT_POLICY, policy_named
@@ -41,9 +48,6 @@ from common.store.store import Store, is_store
 from common.version import __version__
 
 logger = logging.getLogger(__name__)
-
-
-HALVES = "--dtype bfloat16 takes half the memory, and rounds"
 
 
 def build_store(
@@ -111,14 +115,7 @@ def build_store(
     sources = open_tenants(pairs, configs, bases)
     check_agreement(sources)
     if dtype == "auto":
-        types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
-        dtype = common_dtype(types)
-        if len(types) > 1:
-            listed = f"{', '.join(types[:-1])} and {types[-1]}"
-            for source in sources:
-                if any(ref.dtype != dtype for ref in source.refs.values()):
-                    note = f"the store is {dtype}, which holds {listed} without rounding; {HALVES}"
-                    source.read_notes = (*source.read_notes, note)
+        dtype = narrowest_type(sources)
     check_dtype(dtype)
     amount = resolve(settings, sources, dtype)
     if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
@@ -344,6 +341,11 @@ def _assemble(
     draft = Store(directory, replace(draft.manifest, objects=entries, calibration=kept))
     if amount.slots is None:
         return draft.manifest
+    if settings.slots is None and amount.slots == draft.experts.num_positions:
+        limited = settings.budget_bytes is not None or settings.extra is not None
+        exact = plan_adapters(settings.policy, draft, amount.extra_bytes if limited else None)
+        if exact is not None:
+            return exact.of(draft)
     planner = Planner(draft, profiles, settings.traffic, progress, known)
     outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes)
     if planner.measurements.worth_keeping:

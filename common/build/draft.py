@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.build.adapted import adapted_experts
 from common.build.sources import (
     Reader,
     Source,
@@ -18,10 +19,12 @@ from common.build.sources import (
     place_of,
     refuse_not_finite,
 )
+from common.checkpoints.peft_tensors import AdaptedTensor
 from common.dtypes import BY_NAME
 from common.plan.distance import Distances, compare, tenant_pairs
 from common.plan.plan import plan_all
 from common.progress import Progress
+from common.store.change import putter
 from common.store.manifest import Manifest, Tenant
 from common.store.objects import Objects, save_assets
 from common.store.store import Store
@@ -47,11 +50,14 @@ def make_draft(
     objects = Objects(directory / "objects")
     matrix = _store_experts(objects, sources, dtype, old, progress)
     _store_non_experts(objects, sources, dtype, progress)
+    entries = _object_entries(sources, dtype)
+    for source in sources:
+        if source.base_ids:
+            source.adapted = adapted_experts(source, dtype, putter(objects, entries))
     names = tuple(s.name for s in sources)
     # The plan follows from what is kept (float32), so that planning again from the store gives the
     # same plan.
     distances = Distances(names, matrix.astype(np.float32).astype(np.float64))
-    entries = _object_entries(sources, dtype)
     similarity: dict[str, Any] = {"object": None, "layers": distances.layer_summary()}
     if distances.matrix.shape[0]:
         table = distances.matrix.astype(np.float32)
@@ -74,6 +80,7 @@ def make_draft(
                 files,
                 notes_of(source, dtype),
                 source.generation,
+                source.adapted,
             )
         )
     # What is planned and measured from here on looks at the tensors through a store that shares
@@ -114,7 +121,9 @@ def _store_experts(
     squared = np.zeros((len(new_pairs), spec.num_layers, spec.num_experts), dtype=np.float64)
     compared = [pairs[i] for i in new_pairs]
 
-    def one(job: tuple[int, int, str, str]) -> tuple[int, int, np.ndarray, list[str]]:
+    def one(
+        job: tuple[int, int, str, str],
+    ) -> tuple[int, int, np.ndarray, list[str], dict[int, str]]:
         layer, expert, _, tensor = job
         first = first_of_equal(sources, tensor)
         each = sorted(set(first))
@@ -123,12 +132,21 @@ def _store_experts(
         apart = sorted({(first[a], first[b]) for a, b in compared if first[a] != first[b]})
         numbers = [(each.index(a), each.index(b)) for a, b in apart]
         found, finite = compare(list(arrays.values()), numbers)
-        for i in np.flatnonzero(~finite):
-            refuse_not_finite(sources[each[i]], tensor, dtype)
+        for at in np.flatnonzero(~finite):
+            refuse_not_finite(sources[each[int(at)]], tensor, dtype)
         squares = dict(zip(apart, found, strict=True))
         part = np.array([squares.get((first[a], first[b]), 0.0) for a, b in compared])
         ids = {i: sources[i].ids.get(tensor) or objects.put(arrays[i]) for i in each}
-        return layer, expert, part, [ids[i] for i in first]
+        stored = {place_of(sources[i].refs[tensor]): ids[i] for i in each}
+        bases: dict[int, str] = {}
+        for i, source in enumerate(sources):
+            ref = source.refs[tensor]
+            if isinstance(ref, AdaptedTensor) and not ref.replaced:
+                place = place_of(ref.start)
+                if place not in stored:
+                    stored[place] = objects.put(reader.base(ref))
+                bases[i] = stored[place]
+        return layer, expert, part, [ids[i] for i in first], bases
 
     jobs = list(family.iter_expert_tensors(config))
     tensor_bytes = max(int(np.prod(shape)) for _, shape in spec.projections) * 4
@@ -136,8 +154,11 @@ def _store_experts(
         ThreadPoolExecutor(_workers(len(sources) * tensor_bytes)) as pool,
         progress("comparing and storing experts", len(jobs)) as advance,
     ):
-        for job, (layer, expert, part, ids) in zip(jobs, pool.map(one, jobs), strict=True):
+        done = zip(jobs, pool.map(one, jobs), strict=True)
+        for job, (layer, expert, part, ids, bases) in done:
             squared[:, layer, expert] += part
+            for i, object_id in bases.items():
+                sources[i].base_ids[job[3]] = object_id
             for source, object_id in zip(sources, ids, strict=True):
                 source.ids[job[3]] = object_id
             advance()
@@ -199,8 +220,9 @@ def _object_entries(sources: Sequence[Source], dtype: str) -> dict[str, dict[str
     entries: dict[str, dict[str, Any]] = {}
     for source in sources:
         shapes = source.family.all_shapes(source.config)
-        for tensor, object_id in source.ids.items():
+        for tensor, object_id in (*source.ids.items(), *source.base_ids.items()):
             shape = shapes[tensor]
             nbytes = int(np.prod(shape, dtype=np.int64)) * BY_NAME[dtype].itemsize
             entries[object_id] = {"dtype": dtype, "shape": list(shape), "bytes": nbytes}
+        entries |= source.kept
     return entries

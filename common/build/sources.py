@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,16 @@ from common.checkpoints import (
 )
 from common.checkpoints.generation_config import GenerationConfig
 from common.checkpoints.peft_tensors import AdaptedTensor
-from common.dtypes import BY_NAME, is_lossless
+from common.dtypes import BY_NAME, common_dtype, is_lossless
 from common.errors import CheckpointError, StoreError
 from common.families import Family, ModelConfig
+from common.plan.adapted import AdaptedExpert
 from common.store.objects import Objects, asset_damage
 from common.store.store import Store
 
 logger = logging.getLogger(__name__)
+
+HALVES = "--dtype bfloat16 takes half the memory, and rounds"
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -37,6 +41,8 @@ class Source:
 
     notes: of a tenant that was stored before, all that was said of it; read_notes: what its
         checkpoint's reader says.
+    base_ids: of tensors that an adapter adds to, what is stored of the base's. adapted: experts of
+        which that is known; kept: entries of a manifest for the objects that these name.
     """
 
     name: str
@@ -49,6 +55,9 @@ class Source:
     notes: tuple[str, ...] = ()
     read_notes: tuple[str, ...] = ()
     generation: GenerationConfig | None = None
+    base_ids: dict[str, str] = field(default_factory=dict)
+    adapted: tuple[AdaptedExpert, ...] = ()
+    kept: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_checkpoint(cls, name: str, checkpoint: Checkpoint) -> Source:
@@ -90,6 +99,8 @@ class Source:
             dict(tenant.tensors),
             tenant.notes,
             generation=tenant.generation,
+            adapted=tenant.adapted,
+            kept={i: dict(store.manifest.objects[i]) for a in tenant.adapted for i in a.object_ids},
         )
 
 
@@ -154,6 +165,20 @@ def check_agreement(sources: Sequence[Source]) -> None:
             )
 
 
+def narrowest_type(sources: Sequence[Source]) -> str:
+    """The store's type where none is asked for: that of all tensors if they agree, else float32;
+    then tenants of a smaller type get a note."""
+    types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
+    dtype = common_dtype(types)
+    if len(types) > 1:
+        listed = f"{', '.join(types[:-1])} and {types[-1]}"
+        for source in sources:
+            if any(ref.dtype != dtype for ref in source.refs.values()):
+                note = f"the store is {dtype}, which holds {listed} without rounding; {HALVES}"
+                source.read_notes = (*source.read_notes, note)
+    return dtype
+
+
 class Reader:
     """Tensors of several tenants in the store's type. What tenants have from one place is read
     once; made for tensors that are looked at together, and dropped with them."""
@@ -173,6 +198,13 @@ class Reader:
             start = self._of_file(ref.start) if isinstance(ref.start, TensorRef) else None
             return self._converted(ref.merged(start))
         return self._converted(self._of_file(ref) if isinstance(ref, TensorRef) else ref.read())
+
+    def base(self, ref: AdaptedTensor) -> np.ndarray:
+        """What an adapter adds to, in the store's type."""
+        start = ref.start
+        return self._converted(
+            self._of_file(start) if isinstance(start, TensorRef) else start.read()
+        )
 
     def _of_file(self, ref: TensorRef) -> np.ndarray:
         if ref not in self._raw:

@@ -103,7 +103,10 @@ class _Adapter:
         for name in {**self.starts, **self.terms}:
             before = self.base.tensors[name]
             tensors[name] = AdaptedTensor(
-                self.starts.get(name, before), before.dtype, tuple(self.terms.get(name, ()))
+                self.starts.get(name, before),
+                before.dtype,
+                tuple(self.terms.get(name, ())),
+                name in self.starts,
             )
         notes = (
             f"an adapter of {self.base.path}: {len(self.terms)} tensors adapted, "

@@ -64,7 +64,7 @@ class LowRank:
         left, right = self.factors()
         product = left @ right
         product *= np.float32(self.scaling)
-        return product
+        return np.asarray(product)
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,14 @@ class Bias:
 class AdaptedTensor:
     """A tensor of the base, or the one that the adapter has in its place, with what is added.
 
-    start: where sums begin. dtype: the base's. Sums are in float32, and are rounded once.
+    start: where sums begin. replaced: whether that is the adapter's own, in the base's place.
+    dtype: the base's. Sums are in float32, and are rounded once.
     """
 
     start: TensorSource
     dtype: str
     terms: tuple[LowRank | Bias, ...] = ()
+    replaced: bool = False
 
     @property
     def path(self) -> Path:

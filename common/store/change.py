@@ -67,7 +67,7 @@ def with_plan(
     if len(records) != len(plan.residuals):
         raise PlanError(f"{len(records)} records for {len(plan.residuals)} residuals of the plan")
     entries: dict[str, dict[str, Any]] = {
-        i: dict(manifest.objects[i]) for t in manifest.tenants for i in t.tensors.values()
+        i: dict(manifest.objects[i]) for t in manifest.tenants for i in t.object_ids()
     }
     for object_id in manifest.measured_ids():
         entries[object_id] = dict(manifest.objects[object_id])
