@@ -27,7 +27,7 @@ from common.build.settings import Amount, PlanSettings, Slots, resolve
 from common.build.sources import (
     Source,
     check_agreement,
-    check_name,
+    check_tenants,
     narrowest_type,
     open_tenants,
     with_tenant,
@@ -92,26 +92,16 @@ def build_store(
     settings = PlanSettings(policy, slots, budget_bytes, extra, dict(traffic or {}))
     settings.check()
     pairs = list(tenants.items()) if isinstance(tenants, Mapping) else list(tenants)
-    if not pairs:
-        raise StoreError("a store needs at least one tenant; give --tenant NAME=CHECKPOINT")
-    for name, _ in pairs:
-        check_name(name)
-    names = [name for name, _ in pairs]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
     configs, bases = configs or {}, bases or {}
-    for what, given in (
-        ("a config", configs),
-        ("a base", bases),
-        ("calibration", calibration or {}),
-        ("traffic", traffic or {}),
-    ):
-        strangers = sorted(set(given) - set(names))
-        if strangers:
-            raise StoreError(
-                f"{what} is given for {strangers[0]!r}, which is no tenant of this build"
-            )
+    check_tenants(
+        [name for name, _ in pairs],
+        {
+            "a config": configs,
+            "a base": bases,
+            "calibration": calibration or {},
+            "traffic": traffic or {},
+        },
+    )
     sources = open_tenants(pairs, configs, bases)
     check_agreement(sources)
     if dtype == "auto":

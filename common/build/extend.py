@@ -40,9 +40,9 @@ def extend_store(
         config: config.json of a T5X or Orbax checkpoint, which holds none.
         base: of a PEFT adapter; else the one that the adapter names.
         extra: bytes for residuals of its own, as a share of one model's expert bytes. Without it
-            what each planned tenant had: `DEFAULT_EXTRA` or its part of the store's own share, and
-            no more than is left of a budget; nothing where the policy has no use for it or slots
-            were given.
+            what each planned tenant had: `DEFAULT_EXTRA` or its part of the store's own share, or
+            what an adapter's own numbers take if that is more; no more than is left of a budget;
+            nothing where the policy has no use for it or slots were given.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
@@ -84,11 +84,14 @@ def _bytes_beside(settings: PlanSettings, old: Store, draft: Store, extra: float
         return int(extra * one_model)
     if settings.slots is not None or not policy_named(settings.policy).uses_extra:
         return 0
+    # What an adapter adds is held as it is.
+    shapes = dict(old.experts.projections)
+    adapter = sum(a.residual(0).nbytes(shapes) for a in draft.manifest.tenants[-1].adapted)
     if settings.extra is not None:
         added, removed = came_and_went(old)
         planned = len(old.tenants) - len(added) + len(removed)
-        return int(settings.extra / planned * one_model)
-    found = int(DEFAULT_EXTRA * one_model)
+        return max(adapter, int(settings.extra / planned * one_model))
+    found = max(adapter, int(DEFAULT_EXTRA * one_model))
     if settings.budget_bytes is not None:
         fixed = max(draft.non_expert_bytes(name) for name in draft.tenants)
         room = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from common.dtypes import BY_NAME, common_dtype, is_lossless
 from common.errors import CheckpointError, StoreError
 from common.families import Family, ModelConfig
 from common.plan.adapted import AdaptedExpert
-from common.store.objects import Objects, asset_damage
+from common.store.objects import Objects, asset_damage, content_id
 from common.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -139,10 +139,38 @@ def with_tenant(
         sources = [Source.from_store(store, tenant) for tenant in store.tenants]
         opened = open_checkpoint(checkpoint, config, base=base)
         sources.append(Source.from_checkpoint(name, opened))
+        if opened.base is not None:
+            _take_from_store(store, sources[-1], opened.base)
         check_agreement(sources)
         return sources
 
     return with_it
+
+
+def _take_from_store(store: Store, source: Source, base: Checkpoint) -> None:
+    """Give a new tenant the ids of tensors that it has from `base`, if that came into the store
+    from the same directory and has not changed since.
+
+    Whether it has is told by all non-expert tensors and one expert of each layer; others are not
+    read. Raises CheckpointError.
+    """
+    place = str(base.path.resolve())
+    tenant = next((t for t in store.manifest.tenants if t.source == place), None)
+    if tenant is None or tenant.config.raw != base.config.raw:
+        return
+    same = [n for n, ref in source.refs.items() if ref is base.tensors.get(n)]
+    family, spec = base.family, base.config.experts
+    seen = set(family.non_expert_shapes(base.config))
+    for layer in range(spec.num_layers):
+        expert = layer % spec.num_experts
+        seen |= {family.expert_tensor(base.config, layer, expert, p) for p, _ in spec.projections}
+    for name in same:
+        if name in seen:
+            array = Reader(store.objects, store.dtype).read(source, name)
+            if content_id(array) != tenant.tensors[name]:
+                return
+    source.refs = dict(source.refs) | {name: store.ref(tenant.name, name) for name in same}
+    source.ids |= {name: tenant.tensors[name] for name in same}
 
 
 def check_name(name: str) -> None:
@@ -151,6 +179,24 @@ def check_name(name: str) -> None:
             f"tenant name {name!r} is not allowed; use letters, digits, '.', '_' and '-', "
             "starting with a letter or digit"
         )
+
+
+def check_tenants(names: Sequence[str], given: Mapping[str, Iterable[str]]) -> None:
+    """Raises StoreError for no tenants, a name that is not allowed or given twice, and for
+    something that is given for none of them. given: what it is -> tenants."""
+    if not names:
+        raise StoreError("a store needs at least one tenant; give --tenant NAME=CHECKPOINT")
+    for name in names:
+        check_name(name)
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
+    for what, tenants in given.items():
+        strangers = sorted(set(tenants) - set(names))
+        if strangers:
+            raise StoreError(
+                f"{what} is given for {strangers[0]!r}, which is no tenant of this build"
+            )
 
 
 def check_agreement(sources: Sequence[Source]) -> None:

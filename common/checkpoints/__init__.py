@@ -15,7 +15,7 @@ from common.checkpoints.hugging_face import (
     write_hugging_face,
 )
 from common.checkpoints.orbax import METADATA, is_orbax, open_orbax, write_orbax
-from common.checkpoints.peft import is_adapter, open_adapter
+from common.checkpoints.peft import base_of, is_adapter, open_adapter
 from common.checkpoints.safetensors_file import TensorRef
 from common.checkpoints.t5x import INDEX, is_t5x_index, open_t5x, read_msgpack, write_t5x
 from common.checkpoints.weight_files import has_weights, places
@@ -150,6 +150,7 @@ __all__ = [
     "Checkpoint",
     "TensorRef",
     "TensorSource",
+    "base_of",
     "find_arrays",
     "is_adapter",
     "open_checkpoint",

@@ -75,6 +75,11 @@ def open_adapter(
     return _Adapter(path, config, found, tensors).checkpoint()
 
 
+def base_of(path: Path) -> Path:
+    """Where the base of an adapter at `path` lies. Raises CheckpointError."""
+    return find_base(AdapterConfig.read(path / ADAPTER), None, ())
+
+
 class _Adapter:
     """An adapter's tensors on their way to the places that they are for."""
 

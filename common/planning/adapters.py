@@ -45,11 +45,14 @@ class AdapterPlan:
 
 
 def plan_adapters(policy: str, store: Store, extra_bytes: int | None) -> AdapterPlan | None:
-    """The plan, or None if tenants have experts beside one base and its adapters, if none has an
-    adapted expert, or if residuals take more than `extra_bytes` (None: as many as they take)."""
+    """The plan, or None if there is more than one base with its adapters, or nothing to share.
+
+    It is also None if the policy has no such residuals, or if they take more than `extra_bytes`
+    (None: as many as they take).
+    """
     spec, tenants, family = store.experts, store.manifest.tenants, store.family
     adapted = [{(a.layer, a.expert): a for a in t.adapted} for t in tenants]
-    if not any(adapted):
+    if len(tenants) < 2 or not any(adapted):
         return None
     copies: list[Copy] = []
     merged: dict[int, Mapping[str, str]] = {}
