@@ -25,6 +25,7 @@ from common.dtypes import BY_NAME, common_dtype, is_lossless
 from common.errors import CheckpointError, StoreError
 from common.families import Family, ModelConfig
 from common.plan.adapted import AdaptedExpert
+from common.store.kinds import kind_of_adapter
 from common.store.objects import Objects, asset_damage, content_id
 from common.store.store import Store
 
@@ -63,6 +64,9 @@ class Source:
     def from_checkpoint(cls, name: str, checkpoint: Checkpoint) -> Source:
         """Raises CheckpointError for files that serving could not use."""
         generation = decide_generation(name, checkpoint)
+        notes = [*checkpoint.notes, *generation.notes()]
+        if checkpoint.base is not None:
+            notes.insert(0, f"an adapter of {checkpoint.base.path}: {kind_of_adapter(checkpoint)}")
         return cls(
             name,
             str(checkpoint.path.resolve()),
@@ -70,7 +74,7 @@ class Source:
             checkpoint.config,
             checkpoint.tensors,
             checkpoint.assets,
-            read_notes=(*checkpoint.notes, *generation.notes()),
+            read_notes=tuple(notes),
             generation=generation,
         )
 

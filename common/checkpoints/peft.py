@@ -113,11 +113,6 @@ class _Adapter:
                 tuple(self.terms.get(name, ())),
                 name in self.starts,
             )
-        notes = (
-            f"an adapter of {self.base.path}: {len(self.terms)} tensors adapted, "
-            f"{len(self.starts)} replaced",
-            *notes,
-        )
         return Checkpoint(
             self.path,
             self.base.family,

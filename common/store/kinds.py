@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common.checkpoints import Checkpoint, TensorSource
+from common.checkpoints.peft_tensors import AdaptedTensor, LowRank
 from common.dtypes import to_float32
 from common.errors import CheckpointError, StoreError
 from common.store.store import Store
@@ -108,6 +110,36 @@ def kind_of(store: Store, name: str, reference: str) -> Kind:
         if chosen
         else found
     )
+
+
+def kind_of_adapter(checkpoint: Checkpoint) -> str:
+    """What an adapter does to its base, by what it says itself: a kind and its ranks."""
+    family, config = checkpoint.family, checkpoint.config
+    spec, base = config.experts, checkpoint.base
+    assert base is not None
+    changed = {n: ref for n, ref in checkpoint.tensors.items() if ref is not base.tensors.get(n)}
+    experts: dict[tuple[int, int], list[str]] = {}
+    for layer, expert, _, name in family.iter_expert_tensors(config):
+        if name in changed:
+            experts.setdefault((layer, expert), []).append(name)
+    others = set(changed) - {name for names in experts.values() for name in names}
+    low_rank = {name: _ranks(ref) for name, ref in changed.items()}
+    of_experts = [low_rank[name] for names in experts.values() for name in names]
+    rank = max((sum(r) for r in of_experts), default=None) if all(of_experts) else None
+    attention_only = family.attention_tensors(config).issuperset(others)
+    found = Kind(len(experts), spec.num_positions, len(others), attention_only, rank)
+    ranks = sorted({r for each in low_rank.values() for r in each})
+    if not ranks:
+        return str(found)
+    between = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"{found} (LoRA of rank {between})"
+
+
+def _ranks(ref: TensorSource) -> list[int]:
+    """Of the terms that are added to a tensor; none if it is replaced."""
+    if not isinstance(ref, AdaptedTensor) or ref.replaced:
+        return []
+    return [term.rank for term in ref.terms if isinstance(term, LowRank)]
 
 
 def _told_rank(store: Store, name: str, reference: str, moved: list[tuple[int, int]]) -> int | None:

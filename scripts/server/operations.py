@@ -172,8 +172,10 @@ async def load_tenant(
 
 
 def _inside(path: Path, roots: tuple[Path, ...], what: str = "it") -> Path:
-    """The path with links followed, if it lies below one of the roots. Raises ApiError. what: it is,
-    in errors."""
+    """The path with links followed, if it lies below one of the roots.
+
+    what: the path is, in errors. Raises ApiError.
+    """
     try:
         found = path.resolve()
         is_directory = found.is_dir()
@@ -185,7 +187,7 @@ def _inside(path: Path, roots: tuple[Path, ...], what: str = "it") -> Path:
         allowed = ", ".join(map(str, roots))
         raise ApiError(
             403,
-            f"tenant_path: {what} lies outside {allowed} (--tenant-root); move the checkpoint there",
+            f"tenant_path: {what} lies outside {allowed} (--tenant-root); move it there",
             param="tenant_path",
         )
     if not is_directory:
