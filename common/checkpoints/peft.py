@@ -100,7 +100,7 @@ class _Adapter:
         modules, whole = self._sorted()
         for name, ref in whole.items():
             self._replace(name, ref)
-        self._check_saved(whole)
+        self._check_saved()
         for module, parts in modules.items():
             self._add(module, parts)
         config, notes = self._config(whole)
@@ -159,9 +159,12 @@ class _Adapter:
                 )
             self.starts[canonical] = ref.at(region)
 
-    def _check_saved(self, whole: Mapping[str, TensorRef]) -> None:
+    def _check_saved(self) -> None:
+        """Raises CheckpointError for a module that the model has, and the file should have."""
         for module in self.config.modules_to_save:
-            if not any(re.match(rf"(.*\.)?({module})\.", name) for name in whole):
+            named = re.compile(rf"(.*\.)?({module})\.")
+            parts = {c for name in self.places if named.match(name) for c, _ in self.places[name]}
+            if parts and not parts & self.starts.keys():
                 raise CheckpointError(
                     f"{self.config.path}: field 'modules_to_save' names {module!r}, of which "
                     f"{WEIGHTS} holds no tensor; save the adapter again, or take the name out"
