@@ -14,6 +14,8 @@ import numpy as np
 
 from common.plan.plan import MERGED, Copy, Plan
 from common.plan.residual import Residual
+from common.planning.losses import UNITS
+from common.planning.planner import Prediction
 from common.planning.policies import policy_named
 from common.store.manifest import BESIDE, Manifest
 from common.store.store import Store
@@ -29,15 +31,18 @@ class AdapterPlan:
     records: tuple[str, ...]
 
     def of(self, store: Store) -> Manifest:
-        """The store's manifest with this plan. What it costs is not measured: nothing but the
-        rounding of products."""
+        """The store's manifest with this plan. What it costs is nothing where experts are the same,
+        and not measured beside adapters: no more than rounding."""
+        prediction = None
+        if not self.plan.residuals:
+            prediction = Prediction(np.zeros(len(store.tenants)), UNITS[0], 0.0).to_json()
         provenance = {k: v for k, v in store.manifest.provenance.items() if k != BESIDE}
         found = replace(
             store.manifest,
             plan=self.plan,
             merged=self.merged,
             residuals=self.records,
-            prediction=None,
+            prediction=prediction,
             provenance=provenance,
         )
         known = store.manifest.objects
@@ -45,14 +50,15 @@ class AdapterPlan:
 
 
 def plan_adapters(policy: str, store: Store, extra_bytes: int | None) -> AdapterPlan | None:
-    """The plan, or None if there is more than one base with its adapters, or nothing to share.
+    """The plan, or None if tenants' experts are not those of one base and its adapters.
 
-    It is also None if the policy has no such residuals, or if they take more than `extra_bytes`
-    (None: as many as they take).
+    It is also None for a lone tenant, if the policy has no such residuals, or if they take more
+    than `extra_bytes` (None: as many as they take).
     """
     spec, tenants, family = store.experts, store.manifest.tenants, store.family
     adapted = [{(a.layer, a.expert): a for a in t.adapted} for t in tenants]
-    if len(tenants) < 2 or not any(adapted):
+    allowed = policy_named(policy).kinds.bits
+    if len(tenants) < 2 or not allowed:
         return None
     copies: list[Copy] = []
     merged: dict[int, Mapping[str, str]] = {}
@@ -76,7 +82,6 @@ def plan_adapters(policy: str, store: Store, extra_bytes: int | None) -> Adapter
             if expert is not None:
                 residuals.append(expert.residual(t))
                 records.append(expert.record)
-    allowed = policy_named(policy).kinds.bits
     if any(part.bits not in allowed for r in residuals for part in r.parts):
         return None
     shapes = dict(spec.projections)

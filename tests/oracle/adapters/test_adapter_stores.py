@@ -184,6 +184,24 @@ def test_an_adapter_beside_the_plan(work: Path, tmp_path: Path) -> None:
     assert not store.plan.residuals and not store.verify()
 
 
+def test_equal_experts_are_planned_without_a_look_at_them(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of adapters of attention. Another policy has plans of its own."""
+
+    def planner(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is to be chosen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.build.build.Planner", planner)
+        store = build(work, tmp_path / "store", "base", "attention")
+    assert not store.plan.residuals and not store.plan.num_misses
+    assert store.manifest.prediction is not None
+    assert store.manifest.prediction["losses"] == [0.0, 0.0]
+    store = build(work, tmp_path / "store", "base", "attention", policy="round_robin")
+    assert len({copy.owner for copy in store.plan.copies}) == 2
+
+
 def test_a_budget_that_is_less_is_spent_by_the_planner(work: Path, tmp_path: Path) -> None:
     store = build(work, tmp_path / "store", "base", "each", extra=0.02)
     assert 0 < store.extra_bytes <= 0.02 * store.experts.num_positions * store.copy_bytes

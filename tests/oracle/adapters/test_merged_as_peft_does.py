@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from common import CheckpointError, Store, build_store, load_engine
-from tests import families, helpers
+from tests import families, helpers, switch_models
 from tests.helpers import rest_slow
 from tests.oracle.adapters import made
 
-IDS = [[1, 20, 30, 40, 77, 5]]
+IDS, ANSWERS = [[1, 20, 30, 40, 77, 5]], [[0, 9, 33, 71]]
 FUSED = ["experts.gate_up_proj", "experts.down_proj"]
 
 # Of models as transformers 5 has them.
@@ -171,3 +171,22 @@ def test_types_of_sixteen_bits(dtype: str, tmp_path: Path) -> None:
     for name, ref in ((n, wide.ref("t", n)) for n in wide.tenant("t").tensors):
         rounded = ref.read().astype(store.ref("t", name).read().dtype)
         np.testing.assert_array_equal(rounded, store.ref("t", name).read(), err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_switch_transformers(tmp_path: Path) -> None:
+    """As served by the other engine, with residuals."""
+    model = switch_models.random_switch(1)
+    base = helpers.save(model, tmp_path / "base")
+    config = made.peft.LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=3, target_modules=["q", "wi", "wo", "classifier"]
+    )
+    theirs = made.merged(made.adapter(model, config, tmp_path / "adapter"))
+    store = build_store(
+        tmp_path / "store", {"b": base, "t": tmp_path / "adapter"}, bases={"t": base}
+    )
+    assert len(store.plan.residuals) == store.experts.num_positions
+    with load_engine(store.path, dtype="float32") as engine:
+        found = engine.logits("t", IDS, ANSWERS)
+    helpers.assert_close(found, switch_models.hf_logits(theirs, IDS, ANSWERS))
