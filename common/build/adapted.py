@@ -15,7 +15,7 @@ from common.plan.residual import Part, join_parts
 def adapted_experts(
     source: Source, dtype: str, put: Callable[[np.ndarray], str]
 ) -> tuple[AdaptedExpert, ...]:
-    """Those that the adapter changed by low-rank terms alone.
+    """Those that the adapter changed by low-rank terms alone, which are smaller than the matrices.
 
     dtype: the store's type. Factors are kept in 32 bits if they and the store have 32, else in 16:
     then either they have no more digits, or the base's weights have fewer. put: stores a record.
@@ -32,18 +32,20 @@ def adapted_experts(
             ref = source.refs[name]
             if not isinstance(ref, AdaptedTensor) or base[projection] == source.ids[name]:
                 continue
-            if ref.replaced or not all(isinstance(term, LowRank) for term in ref.terms):
+            terms = [term for term in ref.terms if isinstance(term, LowRank)]
+            made = [_packed(projection, term, dtype) for term in terms]
+            size = sum(len(data) for _, data in made)
+            if ref.replaced or len(terms) < len(ref.terms) or size >= ref.size_in(dtype):
                 break
-            for term in ref.terms:
-                assert isinstance(term, LowRank)
-                wide = dtype == term.a.dtype == term.b.dtype == "float32"
-                part, data = pack_factors(
-                    projection, *term.factors(), term.scaling, 32 if wide else 16
-                )
-                parts.append(part)
-                packed.append(data)
+            parts += [part for part, _ in made]
+            packed += [data for _, data in made]
         else:
             if parts:
                 record = put(join_parts(packed))
                 found.append(AdaptedExpert(*place, base, tuple(parts), record))
     return tuple(found)
+
+
+def _packed(projection: str, term: LowRank, dtype: str) -> tuple[Part, np.ndarray]:
+    wide = dtype == term.a.dtype == term.b.dtype == "float32"
+    return pack_factors(projection, *term.factors(), term.scaling, 32 if wide else 16)

@@ -144,6 +144,11 @@ class _Adapter:
     # Tensors in the place of the base's.
 
     def _replace(self, name: str, ref: TensorRef) -> None:
+        if name not in self.places and ".lora_" in name:
+            raise CheckpointError(
+                f"{self.file}: tensor {ref.file_tensor} is not named as PEFT saves adapters (an "
+                "adapter's name may be in it); load the adapter with PEFT and save_pretrained it"
+            )
         if name not in self.places:
             raise CheckpointError(
                 f"{self.file}: tensor {ref.file_tensor} is for no tensor of a "

@@ -108,7 +108,11 @@ class AdaptedTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * BY_NAME[self.dtype].itemsize
+        return self.size_in(self.dtype)
+
+    def size_in(self, dtype: str) -> int:
+        """Bytes in a type."""
+        return int(np.prod(self.shape, dtype=np.int64)) * BY_NAME[dtype].itemsize
 
     def merged(self, start: np.ndarray | None = None) -> np.ndarray:
         """float32, not rounded to the base's type. start: what `self.start` holds, where it is

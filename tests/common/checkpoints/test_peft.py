@@ -149,6 +149,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         changed_tensors(**{f"{PREFIX}0.extra.weight": zeros(3)}),
         rf"tensor {PREFIX}0.extra.weight is for no tensor of a Mixtral",
     ),
+    "an adapter's name within": (
+        changed_tensors(**{f"{Q}.lora_A.default.weight": zeros(4, 32)}),
+        rf"tensor {Q}.lora_A.default.weight is not named as PEFT saves.*save_pretrained",
+    ),
     "grown vocabulary": (
         changed_tensors(**{"base_model.model.lm_head.weight": zeros(99, 32)}),
         r"lm_head.weight is \[99, 32\], the base \S+ has \[96, 32\].*embeddings resized",

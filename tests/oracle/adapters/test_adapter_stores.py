@@ -208,6 +208,17 @@ def test_a_budget_that_is_less_is_spent_by_the_planner(work: Path, tmp_path: Pat
     assert {p.bits for r in store.plan.residuals for p in r.parts} != {32}
 
 
+def test_an_adapter_that_is_larger_than_its_matrices_is_planned_as_a_fine_tune(
+    work: Path, tmp_path: Path
+) -> None:
+    config = made.peft.LoraConfig(r=24, target_modules=[], target_parameters=FUSED)
+    made.adapter(helpers.load(work / "base"), config, tmp_path / "large")
+    paths = {**tenants(work, "base"), "large": tmp_path / "large"}
+    store = build_store(tmp_path / "store", paths, bases=bases(work, "large"))
+    assert not store.tenant("large").adapted
+    assert store.residual_bytes <= 0.1 * store.experts.num_positions * store.copy_bytes
+
+
 def test_a_full_fine_tune_beside_adapters_is_planned_as_before(work: Path, tmp_path: Path) -> None:
     helpers.save(helpers.tuned(helpers.load(work / "base"), 5), tmp_path / "full")
     paths = {**tenants(work, "base", "each"), "full": tmp_path / "full"}

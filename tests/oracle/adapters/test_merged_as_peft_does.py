@@ -132,6 +132,10 @@ def test_biases_of_adapters(tmp_path: Path) -> None:
     theirs = made.adapter(model, config, tmp_path / "adapter")
     found, _ = answers(base, tmp_path / "adapter", tmp_path)
     helpers.assert_close(found, helpers.hf_logits(theirs, IDS))
+    trained = made.peft.LoraConfig(bias="all", **attention)
+    theirs = made.adapter(model, trained, tmp_path / "trained")
+    found, _ = answers(base, tmp_path / "trained", tmp_path)
+    helpers.assert_close(found, helpers.hf_logits(theirs, IDS))
 
     model = families.random("qwen3_moe", 3)
     base = helpers.save(model, tmp_path / "without")
