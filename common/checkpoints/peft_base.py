@@ -10,16 +10,21 @@ from common.errors import CheckpointError
 
 
 def find_base(config: AdapterConfig, given: Path | None, beside: tuple[Path, ...]) -> Path:
-    """The base's directory: `given`, else the one that adapter_config.json names.
+    """The base's directory: `given`, which may be the name of a model in the hub's cache, else the
+    one that adapter_config.json names.
 
     That is looked for from the current directory, from the adapter's and the one around it, among
     `beside`, the other checkpoints of the same command, and in the hub's cache. Raises
     CheckpointError that says where it was looked for.
     """
     if given is not None:
-        if not given.is_dir():
-            raise CheckpointError(f"{given}: no such directory; give the adapter's base")
-        return given
+        found = given if given.is_dir() else _cached(str(given), None)
+        if found is None:
+            raise CheckpointError(
+                f"{given}: no such directory, nor a model in the hub's cache; give the "
+                "adapter's base"
+            )
+        return found
     name = config.base
     if name is None:
         raise CheckpointError(

@@ -111,7 +111,10 @@ def test_bases_of_adapters(
         ((*command[:2], f"--tenant=base={base}", "--base", base), "no tenant .* is an adapter"),
         ((*command, f"--base=base={base}", f"--base={base}"), "whole model, no adapter"),
         ((*command, f"--base=three={base}"), "a base is given for 'three', which is no tenant"),
-        ((*command, "--base", tmp_path / "none"), "no such directory; give the adapter's base"),
+        (
+            (*command, "--base", tmp_path / "none"),
+            "no such directory, nor a model in the hub's cache",
+        ),
     ):
         code, _, err = run(capsys, *arguments)
         assert code == 1 and re.search(message, err), err
