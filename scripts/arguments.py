@@ -12,6 +12,7 @@ from typing import TypeVar
 from common import RequestError
 from common.bounds import COUNT, Bound, bound_of
 from common.build.examples import CalibrationSet
+from common.build.sources import TENANT_NAME
 from common.units import parse_bytes
 
 T = TypeVar("T")
@@ -33,6 +34,14 @@ def tenant(text: str) -> tuple[str, Path]:
             f"{text!r}: write NAME=CHECKPOINT, for example fr=checkpoints/french"
         )
     return name, path(value)
+
+
+def base(text: str) -> tuple[str | None, Path]:
+    """`PATH`, or `NAME=PATH` for one tenant, for argparse."""
+    name, equals, value = text.partition("=")
+    if equals and value and TENANT_NAME.fullmatch(name):
+        return name, path(value)
+    return None, path(text)
 
 
 def slots(text: str) -> int | str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from common.dtypes import BY_NAME, to_float32
+from common.plan.adapted import AdaptedExpert
 from common.plan.distance import compare
 from common.plan.plan import MERGED, MISS, Copy, Plan
 from common.plan.residual import Part, Residual, join_parts
@@ -54,6 +55,11 @@ def join(
     plan = old.plan
     serving, squared = _nearest(old, draft, progress)
     residuals, records = list(plan.residuals), list(old.manifest.residuals)
+    for adapted in _adapted(old, draft, serving, kinds, extra_bytes):
+        residuals.append(adapted.residual(len(draft.tenants) - 1))
+        records.append(adapted.record)
+        squared[adapted.layer, adapted.expert] = 0
+        extra_bytes -= residuals[-1].nbytes(dict(old.experts.projections))
     for residual, record, left in _residuals(
         old, draft, serving, squared, kinds, extra_bytes, progress
     ):
@@ -183,6 +189,22 @@ def _nearest(old: Store, draft: Store, progress: Progress) -> tuple[np.ndarray, 
                 squared[place] = found.min()
             advance()
     return serving, squared
+
+
+def _adapted(
+    old: Store, draft: Store, serving: np.ndarray, kinds: Kinds, extra_bytes: int
+) -> list[AdaptedExpert]:
+    """Experts of the last tenant of `draft` that an adapter made of the copies that serve them;
+    none if they take more than `extra_bytes` together."""
+    found = [
+        a
+        for a in draft.manifest.tenants[-1].adapted
+        if (slot := int(serving[a.layer, a.expert])) != MISS
+        and dict(a.base) == _slot_ids(old, slot)
+        and all(part.bits in kinds.bits for part in a.parts)
+    ]
+    shapes = dict(old.experts.projections)
+    return found if sum(a.residual(0).nbytes(shapes) for a in found) <= extra_bytes else []
 
 
 def _residuals(

@@ -24,12 +24,18 @@ from common.build.calibration import calibrate
 from common.build.draft import make_draft
 from common.build.examples import CalibrationSet
 from common.build.settings import Amount, PlanSettings, Slots, resolve
-from common.build.sources import Source, check_agreement, check_name, with_tenant
-from common.checkpoints import open_checkpoint
-from common.dtypes import common_dtype
+from common.build.sources import (
+    Source,
+    check_agreement,
+    check_tenants,
+    narrowest_type,
+    open_tenants,
+    with_tenant,
+)
 from common.errors import PlanError, StoreError, UnknownTenantError
 from common.plan.distance import Distances
 from common.plan.profile import Profile
+from common.planning.adapters import plan_adapters
 from common.planning.measurements import Measurements
 from common.planning.planner import Planner
 from common.planning.policies import DEFAULT_POLICY, policy_named
@@ -45,9 +51,6 @@ from common.version import __version__
 logger = logging.getLogger(__name__)
 
 
-HALVES = "--dtype bfloat16 takes half the memory, and rounds"
-
-
 def build_store(
     path: str | Path,
     tenants: Mapping[str, str | Path] | Sequence[tuple[str, str | Path]],
@@ -61,6 +64,7 @@ def build_store(
     dtype: str = "auto",
     configs: Mapping[str, str | Path] | None = None,
     own_experts: str = COPY,
+    bases: Mapping[str, str | Path] | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Build a store from checkpoints, replacing the store at `path` if there is one.
@@ -86,6 +90,7 @@ def build_store(
             checkpoints, where their types allow it; what it refers to is checked when it is used.
             none drops those that are not resident once the plan is made, so that the store can
             neither miss, nor be planned anew, nor take more tenants.
+        bases: tenant -> base, for PEFT adapters; else the base is the one that the adapter names.
 
     Raises CheckpointError, PlanError or StoreError; what was at `path` is then as it was.
     """
@@ -95,39 +100,20 @@ def build_store(
     settings = PlanSettings(policy, slots, budget_bytes, extra, dict(traffic or {}))
     settings.check()
     pairs = list(tenants.items()) if isinstance(tenants, Mapping) else list(tenants)
-    if not pairs:
-        raise StoreError("a store needs at least one tenant; give --tenant NAME=CHECKPOINT")
-    for name, _ in pairs:
-        check_name(name)
-    names = [name for name, _ in pairs]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise StoreError(f"tenant name {repeated[0]!r} is given twice; each tenant needs its own")
-    configs = configs or {}
-    for what, given in (
-        ("a config", configs),
-        ("calibration", calibration or {}),
-        ("traffic", traffic or {}),
-    ):
-        strangers = sorted(set(given) - set(names))
-        if strangers:
-            raise StoreError(
-                f"{what} is given for {strangers[0]!r}, which is no tenant of this build"
-            )
-    sources = [
-        Source.from_checkpoint(name, open_checkpoint(place, configs.get(name)))
-        for name, place in pairs
-    ]
+    configs, bases = configs or {}, bases or {}
+    check_tenants(
+        [name for name, _ in pairs],
+        {
+            "a config": configs,
+            "a base": bases,
+            "calibration": calibration or {},
+            "traffic": traffic or {},
+        },
+    )
+    sources = open_tenants(pairs, configs, bases)
     check_agreement(sources)
     if dtype == "auto":
-        types = sorted({ref.dtype for s in sources for ref in s.refs.values()})
-        dtype = common_dtype(types)
-        if len(types) > 1:
-            listed = f"{', '.join(types[:-1])} and {types[-1]}"
-            for source in sources:
-                if any(ref.dtype != dtype for ref in source.refs.values()):
-                    note = f"the store is {dtype}, which holds {listed} without rounding; {HALVES}"
-                    source.read_notes = (*source.read_notes, note)
+        dtype = narrowest_type(sources)
     check_dtype(dtype)
     amount = resolve(settings, sources, dtype)
     if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
@@ -158,6 +144,7 @@ def add_tenant(
     checkpoint: str | Path,
     *,
     config: str | Path | None = None,
+    base: str | Path | None = None,
     calibration: CalibrationSet | None = None,
     progress: Progress = silent,
 ) -> Store:
@@ -166,12 +153,13 @@ def add_tenant(
 
     Args:
         config: config.json of a T5X or Orbax checkpoint, which holds none.
+        base: of a PEFT adapter; else the one that the adapter names.
         calibration: examples of the new tenant's use.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
     examples = {} if calibration is None else {name: calibration}
-    return _change(Path(path), with_tenant(name, checkpoint, config), examples, progress)
+    return _change(Path(path), with_tenant(name, checkpoint, config, base), examples, progress)
 
 
 def replan(
@@ -363,6 +351,11 @@ def _assemble(
     draft = Store(directory, replace(draft.manifest, calibration=kept), objects)
     if amount.slots is None:
         return _dropped(draft.manifest, objects)
+    if settings.slots is None and amount.slots == draft.experts.num_positions:
+        limited = settings.budget_bytes is not None or settings.extra is not None
+        exact = plan_adapters(settings.policy, draft, amount.extra_bytes if limited else None)
+        if exact is not None:
+            return _dropped(exact.of(draft), objects)
     planner = Planner(draft, profiles, settings.traffic, progress, known)
     outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes)
     if planner.measurements.worth_keeping:

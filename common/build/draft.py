@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.build.sources import Source, convert, notes_of, read_converted, refuse_not_finite
+from common.build.adapted import adapted_experts
+from common.build.sources import (
+    Reader,
+    Source,
+    first_of_equal,
+    notes_of,
+    place_of,
+    refuse_not_finite,
+)
 from common.checkpoints import TensorRef, TensorSource
+from common.checkpoints.peft_tensors import AdaptedTensor
 from common.plan.distance import Distances, compare, tenant_pairs
 from common.plan.plan import plan_all
 from common.progress import Progress
@@ -43,6 +52,9 @@ def make_draft(
     """
     matrix = _store_experts(objects, sources, dtype, old, progress, own_experts != COPY)
     _store_non_experts(objects, sources, dtype, progress)
+    for source in sources:
+        if source.base_ids:
+            source.adapted = adapted_experts(source, dtype, objects.put)
     names = tuple(s.name for s in sources)
     # The plan follows from what is kept (float32), so that planning again from the store gives the
     # same plan.
@@ -63,6 +75,7 @@ def make_draft(
                 files,
                 notes_of(source, dtype),
                 source.generation,
+                source.adapted,
             )
         )
     # What is planned and measured from here on looks at the tensors through a store that shares
@@ -112,17 +125,36 @@ def _store_experts(
     squared = np.zeros((len(new_pairs), spec.num_layers, spec.num_experts), dtype=np.float64)
     compared = [pairs[i] for i in new_pairs]
 
-    def one(job: tuple[int, int, str, str]) -> tuple[int, int, np.ndarray, list[str]]:
+    def one(
+        job: tuple[int, int, str, str],
+    ) -> tuple[int, int, np.ndarray, list[str], dict[int, str]]:
         layer, expert, _, tensor = job
-        arrays = [read_converted(objects, s, tensor, dtype) for s in sources]
-        part, finite = compare(arrays, compared)
-        for tenant in np.flatnonzero(~finite):
-            refuse_not_finite(sources[int(tenant)], tensor, dtype)
-        ids = [
-            s.ids.get(tensor) or _keep(objects, s.refs[tensor], array, refer)
-            for s, array in zip(sources, arrays, strict=True)
-        ]
-        return layer, expert, part, ids
+        first = first_of_equal(sources, tensor)
+        each = sorted(set(first))
+        reader = Reader(objects, dtype)
+        arrays = {i: reader.read(sources[i], tensor) for i in each}
+        apart = sorted({(first[a], first[b]) for a, b in compared if first[a] != first[b]})
+        numbers = [(each.index(a), each.index(b)) for a, b in apart]
+        found, finite = compare(list(arrays.values()), numbers)
+        for at in np.flatnonzero(~finite):
+            refuse_not_finite(sources[each[int(at)]], tensor, dtype)
+        squares = dict(zip(apart, found, strict=True))
+        part = np.array([squares.get((first[a], first[b]), 0.0) for a, b in compared])
+        ids = {
+            i: sources[i].ids.get(tensor)
+            or _keep(objects, sources[i].refs[tensor], arrays[i], refer)
+            for i in each
+        }
+        stored = {place_of(sources[i].refs[tensor]): ids[i] for i in each}
+        bases: dict[int, str] = {}
+        for i, source in enumerate(sources):
+            ref = source.refs[tensor]
+            if isinstance(ref, AdaptedTensor) and not ref.replaced:
+                place = place_of(ref.start)
+                if place not in stored:
+                    stored[place] = _keep(objects, ref.start, reader.base(ref), refer)
+                bases[i] = stored[place]
+        return layer, expert, part, [ids[i] for i in first], bases
 
     jobs = list(family.iter_expert_tensors(config))
     tensor_bytes = max(int(np.prod(shape)) for _, shape in spec.projections) * 4
@@ -130,8 +162,11 @@ def _store_experts(
         ThreadPoolExecutor(_workers(len(sources) * tensor_bytes)) as pool,
         progress("comparing and storing experts", len(jobs)) as advance,
     ):
-        for job, (layer, expert, part, ids) in zip(jobs, pool.map(one, jobs), strict=True):
+        done = zip(jobs, pool.map(one, jobs), strict=True)
+        for job, (layer, expert, part, ids, bases) in done:
             squared[:, layer, expert] += part
+            for i, object_id in bases.items():
+                sources[i].base_ids[job[3]] = object_id
             for source, object_id in zip(sources, ids, strict=True):
                 source.ids[job[3]] = object_id
             advance()
@@ -142,18 +177,18 @@ def _store_experts(
 def _store_non_experts(
     objects: Objects, sources: Sequence[Source], dtype: str, progress: Progress
 ) -> None:
-    jobs = [
-        (s, tensor)
-        for s in sources
-        for tensor in s.family.non_expert_shapes(s.config)
-        if tensor not in s.ids
-    ]
+    of_place: dict[Hashable, list[tuple[Source, str]]] = {}
+    for s in sources:
+        for tensor in s.family.non_expert_shapes(s.config):
+            if tensor not in s.ids:
+                of_place.setdefault(place_of(s.refs[tensor]), []).append((s, tensor))
+    jobs = [owners[0] for owners in of_place.values()]
     if not jobs:
         return
 
     def one(job: tuple[Source, str]) -> str:
         source, tensor = job
-        array = convert(source, tensor, dtype)
+        array = Reader(objects, dtype).read(source, tensor)
         if not compare([array], [])[1][0]:
             refuse_not_finite(source, tensor, dtype)
         return objects.put(array)
@@ -163,8 +198,9 @@ def _store_non_experts(
         ThreadPoolExecutor(_workers(largest)) as pool,
         progress("storing non-expert weights", len(jobs)) as advance,
     ):
-        for (source, tensor), object_id in zip(jobs, pool.map(one, jobs), strict=True):
-            source.ids[tensor] = object_id
+        for owners, object_id in zip(of_place.values(), pool.map(one, jobs), strict=True):
+            for source, tensor in owners:
+                source.ids[tensor] = object_id
             advance()
 
 

@@ -27,6 +27,7 @@ def extend_store(
     checkpoint: str | Path,
     *,
     config: str | Path | None = None,
+    base: str | Path | None = None,
     extra: float | None = None,
     progress: Progress = silent,
 ) -> Store:
@@ -37,10 +38,11 @@ def extend_store(
 
     Args:
         config: config.json of a T5X or Orbax checkpoint, which holds none.
+        base: of a PEFT adapter; else the one that the adapter names.
         extra: bytes for residuals of its own, as a share of one model's expert bytes. Without it
-            what each planned tenant had: `DEFAULT_EXTRA` or its part of the store's own share, and
-            no more than is left of a budget; nothing where the policy has no use for it or slots
-            were given.
+            what each planned tenant had: `DEFAULT_EXTRA` or its part of the store's own share, or
+            what an adapter's own numbers take if that is more; no more than is left of a budget;
+            nothing where the policy has no use for it or slots were given.
 
     Raises CheckpointError, PlanError or StoreError; the store is then as it was.
     """
@@ -72,7 +74,7 @@ def extend_store(
             )
         return manifest
 
-    return change_beside(Path(path), with_tenant(name, checkpoint, config), beside, progress)
+    return change_beside(Path(path), with_tenant(name, checkpoint, config, base), beside, progress)
 
 
 def _bytes_beside(settings: PlanSettings, old: Store, draft: Store, extra: float | None) -> int:
@@ -82,11 +84,14 @@ def _bytes_beside(settings: PlanSettings, old: Store, draft: Store, extra: float
         return int(extra * one_model)
     if settings.slots is not None or not policy_named(settings.policy).uses_extra:
         return 0
+    # What an adapter adds is held as it is.
+    shapes = dict(old.experts.projections)
+    adapter = sum(a.residual(0).nbytes(shapes) for a in draft.manifest.tenants[-1].adapted)
     if settings.extra is not None:
         added, removed = came_and_went(old)
         planned = len(old.tenants) - len(added) + len(removed)
-        return int(settings.extra / planned * one_model)
-    found = int(DEFAULT_EXTRA * one_model)
+        return max(adapter, int(settings.extra / planned * one_model))
+    found = max(adapter, int(DEFAULT_EXTRA * one_model))
     if settings.budget_bytes is not None:
         fixed = max(draft.non_expert_bytes(name) for name in draft.tenants)
         room = (

@@ -15,7 +15,12 @@ class OnlineEngine(AsyncEngine):
     """An `AsyncEngine` whose tenants can be added and removed."""
 
     async def add_tenant(
-        self, name: str, checkpoint: str | Path, *, config: str | Path | None = None
+        self,
+        name: str,
+        checkpoint: str | Path,
+        *,
+        config: str | Path | None = None,
+        base: str | Path | None = None,
     ) -> None:
         """Add a tenant to the store and to the running engine. Copies that others use do not
         change, nor do answers.
@@ -26,7 +31,9 @@ class OnlineEngine(AsyncEngine):
         async with self._changes:
             self._require_healthy()
             path = self.engine.store.path
-            store = await asyncio.to_thread(extend_store, path, name, checkpoint, config=config)
+            store = await asyncio.to_thread(
+                extend_store, path, name, checkpoint, config=config, base=base
+            )
             try:
                 await self._between_steps(lambda: self.engine.update(store))
             except Exception:

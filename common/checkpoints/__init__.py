@@ -4,6 +4,7 @@ mapped on its own."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.checkpoints.checkpoint import Checkpoint, TensorSource, read_asset
@@ -14,14 +15,15 @@ from common.checkpoints.hugging_face import (
     write_hugging_face,
 )
 from common.checkpoints.orbax import METADATA, is_orbax, open_orbax, write_orbax
+from common.checkpoints.peft import base_of, is_adapter, open_adapter
 from common.checkpoints.safetensors_file import TensorRef
 from common.checkpoints.t5x import INDEX, is_t5x_index, open_t5x, read_msgpack, write_t5x
-from common.checkpoints.weight_files import ADAPTER, has_weights, places, what_instead
+from common.checkpoints.weight_files import has_weights, places
 from common.errors import CheckpointError
 
 EXPECTED = (
-    "a Hugging Face directory (config.json with safetensors), a T5X checkpoint (a file "
-    "'checkpoint' beside its arrays) "
+    "a Hugging Face directory (config.json with safetensors), a PEFT adapter "
+    "(adapter_config.json), a T5X checkpoint (a file 'checkpoint' beside its arrays) "
     f"or an Orbax one ({METADATA} beside its arrays)"
 )
 
@@ -30,7 +32,13 @@ _STEP = re.compile(r"(?:checkpoint_)?(\d+)")
 _UNFINISHED = re.compile(r"\.tmp-\d+$|\.orbax-checkpoint-tmp")
 
 
-def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    config: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    beside: Mapping[Path, Checkpoint] | None = None,
+) -> Checkpoint:
     """Open a checkpoint directory of any supported format, told apart by content.
 
     path: may also be a run's directory that holds one `checkpoint_<step>` (T5X) or `<step>`
@@ -39,14 +47,37 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     (tokenizer files there come along). Without it a config.json in the checkpoint's directory is
     used; else what the arrays do not tell is taken from T5's defaults, and `notes` of the result
     say so.
+    base: for adapters: the checkpoint that it is for. Without it the one that its
+        adapter_config.json names is looked for; see `common.checkpoints.peft`.
+    beside: checkpoints that are open, by their resolved paths; an adapter's base may be one.
 
     Raises CheckpointError that names the directory, file or tensor at fault.
     """
-    path = Path(path)
+    path, beside = Path(path), beside or {}
     if path.is_file():
         raise CheckpointError(f"{path}: is a file; give the directory that holds it: {EXPECTED}")
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a checkpoint directory: {EXPECTED}")
+    if is_adapter(path):
+        if config is not None:
+            raise CheckpointError(
+                f"{path}: an adapter, which has its base's config.json; leave the config out"
+            )
+
+        def open_base(place: Path) -> Checkpoint:
+            if is_adapter(place):
+                raise CheckpointError(
+                    f"{place}: is an adapter itself, and cannot be the base of {path}; merge it "
+                    "into its base first"
+                )
+            known = beside.get(place.resolve())
+            return open_checkpoint(place) if known is None else known
+
+        return open_adapter(path, None if base is None else Path(base), tuple(beside), open_base)
+    if base is not None:
+        raise CheckpointError(
+            f"{path}: a whole model, no adapter; a base ({base}) is given for adapters alone"
+        )
     if has_weights(path):
         if config is not None:
             raise CheckpointError(
@@ -59,8 +90,6 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     if found is None:
         if is_hugging_face(path):
             return open_hugging_face(path)  # says what is missing
-        if (path / ADAPTER).is_file():
-            raise CheckpointError(f"{path}: no whole model here; {what_instead(path)}")
         inside = places(path)
         if inside:
             raise CheckpointError(
@@ -121,7 +150,9 @@ __all__ = [
     "Checkpoint",
     "TensorRef",
     "TensorSource",
+    "base_of",
     "find_arrays",
+    "is_adapter",
     "open_checkpoint",
     "read_asset",
     "saved_tensors",

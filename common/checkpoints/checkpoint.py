@@ -49,6 +49,7 @@ class Checkpoint:
     assets: tokenizer, chat template, configs: files that travel with the tenant, by file name, or
         what they hold.
     notes: for people: what the checkpoint does not state and was taken by default.
+    base: of an adapter. Tensors that the adapter leaves alone are the very ones of `base.tensors`.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorSource]
     assets: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
+    base: Checkpoint | None = None
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
         """(canonical name, array) one by one; memory for one tensor at a time."""

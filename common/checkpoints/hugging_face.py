@@ -13,13 +13,11 @@ import numpy as np
 from common.checkpoints.checkpoint import Checkpoint
 from common.checkpoints.safetensors_file import TensorRef, refuse_pointer, same_values, write_file
 from common.checkpoints.weight_files import (
-    ADAPTER,
     INDEX,
     SINGLE,
     find_weights,
     has_weights,
     read_json,
-    what_instead,
 )
 from common.errors import CheckpointError
 from common.families import Family, ModelConfig, family_of
@@ -66,8 +64,6 @@ def open_hugging_face(path: Path) -> Checkpoint:
     Reads headers, and tables of embeddings that config.json says are one where the files hold
     several.
     """
-    if not (path / "config.json").is_file() and (path / ADAPTER).is_file():
-        raise CheckpointError(f"{path}: no whole model here; {what_instead(path)}")
     raw = read_json(path / "config.json")
     where = str(path / "config.json")
     family = family_of(raw, where)

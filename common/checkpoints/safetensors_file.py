@@ -31,7 +31,8 @@ from common.families import Dims, Region
 class TensorRef:
     """Where one tensor's bytes lie: `nbytes` at `offset` of `path`, C order, little endian.
 
-    file: what the tensors of one file share, so that they share its mapping.
+    file: what tensors of one file share, so that they share its mapping; None: each maps the file
+        for itself, and its pages go with the array.
     """
 
     path: Path
@@ -176,7 +177,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             f"{path}: not a whole safetensors file ({_shortfall(path) or error}); "
             "it is truncated or damaged, fetch it again"
         ) from error
-    refs, mapped = {}, MappedFile(path)
+    refs = {}
     for name in names:
         entry = header[name]
         refs[name] = TensorRef(
@@ -185,7 +186,6 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             dtype=_NAMES.get(entry["dtype"], entry["dtype"]),
             shape=tuple(entry["shape"]),
             offset=8 + header_size + entry["data_offsets"][0],
-            file=mapped,
         )
     return refs
 

@@ -127,8 +127,8 @@ def _unread(path: Path, read: list[str]) -> list[str]:
     notes = []
     if (path / ADAPTER).is_file():
         notes.append(
-            f"the adapter beside the weights ({ADAPTER}) is not applied; merge it with PEFT if it "
-            "should be"
+            f"the adapter beside the weights ({ADAPTER}) is not applied; give it in a directory "
+            "of its own if it should be"
         )
     others = [
         name
@@ -147,13 +147,6 @@ def _unread(path: Path, read: list[str]) -> list[str]:
 def what_instead(path: Path) -> str:
     """What a directory without weights holds, and what to do about it: the end of an error's
     sentence."""
-    if (path / ADAPTER).is_file():
-        base = read_json(path / ADAPTER).get("base_model_name_or_path")
-        return (
-            f"this is a PEFT adapter of {base!r} ({ADAPTER}), not a whole model; merge it into its "
-            "base "
-            "(PEFT's merge_and_unload, then save_pretrained) and give the merged directory"
-        )
     names = sorted(p.name for p in path.iterdir())
     gone = next((n for n in names if (path / n).is_symlink() and not (path / n).exists()), None)
     if gone is not None:

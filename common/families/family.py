@@ -281,6 +281,21 @@ class Family(ABC):
                 found.setdefault(region.file_tensor, []).append((name, region))
         return found
 
+    def places(self, config: ModelConfig) -> dict[str, list[tuple[str, Region]]]:
+        """Tensor of a file, in each layout -> (canonical name, its place there) of its parts.
+
+        Modules of a model in memory have these names too, in one version of transformers or
+        another.
+        """
+        found: dict[str, list[tuple[str, Region]]] = {}
+        for name, at, dims in self._all(config):
+            for layout in range(self.num_layouts):
+                region = self.region(config, *at, dims, layout)
+                parts = found.setdefault(region.file_tensor, [])
+                if (name, region) not in parts[-1:]:
+                    parts.append((name, region))
+        return found
+
     def locate(
         self, config: ModelConfig, file_shapes: Mapping[str, Dims], where: str
     ) -> dict[str, Region]:

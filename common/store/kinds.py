@@ -7,10 +7,12 @@ sample: a few experts, and of large matrices some rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common.checkpoints import Checkpoint, TensorSource
+from common.checkpoints.peft_tensors import AdaptedTensor, LowRank
 from common.dtypes import to_float32
 from common.errors import CheckpointError, StoreError
 from common.store.store import Store
@@ -34,7 +36,7 @@ class Kind:
     moved, positions: experts that differ, of how many. non_experts: differing non-expert tensors;
     attention_only: all of them attention's. rank: of all differences measured, at most; None for
         more than low rank, or not measured.
-    measured: experts that the rank was measured on.
+    measured: experts that the rank was measured on; 0 where an adapter says it of all.
     """
 
     moved: int
@@ -52,7 +54,9 @@ class Kind:
         experts = f"{self.moved} of {self.positions} experts moved"
         if self.rank is not None:
             found = f"low rank {self.rank}" if self.rank else "rounding alone"
-            return f"{found}, {experts} (measured on {self.measured})"
+            return f"{found}, {experts}" + (
+                f" (measured on {self.measured})" if self.measured else ""
+            )
         return "full" if self.moved == self.positions else experts
 
 
@@ -63,7 +67,7 @@ def reference_of(store: Store) -> str:
 
 def kind_of(store: Store, name: str, reference: str) -> Kind:
     """Compare two tenants. Reads at most `SAMPLED_ROWS` rows of the matrices of `SAMPLED_EXPERTS`
-    experts.
+    experts, and nothing where an adapter of the reference tells the rank.
 
     Raises UnknownTenantError.
     """
@@ -83,6 +87,9 @@ def kind_of(store: Store, name: str, reference: str) -> Kind:
     others = [n for n in names if mine.tensors.get(n) != base.tensors.get(n)]
     attention_only = family.attention_tensors(mine.config).issuperset(others)
     found = Kind(len(moved), spec.num_positions, len(others), attention_only)
+    told = _told_rank(store, name, reference, moved)
+    if told is not None:
+        return replace(found, rank=told)
     chosen = (
         [moved[i] for i in np.unique(np.linspace(0, len(moved) - 1, SAMPLED_EXPERTS).astype(int))]
         if moved
@@ -103,6 +110,50 @@ def kind_of(store: Store, name: str, reference: str) -> Kind:
         if chosen
         else found
     )
+
+
+def kind_of_adapter(checkpoint: Checkpoint) -> str:
+    """What an adapter does to its base, by what it says itself: a kind and its ranks."""
+    family, config = checkpoint.family, checkpoint.config
+    spec, base = config.experts, checkpoint.base
+    assert base is not None
+    changed = {n: ref for n, ref in checkpoint.tensors.items() if ref is not base.tensors.get(n)}
+    experts: dict[tuple[int, int], list[str]] = {}
+    for layer, expert, _, name in family.iter_expert_tensors(config):
+        if name in changed:
+            experts.setdefault((layer, expert), []).append(name)
+    others = set(changed) - {name for names in experts.values() for name in names}
+    low_rank = {name: _ranks(ref) for name, ref in changed.items()}
+    of_experts = [low_rank[name] for names in experts.values() for name in names]
+    rank = max((sum(r) for r in of_experts), default=None) if all(of_experts) else None
+    attention_only = family.attention_tensors(config).issuperset(others)
+    found = Kind(len(experts), spec.num_positions, len(others), attention_only, rank)
+    ranks = sorted({r for each in low_rank.values() for r in each})
+    if not ranks:
+        return str(found)
+    between = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"{found} (LoRA of rank {between})"
+
+
+def _ranks(ref: TensorSource) -> list[int]:
+    """Of the terms that are added to a tensor; none if it is replaced."""
+    if not isinstance(ref, AdaptedTensor) or ref.replaced:
+        return []
+    return [term.rank for term in ref.terms if isinstance(term, LowRank)]
+
+
+def _told_rank(store: Store, name: str, reference: str, moved: list[tuple[int, int]]) -> int | None:
+    """The largest rank of an adapter that made all experts that moved of the reference's."""
+    told = {(a.layer, a.expert): a for a in store.tenant(name).adapted}
+    base, spec, family = store.tenant(reference), store.experts, store.family
+    largest = 0
+    for place in moved:
+        names = {p: family.expert_tensor(base.config, *place, p) for p, _ in spec.projections}
+        adapted = told.get(place)
+        if adapted is None or any(adapted.base[p] != base.tensors[n] for p, n in names.items()):
+            return None
+        largest = max(largest, adapted.rank)
+    return largest or None
 
 
 def _rank(

@@ -18,6 +18,7 @@ from common.checkpoints.generation_config import GenerationConfig
 from common.checkpoints.safetensors_file import fsync
 from common.errors import MoetelError, StoreError
 from common.families import FAMILIES, Family, ModelConfig
+from common.plan.adapted import AdaptedExpert
 from common.plan.plan import MERGED, Plan
 from common.plan.residual import role_of
 from common.store.index import Index
@@ -44,7 +45,7 @@ class Tenant:
     tensors: canonical name -> object id. assets_folder: folder below `assets/`. notes: what was
         converted on the way
         in. generation: what its files say about generating; None where an older Moetel
-        built the store.
+        built the store. adapted: experts that an adapter made of others.
     """
 
     name: str
@@ -55,6 +56,11 @@ class Tenant:
     assets: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
     generation: GenerationConfig | None = None
+    adapted: tuple[AdaptedExpert, ...] = ()
+
+    def object_ids(self) -> list[str]:
+        """Ids of the objects that it keeps; one may be there several times."""
+        return [*self.tensors.values(), *(i for a in self.adapted for i in a.object_ids)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Manifest:
     def object_ids(self) -> list[str]:
         """Ids of all objects that this manifest refers to; one may be there several times."""
         return [
-            *(i for tenant in self.tenants for i in tenant.tensors.values()),
+            *(i for tenant in self.tenants for i in tenant.object_ids()),
             *(i for ids in self.merged.values() for i in ids.values()),
             *self.residuals,
             *self.measured_ids(),
@@ -121,6 +127,7 @@ class Manifest:
                     "assets_folder": t.assets_folder,
                     "assets": {k: dict(v) for k, v in t.assets.items()},
                     "generation": None if t.generation is None else t.generation.to_json(),
+                    "adapted": [a.to_json() for a in t.adapted],
                 }
                 for t in self.tenants
             ],
@@ -199,6 +206,7 @@ class Manifest:
                     generation=GenerationConfig.from_json(t["generation"])
                     if t.get("generation")
                     else None,
+                    adapted=tuple(AdaptedExpert.from_json(a) for a in t.get("adapted", ())),
                 )
                 for t, config, ids in zip(value["tenants"], configs, tensors, strict=True)
             )

@@ -49,7 +49,7 @@ def for_serving(manifest: Manifest) -> Manifest:
         kept = set(manifest.family.non_expert_shapes(tenant.config))
         kept.update(_served_from(manifest, number))
         tensors = {name: i for name, i in tenant.tensors.items() if name in kept}
-        tenants.append(replace(tenant, tensors=tensors))
+        tenants.append(replace(tenant, tensors=tensors, adapted=()))
     return replace(
         manifest,
         tenants=tuple(tenants),

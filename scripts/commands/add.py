@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="config.json of a T5X or Orbax checkpoint",
     )
     parser.add_argument(
+        "--base",
+        type=arguments.path,
+        metavar="PATH",
+        help="the model that an adapter (PEFT) is for; default: the one that it names",
+    )
+    parser.add_argument(
         "--calibrate",
         type=arguments.path,
         metavar="FILE",
@@ -52,7 +58,13 @@ def run(args: argparse.Namespace) -> int:
                 "--keep-plan makes no use of calibration; leave --calibrate out, or plan anew"
             )
         store = extend_store(
-            args.store, name, checkpoint, config=args.config, extra=args.extra, progress=bars
+            args.store,
+            name,
+            checkpoint,
+            config=args.config,
+            base=args.base,
+            extra=args.extra,
+            progress=bars,
         )
     else:
         if args.extra is not None:
@@ -61,7 +73,13 @@ def run(args: argparse.Namespace) -> int:
             )
         examples = CalibrationSet.read(args.calibrate) if args.calibrate else None
         store = add_tenant(
-            args.store, name, checkpoint, config=args.config, calibration=examples, progress=bars
+            args.store,
+            name,
+            checkpoint,
+            config=args.config,
+            base=args.base,
+            calibration=examples,
+            progress=bars,
         )
     build.report(store, Console(highlight=False, soft_wrap=True))
     return 0

@@ -4,11 +4,13 @@ is there."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from common import Store, StoreError, build_store
+from common.checkpoints import is_adapter
 from common.planning.policies import DEFAULT_EXTRA, DEFAULT_POLICY, POLICIES
 from common.progress import bars
 from common.store.kinds import kind_of, reference_of
@@ -27,8 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME=CHECKPOINT",
-        help="a tenant's name and its Hugging Face, T5X or Orbax directory; repeat, in the order "
-        "that plans count them",
+        help="a tenant's name and its Hugging Face, PEFT, T5X or Orbax directory; repeat, in the "
+        "order that plans count them",
+    )
+    parser.add_argument(
+        "--base",
+        type=arguments.base,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="the model that adapters (PEFT) are for, or NAME=PATH for one tenant's; default: the "
+        "one that each adapter names, on this machine",
     )
     parser.add_argument(
         "--config",
@@ -127,6 +138,28 @@ def _tenants_of(path: Path) -> tuple[str, ...]:
         return ()
 
 
+def _bases(
+    tenants: Sequence[tuple[str, Path]], given: Sequence[tuple[str | None, Path]]
+) -> dict[str, Path]:
+    """The base of each tenant that one is given for: a named one, else the one for all adapters.
+
+    Raises StoreError.
+    """
+    for_all = [path for name, path in given if name is None]
+    if len(for_all) > 1:
+        raise StoreError(
+            f"--base is given twice for all adapters ({for_all[0]}, {for_all[1]}); write "
+            "--base NAME=PATH where they differ"
+        )
+    adapters = [name for name, path in tenants if is_adapter(path)]
+    if for_all and not adapters:
+        raise StoreError(
+            f"--base {for_all[0]}: no tenant of this build is an adapter; leave --base out"
+        )
+    found = {name: path for path in for_all for name in adapters}
+    return found | {name: path for name, path in given if name is not None}
+
+
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     replaced = _tenants_of(args.store)
@@ -142,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         configs=dict(args.config),
         own_experts=args.own_experts,
+        bases=_bases(args.tenant, args.base),
         progress=bars,
     )
     report(store, console)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import FileResponse, Response
 
+from common.checkpoints import base_of, is_adapter
 from common.errors import CheckpointError, PlanError, RequestError, StoreError, UnknownTenantError
 from common.version import __version__
 from scripts.server.chat_requests import DetokenizeRequest, TokenizeRequest
@@ -156,9 +157,13 @@ async def load_tenant(
     meanwhile."""
     service.require_admin(caller)
     engine = service.require()
-    path = _inside(Path(body.tenant_path), service.settings.tenant_roots)
+    roots = service.settings.tenant_roots
+    path = _inside(Path(body.tenant_path), roots)
     try:
-        await engine.add_tenant(body.tenant_name, path)
+        base = None
+        if is_adapter(path):  # it may name any directory of this machine
+            base = _inside(base_of(path), roots, "the adapter's base")
+        await engine.add_tenant(body.tenant_name, path, base=base)
     except (CheckpointError, StoreError, PlanError, RequestError) as error:
         raise ApiError(400, str(error)) from error
     log.info("tenant %s loaded from %s", body.tenant_name, path)
@@ -166,8 +171,11 @@ async def load_tenant(
     return TenantChanged(tenant_name=body.tenant_name, status="loaded")
 
 
-def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
-    """The path with links followed, if it lies below one of the roots. Raises ApiError."""
+def _inside(path: Path, roots: tuple[Path, ...], what: str = "it") -> Path:
+    """The path with links followed, if it lies below one of the roots.
+
+    what: the path is, in errors. Raises ApiError.
+    """
     try:
         found = path.resolve()
         is_directory = found.is_dir()
@@ -179,7 +187,7 @@ def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
         allowed = ", ".join(map(str, roots))
         raise ApiError(
             403,
-            f"tenant_path: lies outside {allowed} (--tenant-root); move the checkpoint there",
+            f"tenant_path: {what} lies outside {allowed} (--tenant-root); move it there",
             param="tenant_path",
         )
     if not is_directory:

@@ -17,6 +17,7 @@ import common.build.build
 from common import SamplingParams, Store, load_engine
 from scripts import cli
 from tests import helpers
+from tests.common.checkpoints import adapters
 from tests.conftest import Family
 
 # The plans that these tests state are those of the paper's rule.
@@ -83,6 +84,41 @@ def test_inspect_draws_any_plan(
     )
     assert run(capsys, "inspect", path, "--plot", picture)[0] == 0
     assert picture.stat().st_size > 5000
+
+
+def test_bases_of_adapters(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for all, or by name; and what the build says of each."""
+    path, base = tmp_path / "store", family.paths["base"]
+    one, two = (
+        adapters.write(tmp_path / name, base_model_name_or_path="some/base")
+        for name in ("one", "two")
+    )
+    command = ("build", path, f"--tenant=one={one}", f"--tenant=base={base}", f"--tenant=two={two}")
+    code, out, err = run(capsys, *command, "--base", base)
+    assert code == 0, err
+    kind = "low rank 4, 1 of 8 experts moved"
+    assert f"one: beside base: {kind}" in out and f"two: beside base: {kind}" in out
+    assert f"one: an adapter of {base}: {kind} (LoRA of rank 4)" in out
+    code, out, err = run(capsys, *command[:-1], "--base", f"one={base}")
+    assert code == 0, err
+    code, out, err = run(capsys, "add", path, f"--tenant=two={two}", "--base", base)
+    assert code == 0 and f"two: beside base: {kind}" in out, err
+    for arguments, message in (
+        (command, "names 'some/base'"),
+        ((*command, "--base", base, "--base", one), "--base is given twice for all adapters"),
+        ((*command[:2], f"--tenant=base={base}", "--base", base), "no tenant .* is an adapter"),
+        ((*command, f"--base=base={base}", f"--base={base}"), "whole model, no adapter"),
+        ((*command, f"--base=three={base}"), "a base is given for 'three', which is no tenant"),
+        (
+            (*command, "--base", tmp_path / "none"),
+            "no such directory, nor a model in the hub's cache",
+        ),
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert code == 1 and re.search(message, err), err
+    assert set(Store.open(path).tenants) == {"one", "base", "two"}
 
 
 def test_home_directories_in_paths(

@@ -14,6 +14,8 @@ from common import build_store, load_engine
 from common.version import __version__
 from scripts.server.settings import ServerSettings
 from scripts.server.window import SAMPLES, Window, quantile
+from tests import helpers
+from tests.common.checkpoints import adapters
 from tests.server.live import GOOD, Live, Loop, error, events, wait_for
 
 
@@ -269,6 +271,25 @@ def admin(checkpoints: dict[str, Path], tmp_path: Path) -> Any:
     ) as live:
         yield live, loop
     loop.close()
+
+
+def test_an_adapter_is_loaded_if_its_base_may_be(
+    admin: tuple[Live, Loop], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """What an adapter names as its base is no way around --tenant-root."""
+    live, _ = admin
+    root = checkpoints["new"].parent
+    outside = helpers.save(helpers.random_mixtral(5), tmp_path / "outside")
+    body = {"tenant_name": "adapter", "tenant_path": str(root / "adapter")}
+    adapters.write(root / "adapter", base_model_name_or_path=str(outside))
+    found = error(live.post("/v1/load_tenant", body), 403)
+    assert "the adapter's base lies outside" in found["message"]
+    adapters.write(root / "adapter", base_model_name_or_path="some/base")
+    assert "names 'some/base'" in error(live.post("/v1/load_tenant", body), 400)["message"]
+    adapters.write(root / "adapter", base_model_name_or_path=str(checkpoints["ana"]))
+    reply = live.post("/v1/load_tenant", body)
+    assert reply.status_code == 200, reply.text
+    assert live.post("/v1/completions", GOOD | {"model": "adapter"}).status_code == 200
 
 
 def test_a_tenant_is_loaded_and_unloaded(

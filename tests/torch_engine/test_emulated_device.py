@@ -14,6 +14,7 @@ from tests.helpers import shared_path
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # a process that runs many tests
     pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: they run on it"),
 ]
 

@@ -76,12 +76,6 @@ def named_by_config(base: Path, path: Path) -> None:
     edit_config(path, transformers_weights="newest.safetensors")
 
 
-def adapter_beside(base: Path, path: Path) -> None:
-    copied(base, path)
-    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
-    write_tensors(path, {"x.lora_A.weight": torch.zeros(2, 2)}, "adapter_model.safetensors")
-
-
 def tensor_outside_index(base: Path, path: Path) -> None:
     """What a shard holds and the index does not name is read all the same."""
     helpers.save(helpers.random_mixtral(3), path, max_shard_size="20KB")
@@ -116,7 +110,6 @@ SAME: dict[str, tuple[Callable[[Path, Path], None], str | None]] = {
     "pickle beside": (pickle_beside, "not read: pytorch_model.bin"),
     "variant beside": (variant_beside, "not read: model.fp16.safetensors"),
     "named by config": (named_by_config, "read from newest.safetensors, .*not read: model-00001"),
-    "adapter beside": (adapter_beside, r"adapter beside the weights .* is not applied"),
     "outside the index": (tensor_outside_index, None),
     "names of the base model": (base_model_names, None),
     "buffers": (
@@ -124,6 +117,17 @@ SAME: dict[str, tuple[Callable[[Path, Path], None], str | None]] = {
         r"3 tensors that the model does not use were left out, first model.layers.0",
     ),
 }
+
+
+def test_an_adapter_beside_a_whole_model_is_not_applied(base: Path, tmp_path: Path) -> None:
+    path = copied(base, tmp_path / "it")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    write_tensors(path, {"x.lora_A.weight": torch.zeros(2, 2)}, "adapter_model.safetensors")
+    found, store = ours(path, tmp_path)
+    helpers.assert_close(found, theirs(base))
+    assert "adapter beside the weights (adapter_config.json) is not applied" in str(
+        store.tenant("t").notes
+    )
 
 
 @pytest.mark.parametrize("kind", SAME)
@@ -171,17 +175,6 @@ def adapter_left_in(path: Path) -> None:
         k.replace(f"{q}.weight", f"{q}.base_layer.weight"): v for k, v in tensors_of(path).items()
     }
     write_tensors(path, tensors | {f"{q}.lora_A.default.weight": torch.zeros(4, 32)})
-
-
-def adapter_alone(path: Path) -> None:
-    without_weights(path)
-    (path / "config.json").unlink()
-    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
-
-
-def adapter_with_config(path: Path) -> None:
-    without_weights(path)
-    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
 
 
 def without_index(path: Path) -> None:
@@ -238,11 +231,6 @@ def mixed_shards(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "adapter alone": (adapter_alone, "this is a PEFT adapter of 'some/base' .*merge_and_unload"),
-    "adapter with config": (
-        adapter_with_config,
-        "this is a PEFT adapter of 'some/base' .*merge_and_unload",
-    ),
     "adapter left in": (
         adapter_left_in,
         r"q_proj.base_layer.weight is an adapter's, .*merge_and_unload",

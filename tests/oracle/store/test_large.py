@@ -75,8 +75,8 @@ def test_many_tensors_take_few_files_and_mappings(tmp_path: Path) -> None:
         )
         assert all(len(a.token_ids) == 3 for a in answers)
         assert engine.stats()["misses"] > 100
-        maps = Path("/proc/self/maps").read_text().splitlines()
-        assert sum(str(store.path) in line for line in maps) < len(maps) < MOST
+        maps = Path("/proc/self/maps").read_text()
+        assert 0 < maps.count(str(store.path)) < MOST
     models = [helpers.load(path) for path in paths.values()]
     for index in (0, 3):
         oracle = helpers.oracle(models, index, store.plan)
