@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import Store, add_tenant, build_store, extend_store, load_engine, remove_tenant
+from common import (
+    Store,
+    add_tenant,
+    build_store,
+    extend_store,
+    load_engine,
+    pack_store,
+    remove_tenant,
+)
 from common.build.build import replan
 from common.checkpoints import TensorRef
 from common.plan.plan import MERGED
 from common.store.kinds import kind_of
+from common.store.pack import bytes_by_part
 from tests import families, helpers
 from tests.oracle.adapters import made
 
@@ -255,3 +264,22 @@ def test_a_base_that_changed_since_is_read_anew(work: Path, tmp_path: Path) -> N
     helpers.save(families.random("mixtral", 4), base)
     store = add_tenant(store.path, "t", tmp_path / "adapter", base=base)
     assert str(kind_of(store, "t", "base")) == "full"
+
+
+@pytest.mark.parametrize("own_experts", ["reference", "none"])
+def test_adapters_need_no_experts_of_their_own(
+    work: Path, tmp_path: Path, own_experts: str
+) -> None:
+    """Their merged experts are never used, so a packed store has the base's experts alone."""
+    store = build(work, tmp_path / "copy", "base", "each", "fused")
+    other = build(work, tmp_path / "other", "base", "each", "fused", own_experts=own_experts)
+    packed = pack_store(other, tmp_path / "packed")
+    assert other.plan == packed.plan == store.plan and packed.verify() == []
+    one = store.experts.num_positions * store.copy_bytes
+    parts = bytes_by_part(packed)
+    assert parts["resident copies"] == one
+    assert parts["own experts that are not resident"] == 0
+    for name in store.tenants:
+        expected = logits(store, name)
+        assert np.array_equal(logits(other, name), expected)
+        assert np.array_equal(logits(packed, name), expected)
