@@ -14,16 +14,8 @@ from common.plan.residual import Part
 from common.planning.configurations import Config
 from common.planning.copies import Sample, Targets, fit_matrix, least_squares, mixture
 from common.planning.losses import Losses
-from common.planning.residual_fit import (
-    Choice,
-    Spectrum,
-    Weighting,
-    fit,
-    plain,
-    second_moments,
-    spectrum,
-    weightings,
-)
+from common.planning.residual_fit import Choice, Spectrum, fit, spectrum
+from common.planning.weighting import Weighting, plain, second_moments, weightings
 from common.store.store import Store
 
 Matrix = dict[str, np.ndarray]
