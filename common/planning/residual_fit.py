@@ -55,7 +55,7 @@ def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
     total = float((white**2).sum(dtype=np.float64))
     if total <= 0:
         return Spectrum(difference.shape, np.zeros(min(MAX_RANK, *difference.shape)), 0.0, 0.0)
-    values = _top_singular(white)[1].astype(np.float64) ** 2
+    values = _top_squares(white)
     rows, counted = difference, weighting
     if difference.size >= LARGE and len(difference) > SIGN_ROWS:  # each row is rounded by itself
         some = np.sort(np.random.default_rng(0).choice(len(difference), SIGN_ROWS, replace=False))
@@ -67,22 +67,36 @@ def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
     )
 
 
-def _top_singular(
-    matrix: np.ndarray, rank: int = MAX_RANK
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U [N, r], values [r], V^T [r, K] of the largest singular values; for large matrices by random
-    projection with two power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4)."""
-    rank = min(rank, *matrix.shape)
+def _range(matrix: np.ndarray, rank: int) -> np.ndarray | None:
+    """Orthonormal columns [N, rank + 16] that hold most of the largest singular vectors, by random
+    projection with a power iteration (Halko et al., arXiv 0909.4061, algorithm 4.4); None where the
+    whole decomposition is cheap."""
     if min(matrix.shape) <= 4 * rank or min(matrix.shape) <= 512:
-        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-        return u[:, :rank], s[:rank], vt[:rank]
-    rng = np.random.default_rng(0)
-    random = rng.standard_normal((matrix.shape[1], rank + 16)).astype(matrix.dtype)
-    basis = np.linalg.qr(matrix @ random)[0]
-    for _ in range(2):
-        basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
-    u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return (basis @ u)[:, :rank], s[:rank], vt[:rank]
+        return None
+    random = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 16), np.float32)
+    basis = np.linalg.qr(matrix @ random.astype(matrix.dtype, copy=False))[0]
+    return np.asarray(np.linalg.qr(matrix @ (matrix.T @ basis))[0])
+
+
+def _top_squares(matrix: np.ndarray, rank: int = MAX_RANK) -> np.ndarray:
+    """The largest squared singular values, descending, float64 [rank or fewer]."""
+    basis = _range(matrix, rank)
+    if basis is None:
+        return np.linalg.svd(matrix, compute_uv=False)[:rank].astype(np.float64) ** 2
+    part = basis.T @ matrix
+    squares = np.linalg.eigvalsh((part @ part.T).astype(np.float64))[::-1]
+    return np.maximum(squares[:rank], 0)
+
+
+def _top_right(matrix: np.ndarray, rank: int) -> np.ndarray:
+    """V^T [r, K] of the largest singular values."""
+    basis = _range(matrix, rank)
+    if basis is None:
+        return np.asarray(np.linalg.svd(matrix, full_matrices=False)[2][:rank])
+    part = basis.T @ matrix
+    vectors = np.linalg.eigh((part @ part.T).astype(np.float64))[1][:, ::-1][:, :rank]
+    found = vectors.T.astype(matrix.dtype) @ part
+    return np.asarray(found / np.maximum(1e-30, np.linalg.norm(found, axis=1, keepdims=True)))
 
 
 def _sign_matrix(
@@ -150,7 +164,7 @@ def _fit_low_rank(left: np.ndarray, weighting: Weighting, part: Part) -> np.ndar
     """The packed part: v quantised first, u fitted to it exactly in the weighted norm, then
     quantised."""
     white = weighting.white(left)
-    _, _, vt = _top_singular(white, part.size)
+    vt = _top_right(white, part.size)
     # Rows of v in the plain space: D ~ A^(-1/2) U S V^T C^(-1), C lower triangular.
     raw = weighting.undo_columns(vt)
     if len(raw) < part.size:

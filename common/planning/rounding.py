@@ -22,26 +22,31 @@ BLOCK = 64
 class Feedback:
     """How errors of columns are made good by the ones to come.
 
-    order: int [n], columns in the order in which they are rounded. upper: [n, n] in that order; its
-    column k holds above the diagonal what column k takes of each error before it.
+    order: int [n], columns in the order in which they are rounded. shares: [n, n] in that order;
+    row k holds before the diagonal what column k takes of each error before it.
     """
 
     order: np.ndarray
-    upper: np.ndarray
+    shares: np.ndarray
 
 
 def feedback(moments: np.ndarray) -> Feedback:
-    """From second moments [n, n], damped by 1 % of their mean diagonal, in their type.
+    """From second moments H [n, n], in their type.
 
     Columns whose errors cost most come first, while many are left to make them good.
     """
-    diagonal = np.diag(moments)
-    order = np.argsort(-diagonal, kind="stable")
+    order = np.argsort(-np.diag(moments), kind="stable")
     backwards = order[::-1]
-    damped = moments[np.ix_(backwards, backwards)]
-    damped[np.diag_indices_from(damped)] += 1e-2 * (float(diagonal.mean()) + 1e-30)
-    upper = np.linalg.cholesky(damped)[::-1, ::-1]  # times its transpose: damped, in the order
-    return Feedback(order, np.ascontiguousarray(upper / np.diag(upper)))
+    return feedback_of_ordered(order, moments[np.ix_(backwards, backwards)])
+
+
+def feedback_of_ordered(order: np.ndarray, backwards: np.ndarray) -> Feedback:
+    """backwards: H [n, n] with the last column of the order first; damped here, in place, by 1 % of
+    its mean diagonal."""
+    diagonal = np.diag_indices_from(backwards)
+    backwards[diagonal] += 1e-2 * (float(backwards[diagonal].mean()) + 1e-30)
+    upper = np.linalg.cholesky(backwards)[::-1, ::-1]  # times its transpose: H, in the order
+    return Feedback(order, np.ascontiguousarray((upper / np.diag(upper)).T))
 
 
 def scales(rows: np.ndarray, bits: int) -> np.ndarray:
@@ -84,17 +89,20 @@ def round_columns(
     if known is None or bits > 8:  # beyond 8 bits there is nothing to make good
         return rounded(rows.astype(np.float64) / scale[:, None], bits)
     # A column is a row here, so that what is handed on is added to memory that lies together.
-    exact = np.ascontiguousarray(rows.T[known.order])
-    scale, upper = scale.astype(exact.dtype), known.upper.astype(exact.dtype, copy=False)
-    more, errors = np.zeros_like(exact), np.empty_like(exact)
-    codes, middle = np.empty_like(exact), (2**bits - 1) / 2
+    exact = np.ascontiguousarray((rows / scale[:, None].astype(rows.dtype)).T[known.order])
+    shares, middle = known.shares.astype(exact.dtype, copy=False), (2**bits - 1) / 2
+    wanted, errors = exact + exact.dtype.type(middle), np.empty_like(exact)
+    codes, exact = np.empty_like(exact), wanted.copy()  # both in units of the step, from code 0
     for start in range(0, len(exact), BLOCK):
         end = min(start + BLOCK, len(exact))
         for j in range(start, end):
-            wanted = exact[j] + more[j] + upper[start:j, j] @ errors[start:j]
-            np.clip(np.round(wanted / scale + middle), 0, 2 * middle, out=codes[j])
-            errors[j] = exact[j] - (codes[j] - middle) * scale
-        more[end:] += upper[start:end, end:].T @ errors[start:end]
+            code = shares[j, start:j] @ errors[start:j]
+            code += wanted[j]
+            np.rint(code, out=code)
+            np.maximum(code, 0, out=code)
+            np.minimum(code, 2 * middle, out=codes[j])
+            np.subtract(exact[j], codes[j], out=errors[j])
+        wanted[end:] += shares[end:, start:end] @ errors[start:end]
     found = np.empty((len(rows), len(exact)), exact.dtype)
     found[:, known.order] = codes.T
-    return found, found - middle
+    return found, found - exact.dtype.type(middle)

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.families import ExpertSpec
 from common.plan.expert_math import Matrices, inner, inputs_and_output, slope
-from common.planning.rounding import Feedback, feedback
+from common.planning.rounding import Feedback, feedback, feedback_of_ordered
 
 # Inputs up to which correlations between them are estimated: a few hundred samples say little of
 # more.
@@ -70,10 +70,12 @@ class Spread:
     @cached_property
     def feedback(self) -> Feedback:
         """In single precision: no moment is below the floor, so that little is lost."""
-        v = self.directions.astype(np.float32)
-        whole = (v.T * self.above.astype(np.float32)) @ v
+        roots = (np.sqrt(self.above)[:, None] * self.directions).astype(np.float32)
+        order = np.argsort(-(roots**2).sum(axis=0), kind="stable")
+        roots = roots[:, order[::-1]]
+        whole = roots.T @ roots
         whole[np.diag_indices_from(whole)] += np.float32(self.floor)
-        return feedback(whole)
+        return feedback_of_ordered(order, whole)
 
 
 @dataclass(frozen=True)

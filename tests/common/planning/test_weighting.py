@@ -26,7 +26,7 @@ def test_directions_of_few_samples_are_the_whole_moments(count: int) -> None:
     np.testing.assert_allclose(found.undo_root(white), matrix, rtol=1e-9)
     expected = feedback(whole)
     np.testing.assert_array_equal(found.feedback.order, expected.order)
-    np.testing.assert_allclose(found.feedback.upper, expected.upper, atol=1e-4)
+    np.testing.assert_allclose(found.feedback.shares, expected.shares, atol=1e-4)
 
 
 def test_samples_of_nothing_leave_moments_that_can_be_undone() -> None:
