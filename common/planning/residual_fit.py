@@ -69,13 +69,15 @@ def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
 
 def _range(matrix: np.ndarray, rank: int) -> np.ndarray | None:
     """Orthonormal columns [N, rank + 16] that hold most of the largest singular vectors, by random
-    projection with a power iteration (Halko et al., arXiv 0909.4061, algorithm 4.4); None where the
+    projection with two power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4); None where the
     whole decomposition is cheap."""
     if min(matrix.shape) <= 4 * rank or min(matrix.shape) <= 512:
         return None
     random = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 16), np.float32)
     basis = np.linalg.qr(matrix @ random.astype(matrix.dtype, copy=False))[0]
-    return np.asarray(np.linalg.qr(matrix @ (matrix.T @ basis))[0])
+    for _ in range(2):
+        basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
+    return np.asarray(basis)
 
 
 def _top_squares(matrix: np.ndarray, rank: int = MAX_RANK) -> np.ndarray:
