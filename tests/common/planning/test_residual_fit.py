@@ -195,7 +195,7 @@ def test_signs_have_the_scales_of_least_squares() -> None:
     np.testing.assert_array_equal(made > 0, difference > 0)
     # Without weights the best scale of a row is its mean size (BitDelta).
     scale = np.abs(difference).mean(axis=1).astype(BY_NAME["bfloat16"]).astype(np.float64)
-    np.testing.assert_allclose(np.abs(made), scale[:, None] * np.ones(200), rtol=1e-3)
+    np.testing.assert_allclose(np.abs(made), scale[:, None] * np.ones(200), rtol=1e-2)
     # What a Gaussian's sign leaves of it: 1 - 2 / pi.
     assert (left**2).sum() / (difference**2).sum() == pytest.approx(1 - 2 / np.pi, rel=0.1)
 
