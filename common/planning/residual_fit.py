@@ -69,8 +69,8 @@ def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
 
 def _range(matrix: np.ndarray, rank: int) -> np.ndarray | None:
     """Orthonormal columns [N, rank + 16] that hold most of the largest singular vectors, by random
-    projection with two power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4); None where the
-    whole decomposition is cheap."""
+    projection with two power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4); None where
+    the whole decomposition is cheap."""
     if min(matrix.shape) <= 4 * rank or min(matrix.shape) <= 512:
         return None
     random = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 16), np.float32)
@@ -180,10 +180,6 @@ def _fit_low_rank(left: np.ndarray, weighting: Weighting, part: Part) -> np.ndar
     u = np.linalg.solve(gram, v_white @ white.T) / np.sqrt(weighting.rows)
     scale = scales(u, part.bits)
     # Columns of u.T, one for each component, each with a step of its own.
-    u_codes, _ = round_columns(
-        (u / scale[:, None]).T,
-        part.bits,
-        feedback(gram * np.outer(scale, scale)),
-        np.ones(u.shape[1]),
-    )
+    known = feedback(gram * np.outer(scale, scale)) if part.bits <= 8 else None
+    u_codes, _ = round_columns((u / scale[:, None]).T, part.bits, known, np.ones(u.shape[1]))
     return pack_low_rank(scale.astype(np.float32), v_codes, u_codes.T, part.bits)
