@@ -33,7 +33,7 @@ def is_lossless(source: str, target: str) -> bool:
 
 # Matrices of so many weights and more are compared and fitted in single precision: half the time,
 # and still far finer than what models of that size are stored in.
-LARGE = 1 << 22
+LARGE = 1 << 20
 
 
 def working(size: int) -> np.dtype[Any]:

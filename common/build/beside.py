@@ -25,7 +25,8 @@ from common.planning.allocation import Allocator
 from common.planning.configurations import Config
 from common.planning.losses import UNITS
 from common.planning.residual_curves import Kinds, choose, curves
-from common.planning.residual_fit import Choice, Spectrum, fit, plain, spectrum
+from common.planning.residual_fit import Choice, Spectrum, fit, spectrum
+from common.planning.weighting import plain
 from common.progress import Progress
 from common.store.manifest import BESIDE, Manifest
 from common.store.store import Store

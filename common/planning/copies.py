@@ -68,8 +68,7 @@ def fit_matrix(
     tenants.
 
     Solved for what is to be added to `towards`, in the smaller of the spaces of samples and of
-    inputs. W has the type of `towards`; sums of squares and the solution are in double precision
-    whatever that is.
+    inputs. W has the type of `towards`; equations are solved in double precision whatever that is.
     """
     dtype = towards.dtype
     x = np.concatenate(inputs).astype(dtype)
@@ -79,12 +78,13 @@ def fit_matrix(
     )  # only their ratios count
     wanted = (np.concatenate(targets).astype(dtype, copy=False) - x @ towards.T) * root
     x *= root
-    exact = x.astype(np.float64, copy=False)
-    held = ridge * float((exact**2).sum()) / x.shape[1] + 1e-12
+    held = ridge * float((x**2).sum(dtype=np.float64)) / x.shape[1] + 1e-12
     if len(x) < x.shape[1]:
-        solved = np.linalg.solve(exact @ exact.T + held * np.eye(len(x)), wanted)
+        products = (x @ x.T).astype(np.float64, copy=False)
+        solved = np.linalg.solve(products + held * np.eye(len(x)), wanted)
         return np.asarray(towards + solved.T.astype(dtype, copy=False) @ x)
-    solved = np.linalg.solve(exact.T @ exact + held * np.eye(x.shape[1]), x.T @ wanted)
+    products = (x.T @ x).astype(np.float64, copy=False)
+    solved = np.linalg.solve(products + held * np.eye(x.shape[1]), x.T @ wanted)
     return np.asarray(towards + solved.T.astype(dtype, copy=False))
 
 

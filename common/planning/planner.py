@@ -122,8 +122,11 @@ class Planner:
             self._last = (p, PositionPlanner(known, self._places[p], lambda: self._ridge))
         return self._last[1]
 
-    def _candidates(self, policy: Policy) -> list[list[Config]]:
-        """Configurations of every position. Raises PlanError for a policy that shares nothing."""
+    def _candidates(self, policy: Policy, spectra: bool = False) -> list[list[Config]]:
+        """Configurations of every position. Raises PlanError for a policy that shares nothing.
+
+        spectra: measure them as well, while a position's weights and copies are in memory.
+        """
         if policy.copies == "all":
             raise PlanError("policy 'all' shares nothing, so there is nothing to plan")
         if policy.copies not in self._configs:
@@ -134,12 +137,17 @@ class Planner:
             ):
                 if len(self._fitted) < len(self._places):
                     _ = self._ridge  # before the candidates, as a step of its own
-            with self.progress("finding candidates", len(self._places)) as advance:
+            with self.progress("measuring candidates", len(self._places)) as advance:
                 found = []
                 for p in range(len(self._places)):
                     found.append(self._of_position(policy.copies, p))
+                    if spectra:
+                        self._measure_spectra(p, found[-1])
                     advance()
             self._configs[policy.copies] = found
+        elif spectra:  # known of another policy, which may have needed none
+            for p, row in enumerate(self._configs[policy.copies]):
+                self._measure_spectra(p, row)
         return self._configs[policy.copies]
 
     def _of_position(self, copies: str, p: int) -> list[Config]:
@@ -187,29 +195,21 @@ class Planner:
     def _weights(self, tenant: int, place: tuple[int, int]) -> Matrix:
         return self.store.own_expert(self.store.tenants[tenant], *place)
 
-    def _measure_spectra(self, configs: list[list[Config]]) -> None:
-        """Spectra of what each tenant lacks beside the copy of each configuration.
+    def _measure_spectra(self, p: int, row: list[Config]) -> None:
+        """Spectra of what each tenant lacks beside the copy of each configuration of a position.
 
         Not beside a mixture where a copy was fitted: what serves tenants better leaves less for
         residuals too.
         """
-        wanted = [
-            (p, c)
-            for p, row in enumerate(configs)
-            for c in row
-            if (c.curve, p) not in self._spectra
-            and not (c.curve == 0 and any(other.fitted for other in row))
-        ]
-        if not wanted:
-            return
-        with self.progress("measuring residuals", len(wanted)) as advance:
-            for p, config in wanted:
-                position = self._position(p)
-                copy = position.copy(config)
-                self._spectra[config.curve, p] = [
-                    position.spectra(t, copy) for t in range(len(self.store.tenants))
-                ]
-                advance()
+        fitted = any(config.fitted for config in row)
+        for config in row:
+            if (config.curve, p) in self._spectra or (config.curve == 0 and fitted):
+                continue
+            position = self._position(p)
+            copy = position.copy(config)
+            self._spectra[config.curve, p] = [
+                position.spectra(t, copy) for t in range(len(self.store.tenants))
+            ]
 
     def _curves(self, policy: Policy) -> list[list[list[Curve]]] | None:
         if not policy.kinds.any:
@@ -230,9 +230,7 @@ class Planner:
     def allocator(self, policy: str) -> Allocator:
         """Prices for a policy that uses extra bytes."""
         rule = policy_named(policy)
-        configs = self._candidates(rule)
-        if rule.kinds.any:
-            self._measure_spectra(configs)
+        configs = self._candidates(rule, spectra=rule.kinds.any)
         return Allocator(configs, self._curves(rule), self.traffic, self.store.copy_bytes)
 
     def plan(self, policy: str, slots: int | None = None, extra_bytes: int = 0) -> Outcome:

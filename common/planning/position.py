@@ -14,16 +14,8 @@ from common.plan.residual import Part
 from common.planning.configurations import Config
 from common.planning.copies import Sample, Targets, fit_matrix, least_squares, mixture
 from common.planning.losses import Losses
-from common.planning.residual_fit import (
-    Choice,
-    Spectrum,
-    Weighting,
-    fit,
-    plain,
-    second_moments,
-    spectrum,
-    weightings,
-)
+from common.planning.residual_fit import Choice, Spectrum, fit, spectrum
+from common.planning.weighting import Weighting, plain, second_moments, weightings
 from common.store.store import Store
 
 Matrix = dict[str, np.ndarray]
@@ -69,6 +61,7 @@ class PositionPlanner:
         }
         self._weighting: dict[int, dict[str, Weighting]] = {}
         self._targets: dict[int, Targets] = {}
+        self._copies: dict[tuple[bool, tuple[float, ...]], Matrix] = {}
 
     def sample(self, tenant: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs float32 [n, H] and gates [n], n = 0 for a tenant that was not calibrated."""
@@ -107,6 +100,15 @@ class PositionPlanner:
         mix, used = config.mix, np.flatnonzero(config.mix)
         if len(used) == 1 and not (config.fitted and len(self.own) > 1):
             return self.own[int(used[0])]
+        if not added:  # several steps ask for it
+            key = config.fitted, tuple(mix.tolist())
+            if key not in self._copies:
+                self._copies[key] = self._make(config, None)
+            return self._copies[key]
+        return self._make(config, added)
+
+    def _make(self, config: Config, added: Mapping[int, Matrix] | None) -> Matrix:
+        mix = config.mix
         if config.fitted:
             samples = {t: self.weighted_sample(t) for t in self.own}
             targets = {

@@ -13,18 +13,8 @@ from common.dtypes import BY_NAME, to_float32
 from common.families import ExpertSpec
 from common.plan.expert_math import forward
 from common.plan.residual import part_matrix
-from common.planning.residual_fit import (
-    LEFT,
-    MAX_RANK,
-    Choice,
-    Weighting,
-    fit,
-    plain,
-    second_moments,
-    sign_group,
-    spectrum,
-    weightings,
-)
+from common.planning.residual_fit import LEFT, MAX_RANK, Choice, fit, sign_group, spectrum
+from common.planning.weighting import Dense, Weighting, plain, second_moments, weightings
 from tests import checkpoints
 
 
@@ -71,11 +61,11 @@ def test_the_loss_of_an_error_is_its_weighted_mean_square() -> None:
 def test_few_samples_leave_no_direction_free() -> None:
     x = np.zeros((3, 8), dtype=np.float32)
     x[:, 0] = 2.0
-    moments = (s := second_moments(x, np.ones(3))) @ s.T
+    moments = second_moments(x, np.ones(3)).times(np.eye(8))
     assert np.trace(moments) == pytest.approx(4.0)
     assert moments[0, 0] > moments[1, 1] > 0.1 * moments[0, 0] / 8
     for empty in (np.zeros((4, 8), np.float32), x):
-        assert np.isfinite(second_moments(empty, np.zeros(len(empty)))).all()
+        assert np.isfinite(second_moments(empty, np.zeros(len(empty))).times_root(np.eye(8))).all()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +214,7 @@ def test_columns_that_cost_most_are_rounded_first(bits: int) -> None:
         for seed in range(4):
             difference = np.random.default_rng(seed).standard_normal((32, inputs))[:, order]
             s = np.linalg.cholesky((m := (np.diag(scale) @ mixing)[order]) @ m.T)
-            weighting = Weighting(np.ones(32), s, inputs)
+            weighting = Weighting(np.ones(32), Dense(s), inputs)
             choice = Choice((), True) if bits == 1 else Choice(((bits, 24),))
             found += left_over(difference, weighting, choice)
         losses.append(found)
