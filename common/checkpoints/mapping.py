@@ -67,6 +67,10 @@ class MappedFile:
         self._bytes: np.ndarray | None = None
         self._lock = threading.Lock()
 
+    @property
+    def is_mapped(self) -> bool:
+        return self._bytes is not None
+
     def part(self, offset: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes], read-only; pages are read when touched. Raises OSError."""
         with self._lock:

@@ -122,10 +122,9 @@ class Objects:
         if entry.offset == SINGLE_OFFSET:
             entry = entry._replace(offset=single_offset(self.root, entry))
             self.entries[object_id] = entry
-        file = self._files.get(entry.shard)
-        if file is None:
+        file = self._files.setdefault(entry.shard, MappedFile(path))
+        if not file.is_mapped:
             self._check_file(path, entry.shard)
-            file = self._files.setdefault(entry.shard, MappedFile(path))
         return TensorRef(path, object_id, entry.dtype, entry.shape, entry.offset, file)
 
     def _check_file(self, path: Path, shard: str) -> None:
