@@ -281,5 +281,6 @@ def test_adapters_need_no_experts_of_their_own(
     assert parts["own experts that are not resident"] == 0
     for name in store.tenants:
         expected = logits(store, name)
-        assert np.array_equal(logits(other, name), expected)
-        assert np.array_equal(logits(packed, name), expected)
+        # Where a weight lies in memory may change the order of torch's sums.
+        helpers.assert_close(logits(other, name), expected)
+        helpers.assert_close(logits(packed, name), expected)

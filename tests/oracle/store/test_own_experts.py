@@ -35,6 +35,13 @@ def answers(store: Store) -> list[np.ndarray]:
         return [engine.logits(name, ROWS) for name in store.tenants]
 
 
+def same(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
+    """But for rounding: where a weight lies in memory may change the order of torch's sums."""
+    return all(
+        np.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected, strict=True)
+    )
+
+
 def copies_of(family: Family, path: Path) -> dict[str, Path]:
     return {n: Path(shutil.copytree(p, path / n)) for n, p in family.paths.items()}
 
@@ -55,11 +62,11 @@ def test_a_packed_store_serves_the_same(
     packed = pack_store(store, tmp_path / "packed")
     assert packed.verify() == [] and packed.plan == store.plan
     assert packed.objects.unreferenced(packed.manifest.objects) == []
-    assert all(np.array_equal(a, b) for a, b in zip(answers(packed), expected, strict=True))
+    assert same(answers(packed), expected)
     # It stands alone, and says what it is without.
     for path in checkpoints.values():
         shutil.rmtree(path)
-    assert all(np.array_equal(a, b) for a, b in zip(answers(packed), expected, strict=True))
+    assert same(answers(packed), expected)
     for change in (
         lambda: replan(packed.path),
         lambda: add_tenant(packed.path, "more", family.paths["ana"]),
@@ -86,7 +93,7 @@ def test_referenced_experts_serve_and_plan_as_copied_ones(family: Family, tmp_pa
     assert parts["experts left in checkpoints"] == expert_bytes
     assert parts["resident copies"] == parts["own experts that are not resident"] == 0
     assert store.describe()["bytes_on_disk"] == copied.describe()["bytes_on_disk"] - expert_bytes
-    assert all(np.array_equal(a, b) for a, b in zip(answers(store), answers(copied), strict=True))
+    assert same(answers(store), answers(copied))
     # A change goes on as the build began.
     for name in ("copied", "store"):
         add_tenant(tmp_path / name, "more", family.paths["ana"])
@@ -94,7 +101,7 @@ def test_referenced_experts_serve_and_plan_as_copied_ones(family: Family, tmp_pa
     again, other = Store.open(store.path), Store.open(copied.path)
     assert again.plan == other.plan and again.manifest.own_experts == "reference"
     assert bytes_by_part(again)["experts left in checkpoints"] >= expert_bytes
-    assert all(np.array_equal(a, b) for a, b in zip(answers(again), answers(other), strict=True))
+    assert same(answers(again), answers(other))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
@@ -135,7 +142,7 @@ def test_dropped_experts(family: Family, tmp_path: Path) -> None:
     assert bytes_by_part(store)["own experts that are not resident"] == 0
     assert all(entry.in_store for entry in store.manifest.objects.values())
     assert store.describe()["bytes_on_disk"] < 0.7 * kept.describe()["bytes_on_disk"]
-    assert all(np.array_equal(a, b) for a, b in zip(answers(store), answers(kept), strict=True))
+    assert same(answers(store), answers(kept))
     with pytest.raises(PlanError, match="would be missed, and --own-experts none keeps none"):
         build_store(path, family.paths, own_experts="none", policy="round_robin", slots=3)
     with pytest.raises(StoreError, match="own_experts is 'some'; give one of copy, reference"):
