@@ -160,8 +160,11 @@ def test_damage_is_left_to_verify(tmp_path: Path) -> None:
     first = helpers.random_mixtral(1)
     models = {"first": first, "lora": changed(first, ".mlp.experts.down_proj", low_rank(2, 0.1))}
     store = stored(models, tmp_path)
-    for refs in (
-        store.copy_refs("lora", layer, expert) for layer in range(2) for expert in range(4)
-    ):
-        refs["down"].path.write_bytes(b"")
+    damaged = {
+        store.copy_refs("lora", layer, expert)["down"].path
+        for layer in range(2)
+        for expert in range(4)
+    }
+    for path in damaged:
+        path.write_bytes(b"")
     assert str(kind_of(store, "lora", "first")) == "full"
