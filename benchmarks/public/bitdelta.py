@@ -8,7 +8,6 @@ BitDelta keeps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,4 +58,4 @@ def build_bitdelta(
         np.broadcast_to(serving, (len(store.tenants), *serving.shape)),
         tuple(residuals),
     )
-    return set_plan(path, replace(plan), records=records)
+    return set_plan(path, plan, records=records)

@@ -12,9 +12,9 @@ from common.errors import CheckpointError
 
 
 @contextmanager
-def new_directory(target: str | Path) -> Iterator[Path]:
+def new_directory(target: str | Path, example: str = "out") -> Iterator[Path]:
     """An empty directory beside `target`, which becomes `target` if the block ends well and is
-    removed if it does not.
+    removed if it does not. example: a name for it that errors suggest.
 
     Raises CheckpointError if `target` exists and is not an empty directory, or cannot be written.
     """
@@ -23,7 +23,8 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"{target}: exists and is not an empty directory; name another one")
     if target == Path.cwd():
         raise CheckpointError(
-            f"{target}: the directory you are in cannot be replaced; name one in it, such as ./out"
+            f"{target}: the directory you are in cannot be replaced; name one in it, such as "
+            f"./{example}"
         )
     partial = target.with_name(f".{target.name}.partial")
     try:

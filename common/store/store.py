@@ -14,6 +14,7 @@ import numpy as np
 from common.checkpoints import TensorRef, saved_tensors, write_hugging_face
 from common.checkpoints.generation_config import FILE as GENERATION_FILE
 from common.checkpoints.generation_config import GenerationConfig, decide
+from common.checkpoints.staging import new_directory
 from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError, StoreError, UnknownTenantError
 from common.families import ExpertSpec, Family, ModelConfig
@@ -184,7 +185,7 @@ class Store:
         index = self.tenants.index(self.tenant(name).name)
         slot = int(self.plan.serving[index, layer, expert])
         refs = self.copy_refs(name, layer, expert) if slot == MISS else self.slot_refs(slot)
-        found = {projection: to_float32(ref.read()) for projection, ref in refs.items()}
+        found = {p: to_float32(self.objects.read(ref)) for p, ref in refs.items()}
         number = self.plan.residual_of(index, layer, expert)
         if number is not None:
             record = self.residual_ref(number).read()
@@ -296,15 +297,7 @@ class Store:
         tenant's residual added and rounded to the store's type. The directory must be absent or
         empty. Raises StoreError.
         """
-        target = Path(target).resolve()
         tenant = self.tenant(name)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise StoreError(f"{target}: exists and is not an empty directory; name another one")
-        if target == Path.cwd():
-            raise StoreError(
-                f"{target}: the directory you are in cannot be replaced; name one in it, such as "
-                f"./{name}"
-            )
         places = {
             tensor: (layer, expert, projection)
             for layer, expert, projection, tensor in self.family.iter_expert_tensors(tenant.config)
@@ -316,30 +309,19 @@ class Store:
                 return self.ref(name, tensor).map()
             return self._served_matrix(name, *place)
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
         try:
-            _remove_tree(partial)
-            partial.mkdir()
-            for asset in tenant.assets:
-                if asset not in ("config.json", GENERATION_FILE):
-                    (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
-            config = self.family.hf_config(tenant.config, self.dtype)
-            self._write_generation(name, partial)
-            with progress(f"exporting {name}", len(self.family.saved(tenant.config))) as advance:
-                tensors = saved_tensors(self.family, tenant.config, read)
-                write_hugging_face(partial, config, tensors, on_tensor=advance)
-            if target.exists():
-                target.rmdir()
-            partial.rename(target)
-        except OSError as error:
-            raise StoreError(
-                f"{target}: cannot be written: {error}; free some space or choose another place"
-            ) from error
+            with new_directory(target, name) as partial:
+                for asset in tenant.assets:
+                    if asset not in ("config.json", GENERATION_FILE):
+                        (partial / asset).write_bytes((self.assets_dir(name) / asset).read_bytes())
+                config = self.family.hf_config(tenant.config, self.dtype)
+                self._write_generation(name, partial)
+                saved = self.family.saved(tenant.config)
+                with progress(f"exporting {name}", len(saved)) as advance:
+                    tensors = saved_tensors(self.family, tenant.config, read)
+                    write_hugging_face(partial, config, tensors, on_tensor=advance)
         except CheckpointError as error:
             raise StoreError(str(error)) from error
-        finally:
-            _remove_tree(partial)
 
     def _write_generation(self, name: str, target: Path) -> None:
         """generation_config.json of an export: the checkpoint's own with the special tokens that
@@ -358,7 +340,7 @@ class Store:
         slot = int(self.plan.serving[index, layer, expert])
         if self.plan.residual_of(index, layer, expert) is None:
             refs = self.copy_refs(name, layer, expert) if slot == MISS else self.slot_refs(slot)
-            return refs[projection].map()
+            return self.objects.map(refs[projection])
         return self.served_expert(name, layer, expert)[projection].astype(BY_NAME[self.dtype])
 
     def describe(self) -> dict[str, Any]:
@@ -395,10 +377,3 @@ def non_expert_bytes(family: Family, config: ModelConfig, dtype: str) -> int:
             continue
         total += int(np.prod(shape, dtype=np.int64))
     return total * BY_NAME[dtype].itemsize
-
-
-def _remove_tree(path: Path) -> None:
-    import shutil
-
-    if path.exists():
-        shutil.rmtree(path)
