@@ -254,9 +254,9 @@ def _residuals(
                     rest = difference
                     if choice != Choice():
                         made = fit(difference, plain(difference.shape), projection, choice)
-                        parts += made[0]
-                        packed += made[1]
-                        rest = made[2]
+                        parts += made.parts
+                        packed += made.packed
+                        rest = difference - made.added
                     left += float((rest**2).sum())
                 if parts and left < total:  # the spectrum is a prediction; what is kept must help
                     yield (

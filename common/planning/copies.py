@@ -121,16 +121,16 @@ def least_squares(
         more = added.get(t, {}).get(name)
         return wanted if more is None else np.asarray(wanted - x @ more.T)
 
-    found = {
-        name: fit_matrix(
-            [samples[t].x for t in tenants],
-            [less_added(known[t].before[name], samples[t].x, t, name) for t in tenants],
-            weights,
-            start[name],
-            ridge,
+    # The projections that read the input share its moments, so they are solved as one.
+    before = [
+        np.concatenate(
+            [less_added(known[t].before[name], samples[t].x, t, name) for name in first], axis=1
         )
-        for name in first
-    }
+        for t in tenants
+    ]
+    towards = np.concatenate([start[name] for name in first])
+    both = fit_matrix([samples[t].x for t in tenants], before, weights, towards, ridge)
+    found = dict(zip(first, np.split(both, len(first)), strict=True))
     copy = {name: found[name].astype(np.float32) for name in first}
     hidden = [inner(spec, samples[t].x, plus(copy, added.get(t, {}))) for t in tenants]
     outputs = [

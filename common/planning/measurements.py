@@ -23,7 +23,7 @@ from common.store.objects import content_id
 from common.store.store import Store
 from common.version import __version__
 
-REVISION = 3
+REVISION = 4
 """Part of every key: raise it when the same weights would be measured otherwise."""
 
 Spectra = Mapping[tuple[int, int], list[list[Spectrum]]]

@@ -11,7 +11,7 @@ import numpy as np
 from common.dtypes import BY_NAME
 from common.plan.expert_math import plus
 from common.plan.plan import MERGED, MISS, Copy, Plan
-from common.plan.residual import Residual, join_parts, matrices
+from common.plan.residual import Residual, join_parts
 from common.planning.configurations import Config
 from common.planning.position import REFITS, Matrix, PositionPlanner
 from common.planning.residual_curves import Kinds, choose
@@ -19,8 +19,14 @@ from common.planning.residual_fit import Spectrum
 from common.progress import Progress
 from common.store.store import Store
 
-Made = tuple[Residual, np.ndarray]
-"""A residual and its record, uint8 [bytes]."""
+
+@dataclass(frozen=True)
+class Made:
+    """A residual, its record, uint8 [bytes], and what it adds to a copy."""
+
+    residual: Residual
+    record: np.ndarray
+    added: Matrix
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Built:
-    """A plan, its merged copies by slot, and the records of its residuals in order."""
+    """A plan, its merged copies by slot, the records of its residuals in order, and what each
+    tenant loses by it, float64 [tenants]."""
 
     plan: Plan
     merged: Mapping[int, Matrix]
     records: Sequence[np.ndarray]
+    losses: np.ndarray
 
 
 def build_plan(
@@ -64,11 +72,14 @@ def build_plan(
     merged: dict[int, Matrix] = {}
     residuals: list[Residual] = []
     records: list[np.ndarray] = []
+    losses = np.zeros(len(names))
     serving = np.full((len(names), spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
     with progress("making copies", len(chosen)) as advance:
         for p, choice in chosen.items():
             place = divmod(p, spec.num_experts)
-            weights, made = _make(place, choice, traffic, kinds, store.dtype, partial(position, p))
+            of_position = partial(position, p)
+            weights, made, lost = _make(place, choice, traffic, kinds, store.dtype, of_position)
+            losses += lost
             mix = choice.config.mix
             serving[:, *place] = len(copies)
             if weights is None:
@@ -77,10 +88,10 @@ def build_plan(
                 merged[len(copies)] = weights
                 of_tenants = () if choice.config.fitted else tuple(mix.tolist())
                 copies.append(Copy(*place, MERGED, of_tenants))
-            for residual, record in made.values():
-                assert len(record) == residual.nbytes(shapes)
-                residuals.append(residual)
-                records.append(record)
+            for one in made.values():
+                assert len(one.record) == one.residual.nbytes(shapes)
+                residuals.append(one.residual)
+                records.append(one.record)
             advance()
     plan = Plan(
         policy,
@@ -91,7 +102,7 @@ def build_plan(
         serving,
         tuple(residuals),
     )
-    return Built(plan, merged, records)
+    return Built(plan, merged, records, losses)
 
 
 def _make(
@@ -101,8 +112,9 @@ def _make(
     kinds: Kinds,
     dtype: str,
     position_of: Callable[[], PositionPlanner],
-) -> tuple[Matrix | None, dict[int, Made]]:
-    """Weights of a position's copy (None: a tenant's own), and tenants' residuals.
+) -> tuple[Matrix | None, dict[int, Made], np.ndarray]:
+    """Weights of a position's copy (None: a tenant's own), tenants' residuals, and what each tenant
+    loses, float64 [tenants].
 
     A fitted copy and residuals are fitted to each other in turn: a copy need not serve what
     residuals add.
@@ -110,35 +122,33 @@ def _make(
     config, count = chosen.config, len(traffic)
     is_merged = len(np.flatnonzero(config.mix)) > 1 or (config.fitted and count > 1)
     if not is_merged and not np.isfinite(chosen.prices).any():
-        return None, {}
+        return None, {}, config.losses
     position = position_of()
-    shapes = {name: m.shape for name, m in position.own[0].items()}
 
-    def attempt(added: Mapping[int, Matrix]) -> tuple[Matrix, dict[int, Made], float]:
-        """A copy beside residuals, residuals fitted to this copy, and what all of it costs."""
+    def attempt(added: Mapping[int, Matrix]) -> tuple[Matrix, dict[int, Made], np.ndarray]:
+        """A copy beside residuals, residuals fitted to this copy, and what each tenant loses."""
         copy = position.copy(config, added)
-        made, cost = {}, 0.0
+        made, losses = {}, np.zeros(count)
         for t in range(count):
-            loss = position.loss(t, copy)
+            # A tenant's own copy was measured on all samples.
+            losses[t] = position.loss(t, copy) if is_merged else config.losses[t]
             found = _residual(t, place, chosen, kinds, dtype, position, copy)
             if found is not None:
                 # The spectrum is a prediction; what is kept must help.
-                left = position.loss(t, plus(copy, matrices(*found, shapes)))
-                if left < loss:
-                    made[t], loss = found, left
-            cost += float(traffic[t]) * loss
-        return copy, made, cost
+                held_out = losses[t] if is_merged else position.loss(t, copy)
+                left = position.loss(t, plus(copy, found.added))
+                if left < held_out:
+                    made[t], losses[t] = found, left
+        return copy, made, losses
 
     copy, made, best = attempt({})
     if config.fitted and made:
-        adds = {t: matrices(*one, shapes) for t, one in made.items()}
         for _ in range(REFITS):
-            other, found, cost = attempt(adds)
-            if cost >= best:
+            other, found, losses = attempt({t: one.added for t, one in made.items()})
+            if traffic @ losses >= traffic @ best:
                 break
-            copy, made, best = other, found, cost
-            adds = {t: matrices(*one, shapes) for t, one in made.items()}
-    return copy if is_merged else None, made
+            copy, made, best = other, found, losses
+    return copy if is_merged else None, made, best
 
 
 def _residual(
@@ -159,7 +169,10 @@ def _residual(
         return None
     scaled = [s.scaled(s.total / total) for s in spectra]
     choices = choose(scaled, price, kinds, BY_NAME[dtype].itemsize)
-    parts, packed = position.residual(tenant, copy, choices)
-    if not parts:
+    fitted = position.residual(tenant, copy, choices)
+    if not fitted:
         return None
-    return Residual(tenant, *place, tuple(parts)), join_parts(packed)
+    parts = tuple(part for one in fitted.values() for part in one.parts)
+    record = join_parts([data for one in fitted.values() for data in one.packed])
+    added = {name: one.added.astype(np.float32, copy=False) for name, one in fitted.items()}
+    return Made(Residual(tenant, *place, parts), record, added)

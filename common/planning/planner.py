@@ -266,7 +266,7 @@ class Planner:
             policy, self.store, self.traffic, chosen, rule.kinds, self._position, self.progress
         )
         bound = None if found is None else found.bound
-        prediction = self.predict(built.plan, built.merged, built.records, bound)
+        prediction = Prediction(built.losses, self.unit, bound)
         return Outcome(built.plan, built.merged, built.records, prediction)
 
     def _chosen(self, p: int, configs: list[Config], found: Allocation | None) -> Chosen:

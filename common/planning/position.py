@@ -10,11 +10,10 @@ import numpy as np
 from common.dtypes import BY_NAME, to_float32, working
 from common.plan.expert_math import forward, inner, inputs_and_output
 from common.plan.profile import Profile
-from common.plan.residual import Part
 from common.planning.configurations import Config
 from common.planning.copies import Sample, Targets, fit_matrix, least_squares, mixture
 from common.planning.losses import Losses
-from common.planning.residual_fit import Choice, Spectrum, fit, spectrum
+from common.planning.residual_fit import Choice, Fitted, Spectrum, fit, spectrum
 from common.planning.weighting import Weighting, plain, second_moments, weightings
 from common.store.store import Store
 
@@ -89,7 +88,9 @@ class PositionPlanner:
 
     def weighting(self, tenant: int) -> dict[str, Weighting]:
         if tenant not in self._weighting:
-            self._weighting[tenant] = weightings(self._spec, self.own[tenant], *self.seen(tenant))
+            before = self.targets(tenant).of_rows(self.fitted_to(tenant)).before
+            seen = self.seen(tenant)
+            self._weighting[tenant] = weightings(self._spec, self.own[tenant], *seen, before)
         return self._weighting[tenant]
 
     def copy(self, config: Config, added: Mapping[int, Matrix] | None = None) -> Matrix:
@@ -181,15 +182,13 @@ class PositionPlanner:
             found[n] = found[n].scaled(rest * found[n].total / max(1e-300, parts))
         return [found[name] for name, _ in self._spec.projections]
 
-    def residual(
-        self, tenant: int, copy: Matrix, choices: Sequence[Choice]
-    ) -> tuple[list[Part], list[np.ndarray]]:
-        """Parts and their bytes, the last projection's fitted behind the others as they then
-        are."""
+    def residual(self, tenant: int, copy: Matrix, choices: Sequence[Choice]) -> dict[str, Fitted]:
+        """What a tenant adds to projections of a copy, in their order; the last one's is fitted
+        behind the others as they then are."""
         names, last = inputs_and_output(self._spec)
         by_name = dict(zip([name for name, _ in self._spec.projections], choices, strict=True))
         served = dict(copy)
-        made: dict[str, tuple[list[Part], list[np.ndarray]]] = {}
+        made: dict[str, Fitted] = {}
         for name in (*names, last):
             if by_name[name] == Choice():
                 continue
@@ -197,11 +196,9 @@ class PositionPlanner:
                 target, weighting = self._last_target(tenant, served)
             else:
                 target, weighting = self._own(tenant, name), self.weighting(tenant)[name]
-            parts, packed, left = fit(target - copy[name], weighting, name, by_name[name])
-            made[name] = parts, packed
-            served[name] = (target - left).astype(np.float32)
-        found = [made[name] for name, _ in self._spec.projections if name in made]
-        return [p for parts, _ in found for p in parts], [b for _, packed in found for b in packed]
+            made[name] = fit(target - copy[name], weighting, name, by_name[name])
+            served[name] = copy[name] + made[name].added.astype(np.float32, copy=False)
+        return {name: made[name] for name, _ in self._spec.projections if name in made}
 
     def _own(self, tenant: int, name: str) -> np.ndarray:
         """A projection of the tenant's own, in the type in which it is compared."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.dtypes import BFLOAT16, LARGE, working
 from common.plan.residual import LOW_RANK, SIGN, Part, pack_low_rank, pack_sign, part_matrix
-from common.planning.rounding import feedback, round_columns, scales
+from common.planning.rounding import DenseFeedback, round_columns, scales
 from common.planning.weighting import Weighting
 
 # Share of a component's squared singular value that is left when its vectors are kept in so many
@@ -49,13 +49,37 @@ def sign_group(shape: tuple[int, ...]) -> int:
     return max(1, -(-128 // shape[1]))
 
 
+class _Weighted:
+    """`diag(a)^(1/2) D S` of a difference D [out, in], which is not formed where products with few
+    columns do."""
+
+    def __init__(self, difference: np.ndarray, weighting: Weighting):
+        self._difference, self._columns = difference, weighting.columns
+        self._roots = np.sqrt(weighting.rows)[:, None].astype(difference.dtype)
+        self.shape, self.dtype = difference.shape, difference.dtype
+
+    def times(self, columns: np.ndarray) -> np.ndarray:
+        """[in, k] -> [out, k]"""
+        if self._columns is not None:
+            columns = self._columns.root_times(columns)
+        return np.asarray(self._roots * (self._difference @ columns))
+
+    def rows_times(self, rows: np.ndarray) -> np.ndarray:
+        """Of columns [out, k] turned, times it: [k, in]."""
+        found = (rows * self._roots).T @ self._difference
+        return found if self._columns is None else self._columns.times_root(found)
+
+    def whole(self) -> np.ndarray:
+        found = self._difference * self._roots
+        return found if self._columns is None else self._columns.times_root(found)
+
+
 def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
     """Of a difference [out, in]. How much signs remove is estimated on some rows of a large one."""
-    white = weighting.white(difference)
-    total = float((white**2).sum(dtype=np.float64))
+    total = weighting.loss(difference)
     if total <= 0:
         return Spectrum(difference.shape, np.zeros(min(MAX_RANK, *difference.shape)), 0.0, 0.0)
-    values = _top_squares(white)
+    values = _top_squares(_Weighted(difference, weighting))
     rows, counted = difference, weighting
     if difference.size >= LARGE and len(difference) > SIGN_ROWS:  # each row is rounded by itself
         some = np.sort(np.random.default_rng(0).choice(len(difference), SIGN_ROWS, replace=False))
@@ -67,16 +91,16 @@ def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
     )
 
 
-def _range(matrix: np.ndarray, rank: int) -> np.ndarray | None:
-    """Orthonormal columns [N, rank + 16] that hold most of the largest singular vectors, by random
-    projection with two power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4); None where
-    the whole decomposition is cheap."""
+def _range(matrix: _Weighted, rank: int, iterations: int) -> np.ndarray | None:
+    """Orthonormal columns [out, rank + 16] that hold most of the largest singular vectors, by
+    random projection with power iterations (Halko et al., arXiv 0909.4061, algorithm 4.4); None
+    where the whole decomposition is cheap."""
     if min(matrix.shape) <= 4 * rank or min(matrix.shape) <= 512:
         return None
     random = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 16), np.float32)
-    basis = _orthonormal(matrix @ random.astype(matrix.dtype, copy=False))
-    for _ in range(2):
-        basis = _orthonormal(matrix @ (matrix.T @ basis))
+    basis = _orthonormal(matrix.times(random.astype(matrix.dtype, copy=False)))
+    for _ in range(iterations):
+        basis = _orthonormal(matrix.times(matrix.rows_times(basis).T))
     return basis
 
 
@@ -92,24 +116,25 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
     return np.asarray((exact @ np.linalg.inv(factor).T).astype(columns.dtype))
 
 
-def _top_squares(matrix: np.ndarray, rank: int = MAX_RANK) -> np.ndarray:
-    """The largest squared singular values, descending, float64 [rank or fewer]."""
-    basis = _range(matrix, rank)
+def _top_squares(matrix: _Weighted, rank: int = MAX_RANK) -> np.ndarray:
+    """The largest squared singular values, descending, float64 [rank or fewer]; a few per cent too
+    small where they hardly fall."""
+    basis = _range(matrix, rank, 1)
     if basis is None:
-        return np.linalg.svd(matrix, compute_uv=False)[:rank].astype(np.float64) ** 2
-    part = basis.T @ matrix
+        return np.linalg.svd(matrix.whole(), compute_uv=False)[:rank].astype(np.float64) ** 2
+    part = matrix.rows_times(basis)
     squares = np.linalg.eigvalsh((part @ part.T).astype(np.float64))[::-1]
     return np.maximum(squares[:rank], 0)
 
 
-def _top_right(matrix: np.ndarray, rank: int) -> np.ndarray:
-    """V^T [r, K] of the largest singular values."""
-    basis = _range(matrix, rank)
+def _top_right(matrix: _Weighted, rank: int) -> np.ndarray:
+    """V^T [r, in] of the largest singular values."""
+    basis = _range(matrix, rank, 2)
     if basis is None:
-        return np.asarray(np.linalg.svd(matrix, full_matrices=False)[2][:rank])
-    part = basis.T @ matrix
+        return np.asarray(np.linalg.svd(matrix.whole(), full_matrices=False)[2][:rank])
+    part = matrix.rows_times(basis)
     vectors = np.linalg.eigh((part @ part.T).astype(np.float64))[1][:, ::-1][:, :rank]
-    found = vectors.T.astype(matrix.dtype) @ part
+    found = vectors.T.astype(part.dtype) @ part
     return np.asarray(found / np.maximum(1e-30, np.linalg.norm(found, axis=1, keepdims=True)))
 
 
@@ -152,46 +177,55 @@ class Choice:
         return (*found, Part(projection, SIGN, 1, sign_group(shape))) if self.sign else tuple(found)
 
 
-def fit(
-    difference: np.ndarray, weighting: Weighting, projection: str, choice: Choice
-) -> tuple[list[Part], list[np.ndarray], np.ndarray]:
-    """Parts, their packed bytes, and what of the difference they leave: [out, in], in `working`
-    type.
+@dataclass(frozen=True)
+class Fitted:
+    """Parts of one matrix, their packed bytes, and what they add: [out, in], in `working` type."""
 
-    Each part is fitted to what the ones before it left, so later ones mend their rounding.
-    """
+    parts: list[Part]
+    packed: list[np.ndarray]
+    added: np.ndarray
+
+
+def fit(difference: np.ndarray, weighting: Weighting, projection: str, choice: Choice) -> Fitted:
+    """Parts for a difference. Each is fitted to what the ones before it left, so later ones mend
+    their rounding."""
     left = difference.astype(working(difference.size))
+    added = np.zeros_like(left)
     parts, packed = [], []
     for part in choice.parts(projection, difference.shape):
         if part.kind == SIGN:
-            scale, positive, _ = _sign_matrix(left, weighting)
+            scale, positive, matrix = _sign_matrix(left, weighting)
             data = pack_sign(scale, positive, part.size)
         else:
             data = _fit_low_rank(left, weighting, part)
-        left = left - part_matrix(data, part, difference.shape)
+            matrix = part_matrix(data, part, difference.shape)
+            left -= matrix
+        added += matrix
         parts.append(part)
         packed.append(data)
-    return parts, packed, left
+    return Fitted(parts, packed, added)
 
 
 def _fit_low_rank(left: np.ndarray, weighting: Weighting, part: Part) -> np.ndarray:
     """The packed part: v quantised first, u fitted to it exactly in the weighted norm, then
     quantised."""
-    white = weighting.white(left)
-    vt = _top_right(white, part.size)
+    weighted = _Weighted(left, weighting)
+    vt = _top_right(weighted, part.size)
     # Rows of v in the plain space: D ~ A^(-1/2) U S V^T C^(-1), C lower triangular.
     raw = weighting.undo_columns(vt)
     if len(raw) < part.size:
-        raw = np.concatenate([raw, np.zeros((part.size - len(raw), raw.shape[1]))])
+        raw = np.concatenate([raw, np.zeros((part.size - len(raw), raw.shape[1]), raw.dtype)])
     known = weighting.feedback if part.bits <= 8 else None
     v_codes, v = round_columns(raw, part.bits, known, scales(raw, part.bits))
-    v_white = weighting.times_columns(v.astype(raw.dtype, copy=False)).astype(np.float64)
+    v_white = weighting.times_columns(v.astype(raw.dtype, copy=False))
     # Least squares for all of u at once: the rows of v are no longer orthogonal.
+    wanted = weighted.times(v_white.T).T.astype(np.float64)
+    v_white = v_white.astype(np.float64)
     gram = v_white @ v_white.T
     gram += 1e-9 * (np.trace(gram) / len(gram) + 1e-30) * np.eye(len(gram))
-    u = np.linalg.solve(gram, v_white @ white.T) / np.sqrt(weighting.rows)
+    u = np.linalg.solve(gram, wanted) / np.sqrt(weighting.rows)
     scale = scales(u, part.bits)
     # Columns of u.T, one for each component, each with a step of its own.
-    known = feedback(gram * np.outer(scale, scale)) if part.bits <= 8 else None
+    known = DenseFeedback.of(gram * np.outer(scale, scale)) if part.bits <= 8 else None
     u_codes, _ = round_columns((u / scale[:, None]).T, part.bits, known, np.ones(u.shape[1]))
     return pack_low_rank(scale.astype(np.float32), v_codes, u_codes.T, part.bits)

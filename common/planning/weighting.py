@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from common.families import ExpertSpec
-from common.plan.expert_math import Matrices, inner, inputs_and_output, slope
-from common.planning.rounding import Feedback, feedback, feedback_of_ordered
+from common.plan.expert_math import Matrices, inner_of, inputs_and_output, slope
+from common.planning.rounding import DenseFeedback, Feedback, SampledFeedback
 
 # Inputs up to which correlations between them are estimated: a few hundred samples say little of
 # more.
@@ -34,8 +34,14 @@ class Diagonal:
     def undo_root(self, matrix: np.ndarray) -> np.ndarray:
         return np.asarray(matrix / self.root.astype(matrix.dtype))
 
+    def root_times(self, columns: np.ndarray) -> np.ndarray:
+        return np.asarray(self.root.astype(columns.dtype)[:, None] * columns)
+
     def times(self, matrix: np.ndarray) -> np.ndarray:
         return np.asarray(matrix * (self.root**2).astype(matrix.dtype))
+
+    def squares(self, matrix: np.ndarray) -> np.ndarray:
+        return _row_squares(self.times_root(matrix))
 
 
 @dataclass(frozen=True)
@@ -64,18 +70,20 @@ class Spread:
     def undo_root(self, matrix: np.ndarray) -> np.ndarray:
         return self._apply(matrix, -0.5)
 
+    def root_times(self, columns: np.ndarray) -> np.ndarray:
+        return self._apply(columns.T, 0.5).T  # it is symmetric
+
     def times(self, matrix: np.ndarray) -> np.ndarray:
         return self._apply(matrix, 1.0)
 
+    def squares(self, matrix: np.ndarray) -> np.ndarray:
+        v = self.directions.astype(matrix.dtype, copy=False)
+        shown = (matrix @ v.T) * np.sqrt(self.above).astype(matrix.dtype)
+        return self.floor * _row_squares(matrix) + _row_squares(shown)
+
     @cached_property
     def feedback(self) -> Feedback:
-        """In single precision: no moment is below the floor, so that little is lost."""
-        roots = (np.sqrt(self.above)[:, None] * self.directions).astype(np.float32)
-        order = np.argsort(-(roots**2).sum(axis=0), kind="stable")
-        roots = roots[:, order[::-1]]
-        whole = roots.T @ roots
-        whole[np.diag_indices_from(whole)] += np.float32(self.floor)
-        return feedback_of_ordered(order, whole)
+        return SampledFeedback.of(self.floor, np.sqrt(self.above)[:, None] * self.directions)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,9 @@ class Dense:
     def undo_root(self, matrix: np.ndarray) -> np.ndarray:
         return np.asarray(np.linalg.solve(self.root.T, matrix.T).T)
 
+    def root_times(self, columns: np.ndarray) -> np.ndarray:
+        return np.asarray(self.root.astype(columns.dtype, copy=False) @ columns)
+
     @cached_property
     def whole(self) -> np.ndarray:
         """S S^T, float64 [in, in]."""
@@ -98,9 +109,17 @@ class Dense:
     def times(self, matrix: np.ndarray) -> np.ndarray:
         return np.asarray(matrix @ self.whole.astype(matrix.dtype, copy=False))
 
+    def squares(self, matrix: np.ndarray) -> np.ndarray:
+        return _row_squares(self.times_root(matrix))
+
     @cached_property
     def feedback(self) -> Feedback:
-        return feedback(self.whole)
+        return DenseFeedback.of(self.whole)
+
+
+def _row_squares(matrix: np.ndarray) -> np.ndarray:
+    """float64 [rows]: the sum of each row's squares."""
+    return np.asarray(np.einsum("nk,nk->n", matrix, matrix), dtype=np.float64)
 
 
 Moments = Diagonal | Spread | Dense
@@ -132,12 +151,10 @@ class Weighting:
         """[rows, in] times the inverse of S."""
         return matrix if self.columns is None else self.columns.undo_root(matrix)
 
-    def white(self, matrix: np.ndarray) -> np.ndarray:
-        return self.times_columns(matrix * np.sqrt(self.rows)[:, None].astype(matrix.dtype))
-
     def loss(self, matrix: np.ndarray) -> float:
         """The weighted squared error that a matrix [out, in] is."""
-        return float((self.white(matrix) ** 2).sum(dtype=np.float64))
+        squares = _row_squares(matrix) if self.columns is None else self.columns.squares(matrix)
+        return float(self.rows @ squares)
 
     def of_rows(self, rows: np.ndarray) -> Weighting:
         """How errors of some rows count."""
@@ -175,11 +192,12 @@ def second_moments(x: np.ndarray, weights: np.ndarray) -> Moments:
 
 
 def weightings(
-    spec: ExpertSpec, weights: Matrices, x: np.ndarray, gates: np.ndarray
+    spec: ExpertSpec, weights: Matrices, x: np.ndarray, gates: np.ndarray, before: Matrices
 ) -> dict[str, Weighting]:
     """How errors of each projection of an expert count, on sampled inputs x [n, H] with gates [n].
 
-    Without samples all weights of a projection count the same.
+    before: float32 [n, out], what the projections that read the input make of it. Without samples
+    all weights of a projection count the same.
     """
     names, last = inputs_and_output(spec)
     shapes = dict(spec.projections)
@@ -187,18 +205,17 @@ def weightings(
         return {name: plain(shape) for name, shape in spec.projections}
     squared = gates.astype(np.float64) ** 2
     into = second_moments(x, squared)
-    hidden = inner(spec, x, weights)
+    hidden = inner_of(spec, before)
     found = {
         last: Weighting(np.ones(shapes[last][0]), second_moments(hidden, squared), shapes[last][1])
     }
-    pre = x @ weights[names[0]].T
-    act = slope(pre, spec.activation)
-    columns = (weights[last].astype(np.float64) ** 2).sum(axis=0)
+    act = slope(before[names[0]], spec.activation)
+    columns = _row_squares(weights[last].T)
     mean = squared / max(1e-30, squared.sum())
     if len(names) == 1:
         effects = {names[0]: act}
     else:
-        up = x @ weights[names[1]].T
+        up = before[names[1]]
         safe = np.where(np.abs(up) > 1e-6, up, 1e-6)
         effects = {names[0]: act * up, names[1]: hidden / safe}
     for name, effect in effects.items():

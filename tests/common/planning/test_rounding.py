@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.planning.rounding import BLOCK, feedback, round_columns
+from common.planning.rounding import BLOCK, DenseFeedback, SampledFeedback, round_columns
 
 
 def gptq(rows: np.ndarray, bits: int, moments: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -30,10 +30,24 @@ def test_blocks_round_as_the_paper_does(bits: int, columns: int) -> None:
     rng = np.random.default_rng(columns)
     x = rng.standard_normal((2 * columns, columns)) @ rng.standard_normal((columns, columns))
     rows, scale = rng.standard_normal((20, columns)), rng.uniform(0.05, 0.5, 20)
-    codes, numbers = round_columns(rows, bits, feedback(x.T @ x), scale)
+    codes, numbers = round_columns(rows, bits, DenseFeedback.of(x.T @ x), scale)
     expected = gptq(rows, bits, x.T @ x, scale)
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_array_equal(numbers, codes - (2**bits - 1) / 2)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, BLOCK, 2 * BLOCK + 5])
+@pytest.mark.parametrize("samples", [1, 20])
+def test_so_do_errors_that_are_handed_on_through_samples(
+    bits: int, columns: int, samples: int
+) -> None:
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((samples, columns)) * np.linspace(0.1, 2, columns)
+    rows, scale = rng.standard_normal((20, columns)), rng.uniform(0.05, 0.5, 20)
+    codes, _ = round_columns(rows, bits, SampledFeedback.of(0.3, x), scale)
+    moments = x.T @ x + 0.3 * np.eye(columns)
+    np.testing.assert_array_equal(codes, gptq(rows, bits, moments, scale))
 
 
 def test_single_precision_costs_next_to_nothing() -> None:
@@ -43,7 +57,9 @@ def test_single_precision_costs_next_to_nothing() -> None:
     rows, scale, moments = rng.standard_normal((40, 300)), np.full(40, 0.9), x.T @ x
     losses = []
     for dtype in (np.float64, np.float32):
-        numbers = round_columns(rows.astype(dtype), 2, feedback(moments.astype(dtype)), scale)[1]
+        numbers = round_columns(
+            rows.astype(dtype), 2, DenseFeedback.of(moments.astype(dtype)), scale
+        )[1]
         error = rows - numbers * scale[:, None]
         losses.append(float(((error @ moments) * error).sum()))
     assert losses[1] == pytest.approx(losses[0], rel=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.planning.rounding import feedback
+from common.planning.rounding import DenseFeedback, round_columns
 from common.planning.weighting import Spread, second_moments
 
 
@@ -24,9 +24,13 @@ def test_directions_of_few_samples_are_the_whole_moments(count: int) -> None:
     white = found.times_root(matrix)
     np.testing.assert_allclose((white**2).sum(), np.trace(matrix @ whole @ matrix.T), rtol=1e-9)
     np.testing.assert_allclose(found.undo_root(white), matrix, rtol=1e-9)
-    expected = feedback(whole)
-    np.testing.assert_array_equal(found.feedback.order, expected.order)
-    np.testing.assert_allclose(found.feedback.shares, expected.shares, atol=1e-4)
+    np.testing.assert_allclose(found.squares(matrix), np.einsum("nk,nk->n", white, white))
+    np.testing.assert_allclose(found.root_times(matrix.T), white.T)
+    codes = [
+        round_columns(matrix, 2, known, np.ones(6))[0]
+        for known in (found.feedback, DenseFeedback.of(whole))
+    ]
+    np.testing.assert_array_equal(*codes)
 
 
 def test_samples_of_nothing_leave_moments_that_can_be_undone() -> None:
