@@ -23,6 +23,7 @@ import numpy as np
 from common.plan.distance import Distances
 from common.plan.expert_math import forward
 from common.plan.profile import Profile
+from common.planning.workers import position_bytes, side_by_side
 from common.progress import Progress, silent
 from common.store.store import Store
 
@@ -109,38 +110,40 @@ def measure_losses(
     spec, count = store.experts, len(names)
     gram, frequency = np.zeros_like(by_weights.gram), by_weights.frequency.copy()
     scale, sampled = by_weights.scale.copy(), by_weights.sampled.copy()
+
+    def compare(place: tuple[int, int]) -> None:
+        layer, expert = place
+        samples = {name: profiles[name].sample(layer, expert) for name in measured}
+        x = np.concatenate([samples[name][0] for name in measured])
+        if len(x):
+            outputs = np.stack(
+                [forward(spec, x, store.own_expert(name, layer, expert)) for name in names]
+            )
+        start = 0
+        for name in measured:
+            t, profile = names.index(name), profiles[name]
+            rows, gates = samples[name]
+            frequency[t, layer, expert] = profile.counts[layer, expert] / max(
+                1, profile.tokens[layer]
+            )
+            if not len(rows):
+                continue
+            part = outputs[:, start : start + len(rows)]
+            start += len(rows)
+            error = ((part - part[t]) * gates[:, None]).reshape(count, -1).astype(np.float64)
+            # The sample stands for all tokens: by squared gates, as the loss weights them.
+            share = profile.gate_squares[layer, expert] / max(
+                1e-30, float((gates.astype(np.float64) ** 2).sum())
+            )
+            sensitivity = _sensitivity(profiles, name, layer)
+            scale[t, layer, expert] = share / max(1, profile.tokens[layer]) * sensitivity
+            sampled[t, layer, expert] = True
+            gram[t, layer, expert] = error @ error.T * scale[t, layer, expert]
+
+    places = list(np.ndindex(spec.num_layers, spec.num_experts))
     with progress("comparing experts on calibration inputs", spec.num_positions) as advance:
-        for layer in range(spec.num_layers):
-            for expert in range(spec.num_experts):
-                samples = {name: profiles[name].sample(layer, expert) for name in measured}
-                x = np.concatenate([samples[name][0] for name in measured])
-                if len(x):
-                    outputs = np.stack(
-                        [forward(spec, x, store.own_expert(name, layer, expert)) for name in names]
-                    )
-                start = 0
-                for name in measured:
-                    t, profile = names.index(name), profiles[name]
-                    rows, gates = samples[name]
-                    frequency[t, layer, expert] = profile.counts[layer, expert] / max(
-                        1, profile.tokens[layer]
-                    )
-                    if not len(rows):
-                        continue
-                    part = outputs[:, start : start + len(rows)]
-                    start += len(rows)
-                    error = (
-                        ((part - part[t]) * gates[:, None]).reshape(count, -1).astype(np.float64)
-                    )
-                    # The sample stands for all tokens: by squared gates, as the loss weights them.
-                    share = profile.gate_squares[layer, expert] / max(
-                        1e-30, float((gates.astype(np.float64) ** 2).sum())
-                    )
-                    sensitivity = _sensitivity(profiles, name, layer)
-                    scale[t, layer, expert] = share / max(1, profile.tokens[layer]) * sensitivity
-                    sampled[t, layer, expert] = True
-                    gram[t, layer, expert] = error @ error.T * scale[t, layer, expert]
-                advance()
+        for _ in side_by_side(compare, places, position_bytes(spec, count)):
+            advance()
     _scale_unsampled(gram, scale, sampled, by_weights.gram, profiles, names)
     known = any((profiles[name].sensitivity > 0).any() for name in measured)
     unit = UNITS[2 if known else 1] if sampled.any() else UNITS[0]

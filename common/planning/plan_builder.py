@@ -16,6 +16,7 @@ from common.planning.configurations import Config
 from common.planning.position import REFITS, Matrix, PositionPlanner
 from common.planning.residual_curves import Kinds, choose
 from common.planning.residual_fit import Spectrum
+from common.planning.workers import position_bytes, side_by_side
 from common.progress import Progress
 from common.store.store import Store
 
@@ -74,11 +75,15 @@ def build_plan(
     records: list[np.ndarray] = []
     losses = np.zeros(len(names))
     serving = np.full((len(names), spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
+
+    def make(p: int) -> tuple[Matrix | None, dict[int, Made], np.ndarray]:
+        place, of_position = divmod(p, spec.num_experts), partial(position, p)
+        return _make(place, chosen[p], traffic, kinds, store.dtype, of_position)
+
     with progress("making copies", len(chosen)) as advance:
-        for p, choice in chosen.items():
+        made_all = side_by_side(make, list(chosen), position_bytes(spec, len(names)))
+        for (p, choice), (weights, made, lost) in zip(chosen.items(), made_all, strict=True):
             place = divmod(p, spec.num_experts)
-            of_position = partial(position, p)
-            weights, made, lost = _make(place, choice, traffic, kinds, store.dtype, of_position)
             losses += lost
             mix = choice.config.mix
             serving[:, *place] = len(copies)

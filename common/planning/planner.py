@@ -6,10 +6,10 @@ docs/consolidation.md says what each does and what the tables say of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,9 +29,12 @@ from common.planning.policies import Policy, policy_named
 from common.planning.position import Known, Matrix, PositionPlanner
 from common.planning.residual_curves import PRICES, Curve, curves
 from common.planning.round_robin import plan_round_robin
+from common.planning.workers import position_bytes, side_by_side
 from common.progress import Progress, silent
 from common.store.store import Store
 from common.units import is_whole
+
+Result = TypeVar("Result")
 
 # Positions on which the ridge of fits is chosen.
 RIDGE_POSITIONS = 6
@@ -94,13 +97,13 @@ class Planner:
         self._places = [
             (layer, e) for layer in range(spec.num_layers) for e in range(spec.num_experts)
         ]
+        self._position_bytes = position_bytes(spec, len(store.tenants))
         self._itemsize = BY_NAME[store.dtype].itemsize
         self._chosen_ridge = known.ridge
         self._fitted = dict(
             known.fitted
         )  # position -> float64 [copies that are fitted, tenants], their losses
         self._spectra = dict(known.spectra)  # (curve set, position) -> of each tenant
-        self._last: tuple[int, PositionPlanner] | None = None
         self._configs: dict[str, list[list[Config]]] = {}
 
     @property
@@ -115,12 +118,9 @@ class Planner:
     # Candidates.
 
     def _position(self, p: int) -> PositionPlanner:
-        """Weights and samples of a position; the last one is kept, as several steps in turn look at
-        it."""
-        if self._last is None or self._last[0] != p:
-            known = Known(self.store, self.profiles, self.losses, self.traffic)
-            self._last = (p, PositionPlanner(known, self._places[p], lambda: self._ridge))
-        return self._last[1]
+        """Weights and samples of a position."""
+        known = Known(self.store, self.profiles, self.losses, self.traffic)
+        return PositionPlanner(known, self._places[p], lambda: self._ridge)
 
     def _candidates(self, policy: Policy, spectra: bool = False) -> list[list[Config]]:
         """Configurations of every position. Raises PlanError for a policy that shares nothing.
@@ -137,36 +137,44 @@ class Planner:
             ):
                 if len(self._fitted) < len(self._places):
                     _ = self._ridge  # before the candidates, as a step of its own
-            with self.progress("measuring candidates", len(self._places)) as advance:
-                found = []
-                for p in range(len(self._places)):
-                    found.append(self._of_position(policy.copies, p))
-                    if spectra:
-                        self._measure_spectra(p, found[-1])
-                    advance()
-            self._configs[policy.copies] = found
+            self._configs[policy.copies] = self._each_position(
+                lambda p: self._of_position(policy.copies, p, spectra)
+            )
         elif spectra:  # known of another policy, which may have needed none
-            for p, row in enumerate(self._configs[policy.copies]):
-                self._measure_spectra(p, row)
+            self._each_position(
+                lambda p: self._measure_spectra(p, self._configs[policy.copies][p], None)
+            )
         return self._configs[policy.copies]
 
-    def _of_position(self, copies: str, p: int) -> list[Config]:
+    def _each_position(self, measure: Callable[[int], Result]) -> list[Result]:
+        places, nbytes = range(len(self._places)), self._position_bytes
+        found = []
+        with self.progress("measuring candidates", len(places)) as advance:
+            for one in side_by_side(measure, places, nbytes):
+                found.append(one)
+                advance()
+        return found
+
+    def _of_position(self, copies: str, p: int, spectra: bool) -> list[Config]:
         gram, count = self.losses.gram[:, *self._places[p]], len(self.store.tenants)
         if copies == "owned":
-            return [owned(gram, self.traffic)]
-        if copies == "mean":
-            return [mean(gram)]
-        mixture = merged(gram, self.traffic)
-        # A tenant's own as the copy is a candidate too: where the others differ from it by a few
-        # components (a merged LoRA), residuals beside it are small.
-        found = [mixture, owned(gram, self.traffic)]
+            found = [owned(gram, self.traffic)]
+        elif copies == "mean":
+            found = [mean(gram)]
+        else:
+            # A tenant's own as the copy is a candidate too: where the others differ from it by a
+            # few components (a merged LoRA), residuals beside it are small.
+            found = [merged(gram, self.traffic), owned(gram, self.traffic)]
+        position = None
         if copies == "fitted" and self.losses.sampled[:, *self._places[p]].any() and count > 1:
-            fitted = replace(mixture, curve=2, fitted=True)
+            fitted = replace(found[0], curve=2, fitted=True)
             if p not in self._fitted:
                 position = self._position(p)
                 copy = position.copy(fitted)
                 self._fitted[p] = np.array([position.loss(t, copy) for t in range(count)])
             found.append(replace(fitted, losses=self._fitted[p]))
+        if spectra:
+            self._measure_spectra(p, found, position)
         return found
 
     @property
@@ -192,10 +200,7 @@ class Planner:
 
             return best_ridge(self.store.experts, positions())
 
-    def _weights(self, tenant: int, place: tuple[int, int]) -> Matrix:
-        return self.store.own_expert(self.store.tenants[tenant], *place)
-
-    def _measure_spectra(self, p: int, row: list[Config]) -> None:
+    def _measure_spectra(self, p: int, row: list[Config], position: PositionPlanner | None) -> None:
         """Spectra of what each tenant lacks beside the copy of each configuration of a position.
 
         Not beside a mixture where a copy was fitted: what serves tenants better leaves less for
@@ -205,7 +210,7 @@ class Planner:
         for config in row:
             if (config.curve, p) in self._spectra or (config.curve == 0 and fitted):
                 continue
-            position = self._position(p)
+            position = position or self._position(p)
             copy = position.copy(config)
             self._spectra[config.curve, p] = [
                 position.spectra(t, copy) for t in range(len(self.store.tenants))
@@ -306,7 +311,8 @@ class Planner:
         single = self.losses.single()
         total = np.zeros(count)
         with self.progress("predicting", len(self._places)) as advance:
-            for layer, expert in self._places:
+            for p, (layer, expert) in enumerate(self._places):
+                position = None
                 for t in range(count):
                     slot = int(plan.serving[t, layer, expert])
                     if slot == MISS:
@@ -316,17 +322,11 @@ class Planner:
                     if owner != MERGED and number is None:
                         total[t] += single[t, layer, expert, owner]
                         continue
-                    copy = (
-                        merged[slot] if owner == MERGED else self._weights(owner, (layer, expert))
-                    )
+                    position = position or self._position(p)
+                    copy = merged[slot] if owner == MERGED else position.own[owner]
                     if number is not None:
-                        copy = plus(
-                            copy,
-                            matrices(
-                                plan.residuals[number], records[number], dict(spec.projections)
-                            ),
-                        )
-                    position = self._position(layer * spec.num_experts + expert)
+                        residual, record = plan.residuals[number], records[number]
+                        copy = plus(copy, matrices(residual, record, dict(spec.projections)))
                     total[t] += position.loss(t, copy)
                 advance()
         return Prediction(total, self.unit, bound)

@@ -79,7 +79,7 @@ class Spread:
     def squares(self, matrix: np.ndarray) -> np.ndarray:
         v = self.directions.astype(matrix.dtype, copy=False)
         shown = (matrix @ v.T) * np.sqrt(self.above).astype(matrix.dtype)
-        return self.floor * _row_squares(matrix) + _row_squares(shown)
+        return np.asarray(self.floor * _row_squares(matrix) + _row_squares(shown))
 
     @cached_property
     def feedback(self) -> Feedback:
