@@ -4,7 +4,7 @@ Every tensor is read once: the same pass checks that it is finite, converts it t
 measures its distance to the other tenants', hashes it and writes it. A store changes in one step,
 the replacement of store.json; a new store appears in one step, the renaming of its directory. A
 process killed before that step leaves things as they were, plus files that nothing refers to, which
-the next write removes.
+the next write removes, and what it measured, which the next write uses if it asks for the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from common.build.beside import leave
-from common.build.calibration import calibrate
 from common.build.draft import make_draft
 from common.build.examples import CalibrationSet
 from common.build.settings import Amount, PlanSettings, Slots, resolve
@@ -32,6 +31,7 @@ from common.build.sources import (
     open_tenants,
     with_tenant,
 )
+from common.build.unfinished import Unfinished
 from common.errors import PlanError, StoreError, UnknownTenantError
 from common.plan.distance import Distances
 from common.plan.profile import Profile
@@ -342,11 +342,8 @@ def _assemble(
     for name, profile in measured.items():
         profile.check(sources[0].config.experts, name)
     asked = {name: given for name, given in calibration.items() if not isinstance(given, Profile)}
-    profiles = {
-        **profiles,
-        **measured,
-        **(calibrate(draft, asked, progress=progress) if asked else {}),
-    }
+    unfinished = Unfinished(directory)
+    profiles = {**profiles, **measured, **unfinished.calibrate(draft, asked, progress)}
     kept = {name: profile.to_json(objects.put) for name, profile in profiles.items()}
     draft = Store(directory, replace(draft.manifest, calibration=kept), objects)
     if amount.slots is None:
@@ -356,7 +353,7 @@ def _assemble(
         exact = plan_adapters(settings.policy, draft, amount.extra_bytes if limited else None)
         if exact is not None:
             return _dropped(exact.of(draft), objects)
-    planner = Planner(draft, profiles, settings.traffic, progress, known)
+    planner = Planner(draft, profiles, settings.traffic, progress, known, unfinished.measurements)
     outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes)
     if planner.measurements.worth_keeping:
         found = planner.measurements.to_json(objects.put)

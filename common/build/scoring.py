@@ -79,13 +79,15 @@ def _answer_ids(engine: Engine, tenant: str, answer: Prompt | None) -> tuple[int
     return tuple(engine.answer_ids(tenant, answer) if isinstance(answer, str) else answer)
 
 
-def iter_logits(engine: Engine, tenant: str, rows: Sequence[ScoredRow]) -> Iterator[np.ndarray]:
+def iter_logits(
+    engine: Engine, tenant: str, rows: Sequence[ScoredRow], nbytes: int = LOGITS_BYTES
+) -> Iterator[np.ndarray]:
     """The scored logits of each row, float32 [positions, vocab]: as many as its answer, or its
-    text, has tokens."""
+    text, has tokens. nbytes: of logits that are computed at once."""
     config = engine.store.config(tenant)
     start = engine.start_id(tenant) if config.is_encoder_decoder else 0
     longest = max((max(len(r.prompt), len(r.answer) + 1) for r in rows), default=1)
-    size = max(1, min(engine.max_batch_size, LOGITS_BYTES // (4 * longest * config.vocab_size)))
+    size = max(1, min(engine.max_batch_size, nbytes // (4 * longest * config.vocab_size)))
     for begin in range(0, len(rows), size):
         chunk = rows[begin : begin + size]
         if config.is_encoder_decoder:

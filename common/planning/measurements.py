@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,16 @@ import numpy as np
 from common.plan.profile import Profile
 from common.planning.losses import Losses
 from common.planning.residual_fit import Spectrum
+from common.store import unfinished
 from common.store.objects import content_id
 from common.store.store import Store
 from common.version import __version__
 
 REVISION = 4
 """Part of every key: raise it when the same weights would be measured otherwise."""
+
+# Seconds between two writings of what is measured: they cost less than a hundredth of that.
+WRITE_SECONDS = 30.0
 
 Spectra = Mapping[tuple[int, int], list[list[Spectrum]]]
 
@@ -96,7 +102,16 @@ class Measurements:
         value = store.manifest.measurements
         if value is None:
             return None
-        tables = {name: _table(store, entry) for name, entry in value["tables"].items()}
+        objects = store.objects
+        return cls.from_json(value, lambda object_id: objects.read(objects.ref(object_id)))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], read: Callable[[str], np.ndarray]) -> Measurements:
+        """What `to_json` made. read: what an array was put as -> its bytes, uint8."""
+        tables = {
+            name: read(entry["object"]).view(entry["dtype"]).reshape(entry["shape"])
+            for name, entry in value["tables"].items()
+        }
         losses = {f.name: tables[f.name] for f in fields(Losses) if f.name in tables}
         fitted, spectra = {}, {}
         if "fitted" in tables:
@@ -123,10 +138,25 @@ class Measurements:
         return cls(value["key"], found, value["ridge"], fitted, spectra)
 
 
-def _table(store: Store, entry: Mapping[str, Any]) -> np.ndarray:
-    shape, kind = tuple(entry["shape"]), np.dtype(entry["dtype"])
-    data = store.objects.read(store.objects.ref(entry["object"]))
-    return np.asarray(data.view(kind).reshape(shape))
+class MeasurementsFile:
+    """Where a planner writes what it measures while it measures, and finds what one before it
+    had."""
+
+    def __init__(self, path: Path):
+        self._path, self._written = path, time.monotonic()
+
+    def read(self) -> Measurements | None:
+        found = unfinished.read(self._path)
+        if found is None:
+            return None
+        about, refs = found
+        return Measurements.from_json(about, lambda name: refs[name].read())
+
+    def keep(self, found: Callable[[], Measurements]) -> None:
+        """Write them, unless that was done a moment ago. Raises StoreError."""
+        if time.monotonic() - self._written >= WRITE_SECONDS:
+            unfinished.write(self._path, found().to_json)
+            self._written = time.monotonic()
 
 
 def key_of(store: Store, profiles: Mapping[str, Profile], traffic: np.ndarray) -> str:

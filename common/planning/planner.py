@@ -23,12 +23,13 @@ from common.planning.allocation import Allocation, Allocator
 from common.planning.configurations import Config, mean, merged, owned
 from common.planning.copies import Sample, best_ridge
 from common.planning.losses import Losses, measure_losses
-from common.planning.measurements import Measurements, key_of
+from common.planning.measurements import Measurements, MeasurementsFile, key_of
 from common.planning.plan_builder import Chosen, build_plan
 from common.planning.policies import Policy, policy_named
 from common.planning.position import Known, Matrix, PositionPlanner
 from common.planning.residual_curves import PRICES, Curve, curves
 from common.planning.round_robin import plan_round_robin
+from common.planning.traffic import shares_of_traffic
 from common.planning.workers import position_bytes, side_by_side
 from common.progress import Progress, silent
 from common.store.store import Store
@@ -75,6 +76,7 @@ class Planner:
     traffic: tenant -> requests beside a tenant that is not named, which counts as 1. profiles: of
         calibrated tenants.
     known: what was measured before; used if it rests on the same weights, profiles and traffic.
+    file: where what is measured is written meanwhile, and looked for first.
     """
 
     def __init__(
@@ -84,12 +86,16 @@ class Planner:
         traffic: Mapping[str, float] | None = None,
         progress: Progress = silent,
         known: Measurements | None = None,
+        file: MeasurementsFile | None = None,
     ):
         self.store = store
         self.profiles = dict(profiles or {})
         self.progress = progress
-        self.traffic = _traffic(store.tenants, traffic or {})
+        self.traffic = shares_of_traffic(store.tenants, traffic or {})
         self._key = key_of(store, self.profiles, self.traffic)
+        self._file = file
+        if file is not None and (found := file.read()) is not None and found.key == self._key:
+            known = found
         if known is None or known.key != self._key:
             known = Measurements(self._key, measure_losses(store, self.profiles, progress))
         self.losses: Losses = known.losses
@@ -113,7 +119,8 @@ class Planner:
     @property
     def measurements(self) -> Measurements:
         """All that was measured up to now, for a planner of the same store."""
-        return Measurements(self._key, self.losses, self._chosen_ridge, self._fitted, self._spectra)
+        fitted, spectra = dict(self._fitted), dict(self._spectra)  # threads add to them
+        return Measurements(self._key, self.losses, self._chosen_ridge, fitted, spectra)
 
     # Candidates.
 
@@ -153,6 +160,8 @@ class Planner:
             for one in side_by_side(measure, places, nbytes):
                 found.append(one)
                 advance()
+                if self._file is not None:
+                    self._file.keep(lambda: self.measurements)
         return found
 
     def _of_position(self, copies: str, p: int, spectra: bool) -> list[Config]:
@@ -330,17 +339,3 @@ class Planner:
                     total[t] += position.loss(t, copy)
                 advance()
         return Prediction(total, self.unit, bound)
-
-
-def _traffic(tenants: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
-    """Shares [tenants], summing to 1. Tenants that are not named count as 1."""
-    strangers = sorted(set(given) - set(tenants))
-    if strangers:
-        raise PlanError(f"traffic is given for {strangers[0]!r}, which is no tenant of this store")
-    for name, value in given.items():
-        if isinstance(value, bool) or not (
-            isinstance(value, int | float) and np.isfinite(value) and value > 0
-        ):
-            raise PlanError(f"traffic of {name!r} is {value!r}; give a number above 0")
-    shares = np.array([float(given.get(name, 1.0)) for name in tenants])
-    return np.asarray(shares / shares.sum())

@@ -23,6 +23,7 @@ from common.store.manifest import BESIDE, Manifest
 from common.store.objects import Objects
 from common.store.shards import Entry
 from common.store.store import Store, is_store
+from common.store.unfinished import folder_of
 
 
 def set_plan(
@@ -102,18 +103,18 @@ def new_or_existing(path: Path) -> Iterator[Path]:
     the block ends well.
 
     If the block fails, files that it added to an existing store are removed, and so is the
-    directory of a new one.
+    directory of a new one. Where it is stopped, as by Ctrl-C, its unfinished work stays.
     """
     try:
         if is_store(path):
             with exclusive(path):
                 try:
                     yield path
-                except BaseException:
+                except BaseException as error:
                     # A store whose manifest is damaged is left alone: what its files are for is not
                     # known.
                     with suppress(StoreError):
-                        sweep(path)
+                        sweep(path, unfinished=isinstance(error, Exception))
                     raise
             return
         place = path.resolve()  # the directory itself, where a symbolic link leads to it
@@ -125,22 +126,31 @@ def new_or_existing(path: Path) -> Iterator[Path]:
         staging = place.with_name(f".{place.name}.building")
         staging.mkdir(parents=True, exist_ok=True)
         with exclusive(staging):
-            for leftover in staging.iterdir():  # of a build that was killed: its lock is free
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                elif leftover.name != LOCK_FILE:
-                    leftover.unlink()
+            _clear(staging)  # of a build that was killed: its lock is free
             try:
                 yield staging
                 os.replace(staging, place)
                 fsync(place.parent)
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
+            except BaseException as error:
+                _clear(staging)
+                if isinstance(error, Exception) or not folder_of(staging).exists():
+                    shutil.rmtree(staging, ignore_errors=True)
                 raise
     except OSError as error:
         raise StoreError(
             f"{path}: cannot be written: {error}; free some space or choose another place"
         ) from error
+
+
+def _clear(staging: Path) -> None:
+    """Remove all but unfinished work and the lock."""
+    for leftover in staging.iterdir():
+        if leftover == folder_of(staging) or leftover.name == LOCK_FILE:
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def known_objects(directory: Path) -> dict[str, Entry]:
@@ -160,8 +170,11 @@ def commit(objects: Objects, manifest: Manifest) -> None:
     sweep(directory)
 
 
-def sweep(directory: Path) -> None:
-    """Remove what the manifest does not refer to. Raises StoreError where it is damaged."""
+def sweep(directory: Path, unfinished: bool = True) -> None:
+    """Remove what the manifest does not refer to, unfinished work included where that is said.
+
+    Raises StoreError where the manifest is damaged.
+    """
     manifest = Manifest.read(directory)
     Objects(directory / "objects", manifest.objects).sweep(manifest.objects)
     for path in directory.glob(f"{PREFIX}*"):
@@ -173,3 +186,5 @@ def sweep(directory: Path) -> None:
             shutil.rmtree(folder)
     for partial in directory.glob("*.partial"):
         partial.unlink()
+    if unfinished:
+        shutil.rmtree(folder_of(directory), ignore_errors=True)
