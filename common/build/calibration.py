@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ ENOUGH = 0.95
 # Scored tokens that sensitivities are measured on, fewer where the experts' products take more than
 # so many operations, down to the least.
 SENSITIVITY_TOKENS, LEAST_SENSITIVITY_TOKENS = 2048, 256
-SENSITIVITY_FLOPS = 2e13
+SENSITIVITY_FLOPS = 1e13
 
 
 # Bytes of experts that a tenant running alone keeps in memory: all, or those of one layer. They are
@@ -53,6 +54,8 @@ SENSITIVITY_FLOPS = 2e13
 SPARE_BYTES = 4 << 30
 # Bytes of logits, and tokens, that are computed at once: every step reads all experts again.
 LOGITS_BYTES, STEP_TOKENS = 1 << 30, 4096
+# Of a KV cache where no answers are generated: rows that are scored use none.
+SCORING_CACHE_BYTES = 1 << 26
 
 
 class _Recorder:
@@ -93,8 +96,8 @@ class _Recorder:
         """Share of the experts that have as many samples as are kept."""
         return float((self.counts >= self._samples).mean())
 
-    def profile(self, sensitivity: np.ndarray) -> Profile:
-        """What was recorded, which is let go."""
+    def profile(self) -> Profile:
+        """What was recorded, which is let go. No sensitivity is known yet."""
         starts = np.cumsum([0, *np.minimum(self.counts, self._samples).reshape(-1)])
         inputs = np.empty((starts[-1], self._hidden), dtype=np.float32)
         gates = np.empty(starts[-1], dtype=np.float32)
@@ -102,9 +105,8 @@ class _Recorder:
             place = layer * self.counts.shape[1] + expert
             rows = slice(starts[place], starts[place + 1])
             _, inputs[rows], gates[rows] = self._kept.pop((layer, expert))
-        return Profile(
-            self.tokens, self.counts, self.gate_squares, inputs, gates, starts, sensitivity
-        )
+        unknown = np.zeros(len(self.tokens))
+        return Profile(self.tokens, self.counts, self.gate_squares, inputs, gates, starts, unknown)
 
 
 def alone(store: Store) -> Store:
@@ -164,10 +166,11 @@ def calibrate(
             raise RequestError(f"calibration of {tenant!r} holds no example; give at least one")
     found: dict[str, Profile] = {}
     spec = store.experts
+    options: dict[str, Any] = {"spare_slots": spare_slots(spec), "ready_tenants": 1}
+    if all(e.answer is not None for examples in sets.values() for e in examples.examples):
+        options["kv_cache_bytes"] = SCORING_CACHE_BYTES
     with (
-        load_engine(
-            alone(store), dtype="float32", spare_slots=spare_slots(spec), ready_tenants=1
-        ) as engine,
+        load_engine(alone(store), dtype="float32", **options) as engine,
         progress("calibrating", len(sets)) as advance,
     ):
         for tenant, examples in sets.items():
@@ -184,8 +187,9 @@ def calibrate(
                 samples,
                 100 * (recorder.counts == 0).mean(),
             )
-            profile = recorder.profile(_sensitivity(engine, store, tenant, rows))
-            found[tenant] = keep(tenant, profile)
+            profile = recorder.profile()
+            sensitivity = _sensitivity(engine, store, tenant, rows)
+            found[tenant] = keep(tenant, replace(profile, sensitivity=sensitivity))
             advance()
     return found
 

@@ -39,6 +39,9 @@ def content_id(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+_State = tuple[int, int, int]
+
+
 class Objects:
     """The `objects/` directory of one store. Threads may put at once.
 
@@ -52,6 +55,7 @@ class Objects:
         self._waiting_bytes = 0
         self._files: dict[str, MappedFile] = {}
         self._sound: set[str] = set()  # what this process wrote, or compared with its id
+        self._compared: dict[str, _State | None] = {}  # checkpoints' tensors, as files then were
         self._ends: dict[str, int] = {}
         self._lock = threading.RLock()
 
@@ -162,10 +166,13 @@ class Objects:
 
     def map(self, ref: TensorRef) -> np.ndarray:
         """A view of the file, for serving. What lies in a checkpoint is compared with its checksum,
-        as others may change it. Raises StoreError."""
+        once and again when others changed the file. Raises StoreError."""
         array = ref.map()
         if not self.entries[ref.file_tensor].in_store:
-            self.check(ref, array)
+            state = _state(ref.path)
+            if state is None or self._compared.get(ref.file_tensor) != state:
+                self.check(ref, array)
+                self._compared[ref.file_tensor] = state
         return array
 
     def check(self, ref: TensorRef, array: np.ndarray) -> None:
@@ -239,6 +246,15 @@ class Objects:
     def unreferenced(self, keep: Iterable[str]) -> list[Path]:
         shards = {self.root / self.entries[i].shard for i in keep}
         return sorted(p for p in self.root.rglob("*") if p.is_file() and p not in shards)
+
+
+def _state(path: Path) -> _State | None:
+    """What changes when a file is written or replaced; None where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def check_dtype(name: str) -> None:

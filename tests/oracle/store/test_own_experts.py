@@ -133,6 +133,23 @@ def test_a_changed_checkpoint_is_named(family: Family, tmp_path: Path, damage: s
         replan(store.path, policy="mean", slots=8)
 
 
+def test_a_checkpoint_that_changes_while_it_is_used_is_named(
+    family: Family, tmp_path: Path
+) -> None:
+    """What is left in a checkpoint is compared once, and again when its file was written."""
+    checkpoints = copies_of(family, tmp_path)
+    store = build_store(
+        tmp_path / "store", checkpoints, policy="round_robin", slots=3, own_experts="reference"
+    )
+    tenant, layer, expert = (int(i) for i in np.argwhere(store.plan.serving < 0)[0])
+    ref = store.copy_refs(store.tenants[tenant], layer, expert)["down"]
+    before = store.objects.map(ref).copy()
+    np.testing.assert_array_equal(store.objects.map(ref), before)
+    helpers.flip(store, ref.file_tensor)
+    with pytest.raises(StoreError, match="is not as it was when the store was built"):
+        store.objects.map(ref)
+
+
 def test_dropped_experts(family: Family, tmp_path: Path) -> None:
     path = tmp_path / "store"
     options: dict[str, Any] = {"policy": "residual", "extra": 0.4}
