@@ -13,7 +13,7 @@ from common.plan.profile import Profile
 from common.planning.configurations import Config
 from common.planning.copies import Sample, Targets, fit_matrix, least_squares, mixture
 from common.planning.losses import Losses
-from common.planning.residual_fit import Choice, Fitted, Spectrum, fit, spectrum
+from common.planning.residual_fit import Choice, Fitted, Spectrum, fit, spectra, spectrum
 from common.planning.weighting import Weighting, plain, second_moments, weightings
 from common.store.store import Store
 
@@ -165,9 +165,9 @@ class PositionPlanner:
             return [Spectrum(shape, np.zeros(1), 0.0, 0.0) for _, shape in self._spec.projections]
         target, weighting = self._last_target(tenant, copy)
         found = {last: spectrum(target - copy[last], weighting)}
-        found |= {
-            n: spectrum(self._own(tenant, n) - copy[n], self.weighting(tenant)[n]) for n in names
-        }
+        differences = [self._own(tenant, n) - copy[n] for n in names]
+        of_names = spectra(differences, [self.weighting(tenant)[n] for n in names])
+        found |= dict(zip(names, of_names, strict=True))
         rest = whole
         if len(self.sample(tenant)[0]):
             rest = min(

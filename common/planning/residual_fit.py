@@ -8,6 +8,7 @@ SVD-LLM, arXiv 2403.07378, for one side).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,20 +76,45 @@ class _Weighted:
 
 
 def spectrum(difference: np.ndarray, weighting: Weighting) -> Spectrum:
-    """Of a difference [out, in]. How much signs remove is estimated on some rows of a large one."""
-    total = weighting.loss(difference)
-    if total <= 0:
-        return Spectrum(difference.shape, np.zeros(min(MAX_RANK, *difference.shape)), 0.0, 0.0)
-    values = _top_squares(_Weighted(difference, weighting))
-    rows, counted = difference, weighting
-    if difference.size >= LARGE and len(difference) > SIGN_ROWS:  # each row is rounded by itself
-        some = np.sort(np.random.default_rng(0).choice(len(difference), SIGN_ROWS, replace=False))
-        rows, counted = difference[some], weighting.of_rows(some)
-    before = counted.loss(rows)
-    after = counted.loss(rows - _sign_matrix(rows, counted)[2])
-    return Spectrum(
-        difference.shape, values, total, max(0.0, 1 - after / before) if before > 0 else 0.0
-    )
+    """Of a difference [out, in]."""
+    return spectra([difference], [weighting])[0]
+
+
+def spectra(differences: Sequence[np.ndarray], weightings: Sequence[Weighting]) -> list[Spectrum]:
+    """Of differences [out, in] of matrices that read the same inputs."""
+    totals = [w.loss(d) for d, w in zip(differences, weightings, strict=True)]
+    signs = _sign_shares(differences, weightings) if any(totals) else [0.0] * len(totals)
+    found = []
+    for difference, weighting, total, sign in zip(
+        differences, weightings, totals, signs, strict=True
+    ):
+        values = np.zeros(min(MAX_RANK, *difference.shape))
+        if total > 0:
+            values = _top_squares(_Weighted(difference, weighting))
+        found.append(Spectrum(difference.shape, values, total, sign))
+    return found
+
+
+def _sign_shares(differences: Sequence[np.ndarray], weightings: Sequence[Weighting]) -> list[float]:
+    """What share of each one's loss signs remove; estimated on some rows of large ones, which are
+    then rounded together, as each row is rounded by itself."""
+    rows, counted = list(differences), list(weightings)
+    for i, difference in enumerate(differences):
+        if difference.size >= LARGE and len(difference) > SIGN_ROWS:
+            rng = np.random.default_rng(0)
+            some = np.sort(rng.choice(len(difference), SIGN_ROWS, replace=False))
+            rows[i], counted[i] = difference[some], weightings[i].of_rows(some)
+    if sign_group(differences[0].shape) > 1:
+        left = [r - _sign_matrix(r, w)[2] for r, w in zip(rows, counted, strict=True)]
+    else:
+        first = weightings[0]
+        together = Weighting(np.concatenate([w.rows for w in counted]), first.columns, first.inputs)
+        stacked = np.concatenate(rows)
+        ends = np.cumsum([len(r) for r in rows])[:-1]
+        left = np.split(stacked - _sign_matrix(stacked, together)[2], ends)
+    before = [w.loss(r) for r, w in zip(rows, counted, strict=True)]
+    after = [w.loss(r) for r, w in zip(left, counted, strict=True)]
+    return [max(0.0, 1 - a / b) if b > 0 else 0.0 for a, b in zip(after, before, strict=True)]
 
 
 def _range(matrix: _Weighted, rank: int, iterations: int) -> np.ndarray | None:

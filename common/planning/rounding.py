@@ -90,13 +90,16 @@ class SampledFeedback:
 
     @classmethod
     def of(cls, floor: float, roots: np.ndarray) -> SampledFeedback:
-        """roots: float64 [samples, n], Z. From the last block to the first, each block is one step
-        of Woodbury's identity for the inverse of T."""
-        squares = (roots**2).sum(axis=0)
+        """roots: [samples, n], Z, in whose type all is computed.
+
+        From the last block to the first, each is one step of Woodbury's identity for the inverse of
+        T.
+        """
+        squares = np.einsum("sn,sn->n", roots, roots)
         order = np.argsort(-squares, kind="stable")
         damped = floor + DAMPING * (floor + float(squares.mean()) + 1e-30)
-        vectors = np.ascontiguousarray(roots[:, order].T) / np.sqrt(damped)
-        inverse, takers = np.eye(len(roots)), np.empty_like(vectors)
+        vectors = np.ascontiguousarray(roots[:, order].T) / roots.dtype.type(damped**0.5)
+        inverse, takers = np.eye(len(roots), dtype=roots.dtype), np.empty_like(vectors)
         within = []
         for start in reversed(range(0, len(order), BLOCK)):
             z = vectors[start : start + BLOCK]
@@ -112,11 +115,11 @@ class SampledFeedback:
 
     def blocks(self, errors: np.ndarray) -> Iterator[Block]:
         kind = errors.dtype
-        vectors, takers = self.vectors.astype(kind), self.takers.astype(kind)
+        vectors, takers = (m.astype(kind, copy=False) for m in (self.vectors, self.takers))
         sums = np.zeros((vectors.shape[1], errors.shape[1]), kind)
         for start, within in zip(range(0, len(errors), BLOCK), self.within, strict=True):
             rows = slice(start, start + len(within))
-            yield Block(start, rows.stop, takers[rows] @ sums, within.astype(kind))
+            yield Block(start, rows.stop, takers[rows] @ sums, within.astype(kind, copy=False))
             sums += vectors[rows].T @ errors[rows]
 
 

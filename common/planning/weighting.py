@@ -19,6 +19,8 @@ from common.planning.rounding import DenseFeedback, Feedback, SampledFeedback
 # Inputs up to which correlations between them are estimated: a few hundred samples say little of
 # more.
 MAX_MOMENTS = 2048
+# Inputs from which on moments of few samples are computed in single precision.
+SINGLE = 1024
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Spread:
     """Second moments `floor I + V^T diag(above) V`, as few samples make them.
 
     S is their symmetric root. All that is asked of them costs as much as products with V, where a
-    matrix [in, in] would cost in / rank times that. directions: V, orthonormal float64 [rank, in].
-    above: float64 [rank].
+    matrix [in, in] would cost in / rank times that. directions: V, orthonormal [rank, in], float64
+    or float32. above: float64 [rank].
     """
 
     floor: float
@@ -83,7 +85,8 @@ class Spread:
 
     @cached_property
     def feedback(self) -> Feedback:
-        return SampledFeedback.of(self.floor, np.sqrt(self.above)[:, None] * self.directions)
+        roots = np.sqrt(self.above).astype(self.directions.dtype)
+        return SampledFeedback.of(self.floor, roots[:, None] * self.directions)
 
 
 @dataclass(frozen=True)
@@ -175,20 +178,23 @@ def second_moments(x: np.ndarray, weights: np.ndarray) -> Moments:
     """
     count, size = x.shape
     w = weights.astype(np.float64) / max(1e-30, float(weights.sum(dtype=np.float64)))
-    exact = x.astype(np.float64)
     if size > MAX_MOMENTS:
-        diagonal = w @ exact**2
+        diagonal = w @ x.astype(np.float64) ** 2
         share = 1 / (1 + 0.5 * count)
         return Diagonal(np.sqrt((1 - share) * diagonal + share * diagonal.mean() + 1e-12))
+    few = 2 * count <= size
+    # No moment is below the floor, which is large where samples are few: single precision loses
+    # little then.
+    dtype = np.float32 if few and size >= SINGLE else np.float64
     share = size / (size + 2.0 * count)
-    exact *= np.sqrt((1 - share) * w)[:, None]
-    floor = share / (1 - share) * float((exact**2).sum()) / size + share * 1e-12
-    if 2 * count <= size:
-        above, vectors = np.linalg.eigh(exact @ exact.T)
+    rows = x.astype(dtype) * np.sqrt((1 - share) * w)[:, None].astype(dtype)
+    floor = share / (1 - share) * float(_row_squares(rows).sum()) / size + share * 1e-12
+    if few:
+        above, vectors = np.linalg.eigh((rows @ rows.T).astype(np.float64))
         kept = above > 1e-10 * max(1e-300, float(above[-1]))
-        directions = (vectors[:, kept] / np.sqrt(above[kept])).T @ exact
+        directions = (vectors[:, kept] / np.sqrt(above[kept])).T.astype(dtype) @ rows
         return Spread(floor, directions, above[kept])
-    return Dense(np.linalg.cholesky(exact.T @ exact + floor * np.eye(size)))
+    return Dense(np.linalg.cholesky(rows.T @ rows + floor * np.eye(size)))
 
 
 def weightings(
