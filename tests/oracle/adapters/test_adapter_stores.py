@@ -202,7 +202,7 @@ def test_equal_experts_are_planned_without_a_look_at_them(
         raise AssertionError("nothing is to be chosen")
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.build.build.Planner", planner)
+        patch.setattr("common.build.assemble.Planner", planner)
         store = build(work, tmp_path / "store", "base", "attention")
     assert not store.plan.residuals and not store.plan.num_misses
     assert store.manifest.prediction is not None
