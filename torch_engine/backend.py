@@ -14,6 +14,7 @@ from torch import Tensor
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families import Decoder
 from common.serving.backend import Backend, Observer, Part, Row, Step
+from common.serving.block_pool import BlockPool
 from common.store import Store
 from common.units import format_bytes
 from torch_engine import native
@@ -107,7 +108,7 @@ class TorchBackend(Backend):
         self.default_chunk = 128 if self.device.type == "cpu" else 1024
         self.prefetches = self.device.type == "cuda"
         try:
-            self.cache = self._make_cache(options.kv_cache_bytes)
+            self.cache = self._make_cache(options)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.device} has no room for keys and values ({error}); give a smaller "
@@ -141,11 +142,11 @@ class TorchBackend(Backend):
             check(shape, name)
         return shapes
 
-    def _make_cache(self, wanted: int | None) -> Arena:
+    def _make_cache(self, options: TorchOptions) -> Arena:
         shapes = self._shapes(self.store)
         layers, width = len(shapes[0].layers), max(token_width(s) for s in shapes)
         one = block_bytes(layers, width, self.dtype)
-        nbytes = wanted
+        nbytes = options.kv_cache_bytes
         if nbytes is None:
             nbytes = free_cache_bytes(self.device)
             most = sum(-(-s.max_positions // BLOCK) for s in shapes) * MAX_BLOCKS_PER_TENANT
@@ -156,7 +157,8 @@ class TorchBackend(Backend):
                 f"{format_bytes(one)}; "
                 "give at least that, and enough for the longest sequence"
             )
-        return Arena(layers, width, nbytes // one, self.dtype, self.device)
+        pool = BlockPool(nbytes // one, BLOCK, options.enable_prefix_caching)
+        return Arena(layers, width, pool, self.dtype, self.device)
 
     def _expert_implementation(self, options: TorchOptions) -> str:
         spec = self.store.experts
@@ -174,8 +176,22 @@ class TorchBackend(Backend):
         self._numbers += 1
         if self.prefetches:
             self.pool.expect(self.store.tenants.index(row.tenant))
-        self._sequences[self._numbers] = CachedSequence.of(row)
+        sequence = CachedSequence.of(row)
+        if row.cache_prefix and self.prefix_block is not None:
+            prefix = self.cache.pool.prefix(row.tenant, row.cache_salt)
+            if prefix is not None:
+                sequence.find(self.cache, prefix)
+        self._sequences[self._numbers] = sequence
         return self._numbers
+
+    @property
+    def prefix_block(self) -> int | None:  # type: ignore[override]
+        # What an observer adds to layers is in the keys and values behind them.
+        enabled = self.cache.pool.enable_prefix_caching and self.observer is None
+        return BLOCK if enabled else None
+
+    def cached(self, sequence: int) -> int:
+        return self._sequences[sequence].length
 
     def end(self, sequences: Iterable[int]) -> None:
         for number in sequences:
@@ -191,7 +207,7 @@ class TorchBackend(Backend):
             needed += Arena.needed(
                 sequence.blocks, max(length, min(length + ahead, sequence.limit))
             )
-        return needed <= self.cache.free
+        return needed <= self.cache.pool.free
 
     def max_length(self, tenant: str) -> int:
         config = self.store.config(tenant)
@@ -234,6 +250,7 @@ class TorchBackend(Backend):
                 f"the device has no room for the changed store at {store.path} ({error})"
             ) from error
         self.store, self.max_ready_tenants = store, capacity
+        self.cache.pool.forget()  # tenants of these names may compute something else now
         self._decode = self._make_decode()
 
     @torch.inference_mode()
@@ -251,6 +268,10 @@ class TorchBackend(Backend):
         rest = sorted(set(range(len(parts))) - set(graphed))
         if rest:
             compute(step, rest, self.pool, self.cache, self.observer)
+        for sequence in sequences:
+            if self.observer is not None:
+                sequence.prefix = None
+            sequence.keep(self.cache)
         counts = np.array([part.read or 1 for part in parts], dtype=np.int64)
         if self.device.type == "cuda" and not made.waited:
             torch.cuda.current_stream(
@@ -322,6 +343,7 @@ class TorchBackend(Backend):
             "ready_tenants": self.ready.ready,
             "kv_cache_bytes": self.cache.nbytes,
             "kv_cache_used_bytes": self.cache.used_bytes,
+            "kv_cache_cached_bytes": self.cache.cached_bytes,
         }
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,16 @@ class Row:
         take.
     answer: tokens answered before the sequence was put off and its caches given up; they are read
         again, after the prompt.
+    cache_prefix: whether what is in the cache of its beginning is taken, and what is computed of it
+        left there. cache_salt: only sequences of the same one share what is in the cache.
     """
 
     tenant: str
     prompt: tuple[int, ...]
     max_new_tokens: int
     answer: tuple[int, ...] = ()
+    cache_prefix: bool = True
+    cache_salt: str = ""
 
     @property
     def unread(self) -> int:
@@ -99,13 +103,27 @@ class Backend(ABC):
     prefetches: bool = False
     """Whether `prefetch` brings weights while a step computes."""
 
+    prefix_block: int | None = None
+    """Beginnings of prompts are found in the cache in blocks of so many tokens; None: they are not
+    kept."""
+
     default_chunk: int
     """Tokens of prompts that a step should read at most while other sequences answer: about what
     doubles its time."""
 
     @abstractmethod
     def begin(self, row: Row) -> int:
-        """A new sequence's number. Takes no memory yet and computes nothing."""
+        """A new sequence's number. Computes nothing, and takes no memory but blocks that hold its
+        beginning already: see `cached`."""
+
+    def cached(self, sequence: int) -> int:
+        """Of a new sequence: how many of its unread tokens were found in the cache, and are read
+        therefore.
+
+        They were computed for the same tenant, by the weights and plan of now. There is always one
+        more to read.
+        """
+        return 0
 
     @abstractmethod
     def step(self, parts: Sequence[Part]) -> Step:
@@ -190,12 +208,12 @@ class Backend(ABC):
 
 class Batch:
     """Rows that start together and advance together: the simple way to drive a backend, for
-    benchmarks and scoring."""
+    benchmarks and scoring. All of them is computed."""
 
     def __init__(self, backend: Backend, rows: Sequence[Row]):
         self._backend = backend
-        self._rows = list(rows)
-        self._sequences = [backend.begin(row) for row in rows]
+        self._rows = [replace(row, cache_prefix=False) for row in rows]
+        self._sequences = [backend.begin(row) for row in self._rows]
 
     def prefill(self, want_logits: bool) -> Step:
         """Read the prompts. Called once, first."""

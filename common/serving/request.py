@@ -28,7 +28,7 @@ class Timings:
             token; 0 if they were.
         ttft: until the first token.
         total: until the last token.
-        hits: look-ups that a resident copy served; all are tokens * layers * top_k.
+        hits: look-ups that a resident copy served; all are computed tokens * layers * top_k.
         misses: look-ups that needed the tenant's own expert.
         queued: until the first step that read any of it, with a tenant's first request in a process
             the load of its tokenizer included.
@@ -55,6 +55,7 @@ class Generation:
             past its deadline).
         stop_reason: the stop string or the stop token id that ended it, None for anything else.
         logprobs: one for each of token_ids, empty if not asked for.
+        num_cached_tokens: of the prompt, found in the prefix cache and not computed again.
     """
 
     tenant: str
@@ -65,6 +66,7 @@ class Generation:
     timings: Timings
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Request:
 
     deadline: on the engine's clock, infinite if there is none. number: order of arrival.
     sequence: the backend's number while the request has caches. unread: tokens to read before the
-        next one comes.
+        next one comes. num_cached_tokens: of the prompt, found in the cache when it first began.
     next_token: chosen and not yet given to the backend.
 
     Raises RequestError for a stop string that can never match.
@@ -106,9 +108,11 @@ class Request:
     number: int = 0
     on_output: Callable[[Output], None] | None = None
     is_encoder_decoder: bool = False
+    cache_salt: str = ""
 
     sequence: int | None = None
     unread: int = 0
+    num_cached_tokens: int = 0
     next_token: int = -1
     preemptions: int = 0
     token_ids: list[int] = field(default_factory=list)
@@ -157,7 +161,29 @@ class Request:
 
     def row(self) -> Row:
         """What its sequence starts from, now."""
-        return Row(self.tenant, self.prompt, self.max_new_tokens, tuple(self.token_ids))
+        return Row(
+            self.tenant,
+            self.prompt,
+            self.max_new_tokens,
+            tuple(self.token_ids),
+            cache_prefix=self.shares_prefix,
+            cache_salt=self.cache_salt,
+        )
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what others left of its beginning in the cache is of use to it."""
+        return True
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """With whom it may share what is in the cache."""
+        return self.tenant, self.cache_salt
+
+    def first(self, count: int) -> tuple[int, ...]:
+        """Its first tokens, of prompt and answer."""
+        more = count - len(self.prompt)
+        return (*self.prompt, *self.token_ids[:more]) if more > 0 else self.prompt[:count]
 
     def choose(self, winner: int, logits: np.ndarray | None, now: float) -> Output:
         """Choose the next token from what the backend gave, and say what is now certain of the
@@ -239,4 +265,5 @@ class Request:
             ),
             stop_reason=self.stop_reason,
             logprobs=tuple(self.logprobs),
+            num_cached_tokens=self.num_cached_tokens,
         )

@@ -100,6 +100,9 @@ class Steps:
         counts = self.statistics.of(request.tenant)
         if request.first_at is None:
             counts["prompt_tokens"] += len(request.prompt)
+            if self._backend.prefix_block is not None and request.shares_prefix:
+                counts["prefix_cache_queries"] += len(request.prompt)
+                counts["prefix_cache_hits"] += request.num_cached_tokens
         output = request.choose(winner, logits, now)
         counts["generation_tokens"] += 1
         if request.done:

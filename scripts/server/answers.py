@@ -17,9 +17,7 @@ from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.requests import Asked
 from scripts.server.running import Job, Run
-from scripts.server.schema import (
-    Usage,
-)
+from scripts.server.schema import PromptTokensDetails, Usage
 from scripts.server.service import Service
 from scripts.server.streams import EventStream, event
 from scripts.server.tokens import TokenTexts
@@ -80,7 +78,9 @@ def jobs_of(
     defaults = service.sampling_defaults(tenant)
     params = [body.params(limit, answer, defaults) for answer in range(body.num_answers)]
     return [
-        Job(tenant, prompt, p, body.priority or 0, deadline_s) for prompt in prompts for p in params
+        Job(tenant, prompt, p, body.priority or 0, deadline_s, body.cache_salt or "")
+        for prompt in prompts
+        for p in params
     ]
 
 
@@ -106,11 +106,17 @@ class AnswerTexts:
 
 
 def usage_of(generations: Sequence[Generation], num_answers: int) -> Usage:
-    """Each prompt counts once, however many answers it has."""
-    prompt = sum(len(g.prompt_token_ids) for g in generations[::num_answers])
+    """Each prompt counts once, however many answers it has: all but one find in the cache what
+    that one computes."""
+    each = [generations[i : i + num_answers] for i in range(0, len(generations), num_answers)]
+    prompt = sum(len(answers[0].prompt_token_ids) for answers in each)
+    cached = sum(min(g.num_cached_tokens for g in answers) for answers in each)
     completion = sum(len(g.token_ids) for g in generations)
     return Usage(
-        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
     )
 
 

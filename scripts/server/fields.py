@@ -126,10 +126,9 @@ REFUSED_STREAM: Mapping[str, Refused] = {
 MEANINGLESS: Mapping[str, str] = {
     "user": "requests are counted by key",
     "session_id": "requests are not grouped",
-    "cache_salt": "requests share no prefix cache",
-    "prompt_cache_key": "requests share no prefix cache",
-    "prompt_cache_options": "requests share no prefix cache",
-    "prompt_cache_retention": "requests share no prefix cache",
+    "prompt_cache_key": "beginnings of prompts are found without it; cache_salt keeps them apart",
+    "prompt_cache_options": "beginnings of prompts are kept as long as there is room",
+    "prompt_cache_retention": "beginnings of prompts are kept as long as there is room",
     "metadata": "answers are not kept",
     "store": "answers are not kept",
     "service_tier": "there is one",

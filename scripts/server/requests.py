@@ -155,6 +155,12 @@ class Asked(Taken, ABC):
     deadline_ms: Number | None = Field(
         None, gt=0, le=1e9, description="Give up, with 408, if not done by then."
     )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1024,
+        description="Only requests with the same salt share what is in the prefix cache. (vLLM)",
+    )
     request_id: str | None = Field(
         None, min_length=1, max_length=128, description="Becomes the answer's id. (vLLM)"
     )

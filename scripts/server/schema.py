@@ -18,10 +18,17 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
+class PromptTokensDetails(BaseModel):
+    """cached_tokens: those that were found in the cache, and not computed again."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class RequestMetrics(BaseModel):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.families.shape import Decoder
+from common.serving.block_pool import BlockPool
 
 BLOCK = 16  # tokens
 
@@ -37,6 +38,11 @@ class Blocks:
         self.table[self.count] = block
         self.count += 1
 
+    @property
+    def numbers(self) -> list[int]:
+        numbers: list[int] = self.table[: self.count].tolist()
+        return numbers
+
     def places(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: where in the arena these positions lie, in tokens."""
         positions = np.arange(start, stop)
@@ -49,24 +55,21 @@ class Arena:
     columns.
 
     Filled with zeros, so that what is masked is finite. On a CPU pages are taken from the system
-    when they are used.
+    when they are used. pool: who has which blocks.
     """
 
     def __init__(
-        self, num_layers: int, width: int, num_blocks: int, dtype: torch.dtype, device: torch.device
+        self, num_layers: int, width: int, pool: BlockPool, dtype: torch.dtype, device: torch.device
     ):
-        shape = (num_blocks * BLOCK, width)
+        self.pool = pool
+        shape = (pool.num_blocks * BLOCK, width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.num_blocks = num_blocks
         self.block_bytes = block_bytes(num_layers, width, dtype)
-        # Last freed, first used: those pages are in memory already.
-        self._free = list(range(num_blocks))[::-1]
 
     @property
-    def free(self) -> int:
-        """Number of blocks that nobody has."""
-        return len(self._free)
+    def num_blocks(self) -> int:
+        return self.pool.num_blocks
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +77,13 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        return (self.num_blocks - self.free) * self.block_bytes
+        """Of blocks that sequences have."""
+        return (self.num_blocks - self.pool.free) * self.block_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of blocks that no sequence has and that can be found again."""
+        return self.pool.cached * self.block_bytes
 
     @staticmethod
     def needed(blocks: Blocks, length: int) -> int:
@@ -82,13 +91,13 @@ class Arena:
         return max(0, -(-length // BLOCK) - blocks.count)
 
     def reserve(self, blocks: Blocks, length: int) -> None:
-        """Give a sequence room for `length` tokens. There must be: see `free`."""
+        """Give a sequence room for `length` tokens. There must be: see `BlockPool.free`."""
         for _ in range(self.needed(blocks, length)):
-            blocks.add(self._free.pop())
+            blocks.add(self.pool.take())
 
     def release(self, blocks: Blocks) -> None:
         """Take a sequence's blocks back."""
-        self._free += blocks.table[: blocks.count].tolist()
+        self.pool.release(blocks.numbers)
         blocks.count = 0
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
