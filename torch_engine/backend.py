@@ -14,16 +14,13 @@ from torch import Tensor
 from common.errors import CheckpointError, EngineError, StoreError
 from common.families import Decoder
 from common.serving.backend import Backend, Observer, Part, Row, Step
-from common.serving.block_pool import BlockPool
 from common.store import Store
-from common.units import format_bytes
 from torch_engine import native
 from torch_engine.decode.step import ROWS, DecodeSteps, why_not
 from torch_engine.device import (
     choose_products,
     find_device,
     find_dtype,
-    free_cache_bytes,
     prepare,
     products_name,
     ready_that_fit,
@@ -33,7 +30,7 @@ from torch_engine.experts.grouped_product import grouped_mm_fits
 from torch_engine.experts.kernel_pool import KernelPool
 from torch_engine.experts.loop_pool import LoopPool
 from torch_engine.experts.pool import ExpertPool
-from torch_engine.layers.cache import BLOCK, Arena, block_bytes, token_width
+from torch_engine.layers.cache import BLOCK, Arena, make_arena, token_width
 from torch_engine.models.decoder import check, forward, heads
 from torch_engine.options import TorchOptions
 from torch_engine.products import PlainWeight, Weight, pack_native
@@ -48,8 +45,6 @@ from torch_engine.tenants.weights import shape_of
 LOGITS_TOKENS = 4096
 
 LOG = logging.getLogger(__name__)
-
-MAX_BLOCKS_PER_TENANT = 64  # of whole contexts: more than so many sequences at once is of no use
 
 
 def load_backend(
@@ -108,7 +103,7 @@ class TorchBackend(Backend):
         self.default_chunk = 128 if self.device.type == "cpu" else 1024
         self.prefetches = self.device.type == "cuda"
         try:
-            self.cache = self._make_cache(options)
+            self.cache = make_arena(self._shapes(store), options, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.device} has no room for keys and values ({error}); give a smaller "
@@ -142,24 +137,6 @@ class TorchBackend(Backend):
             check(shape, name)
         return shapes
 
-    def _make_cache(self, options: TorchOptions) -> Arena:
-        shapes = self._shapes(self.store)
-        layers, width = len(shapes[0].layers), max(token_width(s) for s in shapes)
-        one = block_bytes(layers, width, self.dtype)
-        nbytes = options.kv_cache_bytes
-        if nbytes is None:
-            nbytes = free_cache_bytes(self.device)
-            most = sum(-(-s.max_positions // BLOCK) for s in shapes) * MAX_BLOCKS_PER_TENANT
-            nbytes = min(nbytes, most * one)
-        if nbytes < one:
-            raise EngineError(
-                f"kv_cache_bytes is {format_bytes(nbytes)}, a block of {BLOCK} tokens takes "
-                f"{format_bytes(one)}; "
-                "give at least that, and enough for the longest sequence"
-            )
-        pool = BlockPool(nbytes // one, BLOCK, options.enable_prefix_caching)
-        return Arena(layers, width, pool, self.dtype, self.device)
-
     def _expert_implementation(self, options: TorchOptions) -> str:
         spec = self.store.experts
         fits = grouped_mm_fits(spec.hidden_size, spec.intermediate_size, self.dtype, self.device)
@@ -177,10 +154,8 @@ class TorchBackend(Backend):
         if self.prefetches:
             self.pool.expect(self.store.tenants.index(row.tenant))
         sequence = CachedSequence.of(row)
-        if row.cache_prefix and self.prefix_block is not None:
-            prefix = self.cache.pool.prefix(row.tenant, row.cache_salt)
-            if prefix is not None:
-                sequence.find(self.cache, prefix)
+        if row.cache_prefix and self.observer is None:
+            sequence.find(self.cache, row.cache_salt)
         self._sequences[self._numbers] = sequence
         return self._numbers
 

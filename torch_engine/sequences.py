@@ -36,10 +36,12 @@ class CachedSequence:
         limit = len(row.prompt) + max(row.max_new_tokens, len(row.answer))
         return cls(row.tenant, [*row.prompt, *row.answer], row.unread, limit)
 
-    def find(self, cache: Arena, prefix: Prefix) -> None:
+    def find(self, cache: Arena, salt: str) -> None:
         """Begin with what is in the cache already; its last token is read in any case."""
-        self.prefix = prefix
-        for block in cache.pool.find(prefix, self.tokens[:-1]):
+        self.prefix = cache.pool.prefix(self.tenant, salt)
+        if self.prefix is None:
+            return
+        for block in cache.pool.find(self.prefix, self.tokens[:-1]):
             self.blocks.add(block)
         self.length = self.blocks.count * BLOCK
         self.unread -= self.length

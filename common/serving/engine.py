@@ -210,6 +210,8 @@ class Engine:
             raise RequestError(f"priority is {priority!r}; give a whole number, smaller goes first")
         if deadline_s is not None and (isinstance(deadline_s, bool) or not deadline_s > 0):
             raise RequestError(f"deadline_s is {deadline_s!r}; give seconds above 0, or None")
+        if not isinstance(cache_salt, str):
+            raise RequestError(f"cache_salt is {cache_salt!r}; give text")
         request = self._request(tenant, prompt, params)
         request.priority, request.on_output, request.cache_salt = priority, on_output, cache_salt
         request.deadline = math.inf if deadline_s is None else request.taken_at + deadline_s

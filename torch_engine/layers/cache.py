@@ -13,10 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import EngineError
 from common.families.shape import Decoder
 from common.serving.block_pool import BlockPool
+from common.units import format_bytes
+from torch_engine.device import free_cache_bytes
+from torch_engine.options import TorchOptions
 
 BLOCK = 16  # tokens
+MAX_CONTEXTS = 64  # more whole contexts of a tenant than that at once are of no use
 
 
 def token_width(shape: Decoder) -> int:
@@ -116,6 +121,26 @@ class Arena:
     def close(self) -> None:
         self.keys.clear()
         self.values.clear()
+
+
+def make_arena(
+    shapes: Sequence[Decoder], options: TorchOptions, dtype: torch.dtype, device: torch.device
+) -> Arena:
+    """As large as is asked for, or as the device's memory is. Raises EngineError."""
+    layers, width = len(shapes[0].layers), max(token_width(s) for s in shapes)
+    one = block_bytes(layers, width, dtype)
+    nbytes = options.kv_cache_bytes
+    if nbytes is None:
+        most = sum(-(-s.max_positions // BLOCK) for s in shapes) * MAX_CONTEXTS
+        nbytes = min(free_cache_bytes(device), most * one)
+    if nbytes < one:
+        raise EngineError(
+            f"kv_cache_bytes is {format_bytes(nbytes)}, a block of {BLOCK} tokens takes "
+            f"{format_bytes(one)}; "
+            "give at least that, and enough for the longest sequence"
+        )
+    pool = BlockPool(nbytes // one, BLOCK, options.enable_prefix_caching)
+    return Arena(layers, width, pool, dtype, device)
 
 
 def block_bytes(num_layers: int, width: int, dtype: torch.dtype) -> int:
