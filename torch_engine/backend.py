@@ -253,7 +253,8 @@ class TorchBackend(Backend):
                 self.device
             ).synchronize()  # so that times are those of this step
         hits = counts * lookups - made.misses
-        return Step(made.token_ids, made.logits, hits, made.misses, self.ready.seconds())
+        seconds = self.ready.seconds()
+        return Step(made.token_ids, made.logits, hits, made.misses, seconds, made.prompt_logprobs)
 
     def _graphed(self, parts: Sequence[Part], tenants: Sequence[str]) -> list[int]:
         """The parts that `DecodeSteps` computes, those of a tenant together."""

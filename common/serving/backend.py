@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from common.serving.prompt_logprobs import PromptLogprobs
 from common.store import Store
 
 
@@ -53,12 +54,15 @@ class Part:
         read now.
     token_id: with read 0, the token that follows what it has. want_logits: whether all logits are
         asked for.
+    prompt_logprobs: of decoders, with read: give the log probability of the unread token behind
+        each one that it reads, and those of so many most probable ones.
     """
 
     sequence: int
     read: int = 0
     token_id: int = -1
     want_logits: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Step:
     hits, misses: int64 [parts], expert look-ups of this step.
     reconfiguration_s: seconds that making a tenant's non-expert weights the ones in use took, by
         tenant; those in use already are left out.
+    prompt_logprobs: of the parts that asked for them, by number: of the tokens behind those that
+        the part read, as far as there are any.
     """
 
     token_ids: np.ndarray
@@ -78,6 +84,7 @@ class Step:
     hits: np.ndarray
     misses: np.ndarray
     reconfiguration_s: dict[str, float] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
 Observer = Callable[[str, int, np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]

@@ -21,6 +21,7 @@ from common.families.family import ExpertSpec
 from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.serving.block_pool import BlockPool, Prefix
 from common.serving.engine import Engine
+from common.serving.prompt_logprobs import PromptLogprobs
 from common.serving.scheduler_options import SchedulerOptions
 from common.store import Store
 
@@ -166,9 +167,12 @@ class FakeBackend(Backend):
         added = self._show(parts, new)
         token_ids = np.full(len(parts), -1, dtype=np.int64)
         logits: list[np.ndarray | None] = [None] * len(parts)
+        scores: dict[int, PromptLogprobs] = {}
         for i, part in enumerate(parts):
             found = self._sequences[part.sequence]
             self._keep(found)
+            if part.prompt_logprobs is not None:
+                scores[i] = self._score(found, part.read, part.prompt_logprobs)
             if found.unread > 0:
                 continue
             tokens = self._read(found)
@@ -180,7 +184,14 @@ class FakeBackend(Backend):
         self.steps.append([(self._sequences[p.sequence].row.tenant, p) for p in parts])
         hits = np.array([len(ids) for ids in new], dtype=np.int64)
         self.hits += int(hits.sum())
-        return Step(token_ids, logits, hits, np.zeros_like(hits), dict.fromkeys(switched, 0.01))
+        seconds = dict.fromkeys(switched, 0.01)
+        return Step(token_ids, logits, hits, np.zeros_like(hits), seconds, scores)
+
+    def _score(self, found: _Sequence, read: int, top: int) -> PromptLogprobs:
+        """What the tokens behind the last ones that were read are given."""
+        targets = found.tokens[found.length - read + 1 : found.length + 1]
+        values = _logits(found.row.tenant, self._read(found), read)
+        return PromptLogprobs.of(values[: len(targets)], targets, top)
 
     def _advance(self, part: Part) -> list[int]:
         """Take a part's tokens into its sequence's blocks, and give them."""

@@ -12,6 +12,7 @@ import numpy as np
 from common.errors import MoetelError
 from common.sampling_params import SamplingParams
 from common.serving.backend import Row
+from common.serving.prompt_logprobs import PromptLogprobs
 from common.serving.sampling import TokenLogprob, log_probabilities, sample
 from common.serving.tenant_text import TenantText
 from common.serving.text_stream import TextStream
@@ -55,6 +56,8 @@ class Generation:
             past its deadline).
         stop_reason: the stop string or the stop token id that ended it, None for anything else.
         logprobs: one for each of token_ids, empty if not asked for.
+        prompt_logprobs: one for each of prompt_token_ids, None for the first; empty if not asked
+            for.
         num_cached_tokens: of the prompt, found in the prefix cache and not computed again.
     """
 
@@ -67,6 +70,7 @@ class Generation:
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,14 @@ class Output:
     token_ids: new tokens. text: what is now certain: nothing while a character or a stop string is
         undecided.
     logprobs: one for each of token_ids, empty if not asked for. generation: the whole, in the last
-        output alone.
+        output alone. prompt_logprobs: as of `Generation`, in the first output with a token alone.
     """
 
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     generation: Generation | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(eq=False)
@@ -117,6 +122,7 @@ class Request:
     preemptions: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started_at: float | None = None
     first_at: float | None = None
     last_at: float | None = None
@@ -129,6 +135,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.unread = len(self.prompt)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
         params, generation = self.params, self.text.generation
         self.stream = None
         self._stops: dict[int, str] = {}
@@ -173,7 +181,19 @@ class Request:
     @property
     def shares_prefix(self) -> bool:
         """Whether what others left of its beginning in the cache is of use to it."""
-        return True
+        return self.params.prompt_logprobs is None
+
+    @property
+    def lacking_prompt_logprobs(self) -> int | None:
+        """How many most probable tokens to give with each of the prompt; None: no more at all."""
+        done = len(self.prompt_logprobs) >= len(self.prompt)
+        return None if done else self.params.prompt_logprobs
+
+    def take_prompt(self, found: PromptLogprobs, first: int) -> None:
+        """Take what a step gave the tokens behind position `first`. What was read again is known
+        already, and the answer is none of the prompt."""
+        known = len(self.prompt_logprobs)
+        self.prompt_logprobs += found.tokens()[known - first - 1 : len(self.prompt) - first - 1]
 
     @property
     def owner(self) -> tuple[str, str]:
@@ -200,6 +220,7 @@ class Request:
         if logits is not None and self.params.logprobs is not None:
             logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
             self.logprobs += logprobs
+        prompt_logprobs = () if self.token_ids else tuple(self.prompt_logprobs)
         self.token_ids.append(token_id)
         self.next_token = token_id
         self.last_at = now
@@ -223,7 +244,8 @@ class Request:
             if self.stream.stopped:
                 self.finish_reason = "stop"
                 self.stop_reason = self.stream.stopped_by
-        return Output((token_id,), piece, logprobs, self.generation() if self.done else None)
+        generation = self.generation() if self.done else None
+        return Output((token_id,), piece, logprobs, generation, prompt_logprobs)
 
     def _forced(self, token_id: int) -> int:
         """The next token, or the one that the tenant's generation config puts there (transformers'
@@ -266,4 +288,5 @@ class Request:
             stop_reason=self.stop_reason,
             logprobs=tuple(self.logprobs),
             num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=tuple(self.prompt_logprobs),
         )

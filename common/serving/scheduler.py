@@ -299,7 +299,11 @@ class Scheduler:
         assert request.sequence is not None
         token_id = -1 if read else request.next_token
         return Part(
-            request.sequence, read, token_id, request.wants_logits and read in (0, request.unread)
+            request.sequence,
+            read,
+            token_id,
+            request.wants_logits and read in (0, request.unread),
+            request.lacking_prompt_logprobs if read else None,
         )
 
     def _read(self, reading: Sequence[Request], parts: dict[Request, Part], room: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from common import EngineError, StoreError
+from common.build.scoring import log_softmax
 from common.serving.backend import Backend, Part, Row
 from tests.contract.backends import NEWCOMER, TENANTS, FakeMade, JaxMade, Made, TorchMade
 from tests.helpers import assert_close, prompts, rest_slow
@@ -511,11 +512,64 @@ class PrefixCacheContract(BackendContract):
         without.close()
 
 
-class TestFake(PrefixCacheContract):
+class DecoderContract(PrefixCacheContract):
+    """What holds of backends whose answers go on from the prompt."""
+
+    @pytest.mark.parametrize("seed", rest_slow(range(4)))
+    def test_prompts_get_their_log_probabilities_however_they_are_cut(
+        self, backend: Backend, seed: int
+    ) -> None:
+        rng = random.Random(seed)
+        rows = prompts(2000 + seed, [1, 2, 19, 40])
+        asked = [Asked(rng.choice(TENANTS), row, 3) for row in rows]
+        top = {a: rng.choice([0, 1, 5]) for a in map(id, asked)}
+        found: dict[int, list[Any]] = {id(a): [] for a in asked}
+        for one in asked:
+            one.begin(backend)
+        while going := [a for a in asked if a.unread]:
+            chosen = rng.sample(going, rng.randint(1, len(going)))
+            parts = [
+                Part(a.number or 0, rng.randint(1, a.unread), prompt_logprobs=top[id(a)])
+                for a in chosen
+            ]
+            step = backend.step(parts)
+            assert set(step.prompt_logprobs) == set(range(len(parts)))
+            for i, (one, part) in enumerate(zip(chosen, parts, strict=True)):
+                one.unread -= part.read
+                found[id(one)] += step.prompt_logprobs[i].tokens()
+                if not one.unread:
+                    one.answer.append(int(step.token_ids[i]))
+        for one in asked:
+            (values,) = backend.logits(one.tenant, [one.prompt], None)
+            expected = log_softmax(values[:-1])
+            tokens = found[id(one)]
+            assert [t.token_id for t in tokens] == one.prompt[1:]
+            for token, scores in zip(tokens, expected, strict=True):
+                assert token.logprob == pytest.approx(scores[token.token_id], abs=1e-4)
+                higher = int((scores > scores[token.token_id] + 1e-4).sum())
+                assert higher < token.rank <= int((scores > token.logprob - 1e-4).sum())
+                best = sorted(scores, reverse=True)[: top[id(one)]]
+                assert [p for _, p in token.top] == pytest.approx(best, abs=1e-4)
+                assert all(scores[i] == pytest.approx(p, abs=1e-4) for i, p in token.top)
+            assert (
+                finish(backend, one) == alone(backend, [Asked(one.tenant, one.prompt, 3)])[0].answer
+            )
+
+    def test_only_who_asks_gets_them(self, backend: Backend) -> None:
+        rows = prompts(2100, [5, 6])
+        numbers = [backend.begin(Row("ana", tuple(row), 2)) for row in rows]
+        step = backend.step([Part(numbers[0], 5), Part(numbers[1], 6, prompt_logprobs=0)])
+        assert set(step.prompt_logprobs) == {1}
+        assert len(step.prompt_logprobs[1].token_ids) == 5
+        assert step.logits == [None, None]
+        backend.end(numbers)
+
+
+class TestFake(DecoderContract):
     made_by = FakeMade
 
 
-class TestTorch(PrefixCacheContract):
+class TestTorch(DecoderContract):
     made_by = TorchMade
 
 
