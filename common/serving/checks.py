@@ -71,9 +71,8 @@ def check_request(
         )
     if params.prompt_logprobs is not None and config.is_encoder_decoder:
         raise RequestError(
-            f"prompt_logprobs: tenant {tenant!r} is an encoder-decoder, which reads a prompt and "
-            "gives its tokens no probabilities; ask for logprobs of the answer, or score answers "
-            "with Engine.logits"
+            f"tenant {tenant!r} is an encoder-decoder: it reads a prompt and gives its tokens no "
+            "probabilities; leave out prompt_logprobs, and echo beside logprobs"
         )
     if params.stop_strings and not text.has_tokenizer:
         raise RequestError(

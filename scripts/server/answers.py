@@ -17,7 +17,7 @@ from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.requests import Asked
 from scripts.server.running import Job, Run
-from scripts.server.schema import PromptTokensDetails, Usage
+from scripts.server.schema import PromptLogprobs, PromptTokensDetails, Usage
 from scripts.server.service import Service
 from scripts.server.streams import EventStream, event
 from scripts.server.tokens import TokenTexts
@@ -88,21 +88,28 @@ class AnswerTexts:
     """Names of the tokens of each answer, made when its first token comes: its prompt is then known
     to be sound."""
 
-    def __init__(self, body: Asked, service: Service, jobs: Sequence[Job]):
+    def __init__(self, body: Asked, service: Service, jobs: Sequence[Job], echo: bool = False):
+        """echo: the prompt's tokens are named first."""
         self._body, self._engine, self._jobs = body, service.require().engine, jobs
+        self._echo = echo
         self._made: dict[int, TokenTexts] = {}
 
     def __getitem__(self, index: int) -> TokenTexts:
         if index not in self._made:
-            job, body = self._jobs[index], self._body
-            self._made[index] = TokenTexts(
-                self._engine,
-                job.tenant,
-                job.prompt,
-                body.skip_special,
-                bool(body.return_tokens_as_token_ids),
-            )
+            job = self._jobs[index]
+            self._made[index] = self._texts(job, () if self._echo else job.prompt)
         return self._made[index]
+
+    def _texts(self, job: Job, before: Sequence[int]) -> TokenTexts:
+        body = self._body
+        as_ids = bool(body.return_tokens_as_token_ids)
+        return TokenTexts(self._engine, job.tenant, before, body.skip_special, as_ids)
+
+    def prompt(self, index: int, generation: Generation) -> PromptLogprobs:
+        """What the request's `prompt_logprobs` asks for."""
+        top = self._body.prompt_logprobs or 0
+        texts = self._texts(self._jobs[index], ())
+        return texts.prompt(generation.prompt_token_ids, generation.prompt_logprobs, top)
 
 
 def usage_of(generations: Sequence[Generation], num_answers: int) -> Usage:
@@ -169,4 +176,10 @@ def request_number(kind: str, body: Asked, request: Request) -> str:
 
 def whole_output(generation: Generation) -> Output:
     """An answer as if it had come at once."""
-    return Output(generation.token_ids, generation.text or "", generation.logprobs, generation)
+    return Output(
+        generation.token_ids,
+        generation.text or "",
+        generation.logprobs,
+        generation,
+        generation.prompt_logprobs,
+    )

@@ -31,6 +31,7 @@ from scripts.server.schema import (
     CompletionChoice,
 )
 from scripts.server.service import Service
+from scripts.server.tokens import joined
 
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
@@ -67,7 +68,7 @@ async def complete(
     jobs = jobs_of(body, service, tenant, prompts, limit, arrival(request.scope).at)
     number, created = request_number("cmpl", body, request), int(time.time())
     with_ids = body.return_token_ids or not has_text  # without a tokenizer the ids are all there is
-    texts = AnswerTexts(body, service, jobs)
+    texts = AnswerTexts(body, service, jobs, echo=bool(body.echo))
 
     def choice(
         index: int, output: Output, generation: Generation | None, begins: bool
@@ -75,12 +76,19 @@ async def complete(
         text = (echoes[index // body.num_answers] if begins else "") + output.text
         logprobs = None
         if body.num_logprobs is not None:
+            before = None
+            if body.echo and begins:
+                ids, found = jobs[index].prompt, output.prompt_logprobs
+                before = texts[index].echo(ids, found, body.num_logprobs)
             logprobs = texts[index].completion(output.logprobs, generation is not None)
+            logprobs = logprobs if before is None else joined(before, logprobs)
         out = CompletionChoice(
             index=index, text=text, logprobs=logprobs, finish_reason=None, stop_reason=None
         )
         if generation is not None:
             out.finish_reason, out.stop_reason = generation.finish_reason, generation.stop_reason
+            if body.prompt_logprobs is not None:
+                out.prompt_logprobs = texts.prompt(index, generation)
         if with_ids:
             out.token_ids = list(output.token_ids)
             if generation is not None:
@@ -126,7 +134,7 @@ def _prompts(
         ids.append(found)
         if not body.echo:
             echoes.append("")
-        elif isinstance(prompt, str) and limit is None:
+        elif isinstance(prompt, str) and limit is None and body.logprobs is None:
             echoes.append(prompt)
         elif engine.text(tenant).has_tokenizer or tenant in engine.unavailable:
             echoes.append(echoed(engine, tenant, found, body.skip_special))

@@ -56,7 +56,6 @@ REFUSED: Mapping[str, Refused] = {
     "logits_processors": Refused("code of requests is not run"),
     "bad_words": Refused("use logit_bias"),
     "allowed_token_ids": Refused("use logit_bias", ()),
-    "prompt_logprobs": Refused("log probabilities of prompts are not offered", ()),
     "logprob_token_ids": Refused("only those of the most probable tokens are offered", ()),
     "prompt_embeds": Refused("prompts are text or token ids"),
     "spaces_between_special_tokens": Refused(

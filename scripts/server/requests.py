@@ -168,6 +168,11 @@ class Asked(Taken, ABC):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Log probabilities name tokens as token_id:N. (vLLM)"
     )
+    prompt_logprobs: Annotated[int, bounded_by("prompt_logprobs")] | None = Field(
+        None,
+        description="Give the log probability of each token of the prompt, and so many of the most "
+        "probable ones. Not with stream. (vLLM)",
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
 
@@ -177,6 +182,8 @@ class Asked(Taken, ABC):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only for streams; set stream to true or leave it out")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: not in streams; leave out stream or prompt_logprobs")
         if any(not i.isascii() or not i.isdigit() or len(i) > 9 for i in self.logit_bias or {}):
             raise ValueError('logit_bias: names are token ids, written as "123"')
         if (
@@ -210,6 +217,11 @@ class Asked(Taken, ABC):
     def skip_special(self) -> bool:
         """Whether special tokens are left out of the text."""
         return self.skip_special_tokens is not False
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens, for whatever field of the answer."""
+        return self.prompt_logprobs
 
     @property
     @abstractmethod
@@ -248,6 +260,7 @@ class Asked(Taken, ABC):
             repetition_penalty=chosen("repetition_penalty", 1.0),
             logit_bias={int(i): b for i, b in self.logit_bias.items()} if self.logit_bias else None,
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
             skip_special_tokens=self.skip_special,
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
         )
@@ -260,17 +273,11 @@ class CompletionRequest(Asked):
     logprobs: Annotated[int, bounded_by("logprobs")] | None = Field(
         None, description="So many of the most probable tokens too."
     )
-    echo: bool | None = Field(None, description="Put the prompt's text before the answer.")
+    echo: bool | None = Field(
+        None, description="Put the prompt before the answer, in text and logprobs."
+    )
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_COMPLETION
-
-    @model_validator(mode="after")
-    def _check_completion(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "logprobs: those of the prompt are not offered; leave out echo or logprobs"
-            )
-        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -283,6 +290,11 @@ class CompletionRequest(Asked):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((n for n in asked if n is not None), default=None)
 
 
 class LoadTenantRequest(Taken):

@@ -53,10 +53,24 @@ class RequestMetrics(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
+    """null stands for a prompt's first token, which nothing stands before."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    """rank: 1 for the most probable token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt: its own id and those of the most probable ones in its place."""
 
 
 class CompletionChoice(BaseModel):
@@ -67,6 +81,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionAnswer(BaseModel):
@@ -120,6 +135,7 @@ class ChatAnswer(BaseModel):
     metrics: RequestMetrics | None = None
     prompt_token_ids: list[int] | None = None
     prompt_text: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Delta(BaseModel):
