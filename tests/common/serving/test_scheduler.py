@@ -21,7 +21,7 @@ from common import (
 )
 from common.serving.backend import Part, Step
 from common.serving.engine import Engine
-from common.serving.fake import FakeBackend, FakeStore, answer, fake_engine
+from common.serving.fake import FakeBackend, FakeStore, answer, fake_engine, next_token
 from common.serving.request import Output, Request
 from tests.common.serving.requests import TENANTS, check_integrity, finish, params
 from tests.helpers import examples
@@ -46,6 +46,7 @@ def events(draw: st.DrawFn) -> list[tuple[str, Any]]:
                         draw(st.integers(1, 25)),
                         draw(st.integers(-1, 1)),
                         draw(st.sampled_from(["", "", "salt"])),
+                        draw(st.sampled_from([None, None, None, 0, 2])),
                     ),
                 )
             )
@@ -114,7 +115,7 @@ def answer_all(
     beginnings = [[rng.randrange(1, 97) for _ in range(30)] for _ in range(2)]
     for kind, what in events:
         if kind in ("submit", "again"):
-            tenant, number, length, count, priority, salt = what
+            tenant, number, length, count, priority, salt, top = what
             prompt = [rng.randrange(1, 97) for _ in range(length)]
             if number < len(beginnings):
                 prompt = (beginnings[number] + prompt)[:40]
@@ -125,7 +126,7 @@ def answer_all(
             request = engine.submit(
                 tenant,
                 prompt,
-                params(count),
+                params(count, prompt_logprobs=top),
                 priority=priority,
                 cache_salt=salt,
                 on_output=outputs.append,
@@ -144,6 +145,7 @@ def answer_all(
         whole = answer(request.tenant, prompt, request.max_new_tokens)
         got = [t for o in outputs for t in o.token_ids]
         assert got == request.token_ids
+        check_prompt_logprobs(request, outputs)
         if request.finish_reason == "abort":
             assert got == whole[: len(got)]
         else:
@@ -159,6 +161,26 @@ def answer_all(
         assert not any(count["prefix_cache_queries"] for count in counts)
     for count in counts:
         assert 0 <= count["prefix_cache_hits"] <= count["prefix_cache_queries"]
+
+
+def check_prompt_logprobs(request: Request, outputs: list[Output]) -> None:
+    """Those of the whole prompt, once, with the first token; none where nobody asked."""
+    given = [o.prompt_logprobs for o in outputs if o.prompt_logprobs]
+    if request.params.prompt_logprobs is None:
+        assert given == [] and request.prompt_logprobs == []
+        return
+    if not request.token_ids:
+        assert given == []
+        return
+    first, *others = given[0]
+    assert len(given) == 1 and outputs[0].prompt_logprobs and first is None
+    assert [t.token_id for t in others if t] == list(request.prompt[1:])
+    for i, token in enumerate(others, 1):
+        likely = next_token(request.tenant, request.prompt[:i])
+        assert token and (token.rank == 1) == (token.token_id == likely)
+        assert len(token.top) == request.params.prompt_logprobs
+        assert all(top[0] == likely for top in token.top[:1])
+    assert request.num_cached_tokens == 0
 
 
 def test_new_requests_join_a_running_batch() -> None:
