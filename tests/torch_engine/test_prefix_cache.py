@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from common import EngineError, SamplingParams, SchedulerOptions, load_engine
+from common.build.scoring import log_softmax
 from common.serving.block_pool import BlockPool
 from common.serving.engine import Engine
 from common.store import Store
@@ -187,6 +188,13 @@ def test_cuda_finds_beginnings(family: Family, missing: Store, options: dict[str
                 oracle = helpers.oracle(family.models, family.names.index(name), missing.plan)
                 assert list(found.token_ids) == hf_greedy(oracle, prompt, 4)
             assert turn == 0 or all(a.num_cached_tokens == 48 for a in answers)
+        scored = engine.generate_batch(asked, new(2, prompt_logprobs=1))
+    for (name, prompt), found in zip(asked, scored, strict=True):
+        oracle = helpers.oracle(family.models, family.names.index(name), missing.plan)
+        expected = log_softmax(helpers.hf_logits(oracle, [prompt])[0])
+        for i, token in enumerate(found.prompt_logprobs[1:]):
+            assert token is not None
+            assert token.logprob == pytest.approx(expected[i, token.token_id], abs=1e-3)
 
 
 def test_it_can_be_switched_off(family: Family, missing: Store) -> None:
