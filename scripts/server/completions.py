@@ -73,6 +73,8 @@ async def complete(
     def choice(
         index: int, output: Output, generation: Generation | None, begins: bool
     ) -> CompletionChoice:
+        if body.is_prompt_alone:
+            output = Output((), "", prompt_logprobs=output.prompt_logprobs)
         text = (echoes[index // body.num_answers] if begins else "") + output.text
         logprobs = None
         if body.num_logprobs is not None:
@@ -87,6 +89,8 @@ async def complete(
         )
         if generation is not None:
             out.finish_reason, out.stop_reason = generation.finish_reason, generation.stop_reason
+            if body.is_prompt_alone:
+                out.finish_reason, out.stop_reason = "length", None
             if body.prompt_logprobs is not None:
                 out.prompt_logprobs = texts.prompt(index, generation)
         if with_ids:
@@ -103,6 +107,8 @@ async def complete(
     def closed(run: Run, choices: list[CompletionChoice]) -> CompletionAnswer:
         out = answer(choices)
         out.usage, out.metrics = usage_of(run.generations, body.num_answers), run.metrics()
+        if body.is_prompt_alone:
+            out.usage.completion_tokens, out.usage.total_tokens = 0, out.usage.prompt_tokens
         return out
 
     return await respond(

@@ -270,6 +270,9 @@ class CompletionRequest(Asked):
     prompt: str | Texts | TokenIds | TokenIdLists = Field(
         description="Text, texts, token ids, or lists of token ids.", union_mode="left_to_right"
     )
+    max_tokens: int | None = Field(
+        None, ge=0, description="Most new tokens; 0 only with echo: the prompt alone."
+    )
     logprobs: Annotated[int, bounded_by("logprobs")] | None = Field(
         None, description="So many of the most probable tokens too."
     )
@@ -278,6 +281,21 @@ class CompletionRequest(Asked):
     )
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_COMPLETION
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: is 0, which is for echo; ask for at least one token")
+        return self
+
+    @property
+    def is_prompt_alone(self) -> bool:
+        """Whether nothing of an answer is given. It has a token all the same, which nobody sees."""
+        return self.max_tokens == 0
+
+    @property
+    def answer_limit(self) -> int | None:
+        return 1 if self.is_prompt_alone else self.max_tokens
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

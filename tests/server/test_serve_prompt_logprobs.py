@@ -77,6 +77,27 @@ def test_echo_in_a_stream_and_of_many_prompts(words: Live) -> None:
         assert joined[1:] == pytest.approx(choice["logprobs"]["token_logprobs"][1:], abs=1e-5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_alone(words: Live, stream: bool) -> None:
+    asked = {"model": "words", "prompt": "the people", "echo": True, "logprobs": 1, "max_tokens": 0}
+    whole = complete(words, prompt="the people", echo=True, logprobs=1, max_tokens=1)
+    if stream:
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+        first, last, done = events(words.post("/v1/completions", asked).text)
+        found, usage = json.loads(first)["choices"][0], json.loads(last)["usage"]
+        assert done == "[DONE]"
+    else:
+        reply = words.post("/v1/completions", asked).json()
+        found, usage = reply["choices"][0], reply["usage"]
+    assert found["text"] == "the people" and found["finish_reason"] == "length"
+    for name in ("tokens", "text_offset"):
+        assert found["logprobs"][name] == whole["logprobs"][name][:-1]
+    assert len(found["logprobs"]["token_logprobs"]) == usage["prompt_tokens"]
+    assert usage["completion_tokens"] == 0 and usage["total_tokens"] == usage["prompt_tokens"]
+    del asked["echo"]
+    assert error(words.post("/v1/completions", asked), 400)["param"] == "max_tokens"
+
+
 def check_prompt(found: list[Any], ids: list[int], expected: np.ndarray, top: int, hf: Any) -> None:
     assert found[0] is None and len(found) == len(ids)
     for i, (each, token_id) in enumerate(zip(found[1:], ids[1:], strict=True)):
