@@ -17,7 +17,7 @@ from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.requests import Asked
 from scripts.server.running import Job, Run
-from scripts.server.schema import PromptLogprobs, PromptTokensDetails, Usage
+from scripts.server.schema import PromptTokensDetails, ScoredPrompt, Usage
 from scripts.server.service import Service
 from scripts.server.streams import EventStream, event
 from scripts.server.tokens import TokenTexts
@@ -105,7 +105,7 @@ class AnswerTexts:
         as_ids = bool(body.return_tokens_as_token_ids)
         return TokenTexts(self._engine, job.tenant, before, body.skip_special, as_ids)
 
-    def prompt(self, index: int, generation: Generation) -> PromptLogprobs:
+    def prompt(self, index: int, generation: Generation) -> ScoredPrompt:
         """What the request's `prompt_logprobs` asks for."""
         top = self._body.prompt_logprobs or 0
         texts = self._texts(self._jobs[index], ())

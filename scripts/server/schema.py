@@ -69,7 +69,7 @@ class PromptLogprob(BaseModel):
     decoded_token: str
 
 
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
+ScoredPrompt = list[dict[str, PromptLogprob] | None]
 """For each token of a prompt: its own id and those of the most probable ones in its place."""
 
 
@@ -81,7 +81,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
-    prompt_logprobs: PromptLogprobs | None = None
+    prompt_logprobs: ScoredPrompt | None = None
 
 
 class CompletionAnswer(BaseModel):
@@ -135,7 +135,7 @@ class ChatAnswer(BaseModel):
     metrics: RequestMetrics | None = None
     prompt_token_ids: list[int] | None = None
     prompt_text: str | None = None
-    prompt_logprobs: PromptLogprobs | None = None
+    prompt_logprobs: ScoredPrompt | None = None
 
 
 class Delta(BaseModel):

@@ -12,7 +12,7 @@ from scripts.server.schema import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,
-    PromptLogprobs,
+    ScoredPrompt,
     TokenLogprobs,
     TopLogprob,
 )
@@ -92,13 +92,14 @@ class TokenTexts:
         """last: whether the answer ends with these tokens."""
         out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for i, token in enumerate(found):
-            others = [(self._alternative(t)[0], p) for t, p in token.top if t != token.token_id]
+            others = [(t, self._alternative(t)[0], p) for t, p in token.top if t != token.token_id]
             (name, _), begin = self._take(token.token_id, last and i == len(found) - 1)
             top = {name: _finite(token.logprob)}
-            for other, logprob in others:
-                top.setdefault(
-                    other, _finite(logprob)
-                )  # of tokens with equal texts, the better one
+            for other_id, other, logprob in others:
+                # One that reads as the token itself may be more probable, which clients look for.
+                other = f"token_id:{other_id}" if other == name else other
+                # Of others with equal texts, the better one.
+                top.setdefault(other, _finite(logprob))
             out.tokens.append(name)
             out.token_logprobs.append(_finite(token.logprob))
             out.top_logprobs.append(top)
@@ -120,10 +121,10 @@ class TokenTexts:
 
     def prompt(
         self, prompt: Sequence[int], found: Sequence[TokenLogprob | None], top: int
-    ) -> PromptLogprobs:
+    ) -> ScoredPrompt:
         """The same as vLLM's `prompt_logprobs`."""
         self._take(prompt[0], False)
-        out: PromptLogprobs = [None]
+        out: ScoredPrompt = [None]
         for token in (cut(t, top) for t in found if t is not None):
             others = {t: self._alternative(t)[0] for t, _ in token.top if t != token.token_id}
             (name, _), _ = self._take(token.token_id, False)

@@ -185,3 +185,14 @@ def test_tokens_of_an_answer_are_its_text(live: Live, loop: Loop, seed: int, str
         assert offsets == [len("".join(tokens[:i])) for i in range(40)]
         top = json.dumps([c["logprobs"]["top_logprobs"] for c in choices], ensure_ascii=False)
         assert ("\ufffd" in top) <= ("\ufffd" in text) and "bytes:\\\\x" in top
+
+
+def test_a_better_token_that_reads_alike_is_not_lost(spoken: SimpleNamespace) -> None:
+    """lm-eval takes a token for the greedy one if none has a higher log probability."""
+    if spoken.kind != "metaspace":
+        pytest.skip("no two of its tokens read alike")
+    letter, byte = spoken.hf.convert_tokens_to_ids(["e", "<0x65>"])
+    found = [TokenLogprob(letter, -0.9, ((byte, -0.4), (letter, -0.9)), 2)]
+    texts = TokenTexts(spoken.engine, "t", [letter])
+    (top,) = texts.completion(found, last=False).top_logprobs
+    assert top == {"e": -0.9, f"token_id:{byte}": -0.4}
