@@ -43,6 +43,8 @@ class SamplingParams:
         logit_bias: token id -> what is added to its logit.
         logprobs: give each token's log probability, and those of so many most probable ones. They
             are the model's own, before anything above changes them, as in vLLM.
+        prompt_logprobs: the same for each token of the prompt but the first, which nothing stands
+            before. All of the prompt is computed then, whatever the prefix cache holds.
         skip_special_tokens: leave special tokens out of the text. A stop string that is one of them
             ends the answer still.
         include_stop_str_in_output: keep the stop string, or stop token, that ends the answer in its
@@ -67,6 +69,9 @@ class SamplingParams:
     repetition_penalty: float = bounded(1.0, Bound(above=0, high=LARGEST))
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = bounded(None, Bound(whole=True, low=0, high=MAX_LOGPROBS, optional=True))
+    prompt_logprobs: int | None = bounded(
+        None, Bound(whole=True, low=0, high=MAX_LOGPROBS, optional=True)
+    )
     skip_special_tokens: bool = bounded(True, FLAG)
     include_stop_str_in_output: bool = bounded(False, FLAG)
 

@@ -18,7 +18,10 @@ CLOSE = 1e-4
 
 @dataclass
 class Asked:
-    """A request: its answer so far, and the logits before each token of it."""
+    """A request: its answer so far, and the logits before each token of it.
+
+    found: tokens that were in the cache whenever it began.
+    """
 
     tenant: str
     prompt: list[int]
@@ -29,6 +32,7 @@ class Asked:
     misses: int = 0
     number: int | None = None
     unread: int = 0
+    found: int = 0
 
     @property
     def is_done(self) -> bool:
@@ -38,7 +42,10 @@ class Asked:
         return Row(self.tenant, tuple(self.prompt), self.count, tuple(self.answer))
 
     def begin(self, backend: Backend) -> None:
-        self.number, self.unread = backend.begin(self.row()), self.row().unread
+        self.number = backend.begin(self.row())
+        found = backend.cached(self.number)
+        self.unread = self.row().unread - found
+        self.found += found
 
     def part(self, read: int) -> Part:
         assert self.number is not None
@@ -141,6 +148,18 @@ def requests_of(
         )
         for _ in range(count)
     ]
+
+
+def beginning_alike(names: Sequence[str], seed: int, count: int, block: int) -> list[Asked]:
+    """Requests of which many begin with the same blocks, whoever's they are."""
+    rng = random.Random(seed)
+    beginnings = [[rng.randrange(3, 96) for _ in range(block * 2 + 3)] for _ in range(2)]
+    found = []
+    for _ in range(count):
+        same = rng.choice(beginnings)[: rng.choice([block, block + 2, 2 * block, 2 * block + 3])]
+        more = [rng.randrange(3, 96) for _ in range(rng.choice([0, 1, 5, block]))]
+        found.append(Asked(rng.choice(list(names)), [*same, *more], rng.randrange(1, 9)))
+    return found
 
 
 def check_equal(found: Sequence[Asked], expected: Sequence[Asked]) -> None:

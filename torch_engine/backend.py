@@ -15,14 +15,12 @@ from common.errors import CheckpointError, EngineError, StoreError
 from common.families import Decoder
 from common.serving.backend import Backend, Observer, Part, Row, Step
 from common.store import Store
-from common.units import format_bytes
 from torch_engine import native
 from torch_engine.decode.step import ROWS, DecodeSteps, why_not
 from torch_engine.device import (
     choose_products,
     find_device,
     find_dtype,
-    free_cache_bytes,
     prepare,
     products_name,
     ready_that_fit,
@@ -32,7 +30,7 @@ from torch_engine.experts.grouped_product import grouped_mm_fits
 from torch_engine.experts.kernel_pool import KernelPool
 from torch_engine.experts.loop_pool import LoopPool
 from torch_engine.experts.pool import ExpertPool
-from torch_engine.layers.cache import BLOCK, Arena, block_bytes, token_width
+from torch_engine.layers.cache import BLOCK, Arena, make_arena, token_width
 from torch_engine.models.decoder import check, forward, heads
 from torch_engine.options import TorchOptions
 from torch_engine.products import PlainWeight, Weight, pack_native
@@ -47,8 +45,6 @@ from torch_engine.tenants.weights import shape_of
 LOGITS_TOKENS = 4096
 
 LOG = logging.getLogger(__name__)
-
-MAX_BLOCKS_PER_TENANT = 64  # of whole contexts: more than so many sequences at once is of no use
 
 
 def load_backend(
@@ -107,7 +103,7 @@ class TorchBackend(Backend):
         self.default_chunk = 128 if self.device.type == "cpu" else 1024
         self.prefetches = self.device.type == "cuda"
         try:
-            self.cache = self._make_cache(options.kv_cache_bytes)
+            self.cache = make_arena(self._shapes(store), options, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"{self.device} has no room for keys and values ({error}); give a smaller "
@@ -141,23 +137,6 @@ class TorchBackend(Backend):
             check(shape, name)
         return shapes
 
-    def _make_cache(self, wanted: int | None) -> Arena:
-        shapes = self._shapes(self.store)
-        layers, width = len(shapes[0].layers), max(token_width(s) for s in shapes)
-        one = block_bytes(layers, width, self.dtype)
-        nbytes = wanted
-        if nbytes is None:
-            nbytes = free_cache_bytes(self.device)
-            most = sum(-(-s.max_positions // BLOCK) for s in shapes) * MAX_BLOCKS_PER_TENANT
-            nbytes = min(nbytes, most * one)
-        if nbytes < one:
-            raise EngineError(
-                f"kv_cache_bytes is {format_bytes(nbytes)}, a block of {BLOCK} tokens takes "
-                f"{format_bytes(one)}; "
-                "give at least that, and enough for the longest sequence"
-            )
-        return Arena(layers, width, nbytes // one, self.dtype, self.device)
-
     def _expert_implementation(self, options: TorchOptions) -> str:
         spec = self.store.experts
         fits = grouped_mm_fits(spec.hidden_size, spec.intermediate_size, self.dtype, self.device)
@@ -174,8 +153,20 @@ class TorchBackend(Backend):
         self._numbers += 1
         if self.prefetches:
             self.pool.expect(self.store.tenants.index(row.tenant))
-        self._sequences[self._numbers] = CachedSequence.of(row)
+        sequence = CachedSequence.of(row)
+        if row.cache_prefix and self.observer is None:
+            sequence.find(self.cache, row.cache_salt)
+        self._sequences[self._numbers] = sequence
         return self._numbers
+
+    @property
+    def prefix_block(self) -> int | None:  # type: ignore[override]
+        # What an observer adds to layers is in the keys and values behind them.
+        enabled = self.cache.pool.enable_prefix_caching and self.observer is None
+        return BLOCK if enabled else None
+
+    def cached(self, sequence: int) -> int:
+        return self._sequences[sequence].length
 
     def end(self, sequences: Iterable[int]) -> None:
         for number in sequences:
@@ -191,7 +182,7 @@ class TorchBackend(Backend):
             needed += Arena.needed(
                 sequence.blocks, max(length, min(length + ahead, sequence.limit))
             )
-        return needed <= self.cache.free
+        return needed <= self.cache.pool.free
 
     def max_length(self, tenant: str) -> int:
         config = self.store.config(tenant)
@@ -234,6 +225,7 @@ class TorchBackend(Backend):
                 f"the device has no room for the changed store at {store.path} ({error})"
             ) from error
         self.store, self.max_ready_tenants = store, capacity
+        self.cache.pool.forget()  # tenants of these names may compute something else now
         self._decode = self._make_decode()
 
     @torch.inference_mode()
@@ -251,13 +243,18 @@ class TorchBackend(Backend):
         rest = sorted(set(range(len(parts))) - set(graphed))
         if rest:
             compute(step, rest, self.pool, self.cache, self.observer)
+        for sequence in sequences:
+            if self.observer is not None:
+                sequence.prefix = None
+            sequence.keep(self.cache)
         counts = np.array([part.read or 1 for part in parts], dtype=np.int64)
         if self.device.type == "cuda" and not made.waited:
             torch.cuda.current_stream(
                 self.device
             ).synchronize()  # so that times are those of this step
         hits = counts * lookups - made.misses
-        return Step(made.token_ids, made.logits, hits, made.misses, self.ready.seconds())
+        seconds = self.ready.seconds()
+        return Step(made.token_ids, made.logits, hits, made.misses, seconds, made.prompt_logprobs)
 
     def _graphed(self, parts: Sequence[Part], tenants: Sequence[str]) -> list[int]:
         """The parts that `DecodeSteps` computes, those of a tenant together."""
@@ -322,6 +319,7 @@ class TorchBackend(Backend):
             "ready_tenants": self.ready.ready,
             "kv_cache_bytes": self.cache.nbytes,
             "kv_cache_used_bytes": self.cache.used_bytes,
+            "kv_cache_cached_bytes": self.cache.cached_bytes,
         }
 
     def close(self) -> None:

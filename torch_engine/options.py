@@ -30,6 +30,8 @@ class TorchOptions:
     kv_cache_bytes: the most that keys and values of all sequences may take; None: a quarter of the
         free memory of a CPU's machine, at most 4 GiB, and four fifths of what is free on a CUDA
         device once weights are loaded.
+    enable_prefix_caching: keep the keys and values of what was read and answered for as long as
+        there is room, and do not compute the beginning of a prompt again that its tenant has read.
     """
 
     device: str = "auto"
@@ -40,6 +42,7 @@ class TorchOptions:
     spare_slots: int = bounded(16, COUNT)
     ready_tenants: int | None = bounded(None, COUNT_OR_NONE)
     kv_cache_bytes: int | None = bounded(None, COUNT_OR_NONE)
+    enable_prefix_caching: bool = bounded(True, Bound(choices=(True, False)))
 
     @classmethod
     def make(cls, **values: Any) -> TorchOptions:

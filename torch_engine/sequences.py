@@ -9,39 +9,55 @@ import numpy as np
 import torch
 
 from common.serving.backend import Part, Row
-from torch_engine.layers.cache import Arena, Blocks
+from common.serving.block_pool import Prefix
+from torch_engine.layers.cache import BLOCK, Arena, Blocks
 from torch_engine.segments import Chunk, Segment, Singles
 from torch_engine.tenants.weights import TenantWeights
 
 
 @dataclass
 class CachedSequence:
-    """tokens: prompt and, after a preemption, answer; `unread` of them are not in the cache yet.
-    length: tokens in the
-    cache. limit: the most that it can come to hold."""
+    """tokens: all of them; `length` are in the cache, and `unread` of the others are to be read
+    before the next one comes. limit: the most that the cache can come to hold of it.
+    prefix: by which its blocks are found again; None: they are not.
+    """
 
     tenant: str
-    tokens: tuple[int, ...]
+    tokens: list[int]
     unread: int
     limit: int
     length: int = 0
     blocks: Blocks = field(default_factory=Blocks)
+    prefix: Prefix | None = None
 
     @classmethod
     def of(cls, row: Row) -> CachedSequence:
         """A request, nothing of it read."""
         limit = len(row.prompt) + max(row.max_new_tokens, len(row.answer))
-        return cls(row.tenant, (*row.prompt, *row.answer), row.unread, limit)
+        return cls(row.tenant, [*row.prompt, *row.answer], row.unread, limit)
 
-    def take(self, part: Part) -> tuple[int, ...]:
-        """The tokens that a part of a step adds, which are the sequence's from now on."""
-        count = part.read or 1
-        self.length += count
+    def find(self, cache: Arena, salt: str) -> None:
+        """Begin with what is in the cache already; its last token is read in any case."""
+        self.prefix = cache.pool.prefix(self.tenant, salt)
+        if self.prefix is None:
+            return
+        for block in cache.pool.find(self.prefix, self.tokens[:-1]):
+            self.blocks.add(block)
+        self.length = self.blocks.count * BLOCK
+        self.unread -= self.length
+
+    def keep(self, cache: Arena) -> None:
+        """Let others find what was computed of it."""
+        if self.prefix is not None:
+            cache.pool.keep(self.prefix, self.tokens, self.length, self.blocks.table)
+
+    def take(self, part: Part) -> list[int]:
+        """The tokens that a part of a step adds to the cache."""
         if not part.read:
-            return (part.token_id,)
-        done = len(self.tokens) - self.unread
-        self.unread -= count
-        return self.tokens[done : done + count]
+            self.tokens.append(part.token_id)
+        self.unread -= part.read
+        first, self.length = self.length, self.length + (part.read or 1)
+        return self.tokens[first : self.length]
 
 
 def segment_of(

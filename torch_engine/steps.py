@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from common.serving.backend import Observer, Part
+from common.serving.prompt_logprobs import PromptLogprobs
 from torch_engine.decode.step import DecodeSteps
 from torch_engine.experts.pool import ExpertPool
 from torch_engine.layers.attention import kind_of
 from torch_engine.layers.cache import Arena
 from torch_engine.models.decoder import forward, heads
+from torch_engine.prompt_logprobs import score
 from torch_engine.segments import Segment
 from torch_engine.sequences import CachedSequence, segment_of
 from torch_engine.tenants.weights import TenantWeights
@@ -28,6 +30,7 @@ class Results:
     token_ids: np.ndarray
     logits: list[np.ndarray | None]
     misses: np.ndarray
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
     waited: bool = False
 
     @classmethod
@@ -110,6 +113,15 @@ def compute(
     counts = np.array([step.parts[i].read or 1 for i in order], dtype=np.int64)
     stops = np.cumsum(counts)
     step.results.misses[order] = np.add.reduceat(misses, stops - counts)
+    for segment in segments:
+        for i, stop in zip(order, stops.tolist(), strict=True):
+            top = step.parts[i].prompt_logprobs
+            if top is not None and segment.start < stop <= segment.stop:
+                sequence, count = step.sequences[i], step.parts[i].read
+                targets = sequence.tokens[sequence.length - count + 1 : sequence.length + 1]
+                states = hidden[stop - count : stop]
+                step.results.prompt_logprobs[i] = score(segment, states, targets, top)
+                step.results.waited = True
     answering: list[Segment] = []
     rows: list[Tensor] = []
     numbers_of: list[list[int]] = []

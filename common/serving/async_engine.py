@@ -143,11 +143,13 @@ class AsyncEngine:
         *,
         priority: int = 0,
         deadline_s: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[Output]:
         """What the tenant answers, as it comes; the last output holds the whole `Generation`.
 
-        priority, deadline_s: as for `Engine.submit`. Closing the iterator early, or cancelling the
-        task that waits for it, cancels the request; its caches are free before the next step.
+        priority, deadline_s, cache_salt: as for `Engine.submit`. Closing the iterator early, or
+        cancelling the task that waits for it, cancels the request; its caches are free before the
+        next step.
 
         Raises at the first output RequestError, OverloadedError or EngineError,
         and at any DeadlineError or EngineError.
@@ -172,6 +174,7 @@ class AsyncEngine:
             params,
             priority=priority,
             deadline_s=deadline_s,
+            cache_salt=cache_salt,
             on_output=send,
         )
         try:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from common.serving.prompt_logprobs import PromptLogprobs
 from common.store import Store
 
 
@@ -27,12 +28,16 @@ class Row:
         take.
     answer: tokens answered before the sequence was put off and its caches given up; they are read
         again, after the prompt.
+    cache_prefix: whether what is in the cache of its beginning is taken, and what is computed of it
+        left there. cache_salt: only sequences of the same one share what is in the cache.
     """
 
     tenant: str
     prompt: tuple[int, ...]
     max_new_tokens: int
     answer: tuple[int, ...] = ()
+    cache_prefix: bool = True
+    cache_salt: str = ""
 
     @property
     def unread(self) -> int:
@@ -49,12 +54,15 @@ class Part:
         read now.
     token_id: with read 0, the token that follows what it has. want_logits: whether all logits are
         asked for.
+    prompt_logprobs: of decoders, with read: give the log probability of the unread token behind
+        each one that it reads, and those of so many most probable ones.
     """
 
     sequence: int
     read: int = 0
     token_id: int = -1
     want_logits: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Step:
     hits, misses: int64 [parts], expert look-ups of this step.
     reconfiguration_s: seconds that making a tenant's non-expert weights the ones in use took, by
         tenant; those in use already are left out.
+    prompt_logprobs: of the parts that asked for them, by number: of the tokens behind those that
+        the part read, as far as there are any.
     """
 
     token_ids: np.ndarray
@@ -74,6 +84,7 @@ class Step:
     hits: np.ndarray
     misses: np.ndarray
     reconfiguration_s: dict[str, float] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
 Observer = Callable[[str, int, np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
@@ -99,13 +110,27 @@ class Backend(ABC):
     prefetches: bool = False
     """Whether `prefetch` brings weights while a step computes."""
 
+    prefix_block: int | None = None
+    """Beginnings of prompts are found in the cache in blocks of so many tokens; None: they are not
+    kept."""
+
     default_chunk: int
     """Tokens of prompts that a step should read at most while other sequences answer: about what
     doubles its time."""
 
     @abstractmethod
     def begin(self, row: Row) -> int:
-        """A new sequence's number. Takes no memory yet and computes nothing."""
+        """A new sequence's number. Computes nothing, and takes no memory but blocks that hold its
+        beginning already: see `cached`."""
+
+    def cached(self, sequence: int) -> int:
+        """Of a new sequence: how many of its unread tokens were found in the cache, and are read
+        therefore.
+
+        They were computed for the same tenant, by the weights and plan of now. There is always one
+        more to read.
+        """
+        return 0
 
     @abstractmethod
     def step(self, parts: Sequence[Part]) -> Step:
@@ -190,12 +215,12 @@ class Backend(ABC):
 
 class Batch:
     """Rows that start together and advance together: the simple way to drive a backend, for
-    benchmarks and scoring."""
+    benchmarks and scoring. All of them is computed."""
 
     def __init__(self, backend: Backend, rows: Sequence[Row]):
         self._backend = backend
-        self._rows = list(rows)
-        self._sequences = [backend.begin(row) for row in rows]
+        self._rows = [replace(row, cache_prefix=False) for row in rows]
+        self._sequences = [backend.begin(row) for row in self._rows]
 
     def prefill(self, want_logits: bool) -> Step:
         """Read the prompts. Called once, first."""

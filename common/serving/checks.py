@@ -69,6 +69,11 @@ def check_request(
             f"the prompt has {len(ids)} tokens and fills the context of tenant {tenant!r} "
             f"({max_length}); shorten it to leave room for an answer"
         )
+    if params.prompt_logprobs is not None and config.is_encoder_decoder:
+        raise RequestError(
+            f"tenant {tenant!r} is an encoder-decoder: it reads a prompt and gives its tokens no "
+            "probabilities; leave out prompt_logprobs, and echo beside logprobs"
+        )
     if params.stop_strings and not text.has_tokenizer:
         raise RequestError(
             f"tenant {tenant!r} has no tokenizer, so stop strings cannot be found; use "

@@ -1,8 +1,8 @@
 """What tenants ask for beside what the device can give, in rows of steps: whether one tenant's
 requests are a flood.
 
-A request takes a row for each token of its answer, and its prompt as many more as cost the same
-time.
+A request takes a row for each token of its answer, and what is computed of its prompt as many more
+as cost the same time.
 
 What waits does not tell. A tenant that has most of the traffic of a device that keeps up with it
 may have a backlog for a while, and is best served at once; and holding a tenant to its share makes
@@ -58,6 +58,12 @@ class Demand:
         )
         self._last[request.tenant] = request.taken_at
 
+    def found(self, request: Request, token_rows: float) -> None:
+        """What the cache holds of a request's prompt need not be computed."""
+        rows = token_rows * request.num_cached_tokens
+        if request.tenant in self.backlog:
+            self.backlog[request.tenant] = max(0.0, self.backlog[request.tenant] - rows)
+
     def answered(self, request: Request) -> None:
         """Learn the length of an answer that came to its end."""
         count, got, asked = self._used.get(request.tenant, (0, 0.0, 0.0))
@@ -87,4 +93,5 @@ class Demand:
             else list(self._used.values())
         )
         part = sum(got for _, got, _ in used) / sum(asked for _, _, asked in used) if used else 1.0
-        return request.max_new_tokens * part + token_rows * len(request.prompt)
+        read = len(request.prompt) - request.num_cached_tokens
+        return request.max_new_tokens * part + token_rows * read

@@ -169,16 +169,24 @@ class Engine:
         *,
         priority: int = 0,
         deadline_s: float | None = None,
+        cache_salt: str = "",
         on_output: Callable[[Output], None] | None = None,
     ) -> Request:
         """Take a request, which `step` will advance together with all others that are there.
 
         Among a tenant's own requests a smaller `priority` goes first. What is not done after
-        `deadline_s` seconds is ended. `step` calls `on_output` with what is new. Raises as
-        `generate` does, and OverloadedError where too many requests wait already.
+        `deadline_s` seconds is ended. Only requests with the same `cache_salt` share what is in
+        the prefix cache. `step` calls `on_output` with what is new. Raises as `generate` does, and
+        OverloadedError where too many requests wait already.
         """
         request = self.check(
-            tenant, prompt, params, priority=priority, deadline_s=deadline_s, on_output=on_output
+            tenant,
+            prompt,
+            params,
+            priority=priority,
+            deadline_s=deadline_s,
+            cache_salt=cache_salt,
+            on_output=on_output,
         )
         self.enqueue(request)
         return request
@@ -191,6 +199,7 @@ class Engine:
         *,
         priority: int = 0,
         deadline_s: float | None = None,
+        cache_salt: str = "",
         on_output: Callable[[Output], None] | None = None,
     ) -> Request:
         """Check what `submit` takes and turn it into tokens, for `enqueue`.
@@ -201,8 +210,10 @@ class Engine:
             raise RequestError(f"priority is {priority!r}; give a whole number, smaller goes first")
         if deadline_s is not None and (isinstance(deadline_s, bool) or not deadline_s > 0):
             raise RequestError(f"deadline_s is {deadline_s!r}; give seconds above 0, or None")
+        if not isinstance(cache_salt, str):
+            raise RequestError(f"cache_salt is {cache_salt!r}; give text")
         request = self._request(tenant, prompt, params)
-        request.priority, request.on_output = priority, on_output
+        request.priority, request.on_output, request.cache_salt = priority, on_output, cache_salt
         request.deadline = math.inf if deadline_s is None else request.taken_at + deadline_s
         return request
 
@@ -353,7 +364,8 @@ class Engine:
 
         `products` says who multiplies: "own kernels (AVX2)", "own kernels (AVX-512)", "own kernels
         (AVX-512 bf16)", "torch" or "XLA". `tenants` has what each one's requests came to since the
-        engine was loaded.
+        engine was loaded; `prefix_cache_queries` are tokens of prompts that were looked for in the
+        prefix cache, and `prefix_cache_hits` those that were found.
         """
         return {
             **self._require_backend().stats(),

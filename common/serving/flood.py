@@ -81,6 +81,10 @@ class Floods:
         self.demand.passed(at, self.best_rows_per_s(at), self._options.weight)
         self.demand.arrived(request, self.token_rows)
 
+    def began(self, request: Request) -> None:
+        """Count what it found in the cache no more."""
+        self.demand.found(request, self.token_rows)
+
     def passed(self, now: float, active: Sequence[str]) -> None:
         """Let the time up to a step pass. active: tenants with requests."""
         best = self.best_rows_per_s(now)

@@ -12,6 +12,7 @@ import numpy as np
 from common.errors import MoetelError
 from common.sampling_params import SamplingParams
 from common.serving.backend import Row
+from common.serving.prompt_logprobs import PromptLogprobs
 from common.serving.sampling import TokenLogprob, log_probabilities, sample
 from common.serving.tenant_text import TenantText
 from common.serving.text_stream import TextStream
@@ -28,7 +29,7 @@ class Timings:
             token; 0 if they were.
         ttft: until the first token.
         total: until the last token.
-        hits: look-ups that a resident copy served; all are tokens * layers * top_k.
+        hits: look-ups that a resident copy served; all are computed tokens * layers * top_k.
         misses: look-ups that needed the tenant's own expert.
         queued: until the first step that read any of it, with a tenant's first request in a process
             the load of its tokenizer included.
@@ -55,6 +56,9 @@ class Generation:
             past its deadline).
         stop_reason: the stop string or the stop token id that ended it, None for anything else.
         logprobs: one for each of token_ids, empty if not asked for.
+        prompt_logprobs: one for each of prompt_token_ids, None for the first; empty if not asked
+            for.
+        num_cached_tokens: of the prompt, found in the prefix cache and not computed again.
     """
 
     tenant: str
@@ -65,6 +69,8 @@ class Generation:
     timings: Timings
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,14 @@ class Output:
     token_ids: new tokens. text: what is now certain: nothing while a character or a stop string is
         undecided.
     logprobs: one for each of token_ids, empty if not asked for. generation: the whole, in the last
-        output alone.
+        output alone. prompt_logprobs: as of `Generation`, in the first output with a token alone.
     """
 
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     generation: Generation | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(eq=False)
@@ -89,7 +96,7 @@ class Request:
 
     deadline: on the engine's clock, infinite if there is none. number: order of arrival.
     sequence: the backend's number while the request has caches. unread: tokens to read before the
-        next one comes.
+        next one comes. num_cached_tokens: of the prompt, found in the cache when it first began.
     next_token: chosen and not yet given to the backend.
 
     Raises RequestError for a stop string that can never match.
@@ -106,13 +113,16 @@ class Request:
     number: int = 0
     on_output: Callable[[Output], None] | None = None
     is_encoder_decoder: bool = False
+    cache_salt: str = ""
 
     sequence: int | None = None
     unread: int = 0
+    num_cached_tokens: int = 0
     next_token: int = -1
     preemptions: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started_at: float | None = None
     first_at: float | None = None
     last_at: float | None = None
@@ -125,6 +135,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.unread = len(self.prompt)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
         params, generation = self.params, self.text.generation
         self.stream = None
         self._stops: dict[int, str] = {}
@@ -157,7 +169,41 @@ class Request:
 
     def row(self) -> Row:
         """What its sequence starts from, now."""
-        return Row(self.tenant, self.prompt, self.max_new_tokens, tuple(self.token_ids))
+        return Row(
+            self.tenant,
+            self.prompt,
+            self.max_new_tokens,
+            tuple(self.token_ids),
+            cache_prefix=self.shares_prefix,
+            cache_salt=self.cache_salt,
+        )
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what others left of its beginning in the cache is of use to it."""
+        return self.params.prompt_logprobs is None
+
+    @property
+    def lacking_prompt_logprobs(self) -> int | None:
+        """How many most probable tokens to give with each of the prompt; None: no more at all."""
+        done = len(self.prompt_logprobs) >= len(self.prompt)
+        return None if done else self.params.prompt_logprobs
+
+    def take_prompt(self, found: PromptLogprobs, first: int) -> None:
+        """Take what a step gave the tokens behind position `first`. What was read again is known
+        already, and the answer is none of the prompt."""
+        known = len(self.prompt_logprobs)
+        self.prompt_logprobs += found.tokens()[known - first - 1 : len(self.prompt) - first - 1]
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """With whom it may share what is in the cache."""
+        return self.tenant, self.cache_salt
+
+    def first(self, count: int) -> tuple[int, ...]:
+        """Its first tokens, of prompt and answer."""
+        more = count - len(self.prompt)
+        return (*self.prompt, *self.token_ids[:more]) if more > 0 else self.prompt[:count]
 
     def choose(self, winner: int, logits: np.ndarray | None, now: float) -> Output:
         """Choose the next token from what the backend gave, and say what is now certain of the
@@ -174,6 +220,7 @@ class Request:
         if logits is not None and self.params.logprobs is not None:
             logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
             self.logprobs += logprobs
+        prompt_logprobs = () if self.token_ids else tuple(self.prompt_logprobs)
         self.token_ids.append(token_id)
         self.next_token = token_id
         self.last_at = now
@@ -197,7 +244,8 @@ class Request:
             if self.stream.stopped:
                 self.finish_reason = "stop"
                 self.stop_reason = self.stream.stopped_by
-        return Output((token_id,), piece, logprobs, self.generation() if self.done else None)
+        generation = self.generation() if self.done else None
+        return Output((token_id,), piece, logprobs, generation, prompt_logprobs)
 
     def _forced(self, token_id: int) -> int:
         """The next token, or the one that the tenant's generation config puts there (transformers'
@@ -239,4 +287,6 @@ class Request:
             ),
             stop_reason=self.stop_reason,
             logprobs=tuple(self.logprobs),
+            num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=tuple(self.prompt_logprobs),
         )

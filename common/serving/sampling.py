@@ -14,11 +14,13 @@ from common.sampling_params import SamplingParams
 @dataclass(frozen=True)
 class TokenLogprob:
     """token_id: the chosen token; logprob: its natural log probability. top: (token id, logprob) of
-    the most probable tokens, best first, as many as were asked for."""
+    the most probable tokens, best first, as many as were asked for. rank: 1 for the most probable
+    one."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int
 
 
 def log_probabilities(logits: np.ndarray, token_id: int, top: int) -> TokenLogprob:
@@ -30,7 +32,10 @@ def log_probabilities(logits: np.ndarray, token_id: int, top: int) -> TokenLogpr
     best = np.argpartition(-scores, top - 1)[:top] if top else np.zeros(0, dtype=np.int64)
     best = best[np.argsort(-scores[best], kind="stable")]
     return TokenLogprob(
-        token_id, float(scores[token_id]), tuple((int(i), float(scores[i])) for i in best)
+        token_id,
+        float(scores[token_id]),
+        tuple((int(i), float(scores[i])) for i in best),
+        int((scores > scores[token_id]).sum()) + 1,
     )
 
 

@@ -35,6 +35,7 @@ from common.serving.flood import Floods
 from common.serving.places import first_of, max_min
 from common.serving.request import Request
 from common.serving.scheduler_options import SchedulerOptions
+from common.serving.shared_prefix import waits_for_prefix
 
 ANSWER_COST = 4.0
 """What a token of an answer counts, a prompt's token counting 1: what providers charge for them,
@@ -182,6 +183,7 @@ class Scheduler:
         for request in parts:
             if request.started_at is None:
                 request.started_at = now
+                self._floods.began(request)
         self._floods.charge(parts)
         self._began_at = now
         return list(parts.items())
@@ -297,12 +299,19 @@ class Scheduler:
         assert request.sequence is not None
         token_id = -1 if read else request.next_token
         return Part(
-            request.sequence, read, token_id, request.wants_logits and read in (0, request.unread)
+            request.sequence,
+            read,
+            token_id,
+            request.wants_logits and read in (0, request.unread),
+            request.lacking_prompt_logprobs if read else None,
         )
 
     def _read(self, reading: Sequence[Request], parts: dict[Request, Part], room: int) -> None:
         """Fill the step's room with pieces of prompts; a request that does not fit holds up its
-        tenant's later ones."""
+        tenant's later ones.
+
+        One whose beginning is just being computed for another waits to find it in the cache.
+        """
         queues: dict[str, list[Request]] = {}
         for request in reading:
             queues.setdefault(request.tenant, []).append(request)
@@ -317,27 +326,38 @@ class Scheduler:
             request = queues[name].pop(0)
             if not queues[name]:
                 del queues[name]
-            piece = min(request.unread, room, flood_room if floods else room)
-            if self._begin(request, piece, parts, set(reading)):
+            if waits_for_prefix(request, parts, self._backend.prefix_block):
+                continue
+            most = min(room, flood_room) if floods else room
+            if self._begin(request, most, parts, set(reading)):
+                piece = parts[request].read
                 room -= piece
                 flood_room -= piece if floods else 0
                 counts[name] += piece / self.options.weight(name)
             else:
                 queues.pop(name, None)
 
+    def _start(self, request: Request) -> None:
+        """Begin its sequence. What the cache holds of it need not be read."""
+        request.sequence = self._backend.begin(request.row())
+        found = self._backend.cached(request.sequence)
+        request.unread -= found
+        if request.started_at is None:
+            request.num_cached_tokens = found
+
     def _begin(
-        self, request: Request, piece: int, parts: dict[Request, Part], placed: set[Request]
+        self, request: Request, most: int, parts: dict[Request, Part], placed: set[Request]
     ) -> bool:
         """Add a piece of a request's prompt to the step, if the caches have room for it.
 
-        placed: requests that have a place in this step; others that wait with their caches may have
-            to give them up.
+        most: tokens of the piece. placed: requests that have a place in this step; others that wait
+            with their caches may have to give them up.
         """
         begun = request.sequence is None
         while True:
             if request.sequence is None:
-                request.sequence = self._backend.begin(request.row())
-            part = self._part(request, piece)
+                self._start(request)
+            part = self._part(request, min(request.unread, most))
             # One that begins must find room for all of its prompt and to grow; one that goes on,
             # for this step.
             needed = self._part(request, request.unread) if begun else part
@@ -358,7 +378,7 @@ class Scheduler:
         first = min(ranked, key=lambda r: (self._tenants[r.tenant].served, r.order))
         while True:
             if first.sequence is None:
-                first.sequence = self._backend.begin(first.row())
+                self._start(first)
             part = self._part(first, min(first.unread, room)) if first.unread else self._part(first)
             if self._backend.fits([part]):
                 return {first: part}

@@ -13,6 +13,8 @@ COUNTED = (
     "prompt_tokens",
     "generation_tokens",
     "read_tokens",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
     "hits",
     "misses",
     "preemptions",

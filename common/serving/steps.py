@@ -74,13 +74,15 @@ class Steps:
             raise
         now = time.perf_counter()
         self.scheduler.done(parts, step, now)
-        for (request, part), winner, logits, hits, misses in zip(
-            parts,
-            step.token_ids.tolist(),
-            step.logits,
-            step.hits.tolist(),
-            step.misses.tolist(),
-            strict=True,
+        for number, ((request, part), winner, logits, hits, misses) in enumerate(
+            zip(
+                parts,
+                step.token_ids.tolist(),
+                step.logits,
+                step.hits.tolist(),
+                step.misses.tolist(),
+                strict=True,
+            )
         ):
             counts = self.statistics.of(request.tenant)
             counts["hits"] += hits
@@ -90,6 +92,9 @@ class Steps:
             request.misses += misses
             if request.first_at is None:
                 request.reconfiguration_s += step.reconfiguration_s.get(request.tenant, 0.0)
+            if (found := step.prompt_logprobs.get(number)) is not None:
+                read = len(request.prompt) + len(request.token_ids) - request.unread
+                request.take_prompt(found, read - part.read)
             if request.unread == 0:
                 self._take(request, winner, logits, now)
         self.statistics.count_step(step, self.scheduler.flooding)
@@ -100,6 +105,9 @@ class Steps:
         counts = self.statistics.of(request.tenant)
         if request.first_at is None:
             counts["prompt_tokens"] += len(request.prompt)
+            if self._backend.prefix_block is not None and request.shares_prefix:
+                counts["prefix_cache_queries"] += len(request.prompt)
+                counts["prefix_cache_hits"] += request.num_cached_tokens
         output = request.choose(winner, logits, now)
         counts["generation_tokens"] += 1
         if request.done:

@@ -16,7 +16,7 @@ def warm_up(
     names = tenants[:2]
     longest = min(map(backend.max_length, names))
     prompt = (1,) * max(1, min(prompt_tokens, longest - new_tokens))
-    first, *others = (Row(name, prompt, new_tokens) for name in names)
+    first, *others = (Row(name, prompt, new_tokens, cache_prefix=False) for name in names)
     _run(backend, [[first]], first, most)
     if others and min(most, backend.max_ready_tenants) > 1:
         _run(backend, [[*others, first]], first, most)

@@ -98,6 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most memory of all caches, as 4GiB",
     )
+    load.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="do not compute the beginning of a prompt again that its tenant has read (default: as "
+        "the engine does: torch yes, jax cannot)",
+    )
     arguments.add_option(
         load, SchedulerOptions, "max_model_len", "most tokens of prompt and answer together"
     )
@@ -266,9 +272,8 @@ def _load(args: argparse.Namespace) -> Engine:
         max_interference=args.max_interference,
     )
     options.check_tenants(store.tenants)
-    backend: dict[str, Any] = (
-        {} if args.kv_cache_bytes is None else {"kv_cache_bytes": args.kv_cache_bytes}
-    )
+    own = ("kv_cache_bytes", "enable_prefix_caching")
+    backend: dict[str, Any] = {n: v for n in own if (v := getattr(args, n)) is not None}
     engine = load_engine(
         store,
         backend=args.backend,

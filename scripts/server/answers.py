@@ -17,9 +17,7 @@ from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.requests import Asked
 from scripts.server.running import Job, Run
-from scripts.server.schema import (
-    Usage,
-)
+from scripts.server.schema import PromptTokensDetails, ScoredPrompt, Usage
 from scripts.server.service import Service
 from scripts.server.streams import EventStream, event
 from scripts.server.tokens import TokenTexts
@@ -80,7 +78,9 @@ def jobs_of(
     defaults = service.sampling_defaults(tenant)
     params = [body.params(limit, answer, defaults) for answer in range(body.num_answers)]
     return [
-        Job(tenant, prompt, p, body.priority or 0, deadline_s) for prompt in prompts for p in params
+        Job(tenant, prompt, p, body.priority or 0, deadline_s, body.cache_salt or "")
+        for prompt in prompts
+        for p in params
     ]
 
 
@@ -88,29 +88,42 @@ class AnswerTexts:
     """Names of the tokens of each answer, made when its first token comes: its prompt is then known
     to be sound."""
 
-    def __init__(self, body: Asked, service: Service, jobs: Sequence[Job]):
+    def __init__(self, body: Asked, service: Service, jobs: Sequence[Job], echo: bool = False):
+        """echo: the prompt's tokens are named first."""
         self._body, self._engine, self._jobs = body, service.require().engine, jobs
+        self._echo = echo
         self._made: dict[int, TokenTexts] = {}
 
     def __getitem__(self, index: int) -> TokenTexts:
         if index not in self._made:
-            job, body = self._jobs[index], self._body
-            self._made[index] = TokenTexts(
-                self._engine,
-                job.tenant,
-                job.prompt,
-                body.skip_special,
-                bool(body.return_tokens_as_token_ids),
-            )
+            job = self._jobs[index]
+            self._made[index] = self._texts(job, () if self._echo else job.prompt)
         return self._made[index]
+
+    def _texts(self, job: Job, before: Sequence[int]) -> TokenTexts:
+        body = self._body
+        as_ids = bool(body.return_tokens_as_token_ids)
+        return TokenTexts(self._engine, job.tenant, before, body.skip_special, as_ids)
+
+    def prompt(self, index: int, generation: Generation) -> ScoredPrompt:
+        """What the request's `prompt_logprobs` asks for."""
+        top = self._body.prompt_logprobs or 0
+        texts = self._texts(self._jobs[index], ())
+        return texts.prompt(generation.prompt_token_ids, generation.prompt_logprobs, top)
 
 
 def usage_of(generations: Sequence[Generation], num_answers: int) -> Usage:
-    """Each prompt counts once, however many answers it has."""
-    prompt = sum(len(g.prompt_token_ids) for g in generations[::num_answers])
+    """Each prompt counts once, however many answers it has: all but one find in the cache what
+    that one computes."""
+    each = [generations[i : i + num_answers] for i in range(0, len(generations), num_answers)]
+    prompt = sum(len(answers[0].prompt_token_ids) for answers in each)
+    cached = sum(min(g.num_cached_tokens for g in answers) for answers in each)
     completion = sum(len(g.token_ids) for g in generations)
     return Usage(
-        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
     )
 
 
@@ -163,4 +176,10 @@ def request_number(kind: str, body: Asked, request: Request) -> str:
 
 def whole_output(generation: Generation) -> Output:
     """An answer as if it had come at once."""
-    return Output(generation.token_ids, generation.text or "", generation.logprobs, generation)
+    return Output(
+        generation.token_ids,
+        generation.text or "",
+        generation.logprobs,
+        generation,
+        generation.prompt_logprobs,
+    )

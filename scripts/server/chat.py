@@ -78,6 +78,8 @@ async def chat(
             id=number, object="chat.completion", created=created, model=tenant, choices=choices
         )
         out.usage, out.metrics = usage_of(run.generations, body.num_answers), run.metrics()
+        if body.prompt_logprobs is not None:
+            out.prompt_logprobs = texts.prompt(0, run.generations[0])
         asked_of_prompt(out)
         return out
 

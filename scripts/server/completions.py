@@ -31,6 +31,7 @@ from scripts.server.schema import (
     CompletionChoice,
 )
 from scripts.server.service import Service
+from scripts.server.tokens import joined
 
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
@@ -67,20 +68,31 @@ async def complete(
     jobs = jobs_of(body, service, tenant, prompts, limit, arrival(request.scope).at)
     number, created = request_number("cmpl", body, request), int(time.time())
     with_ids = body.return_token_ids or not has_text  # without a tokenizer the ids are all there is
-    texts = AnswerTexts(body, service, jobs)
+    texts = AnswerTexts(body, service, jobs, echo=bool(body.echo))
 
     def choice(
         index: int, output: Output, generation: Generation | None, begins: bool
     ) -> CompletionChoice:
+        if body.is_prompt_alone:
+            output = Output((), "", prompt_logprobs=output.prompt_logprobs)
         text = (echoes[index // body.num_answers] if begins else "") + output.text
         logprobs = None
         if body.num_logprobs is not None:
+            before = None
+            if body.echo and begins:
+                ids, found = jobs[index].prompt, output.prompt_logprobs
+                before = texts[index].echo(ids, found, body.num_logprobs)
             logprobs = texts[index].completion(output.logprobs, generation is not None)
+            logprobs = logprobs if before is None else joined(before, logprobs)
         out = CompletionChoice(
             index=index, text=text, logprobs=logprobs, finish_reason=None, stop_reason=None
         )
         if generation is not None:
             out.finish_reason, out.stop_reason = generation.finish_reason, generation.stop_reason
+            if body.is_prompt_alone:
+                out.finish_reason, out.stop_reason = "length", None
+            if body.prompt_logprobs is not None:
+                out.prompt_logprobs = texts.prompt(index, generation)
         if with_ids:
             out.token_ids = list(output.token_ids)
             if generation is not None:
@@ -95,6 +107,8 @@ async def complete(
     def closed(run: Run, choices: list[CompletionChoice]) -> CompletionAnswer:
         out = answer(choices)
         out.usage, out.metrics = usage_of(run.generations, body.num_answers), run.metrics()
+        if body.is_prompt_alone:
+            out.usage.completion_tokens, out.usage.total_tokens = 0, out.usage.prompt_tokens
         return out
 
     return await respond(
@@ -126,7 +140,7 @@ def _prompts(
         ids.append(found)
         if not body.echo:
             echoes.append("")
-        elif isinstance(prompt, str) and limit is None:
+        elif isinstance(prompt, str) and limit is None and body.logprobs is None:
             echoes.append(prompt)
         elif engine.text(tenant).has_tokenizer or tenant in engine.unavailable:
             echoes.append(echoed(engine, tenant, found, body.skip_special))

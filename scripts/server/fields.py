@@ -56,7 +56,6 @@ REFUSED: Mapping[str, Refused] = {
     "logits_processors": Refused("code of requests is not run"),
     "bad_words": Refused("use logit_bias"),
     "allowed_token_ids": Refused("use logit_bias", ()),
-    "prompt_logprobs": Refused("log probabilities of prompts are not offered", ()),
     "logprob_token_ids": Refused("only those of the most probable tokens are offered", ()),
     "prompt_embeds": Refused("prompts are text or token ids"),
     "spaces_between_special_tokens": Refused(
@@ -126,10 +125,9 @@ REFUSED_STREAM: Mapping[str, Refused] = {
 MEANINGLESS: Mapping[str, str] = {
     "user": "requests are counted by key",
     "session_id": "requests are not grouped",
-    "cache_salt": "requests share no prefix cache",
-    "prompt_cache_key": "requests share no prefix cache",
-    "prompt_cache_options": "requests share no prefix cache",
-    "prompt_cache_retention": "requests share no prefix cache",
+    "prompt_cache_key": "beginnings of prompts are found without it; cache_salt keeps them apart",
+    "prompt_cache_options": "beginnings of prompts are kept as long as there is room",
+    "prompt_cache_retention": "beginnings of prompts are kept as long as there is room",
     "metadata": "answers are not kept",
     "store": "answers are not kept",
     "service_tier": "there is one",

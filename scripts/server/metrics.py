@@ -184,6 +184,16 @@ class _FromEngine(Collector):
         tenants: dict[str, dict[str, Any]] = stats.get("tenants", {})
         for name, about, key in (
             ("prompt_tokens", "Tokens of prompts read.", "prompt_tokens"),
+            (
+                "prefix_cache_queries",
+                "Tokens of prompts that were looked for in the prefix cache.",
+                "prefix_cache_queries",
+            ),
+            (
+                "prefix_cache_hits",
+                "Tokens of prompts that were found there, and not computed again.",
+                "prefix_cache_hits",
+            ),
             ("generation_tokens", "Tokens of answers.", "generation_tokens"),
             ("expert_hits", "Expert look-ups that a resident copy served.", "hits"),
             ("expert_misses", "Expert look-ups that needed the tenant's own expert.", "misses"),

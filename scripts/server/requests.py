@@ -155,12 +155,23 @@ class Asked(Taken, ABC):
     deadline_ms: Number | None = Field(
         None, gt=0, le=1e9, description="Give up, with 408, if not done by then."
     )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1024,
+        description="Only requests with the same salt share what is in the prefix cache. (vLLM)",
+    )
     request_id: str | None = Field(
         None, min_length=1, max_length=128, description="Becomes the answer's id. (vLLM)"
     )
     return_token_ids: bool | None = Field(None, description="(vLLM)")
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Log probabilities name tokens as token_id:N. (vLLM)"
+    )
+    prompt_logprobs: Annotated[int, bounded_by("prompt_logprobs")] | None = Field(
+        None,
+        description="Give the log probability of each token of the prompt, and so many of the most "
+        "probable ones. Not with stream. (vLLM)",
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
@@ -171,6 +182,8 @@ class Asked(Taken, ABC):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only for streams; set stream to true or leave it out")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: not in streams; leave out stream or prompt_logprobs")
         if any(not i.isascii() or not i.isdigit() or len(i) > 9 for i in self.logit_bias or {}):
             raise ValueError('logit_bias: names are token ids, written as "123"')
         if (
@@ -204,6 +217,11 @@ class Asked(Taken, ABC):
     def skip_special(self) -> bool:
         """Whether special tokens are left out of the text."""
         return self.skip_special_tokens is not False
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens, for whatever field of the answer."""
+        return self.prompt_logprobs
 
     @property
     @abstractmethod
@@ -242,6 +260,7 @@ class Asked(Taken, ABC):
             repetition_penalty=chosen("repetition_penalty", 1.0),
             logit_bias={int(i): b for i, b in self.logit_bias.items()} if self.logit_bias else None,
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
             skip_special_tokens=self.skip_special,
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
         )
@@ -251,20 +270,32 @@ class CompletionRequest(Asked):
     prompt: str | Texts | TokenIds | TokenIdLists = Field(
         description="Text, texts, token ids, or lists of token ids.", union_mode="left_to_right"
     )
+    max_tokens: int | None = Field(
+        None, ge=0, description="Most new tokens; 0 only with echo: the prompt alone."
+    )
     logprobs: Annotated[int, bounded_by("logprobs")] | None = Field(
         None, description="So many of the most probable tokens too."
     )
-    echo: bool | None = Field(None, description="Put the prompt's text before the answer.")
+    echo: bool | None = Field(
+        None, description="Put the prompt before the answer, in text and logprobs."
+    )
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_COMPLETION
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "logprobs: those of the prompt are not offered; leave out echo or logprobs"
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: is 0, which is for echo; ask for at least one token")
         return self
+
+    @property
+    def is_prompt_alone(self) -> bool:
+        """Whether nothing of an answer is given. It has a token all the same, which nobody sees."""
+        return self.max_tokens == 0
+
+    @property
+    def answer_limit(self) -> int | None:
+        return 1 if self.is_prompt_alone else self.max_tokens
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -277,6 +308,11 @@ class CompletionRequest(Asked):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((n for n in asked if n is not None), default=None)
 
 
 class LoadTenantRequest(Taken):

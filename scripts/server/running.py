@@ -28,6 +28,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     deadline_s: float | None = None
+    cache_salt: str = ""
 
 
 class Clock:
@@ -124,7 +125,12 @@ class Run:
         job = self._jobs[index]
         try:
             outputs = self._service.require().generate(
-                job.tenant, job.prompt, job.params, priority=job.priority, deadline_s=job.deadline_s
+                job.tenant,
+                job.prompt,
+                job.params,
+                priority=job.priority,
+                deadline_s=job.deadline_s,
+                cache_salt=job.cache_salt,
             )
             async with aclosing(cast(AsyncGenerator[Output], outputs)):
                 async for output in outputs:

@@ -18,10 +18,17 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
+class PromptTokensDetails(BaseModel):
+    """cached_tokens: those that were found in the cache, and not computed again."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class RequestMetrics(BaseModel):
@@ -46,10 +53,24 @@ class RequestMetrics(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
+    """null stands for a prompt's first token, which nothing stands before."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    """rank: 1 for the most probable token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+ScoredPrompt = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt: its own id and those of the most probable ones in its place."""
 
 
 class CompletionChoice(BaseModel):
@@ -60,6 +81,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: ScoredPrompt | None = None
 
 
 class CompletionAnswer(BaseModel):
@@ -113,6 +135,7 @@ class ChatAnswer(BaseModel):
     metrics: RequestMetrics | None = None
     prompt_token_ids: list[int] | None = None
     prompt_text: str | None = None
+    prompt_logprobs: ScoredPrompt | None = None
 
 
 class Delta(BaseModel):

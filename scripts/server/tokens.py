@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from common.serving.detokenizer import REPLACEMENT
 from common.serving.engine import Engine
 from common.serving.sampling import TokenLogprob
-from scripts.server.schema import ChatLogprobs, CompletionLogprobs, TokenLogprobs, TopLogprob
+from scripts.server.schema import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    ScoredPrompt,
+    TokenLogprobs,
+    TopLogprob,
+)
 
 LOWEST = -9999.0
 """For minus infinity, which JSON does not have; OpenAI's and vLLM's choice."""
@@ -84,17 +92,52 @@ class TokenTexts:
         """last: whether the answer ends with these tokens."""
         out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for i, token in enumerate(found):
-            others = [(self._alternative(t)[0], p) for t, p in token.top if t != token.token_id]
+            others = [(t, self._alternative(t)[0], p) for t, p in token.top if t != token.token_id]
             (name, _), begin = self._take(token.token_id, last and i == len(found) - 1)
             top = {name: _finite(token.logprob)}
-            for other, logprob in others:
-                top.setdefault(
-                    other, _finite(logprob)
-                )  # of tokens with equal texts, the better one
+            for other_id, other, logprob in others:
+                # One that reads as the token itself may be more probable, which clients look for.
+                other = f"token_id:{other_id}" if other == name else other
+                # Of others with equal texts, the better one.
+                top.setdefault(other, _finite(logprob))
             out.tokens.append(name)
             out.token_logprobs.append(_finite(token.logprob))
             out.top_logprobs.append(top)
             out.text_offset.append(begin)
+        return out
+
+    def echo(
+        self, prompt: Sequence[int], found: Sequence[TokenLogprob | None], top: int
+    ) -> CompletionLogprobs:
+        """Of a prompt, if nothing of it was taken yet. found: for each of its tokens, None for the
+        first, with at least `top` of the most probable ones."""
+        (name, _), begin = self._take(prompt[0], False)
+        out = self.completion([cut(t, top) for t in found if t is not None], last=False)
+        out.tokens.insert(0, name)
+        out.token_logprobs.insert(0, None)
+        out.top_logprobs.insert(0, None)
+        out.text_offset.insert(0, begin)
+        return out
+
+    def prompt(
+        self, prompt: Sequence[int], found: Sequence[TokenLogprob | None], top: int
+    ) -> ScoredPrompt:
+        """The same as vLLM's `prompt_logprobs`."""
+        self._take(prompt[0], False)
+        out: ScoredPrompt = [None]
+        for token in (cut(t, top) for t in found if t is not None):
+            others = {t: self._alternative(t)[0] for t, _ in token.top if t != token.token_id}
+            (name, _), _ = self._take(token.token_id, False)
+            mine = PromptLogprob(
+                logprob=_finite(token.logprob), rank=token.rank, decoded_token=name
+            )
+            ranked = {
+                str(t): PromptLogprob(
+                    logprob=_finite(logprob), rank=rank, decoded_token=others.get(t, name)
+                )
+                for rank, (t, logprob) in enumerate(token.top, 1)
+            }
+            out.append({str(token.token_id): mine} | ranked)
         return out
 
     def chat(self, found: Sequence[TokenLogprob], last: bool) -> ChatLogprobs:
@@ -111,6 +154,21 @@ class TokenTexts:
     @staticmethod
     def _top(named: Named, logprob: float) -> TopLogprob:
         return TopLogprob(token=named[0], logprob=_finite(logprob), bytes=named[1])
+
+
+def joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLogprobs:
+    """Of tokens and those behind them."""
+    return CompletionLogprobs(
+        tokens=first.tokens + then.tokens,
+        token_logprobs=first.token_logprobs + then.token_logprobs,
+        top_logprobs=first.top_logprobs + then.top_logprobs,
+        text_offset=first.text_offset + then.text_offset,
+    )
+
+
+def cut(token: TokenLogprob, top: int) -> TokenLogprob:
+    """With fewer of the most probable tokens."""
+    return replace(token, top=token.top[:top])
 
 
 def _finite(logprob: float) -> float:

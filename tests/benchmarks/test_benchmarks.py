@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import decode, mixed_tenants, planning, reconfiguration, residuals, store_build
+from benchmarks import (
+    decode,
+    mixed_tenants,
+    planning,
+    prefix_cache,
+    reconfiguration,
+    residuals,
+    store_build,
+)
 from benchmarks.common import Spread, ratios
 from benchmarks.material.random_models import MODELS
 from benchmarks.material.shape import Shape
@@ -165,3 +173,13 @@ def test_the_floor_counts_experts_once_and_the_rest_for_every_tenant() -> None:
 def test_sizes_that_a_model_has_not() -> None:
     with pytest.raises(SystemExit, match="--sizes d_model=3: write NAME=N of hidden_size"):
         decode.main(["--sizes", "d_model=3"])
+
+
+def test_prefix_cache(tmp_path: Path) -> None:
+    options = ["--dtype=float32", "--common", "20", "40", "--more=3", "--repeats=3", *SMALL]
+    rows = prefix_cache.main([*MIXTRAL, *options, *outputs(tmp_path)])
+    assert [r["common tokens"] for r in rows] == [20, 40, "0 of 43"]
+    assert [r["tokens found"] for r in rows] == ["16", "32", "0"]
+    for row in rows:
+        assert row["with / without, pair by pair"].median > 0
+    assert "| 40 | 32 |" in (tmp_path / "table.md").read_text()

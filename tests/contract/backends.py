@@ -41,10 +41,14 @@ class Made(ABC):
 
     @abstractmethod
     def load(
-        self, small: bool = False, ready: int | None = None, slots: int | None = SLOTS
+        self,
+        small: bool = False,
+        ready: int | None = None,
+        slots: int | None = SLOTS,
+        **options: Any,
     ) -> Backend:
         """small: with caches that a few sequences fill. ready: tenants in use at once.
-        slots: copies in the plan; None: one for each position."""
+        slots: copies in the plan; None: one for each position. options: the backend's own."""
 
     @abstractmethod
     def answer(self, tenant: str, prompt: Sequence[int], count: int) -> list[int]:
@@ -61,9 +65,13 @@ class FakeMade(Made):
         self.refused = [FakeStore(TENANTS, experts=replace(EXPERTS, num_experts=2))]
 
     def load(
-        self, small: bool = False, ready: int | None = None, slots: int | None = SLOTS
+        self,
+        small: bool = False,
+        ready: int | None = None,
+        slots: int | None = SLOTS,
+        **options: Any,
     ) -> Backend:
-        return FakeBackend(TENANTS, room=32 if small else 10**6, ready=ready)
+        return FakeBackend(TENANTS, room=32 if small else 10**6, ready=ready, **options)
 
     def answer(self, tenant: str, prompt: Sequence[int], count: int) -> list[int]:
         return answer(tenant, prompt, count, ignore_eos=True)
@@ -102,9 +110,13 @@ class StoredMade(Made):
         self.refused = [damaged, build_round_robin(root / "shapes", shapes)]
 
     def load(
-        self, small: bool = False, ready: int | None = None, slots: int | None = SLOTS
+        self,
+        small: bool = False,
+        ready: int | None = None,
+        slots: int | None = SLOTS,
+        **options: Any,
     ) -> Backend:
-        options: dict[str, Any] = {"ready_tenants": ready}
+        options["ready_tenants"] = ready
         if small:
             options["kv_cache_bytes"] = self.kv_cache_bytes
         return load_engine(self.stores[slots], device="cpu", **options)._require_backend()

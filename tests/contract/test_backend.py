@@ -10,10 +10,21 @@ import numpy as np
 import pytest
 
 from common import EngineError, StoreError
+from common.build.scoring import log_softmax
 from common.serving.backend import Backend, Part, Row
 from tests.contract.backends import NEWCOMER, TENANTS, FakeMade, JaxMade, Made, TorchMade
 from tests.helpers import assert_close, prompts, rest_slow
-from tests.schedules import Asked, advance, alone, begun, check_equal, finish, requests_of, run
+from tests.schedules import (
+    Asked,
+    advance,
+    alone,
+    beginning_alike,
+    begun,
+    check_equal,
+    finish,
+    requests_of,
+    run,
+)
 
 PROMISED = {
     "device",
@@ -125,8 +136,8 @@ class BackendContract:
         (whole,) = alone(backend, [Asked("ana", prompt, 7)])
         again = Asked("ana", prompt, 7, whole.answer[:4])
         again.begin(backend)
-        advance(backend, [(again, 8)])
-        assert again.unread == 2 and len(again.answer) == 4
+        advance(backend, [(again, again.unread - 1)])
+        assert again.unread == 1 and len(again.answer) == 4
         assert finish(backend, again) == whole.answer
 
     def test_end_frees_caches_and_passes_over_unknown_numbers(self, backend: Backend) -> None:
@@ -346,13 +357,226 @@ class BackendContract:
         closed.close()
 
 
-class TestFake(BackendContract):
+class PrefixCacheContract(BackendContract):
+    """What holds of backends that keep the beginnings of prompts."""
+
+    def prompt(self, backend: Backend, blocks: int, more: int = 1) -> list[int]:
+        """So many blocks and some tokens, other ones each time."""
+        assert backend.prefix_block is not None
+        self.__class__.seed += 1
+        return prompts(self.seed, [blocks * backend.prefix_block + more])[0]
+
+    seed = 1000
+
+    def test_a_beginning_is_found_by_its_tenant_alone(self, made: Made, backend: Backend) -> None:
+        block = backend.prefix_block or 0
+        prompt = self.prompt(backend, 2)
+        first = begun(backend, "ana", prompt, 4)
+        assert first.found == 0
+        for name in ("bob", "base"):
+            other = begun(backend, name, prompt, 4)
+            assert other.found == 0
+            assert finish(backend, other) == made.answer(name, prompt, 4)
+        again = begun(backend, "ana", prompt, 4)
+        assert again.found == 2 * block
+        expected = made.answer("ana", prompt, 4)
+        assert finish(backend, first) == finish(backend, again) == expected
+        check_equal([again], [first])
+
+    def test_it_is_found_with_another_end_and_after_its_sequence_has_gone(
+        self, made: Made, backend: Backend
+    ) -> None:
+        block = backend.prefix_block or 0
+        prompt = self.prompt(backend, 3)
+        finish(backend, begun(backend, "ana", prompt, 3))
+        assert used(backend) == 0 < backend.stats()["kv_cache_cached_bytes"]
+        for length, found in ((3 * block, 2), (2 * block + 1, 2), (block + 3, 1), (block, 0)):
+            end = 3 + prompt[length - 1] % 90
+            other = begun(backend, "ana", [*prompt[: length - 1], end], 3)
+            assert other.found == found * block
+            assert finish(backend, other) == made.answer("ana", other.prompt, 3)
+
+    def test_answers_are_found_by_what_goes_on_from_them(
+        self, made: Made, backend: Backend
+    ) -> None:
+        block = backend.prefix_block or 0
+        prompt = self.prompt(backend, 1, block - 2)
+        answered = finish(backend, begun(backend, "bob", prompt, 6))
+        more = begun(backend, "bob", [*prompt, *answered, 9, 8], 3)
+        assert more.found == 2 * block
+        assert finish(backend, more) == made.answer("bob", more.prompt, 3)
+
+    def test_what_was_preempted_finds_its_blocks_again(self, backend: Backend) -> None:
+        block = backend.prefix_block or 0
+        (whole,) = alone(backend, [Asked("ana", self.prompt(backend, 2), 5)])
+        again = Asked("ana", whole.prompt, 5, whole.answer[:3])
+        again.begin(backend)
+        assert again.found == 2 * block and again.unread == 1 + 3
+        assert finish(backend, again) == whole.answer
+
+    def test_rows_may_ask_for_neither_and_salts_keep_apart(self, backend: Backend) -> None:
+        prompt = tuple(self.prompt(backend, 2))
+
+        def found(**more: Any) -> int:
+            number = backend.begin(Row("ana", prompt, 1, **more))
+            tokens = backend.cached(number)
+            backend.step([Part(number, read=len(prompt) - tokens)])
+            backend.end([number])
+            return tokens
+
+        assert found(cache_prefix=False) == 0 == found()
+        assert found(cache_prefix=False) == 0 < found()
+        assert found(cache_salt="x") == 0 < found(cache_salt="x")
+        assert found(cache_salt="y") == 0
+
+    def test_what_was_found_takes_no_room_twice(self, made: Made, backend: Backend) -> None:
+        small = made.load(small=True)
+        prompt = self.prompt(backend, 2)
+        room = int(small.stats()["kv_cache_bytes"])
+        first = begun(small, "ana", prompt, 1)
+        one = used(small) // 3
+        others = []
+        while True:
+            asked = Asked("ana", prompt, 1)
+            asked.begin(small)
+            others.append(asked)
+            assert asked.unread == 1
+            if not small.fits([asked.part(1)]):
+                break
+            advance(small, [(asked, 1)])
+            assert used(small) == (3 + len(others)) * one
+        assert len(others) == room // one - 3 + 1
+        small.end(a.number or 0 for a in (first, *others))
+        assert used(small) == 0
+        small.close()
+
+    def test_room_that_nobody_has_is_given_to_others(self, made: Made, backend: Backend) -> None:
+        small = made.load(small=True)
+        room = small.max_length("ana")
+        kept = begun(small, "ana", self.prompt(backend, 1), 1)
+        for _ in range(3):
+            full = Asked("bob", prompts(self.seed, [room - kept.row().unread - 4])[0], 2)
+            self.__class__.seed += 1
+            full.prompt = full.prompt[: room // 2 - 2]
+            full.begin(small)
+            assert full.found == 0 and small.fits([full.part(full.unread)])
+            expected = made.answer("bob", full.prompt, 2)
+            assert finish(small, full) == expected
+        assert begun(small, "ana", kept.prompt, 1).found > 0, "it is in use"
+        small.close()
+
+    def test_nothing_of_before_an_update_is_found(self, made: Made, backend: Backend) -> None:
+        running = made.load()
+        prompt = self.prompt(backend, 2)
+        goes_on = begun(running, "ana", prompt, 6)
+        finish(running, begun(running, "bob", prompt, 2))
+        running.update(made.more)
+        for name in (*TENANTS, NEWCOMER):
+            assert begun(running, name, prompt, 1).found == 0
+        assert finish(running, goes_on) == made.answer("ana", prompt, 6)
+        assert begun(running, NEWCOMER, prompt, 1).found > 0
+        running.close()
+
+    def test_a_failed_step_leaves_nothing(self, made: Made) -> None:
+        failing = made.load()
+        prompt = self.prompt(failing, 2)
+        asked = Asked("ana", prompt, 2)
+        asked.begin(failing)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no")
+
+        failing.observe(fail)
+        with pytest.raises(RuntimeError, match="no"):
+            failing.step([asked.part(asked.unread)])
+        failing.observe(None)
+        failing.end([asked.number or 0])
+        again = begun(failing, "ana", prompt, 2)
+        assert again.found == 0 and finish(failing, again) == made.answer("ana", prompt, 2)
+        failing.close()
+
+    @pytest.mark.parametrize("seed", rest_slow(range(6)))
+    def test_random_schedules_give_the_same_with_it_and_without(
+        self, made: Made, backend: Backend, seed: int
+    ) -> None:
+        """Sequences that begin alike join, wait, are preempted and begun again, in caches that are
+        full at times."""
+        without = made.load(enable_prefix_caching=False)
+        assert without.prefix_block is None
+        asked = beginning_alike(TENANTS, seed, 14, backend.prefix_block or 0)
+        expected = alone(without, asked)
+        assert not any(one.found for one in expected)
+        run(backend, asked, seed)
+        check_equal(asked, expected)
+        assert any(one.found for one in asked)
+        without.close()
+
+
+class DecoderContract(PrefixCacheContract):
+    """What holds of backends whose answers go on from the prompt."""
+
+    @pytest.mark.parametrize("seed", rest_slow(range(4)))
+    def test_prompts_get_their_log_probabilities_however_they_are_cut(
+        self, backend: Backend, seed: int
+    ) -> None:
+        rng = random.Random(seed)
+        rows = prompts(2000 + seed, [1, 2, 19, 40])
+        asked = [Asked(rng.choice(TENANTS), row, 3) for row in rows]
+        top = {a: rng.choice([0, 1, 5]) for a in map(id, asked)}
+        found: dict[int, list[Any]] = {id(a): [] for a in asked}
+        for one in asked:
+            one.begin(backend)
+        while going := [a for a in asked if a.unread]:
+            chosen = rng.sample(going, rng.randint(1, len(going)))
+            parts = [
+                Part(a.number or 0, rng.randint(1, a.unread), prompt_logprobs=top[id(a)])
+                for a in chosen
+            ]
+            step = backend.step(parts)
+            assert set(step.prompt_logprobs) == set(range(len(parts)))
+            for i, (one, part) in enumerate(zip(chosen, parts, strict=True)):
+                one.unread -= part.read
+                found[id(one)] += step.prompt_logprobs[i].tokens()
+                if not one.unread:
+                    one.answer.append(int(step.token_ids[i]))
+        for one in asked:
+            (values,) = backend.logits(one.tenant, [one.prompt], None)
+            expected = log_softmax(values[:-1])
+            tokens = found[id(one)]
+            assert [t.token_id for t in tokens] == one.prompt[1:]
+            for token, scores in zip(tokens, expected, strict=True):
+                assert token.logprob == pytest.approx(scores[token.token_id], abs=1e-4)
+                higher = int((scores > scores[token.token_id] + 1e-4).sum())
+                assert higher < token.rank <= int((scores > token.logprob - 1e-4).sum())
+                best = sorted(scores, reverse=True)[: top[id(one)]]
+                assert [p for _, p in token.top] == pytest.approx(best, abs=1e-4)
+                assert all(scores[i] == pytest.approx(p, abs=1e-4) for i, p in token.top)
+            assert (
+                finish(backend, one) == alone(backend, [Asked(one.tenant, one.prompt, 3)])[0].answer
+            )
+
+    def test_only_who_asks_gets_them(self, backend: Backend) -> None:
+        rows = prompts(2100, [5, 6])
+        numbers = [backend.begin(Row("ana", tuple(row), 2)) for row in rows]
+        step = backend.step([Part(numbers[0], 5), Part(numbers[1], 6, prompt_logprobs=0)])
+        assert set(step.prompt_logprobs) == {1}
+        assert len(step.prompt_logprobs[1].token_ids) == 5
+        assert step.logits == [None, None]
+        backend.end(numbers)
+
+
+class TestFake(DecoderContract):
     made_by = FakeMade
 
 
-class TestTorch(BackendContract):
+class TestTorch(DecoderContract):
     made_by = TorchMade
 
 
 class TestJax(BackendContract):
     made_by = JaxMade
+
+    def test_it_keeps_no_beginnings_and_says_so(self, made: Made, backend: Backend) -> None:
+        assert backend.prefix_block is None
+        with pytest.raises(EngineError, match="no option 'enable_prefix_caching'"):
+            made.load(enable_prefix_caching=True)

@@ -154,6 +154,7 @@ def test_what_vllms_benchmark_reads(live: Live) -> None:
         "prompt_tokens": 5,
         "completion_tokens": 32,
         "total_tokens": 37,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert live.get("/v1/models").json()["data"][0]["root"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import signal
@@ -17,8 +18,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from common import Store
+from common import EngineError, Store, build_store
+from common.serving.engine import Engine
 from scripts import cli
+from scripts.commands import serve as command
 from scripts.server.keys import new_key
 from tests import helpers
 from tests.server.live import events, wait_for
@@ -179,6 +182,31 @@ def test_options_have_effect(checkpoints: dict[str, Path], tmp_path: Path) -> No
         assert ask(prompt="x" * 3000).status_code == 413
         code, log = server.stop()
         assert code == 0 and secret not in log
+
+
+@pytest.mark.parametrize("flags, cached", [([], 32), (["--no-enable-prefix-caching"], 0)], ids=str)
+def test_the_prefix_cache_can_be_switched_off(
+    store_path: Path, flags: list[str], cached: int
+) -> None:
+    with _load(store_path, *flags) as engine:
+        for found in (0, cached):
+            assert engine.generate("ana", "p" * 40).num_cached_tokens == found
+
+
+def test_an_engine_without_a_prefix_cache_refuses_it(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    tenant = helpers.REPOSITORY / "examples" / "tenants" / "switch" / "fr"
+    build_store(tmp_path / "store", {"fr": tenant})
+    for flag in ("--enable-prefix-caching", "--no-enable-prefix-caching"):
+        with pytest.raises(EngineError, match="no option 'enable_prefix_caching'"):
+            _load(tmp_path / "store", flag)
+
+
+def _load(store: Path, *flags: str) -> Engine:
+    """What a server with these flags answers with."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command._load(parser.parse_args([str(store), "--device", "cpu", "--no-warm-up", *flags]))
 
 
 # Before it starts.

@@ -49,7 +49,12 @@ def test_a_completion_is_the_engines(live: Live, loop: Loop) -> None:
         and found["model"] == "ana"
         and found["id"].startswith("cmpl-")
     )
-    assert found["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert found["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 12,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_metrics_of_a_request(live: Live) -> None:

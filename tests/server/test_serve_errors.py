@@ -47,7 +47,7 @@ from tests.server.live import GOOD, Live, Loop, error, events, wait_for
         ({"stop": 5}, "stop", "give a text or a list"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
-        ({"logprobs": 1, "echo": True}, "logprobs", "leave out echo or logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not in streams"),
         ({"best_of": 3}, "best_of", "ask for n answers"),
         ({"suffix": "end"}, "suffix", "leave it out"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),

@@ -87,7 +87,6 @@ VALUES: Mapping[str, Any] = {
     "length_penalty": 2.0,
     "thinking_token_budget": 5,
     "stream_interval": 4,
-    "prompt_logprobs": 0,
     "spaces_between_special_tokens": False,
     "include_reasoning": False,
     "add_generation_prompt": False,

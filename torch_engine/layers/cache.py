@@ -13,9 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import EngineError
 from common.families.shape import Decoder
+from common.serving.block_pool import BlockPool
+from common.units import format_bytes
+from torch_engine.device import free_cache_bytes
+from torch_engine.options import TorchOptions
 
 BLOCK = 16  # tokens
+MAX_CONTEXTS = 64  # more whole contexts of a tenant than that at once are of no use
 
 
 def token_width(shape: Decoder) -> int:
@@ -37,6 +43,11 @@ class Blocks:
         self.table[self.count] = block
         self.count += 1
 
+    @property
+    def numbers(self) -> list[int]:
+        numbers: list[int] = self.table[: self.count].tolist()
+        return numbers
+
     def places(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: where in the arena these positions lie, in tokens."""
         positions = np.arange(start, stop)
@@ -49,24 +60,21 @@ class Arena:
     columns.
 
     Filled with zeros, so that what is masked is finite. On a CPU pages are taken from the system
-    when they are used.
+    when they are used. pool: who has which blocks.
     """
 
     def __init__(
-        self, num_layers: int, width: int, num_blocks: int, dtype: torch.dtype, device: torch.device
+        self, num_layers: int, width: int, pool: BlockPool, dtype: torch.dtype, device: torch.device
     ):
-        shape = (num_blocks * BLOCK, width)
+        self.pool = pool
+        shape = (pool.num_blocks * BLOCK, width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.num_blocks = num_blocks
         self.block_bytes = block_bytes(num_layers, width, dtype)
-        # Last freed, first used: those pages are in memory already.
-        self._free = list(range(num_blocks))[::-1]
 
     @property
-    def free(self) -> int:
-        """Number of blocks that nobody has."""
-        return len(self._free)
+    def num_blocks(self) -> int:
+        return self.pool.num_blocks
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +82,13 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        return (self.num_blocks - self.free) * self.block_bytes
+        """Of blocks that sequences have."""
+        return (self.num_blocks - self.pool.free) * self.block_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of blocks that no sequence has and that can be found again."""
+        return self.pool.cached * self.block_bytes
 
     @staticmethod
     def needed(blocks: Blocks, length: int) -> int:
@@ -82,13 +96,13 @@ class Arena:
         return max(0, -(-length // BLOCK) - blocks.count)
 
     def reserve(self, blocks: Blocks, length: int) -> None:
-        """Give a sequence room for `length` tokens. There must be: see `free`."""
+        """Give a sequence room for `length` tokens. There must be: see `BlockPool.free`."""
         for _ in range(self.needed(blocks, length)):
-            blocks.add(self._free.pop())
+            blocks.add(self.pool.take())
 
     def release(self, blocks: Blocks) -> None:
         """Take a sequence's blocks back."""
-        self._free += blocks.table[: blocks.count].tolist()
+        self.pool.release(blocks.numbers)
         blocks.count = 0
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -107,6 +121,26 @@ class Arena:
     def close(self) -> None:
         self.keys.clear()
         self.values.clear()
+
+
+def make_arena(
+    shapes: Sequence[Decoder], options: TorchOptions, dtype: torch.dtype, device: torch.device
+) -> Arena:
+    """As large as is asked for, or as the device's memory is. Raises EngineError."""
+    layers, width = len(shapes[0].layers), max(token_width(s) for s in shapes)
+    one = block_bytes(layers, width, dtype)
+    nbytes = options.kv_cache_bytes
+    if nbytes is None:
+        most = sum(-(-s.max_positions // BLOCK) for s in shapes) * MAX_CONTEXTS
+        nbytes = min(free_cache_bytes(device), most * one)
+    if nbytes < one:
+        raise EngineError(
+            f"kv_cache_bytes is {format_bytes(nbytes)}, a block of {BLOCK} tokens takes "
+            f"{format_bytes(one)}; "
+            "give at least that, and enough for the longest sequence"
+        )
+    pool = BlockPool(nbytes // one, BLOCK, options.enable_prefix_caching)
+    return Arena(layers, width, pool, dtype, device)
 
 
 def block_bytes(num_layers: int, width: int, dtype: torch.dtype) -> int:

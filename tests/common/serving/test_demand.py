@@ -108,3 +108,15 @@ def test_a_tenant_that_left_is_forgotten() -> None:
     assert demand.tenants(1.0) == {"b"}
     demand.forget("b")
     assert rows(demand, request("a")) == 100
+
+
+def test_what_is_found_in_the_cache_is_no_demand() -> None:
+    demand, made = Demand(), request("a", most=10, read=100)
+    demand.arrived(made, 0.5)
+    assert demand.backlog["a"] == demand.rows(made, 0.5) == 10 + 50
+    made.num_cached_tokens = 80
+    demand.found(made, 0.5)
+    assert demand.backlog["a"] == demand.rows(made, 0.5) == 10 + 10
+    demand.passed(1.0, 15.0, alike)
+    demand.found(made, 0.5)
+    assert demand.backlog["a"] == 0

@@ -64,7 +64,7 @@ class Flooded:
 
         def step(parts: Sequence[Part]) -> Step:
             nonlocal clock
-            tenants = {backend._rows[p.sequence].tenant for p in parts}
+            tenants = {backend._sequences[p.sequence].row.tenant for p in parts}
             clock += 1 + row_s * len(parts) + tenant_s * len(tenants)
             return compute(parts)
 

@@ -21,28 +21,32 @@ from common import (
 )
 from common.serving.backend import Part, Step
 from common.serving.engine import Engine
-from common.serving.fake import FakeBackend, answer, fake_engine
+from common.serving.fake import FakeBackend, FakeStore, answer, fake_engine, next_token
 from common.serving.request import Output, Request
-from tests.common.serving.requests import TENANTS, finish, params
+from tests.common.serving.requests import TENANTS, check_integrity, finish, params
 from tests.helpers import examples
 
 
 @st.composite
 def events(draw: st.DrawFn) -> list[tuple[str, Any]]:
-    """Arrivals, cancellations and steps in any order."""
+    """Arrivals, cancellations, updates and steps in any order. Prompts begin alike, or go on from
+    what was answered."""
+    kinds = ["submit", "submit", "again", "step", "step", "step", "cancel", "update"]
     found: list[tuple[str, Any]] = []
     for _ in range(draw(st.integers(1, 30))):
-        kind = draw(st.sampled_from(["submit", "submit", "step", "step", "step", "cancel"]))
-        if kind == "submit":
-            length = draw(st.integers(1, 40))
+        kind = draw(st.sampled_from(kinds))
+        if kind in ("submit", "again"):
             found.append(
                 (
                     kind,
                     (
                         draw(st.sampled_from(TENANTS)),
-                        length,
+                        draw(st.integers(0, 3)),
+                        draw(st.integers(1, 40)),
                         draw(st.integers(1, 25)),
                         draw(st.integers(-1, 1)),
+                        draw(st.sampled_from(["", "", "salt"])),
+                        draw(st.sampled_from([None, None, None, 0, 2])),
                     ),
                 )
             )
@@ -59,6 +63,7 @@ def events(draw: st.DrawFn) -> list[tuple[str, Any]]:
     room=st.sampled_from([72, 96, 160, 10**6]),
     ready=st.integers(1, 4),
     interference=st.sampled_from([0.0, 0.1, math.inf]),
+    caching=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_every_answer_is_what_it_would_be_alone(
@@ -68,17 +73,20 @@ def test_every_answer_is_what_it_would_be_alone(
     room: int,
     ready: int,
     interference: float,
+    caching: bool,
     seed: int,
 ) -> None:
-    """Arrivals, cancellations, switches, chunks, pauses and preemptions leave every answer as it
-    is."""
+    """Arrivals, cancellations, switches, chunks, pauses, preemptions and blocks that are found
+    again leave every answer as it is."""
     options = SchedulerOptions(
         max_num_seqs=seqs,
         max_num_batched_tokens=max(seqs, chunk),
         prefill_chunk=chunk,
         max_interference=interference,
     )
-    engine, backend = fake_engine(TENANTS, options, room=room, ready=ready)
+    engine, backend = fake_engine(
+        TENANTS, options, room=room, ready=ready, enable_prefix_caching=caching
+    )
     clock, compute = 0.0, backend.step
 
     def step(parts: Sequence[Part]) -> Step:
@@ -104,15 +112,29 @@ def answer_all(
 ) -> None:
     rng = random.Random(seed)
     asked: list[tuple[Request, list[int], list[Output]]] = []
+    beginnings = [[rng.randrange(1, 97) for _ in range(30)] for _ in range(2)]
     for kind, what in events:
-        if kind == "submit":
-            tenant, length, count, priority = what
+        if kind in ("submit", "again"):
+            tenant, number, length, count, priority, salt, top = what
             prompt = [rng.randrange(1, 97) for _ in range(length)]
+            if number < len(beginnings):
+                prompt = (beginnings[number] + prompt)[:40]
+            if kind == "again" and asked:
+                before, theirs, _ = asked[number % len(asked)]
+                prompt = [*theirs, *before.token_ids, *prompt][:45]
             outputs: list[Output] = []
             request = engine.submit(
-                tenant, prompt, params(count), priority=priority, on_output=outputs.append
+                tenant,
+                prompt,
+                params(count, prompt_logprobs=top),
+                priority=priority,
+                cache_salt=salt,
+                on_output=outputs.append,
             )
             asked.append((request, prompt, outputs))
+        elif kind == "update":
+            store: Any = FakeStore(TENANTS)
+            engine.update(store)
         elif kind == "step":
             for _ in range(what):
                 engine.step()
@@ -123,6 +145,7 @@ def answer_all(
         whole = answer(request.tenant, prompt, request.max_new_tokens)
         got = [t for o in outputs for t in o.token_ids]
         assert got == request.token_ids
+        check_prompt_logprobs(request, outputs)
         if request.finish_reason == "abort":
             assert got == whole[: len(got)]
         else:
@@ -131,7 +154,33 @@ def answer_all(
             assert [o.generation is not None for o in outputs] == [False] * (len(outputs) - 1) + [
                 True
             ]
-    assert backend.used == 0 and not backend._rows
+    assert backend.used == 0 and not backend._sequences
+    check_integrity(backend.pool)
+    counts = engine.stats()["tenants"].values()
+    if not backend.pool.enable_prefix_caching:
+        assert not any(count["prefix_cache_queries"] for count in counts)
+    for count in counts:
+        assert 0 <= count["prefix_cache_hits"] <= count["prefix_cache_queries"]
+
+
+def check_prompt_logprobs(request: Request, outputs: list[Output]) -> None:
+    """Those of the whole prompt, once, with the first token; none where nobody asked."""
+    given = [o.prompt_logprobs for o in outputs if o.prompt_logprobs]
+    if request.params.prompt_logprobs is None:
+        assert given == [] and request.prompt_logprobs == []
+        return
+    if not request.token_ids:
+        assert given == []
+        return
+    first, *others = given[0]
+    assert len(given) == 1 and outputs[0].prompt_logprobs and first is None
+    assert [t.token_id for t in others if t] == list(request.prompt[1:])
+    for i, token in enumerate(others, 1):
+        likely = next_token(request.tenant, request.prompt[:i])
+        assert token and (token.rank == 1) == (token.token_id == likely)
+        assert len(token.top) == request.params.prompt_logprobs
+        assert all(top[0] == likely for top in token.top[:1])
+    assert request.num_cached_tokens == 0
 
 
 def test_new_requests_join_a_running_batch() -> None:
