@@ -28,6 +28,7 @@ from common.serving.checks import Prompt, check_ids, check_request
 from common.serving.request import Generation, Output, Request
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.scoring import logits_of
+from common.serving.statistics import running
 from common.serving.steps import Steps
 from common.serving.tenant_text import TenantText
 from common.serving.tenant_texts import Texts
@@ -247,18 +248,12 @@ class Engine:
 
     def load(self) -> dict[str, Any]:
         """Numbers of requests that run and wait, in all and of each tenant, and bytes of caches."""
-        stats = self._require_backend().stats()
-        tenants = {}
-        for name in self.store.tenants:
-            requests = self._steps.scheduler.requests(name)
-            running = sum(r.sequence is not None for r in requests)
-            tenants[name] = {"running": running, "waiting": len(requests) - running}
+        caches = self._require_backend().stats()
+        tenants = {n: running(self._steps.scheduler.requests(n)) for n in self.store.tenants}
         return {
-            "running": sum(t["running"] for t in tenants.values()),
-            "waiting": sum(t["waiting"] for t in tenants.values()),
+            **{key: sum(t[key] for t in tenants.values()) for key in ("running", "waiting")},
             "tenants": tenants,
-            "kv_cache_bytes": stats["kv_cache_bytes"],
-            "kv_cache_used_bytes": stats["kv_cache_used_bytes"],
+            **{key: caches[key] for key in ("kv_cache_bytes", "kv_cache_used_bytes")},
         }
 
     def update(self, store: Store) -> None:

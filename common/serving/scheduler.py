@@ -36,6 +36,7 @@ from common.serving.places import first_of, max_min
 from common.serving.request import Request
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.shared_prefix import waits_for_prefix
+from common.serving.turns import Turns
 
 ANSWER_COST = 4.0
 """What a token of an answer counts, a prompt's token counting 1: what providers charge for them,
@@ -49,15 +50,10 @@ once."""
 
 @dataclass
 class _Tenant:
-    """A tenant's requests and what it was served.
-
-    since: when its turn among the tenants in use began.
-    """
+    """A tenant's requests and what it was served."""
 
     requests: list[Request] = field(default_factory=list)
     served: float = 0.0
-    since: float = 0.0
-    switch_s: float = 0.0
 
 
 class NoRoomError(EngineError):
@@ -79,7 +75,7 @@ class Scheduler:
     def __init__(self, backend: Backend, options: SchedulerOptions):
         self._backend, self.options = backend, options
         self._tenants: dict[str, _Tenant] = {}
-        self._in_use: list[str] = []
+        self._turns = Turns(backend, options.switch_share, self.served)
         self._numbers = 0
         self._floods = Floods(backend, options, self.requests)
         self._began_at = 0.0
@@ -125,7 +121,7 @@ class Scheduler:
         assert not self.requests(tenant)
         self._tenants.pop(tenant, None)
         self._floods.demand.forget(tenant)
-        self._in_use = [t for t in self._in_use if t != tenant]
+        self._turns.forget(tenant)
 
     def requests(self, tenant: str | None = None) -> list[Request]:
         """All unfinished requests, or those of a tenant."""
@@ -166,7 +162,7 @@ class Scheduler:
         if not active:
             return []
         self._floods.passed(now, active)
-        in_use = self._choose_tenants(active, now)
+        in_use = self._turns.choose(active, now)
         given = self._choose_places(in_use, now, alone)
         ranked = [r for name in in_use for r in first_of(self._tenants[name].requests, given[name])]
         answering = [r for r in ranked if r.sequence is not None and r.unread == 0]
@@ -200,7 +196,7 @@ class Scheduler:
             self._tenants[request.tenant].served += cost / self.options.weight(request.tenant)
         for name, seconds in step.reconfiguration_s.items():
             if name in self._tenants:
-                self._tenants[name].switch_s = seconds
+                self._turns.switched(name, seconds)
         if self._backend.prefetches and any(step.reconfiguration_s.values()):
             return  # copies run beside the step: what of its time they took is not known
         computing_s = now - self._began_at - sum(step.reconfiguration_s.values())
@@ -208,43 +204,6 @@ class Scheduler:
         self._floods.times.add(
             tenants, len(parts), sum(part.read for _, part in parts), max(0.0, computing_s)
         )
-
-    # Tenants.
-
-    def _choose_tenants(self, active: list[str], now: float) -> list[str]:
-        """Those of which the step may hold requests, at most as many as are ready at once."""
-        room = self._backend.max_ready_tenants
-        if len(active) <= room:
-            for name in active:
-                if name not in self._in_use:
-                    self._tenants[name].since = now
-            self._in_use = active
-            return active
-        if self._backend.prefetches and room > 1:
-            room -= 1  # the place into which the next tenant's weights are brought meanwhile
-        by_service = sorted(active, key=lambda n: self._tenants[n].served)
-        kept = [n for n in self._in_use if n in active][:room]
-        entering = [n for n in by_service if n not in kept]
-        while len(kept) < room:
-            self._begin_turn(entering[0], now)
-            kept.append(entering.pop(0))
-        over = [n for n in kept if now - self._tenants[n].since >= self._turn_s(n)]
-        for leaving in sorted(over, key=lambda n: -self._tenants[n].served):
-            if entering and self._tenants[entering[0]].served < self._tenants[leaving].served:
-                self._begin_turn(entering[0], now)
-                kept[kept.index(leaving)] = entering.pop(0)
-        if entering:
-            self._backend.prefetch(entering[:1])
-        self._in_use = kept
-        return kept
-
-    def _begin_turn(self, name: str, now: float) -> None:
-        self._tenants[name].since = now
-
-    def _turn_s(self, name: str) -> float:
-        """How long a tenant stays in use at least: its own reconfiguration is at most
-        `switch_share` of it."""
-        return self._tenants[name].switch_s / self.options.switch_share
 
     # Places.
 

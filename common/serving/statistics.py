@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from common.serving.backend import Step
@@ -21,6 +22,12 @@ COUNTED = (
     "flood_steps",
     "reconfigurations",
 )
+
+
+def running(requests: Sequence[Request]) -> dict[str, int]:
+    """How many of these have caches, and how many wait for them."""
+    count = sum(r.sequence is not None for r in requests)
+    return {"running": count, "waiting": len(requests) - count}
 
 
 class Statistics:
