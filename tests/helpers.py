@@ -20,7 +20,15 @@ import pytest
 from common import Plan, build_store
 from common.dtypes import to_float32
 from common.plan.plan import MERGED, MISS
-from common.plan.residual import SIGN, Part, Residual, join_parts, pack_low_rank, pack_sign
+from common.plan.residual import (
+    SIGN,
+    Part,
+    Residual,
+    join_parts,
+    pack_low_rank,
+    pack_sign,
+    row_bytes,
+)
 from common.store import Store
 
 if TYPE_CHECKING:
@@ -296,7 +304,11 @@ def random_record(
             (4**part.bits - 1) / 12 if part.bits <= 8 else 1.0
         )  # variance of a product's two factors
         scale = rng.uniform(0.5, 1.5, size=part.size) * size / (spread * part.size**0.5)
-        packed.append(pack_low_rank(scale.astype(np.float32), v, u, part.bits))
+        data = pack_low_rank(scale.astype(np.float32), v, u, part.bits)
+        if part.like is not None:  # it has the other's v
+            of_u = part.size * row_bytes(outputs, part.bits)
+            data = np.concatenate([data[: part.v_offset], data[len(data) - of_u :]])
+        packed.append(data)
     return join_parts(packed)
 
 

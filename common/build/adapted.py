@@ -8,7 +8,7 @@ import numpy as np
 
 from common.build.sources import Source
 from common.checkpoints.peft_tensors import AdaptedTensor, LowRank
-from common.plan.adapted import AdaptedExpert, pack_factors
+from common.plan.adapted import AdaptedExpert, pack_factors, with_one_v
 from common.plan.residual import Part, join_parts
 
 
@@ -41,6 +41,7 @@ def adapted_experts(
             packed += [data for _, data in made]
         else:
             if parts:
+                parts, packed = with_one_v(parts, packed, dict(spec.projections))
                 record = put(join_parts(packed))
                 found.append(AdaptedExpert(*place, base, tuple(parts), record))
     return tuple(found)

@@ -156,7 +156,7 @@ void combine(const moetel_experts_call &call, const Work &work, const float *par
 }
 
 template <typename X, typename W>
-int experts(const moetel_threads &threads, const moetel_experts_call &call, int32_t bad[4]) {
+int experts(const moetel_threads &threads, const moetel_experts_call &call, int32_t bad[6]) {
     const int64_t K = call.inputs, I = call.inner, N = call.outputs, matrices = call.gated ? 3 : 2;
     const Work work(call);
     LayerResiduals residuals;
@@ -232,7 +232,7 @@ extern "C" void moetel_linears(const moetel_threads *threads, int64_t x_type, in
     });
 }
 
-extern "C" int moetel_experts(const moetel_threads *threads, const moetel_experts_call *call, int32_t bad[4]) {
+extern "C" int moetel_experts(const moetel_threads *threads, const moetel_experts_call *call, int32_t bad[6]) {
     int found = 0;
     with_types(call->x_type, call->w_type, [&](auto x, auto w) {
         found = experts<decltype(x), decltype(w)>(*threads, *call, bad);

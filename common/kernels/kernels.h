@@ -45,13 +45,13 @@ typedef struct moetel_experts_call {
     const void *const *weights; /* [slots][2, or 3 if gated], packed */
     void *y;                    /* [tokens][outputs], of the type of x */
     void *scratch;              /* tokens * top_k * (inner * size of x's type + outputs * 4 bytes) */
-    const int32_t *table;       /* [numbers][2 or 3][parts][4]: kind, bits, size, first word; or null */
+    const int32_t *table;       /* [numbers][2 or 3][parts][6]: kind, bits, size, words of it, v, u; or null */
     const uint8_t *records;     /* [words][4 bytes], where the table's words lie */
     int64_t parts, words;
 } moetel_experts_call;
 
-/* 0, or 1 if the table names a part that is none or lies outside the records: its four numbers are then in bad. */
-int moetel_experts(const moetel_threads *threads, const moetel_experts_call *call, int32_t bad[4]);
+/* 0, or 1 if the table names a part that is none or lies outside the records: its six numbers are then in bad. */
+int moetel_experts(const moetel_threads *threads, const moetel_experts_call *call, int32_t bad[6]);
 
 /* y = x / sqrt(mean(x^2) + eps), rounded to the type, times the weight: the order of rounding of transformers. Rows
  * starts[g] .. starts[g + 1] - 1 have weights[g] and eps[g]. */

@@ -22,6 +22,8 @@ struct Group {
 // product.
 class LayerResiduals {
    public:
+    static constexpr int64_t kFields = 6;  // layout.py has the same
+
     // Of one matrix of one group. at: in each row's values of the first step, where a low-rank part's begin.
     struct Matrix {
         std::vector<Sign> signs;
@@ -36,7 +38,7 @@ class LayerResiduals {
 
     // Looks up the parts of the groups. False if the table names one that is none or lies outside the records: it is
     // then in bad.
-    bool find(const moetel_experts_call &call, const std::vector<Group> &groups, int32_t bad[4]) {
+    bool find(const moetel_experts_call &call, const std::vector<Group> &groups, int32_t bad[6]) {
         if (!call.table) return true;
         const int64_t matrices = call.gated ? 3 : 2, bytes = 4 * call.words;
         int64_t rows = 0;
@@ -59,9 +61,12 @@ class LayerResiduals {
                         multiplications += group.count * outputs * inputs;
                         continue;
                     }
-                    const LowRank part = {data, bits, size, outputs, inputs};
-                    if (kind != kLowRank || (bits != 2 && bits != 4 && bits != 8 && bits != 16 && bits != 32) ||
-                        part.nbytes() > bytes - start)
+                    if (kind != kLowRank || (bits != 2 && bits != 4 && bits != 8 && bits != 16 && bits != 32))
+                        return false;
+                    const int64_t v = 4 * int64_t{field[4]}, u = 4 * int64_t{field[5]};
+                    const LowRank part = {data, call.records + v, call.records + u, bits, size, outputs, inputs};
+                    if (v < 0 || u < 0 || 4 * size > bytes - start || size * row_bytes(inputs, bits) > bytes - v ||
+                        size * row_bytes(outputs, bits) > bytes - u)
                         return false;
                     mine[p].low_ranks.push_back(part);
                     mine[p].at.push_back(width[side]);
@@ -105,7 +110,7 @@ class LayerResiduals {
     int64_t multiplications = 0;
 
    private:
-    static constexpr int64_t kFields = 4, kNone = 0, kSign = 1, kLowRank = 2;  // layout.py has the same
+    static constexpr int64_t kNone = 0, kSign = 1, kLowRank = 2;               // layout.py has the same
     static constexpr int64_t kComponents = 16;                                 // of a work item of the first step
 
     std::vector<std::array<Matrix, 3>> matrices_;  // of each group

@@ -5,6 +5,8 @@ Letters in shapes: K inputs, N outputs, B = ceil(N / 64) blocks of outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 BLOCK = 64
@@ -25,8 +27,9 @@ TYPES = {"float32": 0, "bfloat16": 1}
 NONE, KINDS = 0, {"sign": 1, "low_rank": 2}
 """Numbers of a residual part's kind in a table; 0: no part."""
 
-FIELDS = 4
-"""Fields of a part in a table: kind, bits, size, first 4-byte word of its data."""
+FIELDS = 6
+"""Fields of a part in a table: kind, bits, size, and the 4-byte words where it and a low-rank
+part's v and u begin."""
 
 ALIGNMENT = 16
 """Bytes that a residual's part begins at a multiple of."""
@@ -97,6 +100,25 @@ def blocked_sign(data: np.ndarray, size: int, shape: tuple[int, ...]) -> np.ndar
         upper ^= moved << np.uint64(half)
     codes = np.ascontiguousarray(bits.swapaxes(1, 2).reshape(blocks, groups * 64)[:, :inputs])
     return np.concatenate([data[:start], codes.reshape(-1).view(np.uint8)])
+
+
+def part_fields(
+    kind: str, bits: int, size: int, inputs: int, starts: Sequence[int], like: int | None
+) -> tuple[int, ...]:
+    """What a table says of a part.
+
+    Args:
+        inputs: of its matrix.
+        starts: words where the record's parts begin, this one's last.
+        like: number of the part whose v this one has.
+    """
+    start = starts[-1]
+    if kind == "sign":
+        return KINDS[kind], bits, size, start, 0, 0
+    own = like is None
+    v = size + (start if like is None else starts[like])
+    u = start + size + (size * row_bytes(inputs, bits) // 4 if own else 0)
+    return KINDS[kind], bits, size, start, v, u
 
 
 def blocked_part(data: np.ndarray, kind: str, size: int, shape: tuple[int, ...]) -> np.ndarray:

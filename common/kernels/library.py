@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.kernels.layout import FIELDS
+
 _int, _address = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -54,7 +56,7 @@ class Library:
 
     def experts(self, threads: Threads, call: ExpertsCall) -> None:
         """Raises ValueError for a table of residuals that names what is none."""
-        bad = np.zeros(4, dtype=np.int32)
+        bad = np.zeros(FIELDS, dtype=np.int32)
         if self.functions.moetel_experts(threads, call, bad.ctypes.data):
             raise ValueError(
                 f"a residual's table has the part {bad.tolist()}, which is none, or lies outside "

@@ -1,8 +1,8 @@
 // Products with the low-rank part of a residual, which stays packed and is expanded in registers.
 //
 // A part adds y[m][n] += sum_i t[m][i] u[i][n], t[m][i] = scale_i sum_k v[i][k] x[m][k], in two steps, so that callers
-// can share each of them out among threads. Layout: float32 scale[rank], then v [rank][inputs], then u [rank][outputs],
-// rows padded to 4 bytes. The bits of a result depend on its row and the part only, not on how rows, components and
+// can share each of them out among threads. Layout: float32 scale[rank]; v [rank][inputs]; u [rank][outputs], rows padded
+// to 4 bytes. Parts of two matrices may have one v. The bits of a result depend on its row and the part only, not on how rows, components and
 // outputs are cut.
 //
 // Letters: M rows of a tile, K inputs, N outputs.
@@ -19,10 +19,8 @@ inline int64_t row_bytes(int64_t count, int64_t bits) { return (count * bits + 3
 
 // bits: 2, 4, 8, 16 or 32.
 struct LowRank {
-    const uint8_t *data;
+    const uint8_t *scales, *v, *u;
     int64_t bits, rank, outputs, inputs;
-
-    int64_t nbytes() const { return rank * (4 + row_bytes(inputs, bits) + row_bytes(outputs, bits)); }
 };
 
 // Sixteen numbers from their codes, which begin at a byte.
@@ -48,13 +46,12 @@ ALWAYS v16 decode_tail(const uint8_t *row, int64_t at, int64_t count) {
 template <typename X, int M, int bits>
 void first_step_tile(const LowRank &p, const X *const *x, int64_t begin, int64_t end, float *t, int64_t stride) {
     const int64_t K = p.inputs, width = row_bytes(K, bits), whole = K / 16 * 16;
-    const uint8_t *v = p.data + 4 * p.rank;
     for (int64_t i = begin; i < end; i += 4) {
         const int64_t count = std::min<int64_t>(4, end - i);
         const uint8_t *rows[4];
         float scale[4] = {0, 0, 0, 0};
-        for (int c = 0; c < 4; c++) rows[c] = v + (i + std::min<int64_t>(c, count - 1)) * width;
-        std::memcpy(scale, p.data + 4 * i, static_cast<size_t>(count) * 4);
+        for (int c = 0; c < 4; c++) rows[c] = p.v + (i + std::min<int64_t>(c, count - 1)) * width;
+        std::memcpy(scale, p.scales + 4 * i, static_cast<size_t>(count) * 4);
         v16 acc[M][4], values[4];
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
@@ -94,14 +91,13 @@ void first_step_tile(const LowRank &p, const X *const *x, int64_t begin, int64_t
 template <int M, int Q, bool tail, int bits>
 ALWAYS void second_step_tile(const LowRank &p, const float *t, int64_t stride, int64_t n, int64_t n1, float *const *y) {
     const int64_t width = row_bytes(p.outputs, bits);
-    const uint8_t *u = p.data + p.rank * (4 + row_bytes(p.inputs, bits));
     v16 acc[M][Q];
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) acc[m][q] = v_zero();
     for (int64_t i = 0; i < p.rank; i++) {
-        const uint8_t *row = u + i * width;
+        const uint8_t *row = p.u + i * width;
         v16 values[Q];
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++)

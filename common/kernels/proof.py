@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from common.dtypes import BFLOAT16
-from common.kernels.layout import ACTIVATIONS, KINDS, TYPES, blocked_part, pack
+from common.kernels.layout import ACTIVATIONS, FIELDS, TYPES, blocked_part, pack, part_fields
 from common.kernels.library import ExpertsCall, Library, Threads
 
 _TYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
@@ -68,7 +68,7 @@ def _residuals(
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Records, a table in which number `SLOTS` has a sign and a low-rank part beside each matrix,
     and these as matrices."""
-    table = np.zeros((2 * SLOTS, len(shapes), 2, 4), np.int32)
+    table = np.zeros((2 * SLOTS, len(shapes), 2, FIELDS), np.int32)
     records = np.zeros(0, np.uint8)
     dense = []
     for place, (outputs, inputs) in enumerate(shapes):
@@ -84,7 +84,8 @@ def _residuals(
         for i, (kind, bits, size, data) in enumerate(
             (("sign", 1, 3, sign), ("low_rank", 8, 5, low_rank))
         ):
-            table[SLOTS, place, i] = KINDS[kind], bits, size, len(records) // 4
+            starts = [len(records) // 4]
+            table[SLOTS, place, i] = part_fields(kind, bits, size, inputs, starts, None)
             records = np.concatenate([records, blocked_part(data, kind, size, shapes[place])])
         numbers = [codes[:, :n] - np.float32(127.5) for codes, n in ((v, inputs), (u, outputs))]
         dense.append(

@@ -6,8 +6,8 @@ the other expert uses the record as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,26 @@ def pack_factors(
     v, v_scale = _to_one(right)
     scale = np.float32(scaling) * u_scale * v_scale
     return Part(projection, LOW_RANK, bits, len(right)), pack_low_rank(scale, v, u, bits)
+
+
+def with_one_v(
+    parts: Sequence[Part], packed: Sequence[np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[Part], list[np.ndarray]]:
+    """The same low-rank parts, each v kept once: an adapter of experts whose gate and up are one
+    matrix has one for both."""
+    found: list[Part] = []
+    kept: list[np.ndarray] = []
+    known: dict[tuple[int, int, bytes], int] = {}
+    for number, (part, data) in enumerate(zip(parts, packed, strict=True)):
+        u = part.u_offset(shapes[part.projection][1])
+        key = part.bits, part.size, data[part.v_offset : u].tobytes()
+        first = known.setdefault(key, number)
+        if first != number:
+            part = replace(part, like=first)
+            data = np.concatenate([data[: part.v_offset], data[u:]])
+        found.append(part)
+        kept.append(data)
+    return found, kept
 
 
 def _to_one(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,8 @@ a multiple of 16. Rows of codes are padded with zeros to a multiple of 4 bytes. 
 b bits a code begins at bit `j * b % 8` (from the lowest) of byte `j * b // 8`. N outputs, K inputs,
 rank R:
 - sign: scales bfloat16 [ceil(N / size)], padded to 4 bytes; codes [N][K], 1 bit: 1 is +, 0 is -.
-- low_rank: scales float32 [R]; v [R][K]; u [R][N]. Up to 8 bits a code c stands for `c - (2^bits -
+- low_rank: scales float32 [R]; v [R][K], unless it is `like` another part, whose v is meant; u
+  [R][N]. Up to 8 bits a code c stands for `c - (2^bits -
   1) / 2`; 16 bits are float16, 32 bits float32.
 docs/store-format.md has the same with an example.
 """
@@ -39,13 +40,15 @@ class Part:
     """One term of a residual.
 
     bits: of one number: 1 for sign, one of `LOW_RANK_BITS`. size: rows that share a scale (sign),
-        rank (low_rank).
+        rank (low_rank). like: number of an earlier part of the record, of the same bits and size
+        and of a projection with the same inputs, whose v this low-rank part has too.
     """
 
     projection: str
     kind: str
     bits: int
     size: int
+    like: int | None = None
 
     def check(self) -> None:
         """Raises PlanError for what no engine can compute."""
@@ -55,13 +58,25 @@ class Part:
             raise PlanError(f"residual part of kind {self.kind} with {self.bits} bits")
         if self.size < 1:
             raise PlanError(f"residual part of kind {self.kind} with size {self.size}")
+        if self.like is not None and self.kind != LOW_RANK:
+            raise PlanError(f"residual part of kind {self.kind} that is like another")
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes for a matrix [out, in], without padding after it."""
         outputs, inputs = shape
         if self.kind == SIGN:
             return _padded(2 * -(-outputs // self.size)) + outputs * row_bytes(inputs, 1)
-        return self.size * (4 + row_bytes(inputs, self.bits) + row_bytes(outputs, self.bits))
+        return self.u_offset(inputs) + self.size * row_bytes(outputs, self.bits)
+
+    @property
+    def v_offset(self) -> int:
+        """Where v begins in a low-rank part that has one."""
+        return 4 * self.size
+
+    def u_offset(self, inputs: int) -> int:
+        """Where u begins in a low-rank part."""
+        own = self.size * row_bytes(inputs, self.bits) if self.like is None else 0
+        return self.v_offset + own
 
 
 @dataclass(frozen=True)
@@ -77,14 +92,30 @@ class Residual:
     def offsets(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
         """Where each part begins in the record, and, last, the record's length in bytes."""
         found = [0]
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
             if part.projection not in shapes:
                 raise PlanError(
                     f"residual of projection {part.projection!r}; there is: {', '.join(shapes)}"
                 )
+            if part.like is not None:
+                self._check_like(number, shapes)
             size = part.nbytes(shapes[part.projection])
             found.append(found[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         return found
+
+    def _check_like(self, number: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        part, like = self.parts[number], self.parts[number].like
+        other = self.parts[like] if like is not None and 0 <= like < number else None
+        if (
+            other is None
+            or other.like is not None
+            or (other.kind, other.bits, other.size) != (part.kind, part.bits, part.size)
+            or shapes[other.projection][1] != shapes[part.projection][1]
+        ):
+            raise PlanError(
+                f"part {number} of a residual is like part {like}, which is none before it with a "
+                "v of its own, of the same bits, rank and inputs"
+            )
 
     def nbytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return self.offsets(shapes)[-1]
@@ -94,14 +125,18 @@ class Residual:
             self.tenant,
             self.layer,
             self.expert,
-            [[p.projection, p.kind, p.bits, p.size] for p in self.parts],
+            [
+                [p.projection, p.kind, p.bits, p.size, *([] if p.like is None else [p.like])]
+                for p in self.parts
+            ],
         ]
 
     @classmethod
     def from_json(cls, value: Any) -> Residual:
         tenant, layer, expert, parts = value
         made = tuple(
-            Part(role_of(str(p)), str(kind), int(bits), int(size)) for p, kind, bits, size in parts
+            Part(role_of(str(p)), str(kind), int(bits), int(size), *map(int, like))
+            for p, kind, bits, size, *like in parts
         )
         return cls(int(tenant), int(layer), int(expert), made)
 
@@ -198,12 +233,15 @@ def unpack_sign(
 
 
 def unpack_low_rank(
-    data: np.ndarray, part: Part, shape: tuple[int, ...]
+    data: np.ndarray, part: Part, shape: tuple[int, ...], like: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 scale [R], v [R, K], u [R, N], codes turned into the numbers that they stand for."""
+    """float32 scale [R], v [R, K], u [R, N], codes turned into the numbers that they stand for.
+
+    like: uint8, where the part that this one is like begins, if it is like one.
+    """
     outputs, inputs = shape
 
-    def rows(start: int, count: int) -> np.ndarray:
+    def rows(data: np.ndarray, start: int, count: int) -> np.ndarray:
         width = row_bytes(count, part.bits)
         raw = data[start : start + part.size * width].reshape(part.size, width)
         if part.bits <= 8:
@@ -215,17 +253,18 @@ def unpack_low_rank(
         return flat.reshape(part.size, -1)[:, :count].astype(np.float32)
 
     scale = np.frombuffer(data[: 4 * part.size].tobytes(), dtype=np.float32)
-    start = 4 * part.size
-    v = rows(start, inputs)
-    return scale, v, rows(start + part.size * row_bytes(inputs, part.bits), outputs)
+    v = rows(data if like is None else like, part.v_offset, inputs)
+    return scale, v, rows(data, part.u_offset(inputs), outputs)
 
 
-def part_matrix(data: np.ndarray, part: Part, shape: tuple[int, ...]) -> np.ndarray:
-    """The part as float32 [out, in]."""
+def part_matrix(
+    data: np.ndarray, part: Part, shape: tuple[int, ...], like: np.ndarray | None = None
+) -> np.ndarray:
+    """The part as float32 [out, in]. like: as for `unpack_low_rank`."""
     if part.kind == SIGN:
         scale, positive = unpack_sign(data, part, shape)
         return np.where(positive, scale[:, None], -scale[:, None])
-    scale, v, u = unpack_low_rank(data, part, shape)
+    scale, v, u = unpack_low_rank(data, part, shape, like)
     return np.asarray((u * scale[:, None]).T @ v)
 
 
@@ -239,7 +278,8 @@ def matrices(
         raise PlanError(f"a residual's record has {len(data)} bytes, its parts need {offsets[-1]}")
     found: dict[str, np.ndarray] = {}
     for part, start in zip(residual.parts, offsets, strict=False):
-        matrix = part_matrix(data[start:], part, shapes[part.projection])
+        like = None if part.like is None else data[offsets[part.like] :]
+        matrix = part_matrix(data[start:], part, shapes[part.projection], like)
         found[part.projection] = (
             found[part.projection] + matrix if part.projection in found else matrix
         )

@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 
 from common.errors import EngineError
-from common.kernels.layout import ALIGNMENT, BLOCK, FIELDS, KINDS, NONE, blocked_part
+from common.kernels.layout import ALIGNMENT, BLOCK, FIELDS, KINDS, NONE, blocked_part, part_fields
 from common.plan.residual import LOW_RANK, SIGN, Part, row_bytes
 from common.store import Store
 
@@ -83,20 +83,20 @@ class LayerResiduals:
         def of(form: Form) -> Callable[[Array, Array, Array], Array]:
             kind, bits = form
             if kind == SIGN:
-                return lambda out, size, start: _add_sign(
-                    self.words, wide, out, outputs, size, start
+                return lambda out, size, starts: _add_sign(
+                    self.words, wide, out, outputs, size, starts[0]
                 )
-            return lambda out, size, start: _add_low_rank(
-                self.words, wide, out, outputs, size, start, bits
+            return lambda out, size, starts: _add_low_rank(
+                self.words, wide, out, outputs, size, starts, bits
             )
 
-        branches = [*map(of, forms), lambda out, size, start: out]
+        branches = [*map(of, forms), lambda out, size, starts: out]
 
         def add(i: Array, out: Array) -> Array:
-            kind, width, size, start = parts[i]
+            kind, width, size = parts[i, :3]
             found = (kinds == kind) & (bits == width)
             chosen = jnp.where(found.any(), jnp.argmax(found), len(forms))
-            added: Array = lax.switch(chosen, branches, out, size, start)
+            added: Array = lax.switch(chosen, branches, out, size, parts[i, 3:])
             return added
 
         count = (parts[:, 0] != NONE).sum()
@@ -173,13 +173,12 @@ def _add_sign(words: Array, x: Array, out: Array, outputs: int, size: Array, sta
 
 
 def _add_low_rank(
-    words: Array, x: Array, out: Array, outputs: int, rank: Array, start: Array, bits: int
+    words: Array, x: Array, out: Array, outputs: int, rank: Array, starts: Array, bits: int
 ) -> Array:
-    """out [T, N and more] + x times a low-rank part that begins at `start`."""
+    """out [T, N and more] + x times a low-rank part. starts: int32 [3], of it, its v and its u."""
     inputs = x.shape[1]
     of_v, of_u = _row_words(inputs, bits), _row_words(outputs, bits)
-    first_v = start + rank
-    first_u = first_v + rank * of_v
+    start, first_v, first_u = starts
 
     def group(i: Array, out: Array) -> Array:
         row = i * LOW_RANK_ROWS
@@ -280,8 +279,11 @@ class LoadedResiduals:
             for i, residual in zip(numbers, residuals, strict=True):
                 record = np.zeros(0, np.uint8) if same else store.residual_ref(i).map()
                 slot = int(slot_of[residual.tenant, layer, residual.expert])
+                starts: list[int] = []
                 for part, offset in zip(residual.parts, residual.offsets(shapes), strict=False):
-                    fields = (KINDS[part.kind], part.bits, part.size, words)
+                    starts.append(words)
+                    inputs = shapes[part.projection][1]
+                    fields = part_fields(part.kind, part.bits, part.size, inputs, starts, part.like)
                     rows.setdefault(
                         (residual.tenant, slot, names.index(part.projection)), []
                     ).append(fields)

@@ -17,7 +17,7 @@ using Slots = ffi::Buffer<ffi::S32, 1>;
 using Words = ffi::Buffer<ffi::U32, 1>;
 using Table = ffi::Buffer<ffi::S32, 4>;
 
-constexpr int64_t kFields = 4;  // of a part in a table
+constexpr int64_t kFields = 6;  // of a part in a table
 
 ffi::Error invalid(const std::string &message) { return ffi::Error::InvalidArgument("moetel kernels: " + message); }
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.kernels.layout import part_fields
 from common.plan.residual import LOW_RANK, SIGN, Part, Residual, matrices
 from jax_engine.experts import residuals as module
 from jax_engine.experts.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged
-from jax_engine.experts.residuals import FIELDS, KINDS, LayerResiduals, part_on_device
+from jax_engine.experts.residuals import FIELDS, LayerResiduals, part_on_device
 from tests.helpers import assert_close, random_record, rest_slow
 from tests.jax_engine.residual_plans import FORMS
 
@@ -31,13 +32,12 @@ def layer_of(
         residual = Residual(0, 0, 0, tuple(parts))
         record = random_record(parts, shapes, slot, 0.07)
         counts = [0] * len(names)
+        starts: list[int] = []
         for part, offset in zip(parts, residual.offsets(shapes), strict=False):
             place = names.index(part.projection)
-            table[slot, place, counts[place]] = (
-                KINDS[part.kind],
-                part.bits,
-                part.size,
-                sum(map(len, words)),
+            starts.append(sum(map(len, words)))
+            table[slot, place, counts[place]] = part_fields(
+                part.kind, part.bits, part.size, shapes[part.projection][1], starts, part.like
             )
             counts[place] += 1
             words.append(
@@ -106,6 +106,7 @@ def test_a_layer_equals_a_loop_over_tokens(
         [Part(name, SIGN, 1, 5) for name in shapes],
         [
             Part(names[-1], LOW_RANK, 4, 20),
+            Part(names[0], LOW_RANK, 4, 20, 0),  # with the v of the one before
             Part("down", LOW_RANK, 16, 3),
             Part(names[-1], SIGN, 1, 1),
         ],

@@ -25,6 +25,11 @@ EVERY_KIND = [
 ]
 
 CASES: dict[str, Callable[[int, int, int], Sequence[Part]]] = {
+    "one v for gate and up": lambda t, _l, e: [
+        Part("gate", LOW_RANK, 8, 2 + e),
+        Part("up", SIGN, 1, 1),
+        Part("up", LOW_RANK, 8, 2 + e, 0),
+    ],
     "sign everywhere": lambda t, _l, _e: [Part(p, SIGN, 1, 1) for p in PROJECTIONS],
     "scales for 7 rows": lambda t, _l, _e: [Part(p, SIGN, 1, 7) for p in PROJECTIONS],
     "a scale for all rows": lambda t, _l, _e: [Part(p, SIGN, 1, 10**6) for p in PROJECTIONS],

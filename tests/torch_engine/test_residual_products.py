@@ -37,8 +37,10 @@ def exact_matrices(
     """A residual's matrices in float64."""
     residual = Residual(0, 0, 0, tuple(parts))
     exact = {p: torch.zeros(shape, dtype=torch.float64) for p, shape in shapes.items()}
-    for part, offset in zip(parts, residual.offsets(shapes), strict=False):
-        matrix = part_matrix(record[offset:], part, shapes[part.projection])
+    offsets = residual.offsets(shapes)
+    for part, offset in zip(parts, offsets, strict=False):
+        like = None if part.like is None else record[offsets[part.like] :]
+        matrix = part_matrix(record[offset:], part, shapes[part.projection], like)
         exact[part.projection] += torch.from_numpy(matrix).double()
     return exact
 
@@ -92,6 +94,21 @@ def test_own_kernels_multiply_every_kind_at_any_size(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", LOW_RANK_BITS)
+def test_own_kernels_read_one_v_for_two_matrices(dtype: torch.dtype, bits: int) -> None:
+    parts = [Part("gate", SIGN, 1, 3), Part("gate", LOW_RANK, bits, 7)]
+    parts += [Part("down", LOW_RANK, bits, 7), Part("up", LOW_RANK, bits, 7, 1)]
+    found, exact = one_expert(parts, 66, 77, dtype)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 2e-5
+    for rows in (1, 5, 19):
+        x = noise(rows, rows, 66).to(dtype)
+        expected = exact(x)
+        torch.testing.assert_close(
+            found(x).double(), expected, atol=tolerance * float(expected.abs().max()), rtol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_whatever_it_is_computed_with(dtype: torch.dtype) -> None:
     parts = [
         Part("gate", SIGN, 1, 3),
@@ -121,7 +138,8 @@ def test_plain_operations_multiply_every_kind(
             y.double()
             + x.double() @ torch.from_numpy(part_matrix(record, part, shapes["gate"])).double().T
         )
-        add_part(part, torch.from_numpy(record), shapes["gate"], x, y)
+        data = torch.from_numpy(record)
+        add_part(part, data, data[part.v_offset :], shapes["gate"], x, y)
         torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
 
 

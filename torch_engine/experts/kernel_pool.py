@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.kernels.layout import FIELDS, KINDS, blocked_part
+from common.kernels.layout import FIELDS, blocked_part, part_fields
 from common.plan.residual import Residual
 from common.store import Store
 from torch_engine import native
@@ -42,11 +42,13 @@ def laid_out(
     words = 0
     for number, (residual, record) in rows.items():
         filled = dict.fromkeys(PROJECTIONS, 0)
+        starts: list[int] = []
         for part, offset in zip(residual.parts, residual.offsets(shapes), strict=False):
             name, shape = part.projection, shapes[part.projection]
             data = record[offset : offset + part.nbytes(shape)]
             pieces.append(blocked_part(data, part.kind, part.size, shape))
-            fields = KINDS[part.kind], part.bits, part.size, words
+            starts.append(words)
+            fields = part_fields(part.kind, part.bits, part.size, shape[1], starts, part.like)
             table[number, PROJECTIONS.index(name), filled[name]] = fields
             filled[name] += 1
             words += len(pieces[-1]) // 4

@@ -41,9 +41,12 @@ class PackedResidual:
     def __init__(self, residual: Residual, data: Tensor, shapes: dict[str, tuple[int, ...]]):
         self.data = data
         self.shapes = shapes
-        self.parts: dict[str, list[tuple[Part, int]]] = {projection: [] for projection in shapes}
-        for part, offset in zip(residual.parts, residual.offsets(shapes), strict=False):
-            self.parts[part.projection].append((part, offset))
+        # Of each part where it begins, and where its v does if it is a low-rank one.
+        self.parts: dict[str, list[tuple[Part, int, int]]] = {p: [] for p in shapes}
+        offsets = residual.offsets(shapes)
+        for part, offset in zip(residual.parts, offsets, strict=False):
+            v = part.v_offset + (offset if part.like is None else offsets[part.like])
+            self.parts[part.projection].append((part, offset, v))
 
     def add(self, projection: str, x: Tensor, out: Tensor) -> None:
         """out [M, N] += x [M, K] R^T, computed in float32; out is rounded once more."""
@@ -52,15 +55,18 @@ class PackedResidual:
             return
         sums = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         wide = x.float()
-        for part, offset in parts:
-            add_part(part, self.data[offset:], self.shapes[projection], wide, sums)
+        for part, offset, v in parts:
+            shape = self.shapes[projection]
+            add_part(part, self.data[offset:], self.data[v:], shape, wide, sums)
         out += sums
 
 
-def add_part(part: Part, data: Tensor, shape: tuple[int, ...], x: Tensor, out: Tensor) -> None:
+def add_part(
+    part: Part, data: Tensor, of_v: Tensor, shape: tuple[int, ...], x: Tensor, out: Tensor
+) -> None:
     """out [M, N] += x [M, K] R^T in plain operations, a few rows of the part at a time.
 
-    data: uint8, where the part begins. x, out: float32.
+    data, of_v: uint8, where the part begins, and v of a low-rank one. x, out: float32.
     """
     outputs, inputs = shape
     if part.kind == SIGN:
@@ -77,8 +83,8 @@ def add_part(part: Part, data: Tensor, shape: tuple[int, ...], x: Tensor, out: T
             out[:, first:stop].addcmul_(x @ signs.T, scale[first:stop])
         return
     scale = data[: 4 * part.size].view(torch.float32)
-    v = _rows(data, 4 * part.size, part.size, inputs, part.bits)
-    u = _rows(data, 4 * part.size + v.numel(), part.size, outputs, part.bits)
+    v = _rows(of_v, 0, part.size, inputs, part.bits)
+    u = _rows(data, part.u_offset(inputs), part.size, outputs, part.bits)
     for first, stop in _chunks(part.size, max(inputs, outputs)):
         t = (x @ _numbers(v[first:stop], part.bits, inputs).T).mul_(scale[first:stop])
         out.addmm_(t, _numbers(u[first:stop], part.bits, outputs))

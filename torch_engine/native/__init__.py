@@ -106,7 +106,7 @@ def linears(
 
 @dataclass(frozen=True)
 class Residuals:
-    """What stands beside a layer's copies: the table of `kernels.h`, int32 [numbers, 3, parts, 4],
+    """What stands beside a layer's copies: the table of `kernels.h`, int32 [numbers, 3, parts, 6],
     and the records that it names, uint8 [bytes]."""
 
     table: np.ndarray

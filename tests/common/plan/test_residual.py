@@ -238,6 +238,44 @@ def test_records_hold_what_their_parts_hold(data: st.DataObject) -> None:
         np.testing.assert_allclose(matrix, expected, rtol=1e-6)
 
 
+def test_parts_of_two_matrices_may_have_one_v() -> None:
+    shapes = {"gate": (5, 9), "up": (4, 9), "down": (9, 5)}
+    parts = (Part("gate", LOW_RANK, 4, 3), Part("up", LOW_RANK, 4, 3, 0))
+    residual = Residual(0, 0, 0, parts)
+    record = random_record(parts, shapes, 0, 0.1)
+    assert Residual.from_json(residual.to_json()) == residual
+    assert residual.to_json()[3] == [["gate", "low_rank", 4, 3], ["up", "low_rank", 4, 3, 0]]
+    start = residual.offsets(shapes)[1]
+    assert parts[1].nbytes((4, 9)) == 3 * (4 + 4) and start == 3 * (4 + 8 + 4)
+    _, v, _ = unpack_low_rank(record, parts[0], (5, 9))
+    scale, same, u = unpack_low_rank(record[start:], parts[1], (4, 9), record)
+    np.testing.assert_array_equal(same, v)
+    np.testing.assert_allclose(
+        matrices(residual, record, shapes)["up"], (u * scale[:, None]).T @ v, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Part("up", LOW_RANK, 4, 3, 0),),
+        (Part("gate", LOW_RANK, 4, 3), Part("up", LOW_RANK, 4, 2, 0)),
+        (Part("gate", LOW_RANK, 8, 3), Part("up", LOW_RANK, 4, 3, 0)),
+        (Part("gate", SIGN, 1, 3), Part("up", LOW_RANK, 4, 3, 0)),
+        (Part("gate", LOW_RANK, 4, 3), Part("down", LOW_RANK, 4, 3, 0)),
+        (
+            Part("gate", LOW_RANK, 4, 3),
+            Part("up", LOW_RANK, 4, 3, 0),
+            Part("up", LOW_RANK, 4, 3, 1),
+        ),
+    ],
+)
+def test_a_v_that_is_not_there_is_refused(parts: tuple[Part, ...]) -> None:
+    shapes = {"gate": (5, 9), "up": (4, 9), "down": (9, 5)}
+    with pytest.raises(PlanError, match="is like part"):
+        Residual(0, 0, 0, parts).offsets(shapes)
+
+
 # Plans with residuals.
 
 GOOD = Residual(1, 0, 1, (Part("gate", SIGN, 1, 1),))

@@ -1,7 +1,8 @@
 """What tenants add to experts that they share, a row at a time, from packed residuals.
 
 Layout of a record: common/plan/residual.py. `parts` says what is in it: int64 [residuals, 3, PARTS,
-3], (bits, size, offset in bytes) of each part of gate, up and down; bits 1 is a sign part, 0 none.
+5] of each part of gate, up and down: bits (1: a sign part, 0: none), size, and the bytes where it,
+its v and its u begin.
 `numbers`, int32 [rows], is 1 + the residual of each row, 0 for none.
 """
 
@@ -59,7 +60,7 @@ def shrink(
     number = tl.load(numbers + row)
     if number > 0:
         part = FIRST * PARTS + tl.program_id(1)
-        entry = parts + ((number - 1).to(tl.int64) * 3 * PARTS + part) * 3
+        entry = parts + ((number - 1).to(tl.int64) * 3 * PARTS + part) * 5
         bits = tl.load(entry)
         rank = tl.load(entry + 1)
         j = tl.program_id(2) * BR + tl.arange(0, BR)
@@ -71,7 +72,7 @@ def shrink(
                 k = k0 + tl.arange(0, BK)
                 values = tl.load(x + (row // SHARE) * K + k, mask=k < K, other=0.0).to(tl.float32)
                 mask = (j < rank)[:, None] & (k < K)[None, :]
-                v = _numbers_of(record + 4 * rank, j, width, k, bits, mask)
+                v = _numbers_of(data + tl.load(entry + 3), j, width, k, bits, mask)
                 total += tl.sum(v * values[None, :], 1)
             scales = record.to(tl.pointer_type(tl.float32))
             total = total * tl.load(scales + j, mask=j < rank, other=0.0)
@@ -103,7 +104,7 @@ def _added(
     total = tl.zeros((BN,), tl.float32)
     for i in tl.static_range(PARTS):
         part = PROJECTION * PARTS + i
-        entry = parts + ((number - 1).to(tl.int64) * 3 * PARTS + part) * 3
+        entry = parts + ((number - 1).to(tl.int64) * 3 * PARTS + part) * 5
         bits = tl.load(entry)
         size = tl.load(entry + 1)
         record = data + tl.load(entry + 2)
@@ -123,7 +124,7 @@ def _added(
             total += sums * tl.load(scales + n // size, mask=n < N, other=0.0).to(tl.float32)
         elif bits > 1:
             width = _row_bytes(N, bits)
-            codes = record + size * (4 + _row_bytes(K, bits))
+            codes = data + tl.load(entry + 4)
             for j0 in range(0, size, BR):
                 j = j0 + tl.arange(0, BR)
                 mask = (j < size)[:, None] & (n < N)[None, :]
