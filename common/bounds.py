@@ -1,6 +1,8 @@
-"""The bounds of options, stated once for Python, the server's flags and the HTTP schema.
+"""How bounds of options are stated: once, beside the option, for Python, flags and HTTP schema.
 
-An option is a field of a frozen dataclass made with `bounded`; `check_bounds` checks them all.
+The bounds themselves are in common/sampling_params.py, common/serving/scheduler_options.py and the
+engines' options.py. An option is a field of a frozen dataclass made with `bounded`; `check_bounds`
+checks them all.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from common.checkpoints.mapping import MappedFile
+from common.checkpoints.mapped_file import MappedFile
 from common.dtypes import BY_NAME, to_float32
 from common.errors import CheckpointError
 from common.families import Dims, Region

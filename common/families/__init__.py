@@ -1,4 +1,7 @@
-"""Families of MoE models that tenants can belong to: a file each, found by its `FAMILY`."""
+"""Families of MoE models that tenants can belong to: a file each, found by its `FAMILY`.
+
+docs/add-a-family.md says how to add one. Most are a `DecoderFamily` of `decoder.py`.
+"""
 
 from __future__ import annotations
 

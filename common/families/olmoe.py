@@ -1,6 +1,6 @@
 """OLMoE: norms of whole queries and keys, before they are cut into heads, then a clip.
 
-Source: transformers, models/olmoe/modeling_olmoe.py.
+Source: transformers, models/olmoe/modeling_olmoe.py. Names of tensors: `decoder.py`.
 """
 
 from __future__ import annotations

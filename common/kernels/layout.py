@@ -1,4 +1,4 @@
-"""How weights and residuals lie in memory for the kernels.
+"""How weights and residuals lie in memory for the kernels. On disk: common/plan/residual.py.
 
 Letters in shapes: K inputs, N outputs, B = ceil(N / 64) blocks of outputs.
 """

@@ -21,9 +21,9 @@ from common.plan.profile import Profile
 from common.plan.residual import matrices
 from common.planning.allocation import Allocation, Allocator
 from common.planning.configurations import Config, mean, merged, owned
-from common.planning.copies import Sample, best_ridge
 from common.planning.losses import Losses, measure_losses
 from common.planning.measurements import Measurements, MeasurementsFile, key_of
+from common.planning.merging import Sample, best_ridge
 from common.planning.plan_builder import Chosen, build_plan
 from common.planning.policies import Policy, policy_named
 from common.planning.position import Known, Matrix, PositionPlanner

@@ -11,8 +11,8 @@ from common.dtypes import BY_NAME, to_float32, working
 from common.plan.expert_math import forward, inner, inputs_and_output
 from common.plan.profile import Profile
 from common.planning.configurations import Config
-from common.planning.copies import Sample, Targets, fit_matrix, least_squares, mixture
 from common.planning.losses import Losses
+from common.planning.merging import Sample, Targets, fit_matrix, least_squares, mixture
 from common.planning.residual_fit import Choice, Fitted, Spectrum, fit, spectra, spectrum
 from common.planning.weighting import Weighting, plain, second_moments, weightings
 from common.store.store import Store

@@ -1,4 +1,7 @@
-"""Sampling options and the choice of the next token, in numpy, the same for every engine."""
+"""The choice of the next token where it is drawn or logits are changed, in numpy, for every engine.
+
+Plain greedy rows take the device's most probable token, see `Request.choose`.
+"""
 
 from __future__ import annotations
 

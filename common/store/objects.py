@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoints.mapping import MappedFile
+from common.checkpoints.mapped_file import MappedFile
 from common.checkpoints.safetensors_file import TensorRef
 from common.dtypes import BY_NAME
 from common.errors import CheckpointError, StoreError

@@ -1,4 +1,7 @@
-"""What the routes answer, in OpenAI's and vLLM's words. Fields that were not set are left out."""
+"""What the routes answer, in OpenAI's and vLLM's words. Fields that were not set are left out.
+
+Requests are in requests.py and chat_requests.py.
+"""
 
 from __future__ import annotations
 

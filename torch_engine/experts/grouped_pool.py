@@ -13,9 +13,9 @@ from torch import Tensor
 
 from common.store import Store
 from torch_engine.experts.grouped_product import find_grouped_mm
+from torch_engine.experts.missing_experts import Missing, SpareSlots
 from torch_engine.experts.pool import ExpertPool, PoolPlan, mapped
 from torch_engine.experts.residuals import ResidentResiduals, RowResidual, add_residuals
-from torch_engine.experts.spare_slots import Missing, SpareSlots
 from torch_engine.experts.staging import fill
 from torch_engine.experts.token_tenants import TokenTenants, groups_of
 

@@ -15,7 +15,7 @@ from common.kernels.layout import FIELDS, blocked_part, part_fields
 from common.plan.residual import Residual
 from common.store import Store
 from torch_engine import native
-from torch_engine.experts.loop_pool import CopyPool
+from torch_engine.experts.copy_pool import CopyPool
 from torch_engine.experts.pool import PoolPlan
 from torch_engine.experts.residuals import PROJECTIONS
 from torch_engine.experts.token_tenants import TokenTenants, looked_up

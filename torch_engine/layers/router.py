@@ -1,4 +1,8 @@
-"""The router: which experts a token goes to, and with which gates."""
+"""The router: which experts a token goes to, and with which gates.
+
+Its product is in torch_engine/models/decoder.py; decode steps on CUDA do both in
+torch_engine/decode/kernels/routing.py.
+"""
 
 from __future__ import annotations
 

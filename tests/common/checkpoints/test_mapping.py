@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoints.mapping import MappedFile
+from common.checkpoints.mapped_file import MappedFile
 
 
 def test_mappings_hold_no_descriptors_and_no_memory(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from common.families import ExpertSpec
 from common.plan.expert_math import forward
-from common.planning.copies import RIDGES, Sample, best_ridge, least_squares, mixture
+from common.planning.merging import RIDGES, Sample, best_ridge, least_squares, mixture
 
 SPEC = ExpertSpec("test", ("0",), 1, 12, 20, "relu", 1, (("up", (20, 12)), ("down", (12, 20))))
 MIX = np.array([0.5, 0.5])
