@@ -50,13 +50,6 @@ class OnlineEngine(AsyncEngine):
             store = self.engine.store
             if name not in store.tenants:
                 raise UnknownTenantError(name, self.engine.tenants)
-            done = await self._between_steps(lambda: self.engine.retire(name))
-            try:
-                while not done:
-                    await asyncio.sleep(0.02)
-                    done = await self._between_steps(lambda: self.engine.retire(name))
+            async with self.retired([name]):
                 changed = await asyncio.to_thread(remove_tenant, store.path, name, keep_plan=True)
                 await self._between_steps(lambda: self.engine.update(changed))
-            except BaseException:
-                self._note(lambda: self.engine.reinstate(name))
-                raise

@@ -8,7 +8,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from common.errors import EngineError, MoetelError, OverloadedError
@@ -227,6 +229,36 @@ class AsyncEngine:
     @property
     def store(self) -> Store:
         return self.engine.store
+
+    async def follow(self) -> bool:
+        """Go on with what others made of the store, between two steps. Tenants that are gone get no
+        new requests, and the change waits for those that they have.
+
+        Returns whether anything was to be changed. Raises EngineError or StoreError; the engine
+        then serves what it did before.
+        """
+        async with self._changes:
+            store = await asyncio.to_thread(Store.open, self.engine.store.path)
+            if store.manifest == self.engine.store.manifest:
+                return False
+            gone = [t for t in self.engine.store.tenants if t not in store.tenants]
+            async with self.retired(gone):
+                await self._between_steps(lambda: self.engine.update(store))
+            return True
+
+    @asynccontextmanager
+    async def retired(self, tenants: Sequence[str]) -> AsyncIterator[None]:
+        """Refuse new requests of tenants, and begin when their last ones are done. If the block
+        fails they are taken again."""
+        try:
+            for name in tenants:
+                while not await self._between_steps(partial(self.engine.retire, name)):
+                    await asyncio.sleep(0.02)
+            yield
+        except BaseException:
+            for name in tenants:
+                self._note(partial(self.engine.reinstate, name))
+            raise
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests and wait for those that are there. Returns whether all were done in

@@ -130,6 +130,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OpenAI's defaults",
     )
     load.add_argument(
+        "--watch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve what others make of the store while it is served: moetel add, remove, plan",
+    )
+    load.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -235,6 +241,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         max_request_bytes=args.max_request_bytes,
         max_sequences=args.max_queue,
         drain_timeout_s=args.drain_timeout,
+        watch_store=args.watch,
         generation_config=args.generation_config == "auto",
         allowed_origins=args.allowed_origins,
         allowed_methods=args.allowed_methods,

@@ -109,12 +109,15 @@ class Metrics:
         snapshot: tuple[dict[str, Any], dict[str, Any]] | None,
         tenants: Sequence[str],
         unavailable: Collection[str] = (),
+        changes: tuple[int, int] = (0, 0),
     ) -> bytes:
         """As Prometheus reads it. snapshot: the engine's load and statistics, see
         `Service.snapshot`.
 
-        unavailable: those of the tenants that cannot be asked.
+        unavailable: those of the tenants that cannot be asked. changes: of the store, that were
+            taken and that could not be.
         """
+        self._engine.changes = changes
         self._engine.snapshot, self._engine.tenants, self._engine.unavailable = (
             snapshot,
             tenants,
@@ -129,11 +132,20 @@ class _FromEngine(Collector):
     snapshot: tuple[dict[str, Any], dict[str, Any]] | None = None
     tenants: Sequence[str] = ()
     unavailable: Collection[str] = ()
+    changes: tuple[int, int] = (0, 0)
 
     def describe(self) -> list[Metric]:
         return []  # so that registering does not collect
 
     def collect(self) -> Iterator[Metric]:
+        taken = CounterMetricFamily(
+            PREFIX + "store_changes",
+            "Changes of the store by others; taken: true, or false where what was there is served.",
+            labels=["taken"],
+        )
+        for label, count in zip(("true", "false"), self.changes, strict=True):
+            taken.add_metric([label], count)
+        yield taken
         if self.snapshot is not None:
             load, stats = self.snapshot
             yield from self._gauges(load, stats)

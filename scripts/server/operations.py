@@ -96,8 +96,12 @@ async def load(service: SharedService, caller: Caller) -> Load:
 async def metrics(service: SharedService, caller: Caller) -> Response:
     """For Prometheus. With keys: an admin key, as they name all tenants."""
     service.require_operator(caller)
+    watch = service.watch
     shown = service.metrics.render(
-        await service.snapshot(), service.tenants, service.unavailable(caller)
+        await service.snapshot(),
+        service.tenants,
+        service.unavailable(caller),
+        (0, 0) if watch is None else (watch.updates, watch.failures),
     )
     return Response(shown, media_type=CONTENT_TYPE_LATEST)
 

@@ -99,6 +99,7 @@ async def serve(
     stopping = asyncio.create_task(stop.wait())
     loading = _in_daemon(load)
     engine: OnlineEngine | None = None
+    watching: asyncio.Task[None] | None = None
     try:
         await asyncio.wait((loading, stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -111,12 +112,16 @@ async def serve(
                 f"moetel serves {len(names)} tenants ({', '.join(names)}) at {_address(sock)}\n"
             )
             sys.stdout.flush()
+            if service.watch is not None:
+                watching = asyncio.create_task(service.watch.run())
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
             await _drain(service, settings, hurry)
     finally:
         server.should_exit = True
         await serving
         stopping.cancel()
+        if watching is not None:
+            watching.cancel()
         if engine is not None:
             await asyncio.to_thread(engine.close)
         log.info("stopped")

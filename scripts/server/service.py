@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common.errors import EngineError, TenantUnavailableError
+from common.serving.store_watch import StoreWatch
 from scripts.server.errors import RATE, SERVER, ApiError, retry_after, unknown_model
 from scripts.server.keys import Key
 from scripts.server.limits import RateLimiter
@@ -55,6 +56,7 @@ class Service:
         self.limiter = RateLimiter(settings.rate_limit)
         self.window = Window()
         self.metrics = Metrics()
+        self.watch: StoreWatch | None = None
         self.runs: set[Stoppable] = set()
         self.requests = 0
         """HTTP requests that are being answered, those about the server itself left out."""
@@ -66,6 +68,14 @@ class Service:
     def attach(self, engine: OnlineEngine) -> None:
         """The store is loaded."""
         self.engine = engine
+        if self.settings.watch_store:
+            self.watch = StoreWatch(engine, self._changed)
+
+    def _changed(self, come: Collection[str], gone: Collection[str]) -> None:
+        for tenant in gone:
+            self.forget(tenant)
+        for tenant in come:
+            self.warn_of_unused(tenant)
 
     @property
     def ready(self) -> bool:
