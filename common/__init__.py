@@ -23,6 +23,7 @@ from common.serving.request import Generation, Timings
 from common.serving.scheduler_options import SchedulerOptions
 from common.store import Store
 from common.store.pack import pack_store
+from common.structured_outputs import StructuredOutputs
 from common.version import __version__
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "SchedulerOptions",
     "Store",
     "StoreError",
+    "StructuredOutputs",
     "Timings",
     "UnknownTenantError",
     "__version__",

@@ -12,6 +12,7 @@ import numpy as np
 
 from common.bounds import Bound, bounded, check_bounds
 from common.errors import RequestError
+from common.structured_outputs import StructuredOutputs
 from common.units import is_whole
 
 MAX_LOGPROBS = 20  # OpenAI's and vLLM's bound
@@ -45,6 +46,8 @@ class SamplingParams:
             are the model's own, before anything above changes them, as in vLLM.
         prompt_logprobs: the same for each token of the prompt but the first, which nothing stands
             before. All of the prompt is computed then, whatever the prefix cache holds.
+        structured_outputs: what the answer has to be, as JSON of a schema. It ends where nothing
+            more may come, and unfinished after `max_new_tokens`. Needs the extra `structured`.
         skip_special_tokens: leave special tokens out of the text. A stop string that is one of them
             ends the answer still.
         include_stop_str_in_output: keep the stop string, or stop token, that ends the answer in its
@@ -72,6 +75,7 @@ class SamplingParams:
     prompt_logprobs: int | None = bounded(
         None, Bound(whole=True, low=0, high=MAX_LOGPROBS, optional=True)
     )
+    structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool = bounded(True, FLAG)
     include_stop_str_in_output: bool = bounded(False, FLAG)
 
@@ -90,6 +94,9 @@ class SamplingParams:
                 "at most as many"
             )
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        wanted = self.structured_outputs
+        if wanted is not None and not isinstance(wanted, StructuredOutputs):
+            raise RequestError(f"structured_outputs is {wanted!r}; give a StructuredOutputs")
 
     @property
     def greedy(self) -> bool:
@@ -104,6 +111,7 @@ class SamplingParams:
             or self.min_tokens > 0
             or self.changes_logits
             or self.logprobs is not None
+            or self.structured_outputs is not None
         )
 
     @property

@@ -85,6 +85,9 @@ def check_request(
                 f"logit_bias names token {token_id}, outside the vocabulary of tenant "
                 f"{tenant!r} (0..{config.vocab_size - 1})"
             )
+    grammar = None
+    if params.structured_outputs is not None:
+        grammar = text.grammar(params.structured_outputs, config.vocab_size)
     if params.min_tokens > room:
         params = replace(params, min_tokens=room)
     return Request(
@@ -95,6 +98,7 @@ def check_request(
         text=text,
         taken_at=taken_at,
         is_encoder_decoder=config.is_encoder_decoder,
+        grammar=grammar,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from common.errors import MoetelError
 from common.sampling_params import SamplingParams
 from common.serving.backend import Row
+from common.serving.grammar import Grammar
 from common.serving.prompt_logprobs import PromptLogprobs
 from common.serving.sampling import TokenLogprob, log_probabilities, sample
 from common.serving.tenant_text import TenantText
@@ -113,6 +114,7 @@ class Request:
     number: int = 0
     on_output: Callable[[Output], None] | None = None
     is_encoder_decoder: bool = False
+    grammar: Grammar | None = None
     cache_salt: str = ""
 
     sequence: int | None = None
@@ -215,8 +217,14 @@ class Request:
         logprobs: tuple[TokenLogprob, ...] = ()
         if logits is not None:
             banned = self._ends if len(self.token_ids) < self.params.min_tokens else frozenset()
-            token_id = sample(logits, self.params, self._rng, self.prompt, self.token_ids, banned)
-        token_id = self._forced(token_id)
+            allowed = None if self.grammar is None else self.grammar.allowed(len(logits))
+            token_id = sample(
+                logits, self.params, self._rng, self.prompt, self.token_ids, banned, allowed
+            )
+        if self.grammar is None:
+            token_id = self._forced(token_id)
+        else:
+            self.grammar.take(token_id)
         if logits is not None and self.params.logprobs is not None:
             logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
             self.logprobs += logprobs
@@ -231,6 +239,8 @@ class Request:
             self.stop_reason = self._stops.get(
                 token_id, None if token_id in self._eos else token_id
             )
+        elif self.grammar is not None and self.grammar.ended:
+            self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish_reason = "length"
         piece = ""

@@ -79,15 +79,21 @@ def sample(
     prompt: Sequence[int] = (),
     answer: Sequence[int] = (),
     banned: Collection[int] = (),
+    allowed: np.ndarray | None = None,
 ) -> int:
     """The next token id. logits: float32 [vocab]; entries of -inf are never chosen.
 
-    prompt, answer: what stands before, for penalties. banned: ids that may not be chosen.
+    prompt, answer: what stands before, for penalties. banned: ids that may not be chosen, unless
+    they alone are allowed. allowed: bool [vocab], ids that may be chosen; None: all.
     Order as in transformers' LogitsProcessorList for sampling: penalties, temperature, top-k,
     top-p, min-p, the draw.
     """
+    plain = logits
     if params.changes_logits or banned:
         logits = adjusted(logits, params, prompt, answer, banned)
+    if allowed is not None:
+        left = np.where(allowed, logits, -np.inf)
+        logits = left if np.isfinite(left).any() else np.where(allowed, plain, -np.inf)
     if params.greedy:
         return int(logits.argmax())
     scores = logits.astype(np.float64) / params.temperature

@@ -108,7 +108,11 @@ class Steps:
             if self._backend.prefix_block is not None and request.shares_prefix:
                 counts["prefix_cache_queries"] += len(request.prompt)
                 counts["prefix_cache_hits"] += request.num_cached_tokens
-        output = request.choose(winner, logits, now)
+        try:
+            output = request.choose(winner, logits, now)
+        except MoetelError as error:
+            self._fail(request, error)
+            return
         counts["generation_tokens"] += 1
         if request.done:
             self.scheduler.remove(request)

@@ -3,13 +3,16 @@ token."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints.generation_config import GenerationConfig
 from common.errors import RequestError, StoreError, TenantUnavailableError
+from common.serving.grammar import Grammar, Grammars
 from common.serving.tokenizer import FILES, Tokenizer
+from common.structured_outputs import StructuredOutputs
 
 _PROBE = ({"role": "user", "content": "Hello"},)
 
@@ -27,6 +30,8 @@ class TenantText:
         self.tenant = tenant
         self.assets = assets
         self.generation = generation or GenerationConfig()
+        self._lock = threading.Lock()
+        self._grammars: Grammars | None = None
         self.failure: str | None = None
         self.tokenizer: Tokenizer | None = None
         if any((assets / name).is_file() for name in FILES):
@@ -143,6 +148,14 @@ class TenantText:
                 f"tenant {self.tenant!r} has no chat template; give the prompt as plain text"
             )
         return tokenizer
+
+    def grammar(self, wanted: StructuredOutputs, vocab_size: int) -> Grammar:
+        """What may come in an answer. vocab_size: of the model. Raises RequestError."""
+        tokenizer = self.require("structured_outputs need one")
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = tokenizer.grammars(vocab_size, self.generation.eos_token_ids)
+        return self._grammars.of(wanted)
 
     def stop_token(self, stop: str, skip_special_tokens: bool) -> int | None:
         """The special token that a stop string is, None if it is text.

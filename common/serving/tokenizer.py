@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.serving.detokenizer import CleanUp, IncrementalDecoder
+from common.serving.grammar import Grammars
 
 FILES = (
     "tokenizer.json",
@@ -66,6 +67,10 @@ class Tokenizer:
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """A conversation in the chat template. options: transformers' `apply_chat_template`'s."""
         return str(self._hf.apply_chat_template(list(messages), tokenize=False, **options))
+
+    def grammars(self, vocab_size: int, ends: Sequence[int]) -> Grammars:
+        """For answers that have a structure, see `Grammars`. Raises RequestError."""
+        return Grammars(self._hf, vocab_size, ends)
 
     # Answers in pieces.
 

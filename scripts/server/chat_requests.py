@@ -13,7 +13,8 @@ from scripts.server.fields import (
     REFUSED_TEMPLATE,
     Refused,
 )
-from scripts.server.requests import Asked, Taken, TokenId
+from scripts.server.requests import Asked, TokenId
+from scripts.server.taken import Taken
 
 
 class TextPart(Taken):

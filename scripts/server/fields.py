@@ -33,7 +33,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
-_CONSTRAINED = Refused("constrained output is not offered")
+_CONSTRAINED = Refused("use structured_outputs")
 _TOOLS = Refused("tools are not offered")
 _MEDIA = Refused("tenants read text alone")
 _TRANSFER = Refused("caches are not handed to other servers")
@@ -44,8 +44,6 @@ _CHAT_ROUTE = Refused("this is for /v1/chat/completions")
 REFUSED: Mapping[str, Refused] = {
     "use_beam_search": Refused("beam search is not offered"),
     "length_penalty": Refused("it belongs to beam search, which is not offered", (1, 1.0)),
-    "response_format": Refused("constrained output is not offered", (*_NOTHING, {"type": "text"})),
-    "structured_outputs": _CONSTRAINED,
     "guided_json": _CONSTRAINED,
     "guided_regex": _CONSTRAINED,
     "guided_choice": _CONSTRAINED,

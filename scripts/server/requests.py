@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from common.bounds import bound_of
 from common.sampling_params import SamplingParams
@@ -21,6 +21,8 @@ from scripts.server.fields import (
     REFUSED_STREAM,
     Refused,
 )
+from scripts.server.structured import ResponseFormat, StructuredOutputsField, structure_of
+from scripts.server.taken import Taken
 
 TokenId = Annotated[int, Field(ge=0, le=2**31)]
 
@@ -57,23 +59,6 @@ MENDS = {
     "content": "give text, or a list of parts of type text",
 }
 """Instead of what Pydantic says of each form that a field may have."""
-
-
-class Taken(BaseModel):
-    """Of requests. refused: fields that are refused unless they change nothing."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    refused: ClassVar[Mapping[str, Refused]] = {}
-    within: ClassVar[str] = ""
-    """What stands before a field's name in errors."""
-
-    @model_validator(mode="after")
-    def _refuse(self) -> Self:
-        for name, refused in self.refused.items():
-            if refused.applies((self.model_extra or {}).get(name)):
-                raise ValueError(f"{self.within}{name}: {refused.why}; leave it out")
-        return self
 
 
 def bounded_by(name: str) -> Any:
@@ -173,6 +158,12 @@ class Asked(Taken, ABC):
         description="Give the log probability of each token of the prompt, and so many of the most "
         "probable ones. Not with stream. (vLLM)",
     )
+    response_format: ResponseFormat | None = Field(
+        None, description="json_object, or json_schema: the answer is JSON, of the schema."
+    )
+    structured_outputs: StructuredOutputsField | None = Field(
+        None, description="One of json, regex, choice, grammar, json_object. (vLLM)"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
 
@@ -182,6 +173,8 @@ class Asked(Taken, ABC):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only for streams; set stream to true or leave it out")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("structured_outputs: response_format is there too; leave one out")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs: not in streams; leave out stream or prompt_logprobs")
         if any(not i.isascii() or not i.isdigit() or len(i) > 9 for i in self.logit_bias or {}):
@@ -261,6 +254,7 @@ class Asked(Taken, ABC):
             logit_bias={int(i): b for i, b in self.logit_bias.items()} if self.logit_bias else None,
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
+            structured_outputs=structure_of(self.response_format, self.structured_outputs),
             skip_special_tokens=self.skip_special,
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
         )

@@ -63,7 +63,6 @@ from tests.server.live import GOOD, Live, Loop, error, events, wait_for
         ({"priority": 0.5}, "priority", "valid integer"),
         ({"deadline_ms": 0}, "deadline_ms", "greater than 0"),
         ({"guided_json": {"type": "object"}}, "guided_json", "leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "leave it out"),
         ({"prompt_logprobs": 1}, "prompt_logprobs", "leave it out"),
         ({"model": "ids", "prompt": "text"}, None, "no tokenizer"),
         ({"model": "ids", "prompt": [5], "stop": "a"}, None, "use stop_token_ids"),

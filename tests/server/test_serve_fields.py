@@ -91,7 +91,6 @@ VALUES: Mapping[str, Any] = {
     "include_reasoning": False,
     "add_generation_prompt": False,
     "modalities": ["text", "audio"],
-    "response_format": {"type": "json_object"},
 }
 
 
