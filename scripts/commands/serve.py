@@ -123,6 +123,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     load.add_argument(
+        "--tool-call-parser",
+        choices=("hermes", "mistral", "qwen3_coder"),
+        help="the format in which the models call tools; without it tool_choice auto is refused",
+    )
+    load.add_argument(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="as vLLM has it; needs --tool-call-parser, which does it alone",
+    )
+    load.add_argument(
         "--generation-config",
         choices=("auto", "vllm"),
         default="auto",
@@ -222,6 +232,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
     """Raises KeyFileError, ServeError."""
+    if args.enable_auto_tool_choice and args.tool_call_parser is None:
+        raise ServeError("--enable-auto-tool-choice needs --tool-call-parser; say which format")
     keys = None if args.api_keys is None else KeyRing.read(args.api_keys)
     if keys is None and not _is_loopback(args.host):
         if args.enable_admin:
@@ -241,6 +253,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         max_request_bytes=args.max_request_bytes,
         max_sequences=args.max_queue,
         drain_timeout_s=args.drain_timeout,
+        tool_call_parser=args.tool_call_parser,
         watch_store=args.watch,
         generation_config=args.generation_config == "auto",
         allowed_origins=args.allowed_origins,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -22,6 +23,7 @@ from scripts.server.answers import (
 from scripts.server.chat_requests import ChatRequest
 from scripts.server.conversation import prompt_ids, written
 from scripts.server.dependencies import ERRORS, STREAMED, Caller, SharedService
+from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.running import Run
 from scripts.server.schema import (
@@ -33,6 +35,8 @@ from scripts.server.schema import (
     Delta,
 )
 from scripts.server.service import Service
+from scripts.server.tools import PARSERS
+from scripts.server.tools.answer import Calling, ToolCall
 
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
@@ -54,6 +58,9 @@ async def chat(
     prompt, ids = await asyncio.to_thread(_conversation, body, service, tenant)
     limit = body.answer_limit or service.max_model_len(tenant)
     jobs = jobs_of(body, service, tenant, [ids], limit, arrival(request.scope).at)
+    calling = _calling(body, service)
+    if calling and body.calls == "auto" and PARSERS[_parser_of(service)].special:
+        jobs = [replace(j, params=replace(j.params, skip_special_tokens=False)) for j in jobs]
     number, created = request_number("chatcmpl", body, request), int(time.time())
     texts = AnswerTexts(body, service, jobs)
 
@@ -64,6 +71,8 @@ async def chat(
         if body.num_logprobs is not None:
             out.logprobs = texts[index].chat(output.logprobs, generation is not None)
         out.finish_reason = None if generation is None else generation.finish_reason
+        if out.finish_reason == "stop" and calling:
+            out.finish_reason = calling[index].finish_reason or "stop"
         out.stop_reason = None if generation is None else generation.stop_reason
         if body.return_token_ids:
             out.token_ids = list(output.token_ids)
@@ -72,6 +81,11 @@ async def chat(
         choices = []
         for i, g in enumerate(run.generations):
             message = ChatMessage(role="assistant", content=g.text or "", refusal=None)
+            if calling:
+                content, calls = calling[i].push(g.text or "", over=True)
+                message.content = content or (None if calls else "")
+                if calls:
+                    message.tool_calls = [_whole(call) for call in calls]
             choices.append(ChatChoice(index=i, message=message))
             finish(choices[-1], i, whole_output(g))
         out = ChatAnswer(
@@ -101,9 +115,13 @@ async def chat(
     def chunk(index: int, output: Output, begins: bool) -> ChatChunk:
         # The role comes with the first text, so that chunks are as many as steps, and times between
         # them are true.
-        delta = (
-            Delta(role="assistant", content=output.text) if begins else Delta(content=output.text)
-        )
+        content = output.text
+        calls: list[ToolCall] = []
+        if calling:
+            content, calls = calling[index].push(output.text, output.generation is not None)
+        delta = Delta(role="assistant", content=content) if begins else Delta(content=content)
+        if calls:
+            delta.tool_calls = calls
         choice = ChatChunkChoice(index=index, delta=delta)
         finish(choice, index, output)
         out = piece([choice])
@@ -117,6 +135,38 @@ async def chat(
         return out
 
     return await respond(body, request, service, jobs, whole, chunk, last)
+
+
+def _calling(body: ChatRequest, service: Service) -> list[Calling]:
+    """What becomes of each answer's text where tools may be called; none where they may not.
+
+    Raises ApiError.
+    """
+    if body.calls == "none":
+        return []
+    if body.calls == "auto":
+        _parser_of(service)
+    parallel, parser = body.parallel_tool_calls is not False, service.settings.tool_call_parser
+    return [
+        Calling(body.tools or (), body.calls, parallel, parser) for _ in range(body.num_answers)
+    ]
+
+
+def _parser_of(service: Service) -> str:
+    """The format of calls. Raises ApiError."""
+    if service.settings.tool_call_parser is None:
+        raise ApiError(
+            400,
+            "tool_choice: auto needs a server that knows the format of calls; start it with "
+            f"--tool-call-parser ({', '.join(PARSERS)}), or ask for required or none",
+            param="tool_choice",
+        )
+    return service.settings.tool_call_parser
+
+
+def _whole(call: ToolCall) -> ToolCall:
+    """As whole answers have it: without a place."""
+    return ToolCall(id=call.id, type=call.type, function=call.function)
 
 
 def _conversation(body: ChatRequest, service: Service, tenant: str) -> tuple[str, list[int]]:

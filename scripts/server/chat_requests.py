@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from common.sampling_params import MAX_LOGPROBS
+from common.structured_outputs import StructuredOutputs
 from scripts.server.fields import (
     REFUSED_CHAT,
     REFUSED_TEMPLATE,
@@ -15,6 +16,7 @@ from scripts.server.fields import (
 )
 from scripts.server.requests import Asked, TokenId
 from scripts.server.taken import Taken
+from scripts.server.tools.fields import NamedTool, Tool, ToolChoice, structure_of_calls
 
 
 class TextPart(Taken):
@@ -64,6 +66,9 @@ class Conversation(Taken):
     reasoning_effort: str | None = Field(
         None, max_length=64, description="A variable of the template. (vLLM)"
     )
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
+        None, description="Functions that the answer may call; the template writes them out."
+    )
 
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_TEMPLATE
 
@@ -88,7 +93,42 @@ class ChatRequest(Conversation, Asked):
         None, description="Give the written conversation too. (vLLM)"
     )
 
+    tool_choice: ToolChoice | None = Field(
+        None, description="auto (the default where there are tools), none, required, or one tool."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Whether several may be called.")
+
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_CHAT
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        names = [tool.function.name for tool in self.tools or ()]
+        if not names:
+            raise ValueError("tool_choice: there are no tools; give tools, or leave it out")
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(
+                f"tool_choice: there is no tool {choice.function.name!r}; there is: "
+                + ", ".join(names)
+            )
+        if super().structure() is not None:
+            raise ValueError(
+                "tool_choice: the answer cannot be a call and of another structure; leave out "
+                "response_format and structured_outputs"
+            )
+        return self
+
+    @property
+    def calls(self) -> ToolChoice:
+        """How tools may be called."""
+        return (self.tool_choice or "auto") if self.tools else "none"
+
+    def structure(self) -> StructuredOutputs | None:
+        parallel = self.parallel_tool_calls is not False
+        asked = structure_of_calls(self.tools or (), self.calls, parallel)
+        return super().structure() if asked is None else asked
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

@@ -118,6 +118,9 @@ def _options(tenant: str, body: Conversation, known: frozenset[str]) -> dict[str
             )
         require("chat_template_kwargs", name)
         options[name] = value
+    if body.tools:
+        require("tools", "tools")
+        options["tools"] = [tool.plain() for tool in body.tools]
     if body.documents:
         require("documents", "documents")
         options["documents"] = body.documents

@@ -34,7 +34,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 _CONSTRAINED = Refused("use structured_outputs")
-_TOOLS = Refused("tools are not offered")
+_TOOLS = Refused("use tools")
 _MEDIA = Refused("tenants read text alone")
 _TRANSFER = Refused("caches are not handed to other servers")
 _OWN_TEMPLATE = Refused("the tenant's own template is used")
@@ -84,13 +84,11 @@ REFUSED_COMPLETION: Mapping[str, Refused] = {
     "chat_template_kwargs": _CHAT_ROUTE,
     "reasoning_effort": _CHAT_ROUTE,
     "return_prompt_text": _CHAT_ROUTE,
-    "tools": _TOOLS,
     "functions": _TOOLS,
 }
 
 REFUSED_TEMPLATE: Mapping[str, Refused] = {
     "chat_template": _OWN_TEMPLATE,
-    "tools": _TOOLS,
     "mm_processor_kwargs": _MEDIA,
     "media_io_kwargs": _MEDIA,
 }
@@ -99,9 +97,8 @@ REFUSED_TEMPLATE: Mapping[str, Refused] = {
 REFUSED_CHAT: Mapping[str, Refused] = {
     **REFUSED,
     **REFUSED_TEMPLATE,
-    "tool_choice": Refused("tools are not offered", ("none", "auto")),
     "functions": _TOOLS,
-    "function_call": Refused("tools are not offered", ("none", "auto")),
+    "function_call": Refused("use tool_choice", ("none", "auto")),
     "audio": Refused("audio is not offered"),
     "modalities": Refused("answers are text", ([], ["text"])),
     "moderation": Refused("nothing is moderated", ()),
@@ -131,7 +128,6 @@ MEANINGLESS: Mapping[str, str] = {
     "service_tier": "there is one",
     "safety_identifier": "nobody is told of it",
     "prediction": "it may save time, and changes no answer",
-    "parallel_tool_calls": "there are no tools",
     "routed_experts_prompt_start": "answers do not tell the experts of each token",
     "return_token_offsets": "it is for routes that only write prompts out",
     "return_mm_kwargs": "it is for routes that only write prompts out",

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from common.bounds import bound_of
 from common.sampling_params import SamplingParams
+from common.structured_outputs import StructuredOutputs
 from scripts.server.fields import (
     REFUSED,
     REFUSED_COMPLETION,
@@ -222,6 +223,10 @@ class Asked(Taken, ABC):
         """How many of the most probable tokens to give with each token; None: no log
         probabilities."""
 
+    def structure(self) -> StructuredOutputs | None:
+        """What the answer has to be. Raises RequestError."""
+        return structure_of(self.response_format, self.structured_outputs)
+
     def params(
         self, max_new_tokens: int, answer: int, defaults: Mapping[str, int | float]
     ) -> SamplingParams:
@@ -254,7 +259,7 @@ class Asked(Taken, ABC):
             logit_bias={int(i): b for i, b in self.logit_bias.items()} if self.logit_bias else None,
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
-            structured_outputs=structure_of(self.response_format, self.structured_outputs),
+            structured_outputs=self.structure(),
             skip_special_tokens=self.skip_special,
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
         )

@@ -25,6 +25,8 @@ class ServerSettings:
     max_request_bytes: longest body; None: by the longest context.
     max_sequences: most answers that one request asks for, its prompts times `n`.
     drain_timeout_s: how long running requests may go on after the first signal to stop.
+    tool_call_parser: the format of calls that models make by themselves, a name of
+        `scripts.server.tools.PARSERS`; None: they make none.
     watch_store: whether changes that others make to the store are served.
     generation_config: whether the tenants' generation_config.json gives defaults for sampling.
     allowed_origins, allowed_methods, allowed_headers: what pages of other origins may do, `*`:
@@ -38,6 +40,7 @@ class ServerSettings:
     max_request_bytes: int | None = None
     max_sequences: int = 1024
     drain_timeout_s: float = 30.0
+    tool_call_parser: str | None = None
     watch_store: bool = True
     generation_config: bool = True
     allowed_origins: tuple[str, ...] = ("*",)
