@@ -137,7 +137,8 @@ def _difference(
     report: Report, backend: Backend, tenant: str, rng: np.random.Generator, vocabulary: int
 ) -> None:
     """How far the logits of graphs and of eager launches are apart, on the same tokens."""
-    row = Row(tenant, tuple(rng.integers(3, vocabulary, size=20).tolist()), 4)
+    prompt = tuple(rng.integers(3, vocabulary, size=20).tolist())
+    row = Row(tenant, prompt, 4, cache_prefix=False)
 
     def last_logits() -> np.ndarray:
         number = backend.begin(row)
