@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import common.build.build
+import common.build.unfinished
 import scripts.commands.plan
 from common import SamplingParams, Store, build_store, load_engine
 from common.build.calibration import calibrate
@@ -34,7 +34,7 @@ def test_calibration_is_measured_once(
         measured.append(list(sets))
         return calibrate(store, sets, **options)
 
-    for module in (scripts.commands.plan, common.build.build):
+    for module in (scripts.commands.plan, common.build.unfinished):
         monkeypatch.setattr(module, "calibrate", counted)
     prompts = tmp_path / "fr.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in (12, 345, 6789)))
@@ -116,9 +116,9 @@ def test_what_was_measured_before_is_not_measured_again(
     """--apply uses what the table was made of, and from then on nothing is measured at all."""
     spectra, seen = Planner._measure_spectra, []
 
-    def watch(self: Planner, p: int, row: Any) -> None:
+    def watch(self: Planner, p: int, *rest: Any) -> None:
         before = len(self._spectra)
-        spectra(self, p, row)
+        spectra(self, p, *rest)
         seen.append(len(self._spectra) - before)
 
     monkeypatch.setattr(Planner, "_measure_spectra", watch)
