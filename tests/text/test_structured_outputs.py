@@ -16,20 +16,23 @@ from common.serving.engine import Engine
 from common.serving.scheduler_options import SchedulerOptions
 from tests import helpers
 from tests.byte_tokenizer import byte_tokenizer
+from tests.server import speech
 
 pytest.importorskip("llguidance", reason="structured outputs need llguidance")
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Two tenants whose tokenizers number the bytes otherwise, and one without a tokenizer."""
+    """A tenant that speaks in bytes, one with words and bytes as Mixtral's, one without a
+    tokenizer."""
     root = tmp_path_factory.mktemp("structured")
-    base = helpers.random_mixtral(0, vocab_size=280, max_position_embeddings=2048, eos_token_id=2)
+    tokenizers = {"ana": byte_tokenizer([]), "bob": speech.metaspace(), "ids": None}
+    base = helpers.random_mixtral(0, vocab_size=420, max_position_embeddings=2048, eos_token_id=2)
     paths = {}
-    for seed, (name, extra) in enumerate((("ana", []), ("bob", ["<user>"]), ("ids", []))):
+    for seed, (name, tokenizer) in enumerate(tokenizers.items()):
         paths[name] = helpers.save(helpers.tuned(base, seed), root / name)
-        if name != "ids":
-            byte_tokenizer(extra).save_pretrained(paths[name])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(paths[name])
     build_store(root / "store", paths, policy="round_robin")
     options = SchedulerOptions(max_num_seqs=8)
     with load_engine(root / "store", device="cpu", scheduler=options) as made:
