@@ -231,8 +231,8 @@ class AsyncEngine:
         return self.engine.store
 
     async def follow(self) -> bool:
-        """Go on with what others made of the store, between two steps. Tenants that are gone get no
-        new requests, and the change waits for those that they have.
+        """Go on with what others made of the store, between two steps. Tenants that are gone, or
+        are other models now, get no new requests, and the change waits for those that they have.
 
         Returns whether anything was to be changed. Raises EngineError or StoreError; the engine
         then serves what it did before.
@@ -241,8 +241,7 @@ class AsyncEngine:
             store = await asyncio.to_thread(Store.open, self.engine.store.path)
             if store.manifest == self.engine.store.manifest:
                 return False
-            gone = [t for t in self.engine.store.tenants if t not in store.tenants]
-            async with self.retired(gone):
+            async with self.retired(sorted(self.engine.store.departed(store))):
                 await self._between_steps(lambda: self.engine.update(store))
             return True
 

@@ -260,17 +260,17 @@ class Engine:
         """Go on with a changed store: tenants added, tenants removed, another plan.
 
         To be called between two steps. Weights that did not change stay where they are, and so do
-        requests. A tenant that is gone must have none: see `retire`.
+        requests. A tenant that is gone, or is another model now, must have none: see `retire`.
 
         Raises StoreError or EngineError, and then nothing has changed.
         """
-        for name in self.store.tenants:
-            if name not in store.tenants and self._steps.scheduler.requests(name):
+        gone = self.store.departed(store)
+        for name in gone:
+            if self._steps.scheduler.requests(name):
                 raise EngineError(
                     f"tenant {name!r} has requests; retire it and wait until they are done"
                 )
         self._require_backend().update(store)
-        gone = set(self.store.tenants) - set(store.tenants)
         self.store = self._texts.store = store
         self._texts.forget(gone.__contains__)
         for name in gone:

@@ -68,7 +68,8 @@ class StoreWatch:
             self.updates += 1
             store = self._engine.store
             come = [t for t in store.tenants if t not in before.tenants]
-            gone = [t for t in before.tenants if t not in store.tenants]
+            gone = sorted(before.departed(store))
+            come += [t for t in gone if t in store.tenants]
             self._on_change(come, gone)
             logger.info(
                 "%s changed: %d tenants%s%s",

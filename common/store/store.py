@@ -124,6 +124,16 @@ class Store:
             )
         return self.objects.ref(object_id)
 
+    def departed(self, later: Store) -> set[str]:
+        """Tenants that a later state of this store lacks, or has with other weights or files."""
+        return {
+            t.name
+            for t in self.manifest.tenants
+            if t.name not in later.tenants
+            or later.tenant(t.name).tensors != t.tensors
+            or later.tenant(t.name).assets_folder != t.assets_folder
+        }
+
     def role_tensor(self, name: str, role: str, layer: int | None = None) -> str:
         """Canonical name of a tenant's tensor with a role; see `common.families.shape`."""
         return self.family.tensor_name(self.config(name), role, layer)

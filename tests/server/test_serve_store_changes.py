@@ -80,6 +80,19 @@ def engine_params() -> Any:
     return SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
+def test_a_tenant_becomes_another_model(
+    followed: tuple[Live, Loop], store: Path, checkpoints: dict[str, Path]
+) -> None:
+    live, loop = followed
+    before = text_of(live, "bob")
+    other = {"ana": checkpoints["ana"], "bob": checkpoints["new"]}
+    build_store(store, other, policy="round_robin", slots=6)
+    assert look(live, loop)
+    with load_engine(store, device="cpu") as engine:
+        expected = engine.generate("bob", "hello", engine_params())
+    assert text_of(live, "bob") == expected.text != before
+
+
 def test_a_tenant_goes_when_its_requests_are_done(followed: tuple[Live, Loop], store: Path) -> None:
     live, loop = followed
     long = GOOD | {"model": "bob", "max_tokens": 300, "stream": True}
