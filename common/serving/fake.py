@@ -304,6 +304,9 @@ class FakeStore:
         self.tenants, self.experts = tuple(tenants), experts
         self._config = _Config(max_positions)
 
+    def departed(self, later: FakeStore) -> set[str]:
+        return set(self.tenants) - set(later.tenants)
+
     def config(self, tenant: str) -> Any:
         assert tenant in self.tenants
         return self._config

@@ -69,9 +69,10 @@ class Service:
         """The store is loaded."""
         self.engine = engine
         if self.settings.watch_store:
-            self.watch = StoreWatch(engine, self._changed)
+            self.watch = StoreWatch(engine, self.changed)
 
-    def _changed(self, come: Collection[str], gone: Collection[str]) -> None:
+    def changed(self, come: Collection[str], gone: Collection[str]) -> None:
+        """The store has other tenants."""
         for tenant in gone:
             self.forget(tenant)
         for tenant in come:

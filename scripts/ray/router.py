@@ -1,0 +1,59 @@
+"""Which replica answers a tenant: one with the tenant's weights ready, unless it is overloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.request_router import (
+    FIFOMixin,
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
+
+
+class TenantRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
+    """Ready and free first, then free, then the rest.
+
+    Serve asks the replicas of a rank for their queues, and takes the shortest.
+    """
+
+    def initialize_state(self, busy_at: int = 16, **kwargs: Any) -> None:
+        """busy_at: requests of a replica from which on it counts as overloaded."""
+        self._busy_at = busy_at
+        self._sent: dict[ReplicaID, set[str]] = {}
+        """Tenants sent to replicas that have not said yet what is ready."""
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        tenant = _tenant(pending_request)
+        free = [r for r in candidate_replicas if not self._is_busy(r)]
+        ready = [r for r in free if self._is_ready(r, tenant)]
+        others = [r for r in free if r not in ready]
+        busy = [r for r in candidate_replicas if r not in free]
+        return [rank for rank in (ready, others, busy) if rank]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        if (tenant := _tenant(pending_request)) is not None:
+            self._sent.setdefault(replica_id, set()).add(tenant)
+
+    def _is_busy(self, replica: RunningReplica) -> bool:
+        queue = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        stats: dict[str, Any] = replica.routing_stats
+        return queue >= self._busy_at or stats.get("waiting", 0) > 0
+
+    def _is_ready(self, replica: RunningReplica, tenant: str | None) -> bool:
+        stats: dict[str, Any] = replica.routing_stats
+        known = stats["ready"] if "ready" in stats else self._sent.get(replica.replica_id, ())
+        return tenant in known
+
+
+def _tenant(pending: PendingRequest | None) -> str | None:
+    """`EngineReplica.generate`'s first argument."""
+    return pending.args[0] if pending is not None and pending.args else None
