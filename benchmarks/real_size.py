@@ -16,11 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -103,19 +102,14 @@ def served(store: Path, name: str) -> tuple[Watched, float, float]:
             if server.process.poll() is not None:
                 server.wait()
             try:
-                urllib.request.urlopen(f"{address}/ready", timeout=2).read()
+                httpx2.get(f"{address}/ready", timeout=2).raise_for_status()
                 break
-            except (OSError, urllib.error.URLError):
+            except httpx2.HTTPError:
                 time.sleep(0.1)
         ready = time.perf_counter() - begun
         body = {"model": name, "prompt": "w5 w6 w7", "max_tokens": 16}
-        request = urllib.request.Request(
-            f"{address}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
         begun = time.perf_counter()
-        urllib.request.urlopen(request, timeout=600).read()
+        httpx2.post(f"{address}/v1/completions", json=body, timeout=600).raise_for_status()
         answered = time.perf_counter() - begun
         server.look()
     finally:

@@ -13,7 +13,7 @@ from common.plan.expert_math import plus
 from common.plan.plan import MERGED, MISS, Copy, Plan
 from common.plan.residual import Residual, join_parts
 from common.planning.configurations import Config
-from common.planning.position import REFITS, Matrix, PositionPlanner
+from common.planning.position import Matrix, PositionPlanner
 from common.planning.residual_curves import Kinds, choose
 from common.planning.residual_fit import Spectrum
 from common.planning.workers import position_bytes, side_by_side
@@ -121,8 +121,8 @@ def _make(
     """Weights of a position's copy (None: a tenant's own), tenants' residuals, and what each tenant
     loses, float64 [tenants].
 
-    A fitted copy and residuals are fitted to each other in turn: a copy need not serve what
-    residuals add.
+    Where samples determine a copy, it and its residuals are fitted to each other in turn: a copy
+    need not serve what residuals add.
     """
     config, count = chosen.config, len(traffic)
     is_merged = len(np.flatnonzero(config.mix)) > 1 or (config.fitted and count > 1)
@@ -148,7 +148,7 @@ def _make(
 
     copy, made, best = attempt({})
     if config.fitted and made:
-        for _ in range(REFITS):
+        for _ in range(position.refits):
             other, found, losses = attempt({t: one.added for t, one in made.items()})
             if traffic @ losses >= traffic @ best:
                 break

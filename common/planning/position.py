@@ -21,7 +21,8 @@ Matrix = dict[str, np.ndarray]
 
 
 # How often a copy is fitted anew beside the residuals that were fitted to it, as long as that
-# helps.
+# helps. It helps by up to 6 % where samples determine a copy, and not at all where they are fewer
+# than its inputs, as of large models (docs/results/2026-11-27-planning.md).
 REFITS = 2
 
 
@@ -79,6 +80,12 @@ class PositionPlanner:
         """bool [n]: the samples that copies and residuals are fitted to."""
         held = self.held_out(tenant)
         return ~held if len(held) > 1 else held
+
+    @property
+    def refits(self) -> int:
+        """How often a fitted copy may be fitted anew: never where samples are fewer than inputs."""
+        samples = sum(int(self.fitted_to(t).sum()) for t in self.own)
+        return REFITS if samples >= self._spec.hidden_size else 0
 
     def seen(self, tenant: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and gates of the samples that are fitted to."""
