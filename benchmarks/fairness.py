@@ -146,7 +146,7 @@ def simulate(
         for request, _ in parts:
             if request.unread:
                 continue
-            request.choose(1, None, clock)
+            request.take(1, None, clock)
             if request.done:
                 scheduler.remove(request)
                 under_way -= 1

@@ -102,6 +102,7 @@ class TorchBackend(Backend):
         self.observer: Observer | None = None
         self.default_chunk = 128 if self.device.type == "cpu" else 1024
         self.prefetches = self.device.type == "cuda"
+        self.chooses = self.device.type == "cuda"  # logits of many rows are slow to fetch
         try:
             self.cache = make_arena(self._shapes(store), options, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
@@ -254,7 +255,15 @@ class TorchBackend(Backend):
             ).synchronize()  # so that times are those of this step
         hits = counts * lookups - made.misses
         seconds = self.ready.seconds()
-        return Step(made.token_ids, made.logits, hits, made.misses, seconds, made.prompt_logprobs)
+        return Step(
+            made.token_ids,
+            made.logits,
+            hits,
+            made.misses,
+            seconds,
+            made.prompt_logprobs,
+            made.logprobs,
+        )
 
     def _graphed(self, parts: Sequence[Part], tenants: Sequence[str]) -> list[int]:
         """The parts that `DecodeSteps` computes, those of a tenant together."""

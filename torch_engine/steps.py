@@ -12,6 +12,8 @@ from torch import Tensor
 
 from common.serving.backend import Observer, Part
 from common.serving.prompt_logprobs import PromptLogprobs
+from common.serving.sampling import TokenLogprob
+from torch_engine import sampling
 from torch_engine.decode.step import DecodeSteps
 from torch_engine.experts.pool import ExpertPool
 from torch_engine.layers.attention import kind_of
@@ -31,6 +33,7 @@ class Results:
     logits: list[np.ndarray | None]
     misses: np.ndarray
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     waited: bool = False
 
     @classmethod
@@ -44,19 +47,48 @@ class Results:
         found: Sequence[tuple[Sequence[int], Tensor]],
         winners: Tensor,
     ) -> None:
-        """Take the most probable tokens, and logits where they are wanted.
+        """Take the most probable tokens or the chosen ones, and logits where they are wanted.
 
         found: parts' numbers and their logits [rows, V]; winners: int64 [rows of all].
         """
-        # One look at the device for all tenants' winners.
-        self.token_ids[[i for numbers, _ in found for i in numbers]] = winners.cpu().numpy()
+        numbers = [i for each, _ in found for i in each]
+        chosen = [(each, _chosen(parts, each, values)) for each, values in found]
+        sent = [rows.flatten() for _, rows in chosen if rows is not None]
+        # One look at the device for all tenants' tokens; float64 holds every id.
+        known = (
+            torch.cat([winners.double(), *sent]).cpu().numpy() if sent else winners.cpu().numpy()
+        )
+        self.token_ids[numbers] = known[: len(numbers)]
         self.waited = True
-        for numbers, values in found:
-            wanted = [k for k, i in enumerate(numbers) if parts[i].want_logits]
+        start = len(numbers)
+        for each, rows in chosen:
+            if rows is None:
+                continue
+            lines = known[start : start + rows.numel()].reshape(rows.shape)
+            start += rows.numel()
+            for i, line in zip([i for i in each if parts[i].choice], lines, strict=True):
+                choice = parts[i].choice
+                assert choice is not None
+                self.token_ids[i] = line[0]
+                if (logprob := sampling.logprob(line, choice)) is not None:
+                    self.logprobs[i] = logprob
+        for each, values in found:
+            wanted = [k for k, i in enumerate(each) if parts[i].want_logits]
             if wanted:
-                kept = values if len(wanted) == len(numbers) else values[wanted]
+                kept = values if len(wanted) == len(each) else values[wanted]
                 for row, k in zip(kept.float().cpu().numpy(), wanted, strict=True):
-                    self.logits[numbers[k]] = row
+                    self.logits[each[k]] = row
+
+
+def _chosen(parts: Sequence[Part], numbers: Sequence[int], logits: Tensor) -> Tensor | None:
+    """What `sampling.choose` says of the parts that say how; None: none does."""
+    rows = [k for k, i in enumerate(numbers) if parts[i].choice is not None]
+    if not rows:
+        return None
+    choices = [choice for i in numbers if (choice := parts[i].choice) is not None]
+    if len(rows) < len(numbers):
+        logits = torch.cat([logits[k : k + 1] for k in rows])  # an index of numbers would wait
+    return sampling.choose(logits, choices)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from common.serving.prompt_logprobs import PromptLogprobs
+from common.serving.sampling import Choice, TokenLogprob
 from common.store import Store
 
 
@@ -54,6 +55,7 @@ class Part:
         read now.
     token_id: with read 0, the token that follows what it has. want_logits: whether all logits are
         asked for.
+    choice: how the next token is chosen, for a backend that chooses; None: the most probable one.
     prompt_logprobs: of decoders, with read: give the log probability of the unread token behind
         each one that it reads, and those of so many most probable ones.
     """
@@ -63,13 +65,15 @@ class Part:
     token_id: int = -1
     want_logits: bool = False
     prompt_logprobs: int | None = None
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """What a step gave, in the order of its parts.
 
-    token_ids: int64 [parts], the most probable next token; -1 where there is more to read first.
+    token_ids: int64 [parts], the most probable next token, or the one that was chosen as the part
+        says; -1 where there is more to read first.
     logits: for each part float32 [vocab of its tenant], or None if it was not asked for or there is
         more to read.
     hits, misses: int64 [parts], expert look-ups of this step.
@@ -77,6 +81,7 @@ class Step:
         tenant; those in use already are left out.
     prompt_logprobs: of the parts that asked for them, by number: of the tokens behind those that
         the part read, as far as there are any.
+    logprobs: of the tokens that the backend chose, by part, where its choice asks for them.
     """
 
     token_ids: np.ndarray
@@ -85,6 +90,7 @@ class Step:
     misses: np.ndarray
     reconfiguration_s: dict[str, float] = field(default_factory=dict)
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
 
 
 Observer = Callable[[str, int, np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
@@ -113,6 +119,10 @@ class Backend(ABC):
     prefix_block: int | None = None
     """Beginnings of prompts are found in the cache in blocks of so many tokens; None: they are not
     kept."""
+
+    chooses: bool = False
+    """Whether `step` chooses tokens on the device where parts say how; else it gives logits, and
+    the caller chooses. Both ways give the same tokens, but for float rounding."""
 
     default_chunk: int
     """Tokens of prompts that a step should read at most while other sequences answer: about what

@@ -9,6 +9,8 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,22 +25,40 @@ if TYPE_CHECKING:
 MOST_KEPT = 64
 
 
+@cache
+def _thread() -> ThreadPoolExecutor:
+    """What may come next is computed here while a step computes the logits."""
+    return ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+
 class Grammar:
     """What may come next in one answer."""
 
-    def __init__(self, matcher: llguidance.LLMatcher):
-        self._matcher = matcher
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self._coming: Future[np.ndarray] | None = None
 
-    def allowed(self, vocab_size: int) -> np.ndarray:
-        """bool [vocab]: tokens that may come next. Raises as `take`."""
+    def prepare(self) -> None:
+        """Begin to compute, in a thread of its own, what may come next."""
+        self._coming = _thread().submit(self._mask)
+
+    def allowed(self) -> np.ndarray | None:
+        """bool [vocab]: tokens that may come next, when they are known; None where the library has
+        given up, which `take` then raises."""
+        assert self._coming is not None, "not prepared"
+        return self._coming.result() if self._coming.exception() is None else None
+
+    def _mask(self) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        found = np.unpackbits(bits, bitorder="little")[:vocab_size].astype(bool)
+        found = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
         if not found.any():
             raise self._stuck()
-        return np.pad(found, (0, vocab_size - len(found)))
+        return np.pad(found, (0, self._vocab_size - len(found)))
 
     def take(self, token_id: int) -> None:
         """The token that came. Raises RequestError where the library gives up on the grammar."""
+        if self._coming is not None and (error := self._coming.exception()) is not None:
+            raise error
         if not self._matcher.consume_token(token_id):
             raise self._stuck()
 
@@ -69,7 +89,7 @@ class Grammars:
                 "structured_outputs: llguidance is not installed; run: pip install "
                 "'moetel[structured]'"
             ) from error
-        self._library = llguidance
+        self._library, self._vocab_size = llguidance, vocab_size
         try:
             size = max(vocab_size, len(tokenizer))
             self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, size, list(ends) or None)
@@ -100,7 +120,7 @@ class Grammars:
                 self._kept[text] = found
                 while len(self._kept) > MOST_KEPT:
                     self._kept.popitem(last=False)
-        return Grammar(found.deep_copy())
+        return Grammar(found.deep_copy(), self._vocab_size)
 
     def _text(self, wanted: StructuredOutputs) -> str:
         """The grammar as the library reads it."""

@@ -14,7 +14,7 @@ from common.sampling_params import SamplingParams
 from common.serving.backend import Row
 from common.serving.grammar import Grammar
 from common.serving.prompt_logprobs import PromptLogprobs
-from common.serving.sampling import TokenLogprob, log_probabilities, sample
+from common.serving.sampling import Choice, TokenLogprob
 from common.serving.tenant_text import TenantText
 from common.serving.text_stream import TextStream
 
@@ -207,27 +207,29 @@ class Request:
         more = count - len(self.prompt)
         return (*self.prompt, *self.token_ids[:more]) if more > 0 else self.prompt[:count]
 
-    def choose(self, winner: int, logits: np.ndarray | None, now: float) -> Output:
-        """Choose the next token from what the backend gave, and say what is now certain of the
-        answer.
+    def choice(self) -> Choice:
+        """How its next token is chosen. To be asked once a token, as a draw is taken for it; what
+        the answer's structure allows is computed from now on."""
+        banned = self._ends if len(self.token_ids) < self.params.min_tokens else frozenset()
+        uniform = 0.0 if self.params.greedy else float(self._rng.random())
+        allowed = None
+        if self.grammar is not None:
+            self.grammar.prepare()
+            allowed = self.grammar.allowed
+        return Choice(
+            self.params, self.prompt, self.token_ids, banned, self.forced, uniform, allowed
+        )
 
-        Sets `finish_reason` at the end, and `next_token` before it.
+    def take(self, token_id: int, logprob: TokenLogprob | None, now: float) -> Output:
+        """Take the next token, and say what is now certain of the answer.
+
+        Sets `finish_reason` at the end, and `next_token` before it. Raises RequestError where the
+        answer's structure cannot go on.
         """
-        token_id = winner
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if logits is not None:
-            banned = self._ends if len(self.token_ids) < self.params.min_tokens else frozenset()
-            allowed = None if self.grammar is None else self.grammar.allowed(len(logits))
-            token_id = sample(
-                logits, self.params, self._rng, self.prompt, self.token_ids, banned, allowed
-            )
-        if self.grammar is None:
-            token_id = self._forced(token_id)
-        else:
+        if self.grammar is not None:
             self.grammar.take(token_id)
-        if logits is not None and self.params.logprobs is not None:
-            logprobs = (log_probabilities(logits, token_id, self.params.logprobs),)
-            self.logprobs += logprobs
+        logprobs = () if logprob is None else (logprob,)
+        self.logprobs += logprobs
         prompt_logprobs = () if self.token_ids else tuple(self.prompt_logprobs)
         self.token_ids.append(token_id)
         self.next_token = token_id
@@ -257,18 +259,19 @@ class Request:
         generation = self.generation() if self.done else None
         return Output((token_id,), piece, logprobs, generation, prompt_logprobs)
 
-    def _forced(self, token_id: int) -> int:
-        """The next token, or the one that the tenant's generation config puts there (transformers'
-        ForcedBOS- and ForcedEOSTokenLogitsProcessor)."""
+    @property
+    def forced(self) -> int | None:
+        """The token that the tenant's generation config puts next, whatever the logits are
+        (transformers' ForcedBOS- and ForcedEOSTokenLogitsProcessor)."""
         generation = self.text.generation
         first, last = not self.token_ids, len(self.token_ids) + 1 == self.max_new_tokens
+        if self.grammar is not None:
+            return None
         if last and generation.forced_eos_token_id is not None and not self.params.ignore_eos:
             return generation.forced_eos_token_id
         # transformers forces it behind a single token, which is where an encoder-decoder's answers
         # start.
-        if first and generation.forced_bos_token_id is not None and self.is_encoder_decoder:
-            return generation.forced_bos_token_id
-        return token_id
+        return generation.forced_bos_token_id if first and self.is_encoder_decoder else None
 
     def abort(self) -> Output:
         """End it now, with what there is."""

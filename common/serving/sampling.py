@@ -1,17 +1,39 @@
-"""The choice of the next token where it is drawn or logits are changed, in numpy, for every engine.
+"""The choice of the next token where it is drawn or logits are changed, in numpy.
 
-Plain greedy rows take the device's most probable token, see `Request.choose`.
+A backend that chooses on its device gives the same tokens, see `Backend.chooses`. Plain greedy rows
+take the device's most probable token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import RequestError
 from common.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one next token is chosen.
+
+    Attributes:
+        prompt, answer: token ids that stand before, for penalties.
+        banned: ids that may not be chosen, unless they alone are allowed.
+        forced: the token that is taken whatever the logits are.
+        uniform: what the token is drawn with, from 0 to below 1.
+        allowed: gives bool [vocab], ids that may be chosen, or None for all. It may wait for a
+            thread that computes them, so it is called late.
+    """
+
+    params: SamplingParams
+    prompt: Sequence[int] = ()
+    answer: Sequence[int] = ()
+    banned: Collection[int] = ()
+    forced: int | None = None
+    uniform: float = 0.0
+    allowed: Callable[[], np.ndarray | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,55 +64,39 @@ def log_probabilities(logits: np.ndarray, token_id: int, top: int) -> TokenLogpr
     )
 
 
-def adjusted(
-    logits: np.ndarray,
-    params: SamplingParams,
-    prompt: Sequence[int],
-    answer: Sequence[int],
-    banned: Collection[int],
-) -> np.ndarray:
+def adjusted(logits: np.ndarray, choice: Choice) -> np.ndarray:
     """Logits with biases and penalties, and -inf at the banned ids; a copy. Order as in vLLM's
     sampler."""
+    params = choice.params
     scores = logits.astype(np.float64)
     for token_id, bias in (params.logit_bias or {}).items():
-        if not 0 <= token_id < len(scores):
-            raise RequestError(
-                f"logit_bias names token {token_id}; the vocabulary is 0..{len(scores) - 1}"
-            )
         scores[token_id] += bias
-    if banned:
-        scores[[i for i in banned if i < len(scores)]] = -np.inf
+    if choice.banned:
+        scores[[i for i in choice.banned if i < len(scores)]] = -np.inf
     if params.repetition_penalty != 1:
-        seen = np.unique(np.array([*prompt, *answer], dtype=np.int64))
+        seen = np.unique(np.array([*choice.prompt, *choice.answer], dtype=np.int64))
         values = scores[seen]
         scores[seen] = np.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
-    if answer and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = np.unique(np.array(answer, dtype=np.int64), return_counts=True)
+    if choice.answer and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = np.unique(np.array(choice.answer, dtype=np.int64), return_counts=True)
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
     return scores
 
 
-def sample(
-    logits: np.ndarray,
-    params: SamplingParams,
-    rng: np.random.Generator,
-    prompt: Sequence[int] = (),
-    answer: Sequence[int] = (),
-    banned: Collection[int] = (),
-    allowed: np.ndarray | None = None,
-) -> int:
+def sample(logits: np.ndarray, choice: Choice) -> int:
     """The next token id. logits: float32 [vocab]; entries of -inf are never chosen.
 
-    prompt, answer: what stands before, for penalties. banned: ids that may not be chosen, unless
-    they alone are allowed. allowed: bool [vocab], ids that may be chosen; None: all.
     Order as in transformers' LogitsProcessorList for sampling: penalties, temperature, top-k,
     top-p, min-p, the draw.
     """
-    plain = logits
-    if params.changes_logits or banned:
-        logits = adjusted(logits, params, prompt, answer, banned)
+    if choice.forced is not None:
+        return choice.forced
+    params, plain = choice.params, logits
+    if params.changes_logits or choice.banned:
+        logits = adjusted(logits, choice)
+    allowed = None if choice.allowed is None else choice.allowed()
     if allowed is not None:
         left = np.where(allowed, logits, -np.inf)
         logits = left if np.isfinite(left).any() else np.where(allowed, plain, -np.inf)
@@ -117,7 +123,7 @@ def sample(
     return int(
         ids[
             np.searchsorted(
-                np.cumsum(probabilities), rng.random() * probabilities.sum(), side="right"
+                np.cumsum(probabilities), choice.uniform * probabilities.sum(), side="right"
             ).clip(0, len(ids) - 1)
         ]
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-
-import numpy as np
+from dataclasses import replace
 
 from common.errors import DeadlineError, EngineError, MoetelError
-from common.serving.backend import Backend
+from common.serving.backend import Backend, Part, Step
 from common.serving.request import Output, Request
+from common.serving.sampling import TokenLogprob, log_probabilities, sample
 from common.serving.scheduler import NoRoomError, Scheduler
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.statistics import Statistics
@@ -63,6 +63,7 @@ class Steps:
             return True
         if not parts:
             return False
+        parts = [(r, self._with_choice(r, part)) for r, part in parts]
         try:
             step = self._backend.step([part for _, part in parts])
         except Exception as error:
@@ -74,15 +75,8 @@ class Steps:
             raise
         now = time.perf_counter()
         self.scheduler.done(parts, step, now)
-        for number, ((request, part), winner, logits, hits, misses) in enumerate(
-            zip(
-                parts,
-                step.token_ids.tolist(),
-                step.logits,
-                step.hits.tolist(),
-                step.misses.tolist(),
-                strict=True,
-            )
+        for number, ((request, part), hits, misses) in enumerate(
+            zip(parts, step.hits.tolist(), step.misses.tolist(), strict=True)
         ):
             counts = self.statistics.of(request.tenant)
             counts["hits"] += hits
@@ -96,11 +90,33 @@ class Steps:
                 read = len(request.prompt) + len(request.token_ids) - request.unread
                 request.take_prompt(found, read - part.read)
             if request.unread == 0:
-                self._take(request, winner, logits, now)
+                self._take(request, *self._chosen(request, part, step, number), now)
         self.statistics.count_step(step, self.scheduler.flooding)
         return True
 
-    def _take(self, request: Request, winner: int, logits: np.ndarray | None, now: float) -> None:
+    def _with_choice(self, request: Request, part: Part) -> Part:
+        """A part that says how its token is chosen, where more than the winner has to be known."""
+        if not part.want_logits:
+            return part
+        return replace(part, want_logits=not self._backend.chooses, choice=request.choice())
+
+    def _chosen(
+        self, request: Request, part: Part, step: Step, number: int
+    ) -> tuple[int, TokenLogprob | None]:
+        """The next token of a part."""
+        choice, logits = part.choice, step.logits[number]
+        if choice is None:
+            forced = request.forced
+            return int(step.token_ids[number]) if forced is None else forced, None
+        if logits is None:
+            return int(step.token_ids[number]), step.logprobs.get(number)
+        token_id = sample(logits, choice)
+        top = choice.params.logprobs
+        return token_id, None if top is None else log_probabilities(logits, token_id, top)
+
+    def _take(
+        self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float
+    ) -> None:
         """Give a request its next token."""
         counts = self.statistics.of(request.tenant)
         if request.first_at is None:
@@ -109,7 +125,7 @@ class Steps:
                 counts["prefix_cache_queries"] += len(request.prompt)
                 counts["prefix_cache_hits"] += request.num_cached_tokens
         try:
-            output = request.choose(winner, logits, now)
+            output = request.take(token_id, logprob, now)
         except MoetelError as error:
             self._fail(request, error)
             return

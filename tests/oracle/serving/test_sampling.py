@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from common import RequestError, SamplingParams
-from common.serving.sampling import adjusted, log_probabilities, sample
+from common.serving.sampling import Choice, adjusted, log_probabilities, sample
 from tests.helpers import examples
 
 
@@ -52,23 +52,14 @@ def test_draws_follow_transformers_distribution(options: dict[str, Any]) -> None
     params = SamplingParams(**options)
     expected = reference(logits, params)
     rng = np.random.default_rng(1)
-    draws = np.bincount([sample(logits, params, rng) for _ in range(20_000)], minlength=40) / 20_000
+    numbers = rng.random(20_000).tolist()
+    drawn = [sample(logits, Choice(params, uniform=number)) for number in numbers]
+    draws = np.bincount(drawn, minlength=40) / 20_000
     assert set(np.flatnonzero(draws)) <= set(np.flatnonzero(expected))
     # Five standard deviations of a share of 20,000 draws.
     assert (
         np.abs(draws - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20_000) + 1e-9
     ).all()
-
-
-class Sweep:
-    """Stands in for a generator: gives the middle of each of `count` equal parts of 0..1 in
-    turn."""
-
-    def __init__(self, count: int):
-        self._values = iter((np.arange(count) + 0.5) / count)
-
-    def random(self) -> float:
-        return float(next(self._values))
 
 
 @settings(max_examples=examples(60), deadline=None, derandomize=True)
@@ -90,8 +81,9 @@ def test_every_share_is_transformers(
         top_p = 1.0  # which of equal scores is dropped at the edge is a matter of sorting
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     count = 2000
-    sweep = Sweep(count)
-    draws = np.bincount([sample(logits, params, sweep) for _ in range(count)], minlength=30)  # type: ignore[arg-type]
+    middles = ((np.arange(count) + 0.5) / count).tolist()
+    drawn = [sample(logits, Choice(params, uniform=middle)) for middle in middles]
+    draws = np.bincount(drawn, minlength=30)
     expected = reference(logits, params) * count
     assert (np.abs(draws - expected) <= 1.01).all(), (draws, expected)
     assert not draws[expected == 0].any()
@@ -99,16 +91,15 @@ def test_every_share_is_transformers(
 
 def test_greedy_takes_the_most_probable() -> None:
     logits = np.array([0.0, 3.0, 3.0, -np.inf], dtype=np.float32)
-    rng = np.random.default_rng(0)
-    assert sample(logits, SamplingParams(), rng) == 1
-    assert sample(logits, SamplingParams(temperature=2.0, top_k=1), rng) == 1
+    assert sample(logits, Choice(SamplingParams())) == 1
+    assert sample(logits, Choice(SamplingParams(temperature=2.0, top_k=1))) == 1
 
 
 def test_padding_of_a_narrower_vocabulary_is_never_drawn() -> None:
     logits = np.array([0.0, 0.0, -np.inf, -np.inf], dtype=np.float32)
     params = SamplingParams(temperature=100.0, top_p=0.999)
-    rng = np.random.default_rng(0)
-    assert {sample(logits, params, rng) for _ in range(300)} == {0, 1}
+    numbers = np.random.default_rng(0).random(300).tolist()
+    assert {sample(logits, Choice(params, uniform=number)) for number in numbers} == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -181,13 +172,14 @@ def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
     expected = RepetitionPenaltyLogitsProcessor(penalty)(
         torch.tensor([prompt + answer]), torch.from_numpy(logits.copy())[None]
     )[0]
-    found = adjusted(logits, SamplingParams(repetition_penalty=penalty), prompt, answer, ())
+    params = SamplingParams(repetition_penalty=penalty)
+    found = adjusted(logits, Choice(params, prompt, answer))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
 def test_presence_and_frequency_count_the_answer_alone() -> None:
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    found = adjusted(np.zeros(6, dtype=np.float32), params, [5, 5], [1, 2, 1], ())
+    found = adjusted(np.zeros(6, dtype=np.float32), Choice(params, [5, 5], [1, 2, 1]))
     np.testing.assert_array_equal(found, [0, -1.0, -0.75, 0, 0, 0])
 
 
@@ -195,17 +187,18 @@ def test_min_p_is_transformers() -> None:
     logits = np.random.default_rng(2).normal(size=40).astype(np.float32) * 2
     kept = MinPLogitsWarper(0.2)(torch.zeros(1, 1), torch.from_numpy(logits / 1.5)[None])[0]
     expected = set(torch.isfinite(kept).nonzero().flatten().tolist())
-    rng = np.random.default_rng(0)
     params = SamplingParams(temperature=1.5, min_p=0.2)
-    assert {sample(logits, params, rng) for _ in range(5000)} == expected
+    numbers = np.random.default_rng(0).random(5000).tolist()
+    assert {sample(logits, Choice(params, uniform=number)) for number in numbers} == expected
 
 
 def test_biases_and_banned_tokens() -> None:
     logits = np.array([1.0, 5.0, 2.0], dtype=np.float32)
-    rng = np.random.default_rng(0)
-    assert sample(logits, SamplingParams(logit_bias={"2": 100}), rng) == 2  # type: ignore[dict-item]
-    assert sample(logits, SamplingParams(), rng, banned={1}) == 2
-    assert sample(logits, SamplingParams(temperature=1.0), rng, banned={1, 2}) == 0
+    biased = SamplingParams(logit_bias={2: 100})
+    assert sample(logits, Choice(biased)) == 2
+    assert sample(logits, Choice(SamplingParams(), banned={1})) == 2
+    assert sample(logits, Choice(SamplingParams(temperature=1.0), banned={1, 2})) == 0
+    assert sample(logits, Choice(biased, forced=0)) == 0
     np.testing.assert_array_equal(logits, [1.0, 5.0, 2.0])  # the caller's are not changed
 
 
