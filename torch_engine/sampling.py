@@ -131,7 +131,11 @@ def _changes(row: int, ids: Sequence[int] | np.ndarray, values: ArrayLike) -> np
 def _sent(array: np.ndarray, device: torch.device) -> Tensor:
     """On the device, without waiting for it."""
     found = torch.from_numpy(array)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    if device.type != "cuda":
+        return found
+    pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    pinned.copy_(found)
+    return pinned.to(device, non_blocking=True)
 
 
 def _adjusted(scores: Tensor, sent: dict[str, Tensor]) -> Tensor:

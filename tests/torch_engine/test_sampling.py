@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +130,49 @@ def test_an_engine_that_chooses_on_its_device_answers_the_same(store: Path) -> N
             assert [i for i, _ in a.top] == [i for i, _ in b.top]
             assert b.logprob == pytest.approx(a.logprob, abs=1e-6)
     assert [len(a.logprobs) for a in answers[0]] == [12, 0, 0, 12, 0]
+
+
+@contextmanager
+def host_waits() -> Iterator[list[Any]]:
+    """Where the host waits for the device; on a card it is an error at once."""
+    emulated = sys.modules.get("fakecuda")
+    if emulated is not None:
+        found: list[Any] = []
+        before = len(emulated.SYNCS)
+        yield found
+        found += emulated.SYNCS[before:]
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield []
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_card_chooses_the_same_and_nothing_waits_for_it(store: Path) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (24, VOCAB)).astype(np.float32)
+    options: list[dict[str, Any]] = [
+        {"temperature": 1.0, "top_p": 0.8, "top_k": 20},
+        {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.3, "logprobs": 4},
+        {"presence_penalty": 1.0, "logit_bias": {3: 9.0}},
+    ]
+    choices = [choice_of(options[i % 3], i) for i in range(len(logits))]
+    on_card = torch.from_numpy(logits).to("cuda:0")
+    with host_waits() as waits:
+        found = sampling.choose(on_card, choices)
+    assert not waits
+    expected = [sample(row, choice) for row, choice in zip(logits, choices, strict=True)]
+    assert found[:, 0].cpu().tolist() == expected
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=1, top_p=0.9, logprobs=2)
+    answers = []
+    for chooses in (True, False):
+        with load_engine(store, device="cuda", dtype="float32") as engine:
+            assert engine._backend is not None and engine._backend.chooses
+            engine._backend.chooses = chooses
+            answers.append(engine.generate_batch([("t0", "one"), ("t1", "two")], params))
+    for a, b in zip(*answers, strict=True):
+        assert a.token_ids == b.token_ids
+        assert [p.rank for p in a.logprobs] == [p.rank for p in b.logprobs]
