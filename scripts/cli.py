@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from rich.console import Console
 
@@ -63,7 +64,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         return fail("interrupted")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
+    """The parser of all commands, and the module of each."""
     parser = argparse.ArgumentParser(
         prog="moetel",
         description="Serve many fine-tuned Mixture-of-Experts models from one shared set of "
@@ -77,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"scripts.commands.{MODULES.get(name, name)}"
         )
         module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
+    return parser, modules
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser, modules = make_parser()
     args = parser.parse_args(argv)
     return guarded(modules[args.command].run, args)
 

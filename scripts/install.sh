@@ -2,10 +2,22 @@
 # Make a virtual environment in .venv (or $MOETEL_VENV) and install Moetel into it, editable.
 #   scripts/install.sh EXTRAS        for example: scripts/install.sh torch,eval
 # On Linux without an NVIDIA GPU, torch is installed from a CPU build, so that no CUDA packages are pulled.
+# MOETEL_TORCH=cpu or cuda says which build it is; MOETEL_EDITABLE=0 installs a copy that needs no clone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="${1:-all,dev}"
 venv="${MOETEL_VENV:-.venv}"
+build="${MOETEL_TORCH:-auto}"
+if [ "$build" = auto ]; then
+  if [ "$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then build=cuda; else build=cpu; fi
+fi
+case "$build" in cpu | cuda) ;; *)
+  echo "error: MOETEL_TORCH is '$build'; give cpu, cuda or auto" >&2
+  exit 1
+  ;;
+esac
+editable=-e
+if [ "${MOETEL_EDITABLE:-1}" = 0 ]; then editable=; fi
 
 find_python() {
   local candidate
@@ -25,7 +37,7 @@ install_torch() {
   local pinned
   pinned="$(grep -E '^torch==' constraints.txt)"
   if "$venv/bin/python" -c 'import torch' 2>/dev/null; then return; fi
-  if [ "$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then
+  if [ "$build" = cuda ]; then
     "$venv/bin/python" -m pip install -q "$pinned" -c constraints.txt
     return
   fi
@@ -41,4 +53,4 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 case ",$extras," in *,torch,* | *,all,*) install_torch ;; esac
 echo "installing moetel[$extras] into $venv" >&2
-"$venv/bin/python" -m pip install -q -e ".[$extras]" -c constraints.txt
+"$venv/bin/python" -m pip install -q $editable ".[$extras]" -c constraints.txt
