@@ -15,6 +15,7 @@ from common.build.examples import CalibrationSet
 from common.build.settings import Amount, PlanSettings
 from common.build.sources import Source
 from common.build.unfinished import Unfinished
+from common.dtypes import BY_NAME
 from common.errors import PlanError
 from common.plan.distance import Distances
 from common.plan.profile import Profile
@@ -75,7 +76,12 @@ def assemble(
         if exact is not None:
             return _dropped(exact.of(draft), objects)
     planner = Planner(draft, profiles, settings.traffic, progress, known, unfinished.measurements)
-    outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes)
+
+    def put(made: np.ndarray) -> str:
+        kind = made.dtype if made.dtype == np.uint8 else BY_NAME[draft.dtype]
+        return objects.put(made.astype(kind, copy=False))
+
+    outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes, put)
     if planner.measurements.worth_keeping:
         found = planner.measurements.to_json(objects.put)
         draft = Store(directory, replace(draft.manifest, measurements=found), objects)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +50,14 @@ class Built:
     tenant loses by it, float64 [tenants]."""
 
     plan: Plan
-    merged: Mapping[int, Matrix]
-    records: Sequence[np.ndarray]
+    merged: Mapping[int, Mapping[str, Any]]
+    records: Sequence[Any]
     losses: np.ndarray
+
+
+def in_memory(array: np.ndarray) -> np.ndarray:
+    """Keeps what was made where it is."""
+    return array
 
 
 def build_plan(
@@ -62,17 +68,19 @@ def build_plan(
     kinds: Kinds,
     position: Callable[[int], PositionPlanner],
     progress: Progress,
+    keep: Callable[[np.ndarray], Any] = in_memory,
 ) -> Built:
     """Make the copies and residuals of the positions in `chosen`; others stay without a copy.
 
-    traffic: float64 [tenants]. position: weights and samples of a position by number.
+    traffic: float64 [tenants]. position: weights and samples of a position by number. keep: takes
+    each merged copy's matrices and each record as they are made, and gives what stands for them.
     """
     spec, names = store.experts, store.tenants
     shapes = dict(spec.projections)
     copies: list[Copy] = []
-    merged: dict[int, Matrix] = {}
+    merged: dict[int, Mapping[str, Any]] = {}
     residuals: list[Residual] = []
-    records: list[np.ndarray] = []
+    records: list[Any] = []
     losses = np.zeros(len(names))
     serving = np.full((len(names), spec.num_layers, spec.num_experts), MISS, dtype=np.int32)
 
@@ -90,13 +98,13 @@ def build_plan(
             if weights is None:
                 copies.append(Copy(*place, int(np.flatnonzero(mix)[0])))
             else:
-                merged[len(copies)] = weights
+                merged[len(copies)] = {name: keep(m) for name, m in weights.items()}
                 of_tenants = () if choice.config.fitted else tuple(mix.tolist())
                 copies.append(Copy(*place, MERGED, of_tenants))
             for one in made.values():
                 assert len(one.record) == one.residual.nbytes(shapes)
                 residuals.append(one.residual)
-                records.append(one.record)
+                records.append(keep(one.record))
             advance()
     plan = Plan(
         policy,

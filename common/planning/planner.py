@@ -24,7 +24,7 @@ from common.planning.configurations import Config, mean, merged, owned
 from common.planning.losses import Losses, measure_losses
 from common.planning.measurements import Measurements, MeasurementsFile, key_of
 from common.planning.merging import Sample, best_ridge
-from common.planning.plan_builder import Chosen, build_plan
+from common.planning.plan_builder import Chosen, build_plan, in_memory
 from common.planning.policies import Policy, policy_named
 from common.planning.position import Known, Matrix, PositionPlanner
 from common.planning.residual_curves import PRICES, Curve, curves
@@ -60,12 +60,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A plan with the weights that it needs beside the tenants' own. See
-    `common.store.set_plan`."""
+    """A plan with the weights that it needs beside the tenants' own, as `set_plan` of
+    `common.store.change` takes them; or what `keep` of `Planner.plan` gave for them."""
 
     plan: Plan
-    merged: Mapping[int, Matrix]
-    records: Sequence[np.ndarray]
+    merged: Mapping[int, Mapping[str, Any]]
+    records: Sequence[Any]
     prediction: Prediction
 
 
@@ -247,9 +247,19 @@ class Planner:
         configs = self._candidates(rule, spectra=rule.kinds.any)
         return Allocator(configs, self._curves(rule), self.traffic, self.store.copy_bytes)
 
-    def plan(self, policy: str, slots: int | None = None, extra_bytes: int = 0) -> Outcome:
+    def plan(
+        self,
+        policy: str,
+        slots: int | None = None,
+        extra_bytes: int = 0,
+        keep: Callable[[np.ndarray], Any] = in_memory,
+    ) -> Outcome:
         """One copy of `slots` positions (None: all), and what the policy does with `extra_bytes`
         beside them.
+
+        keep: takes each merged copy's matrices, float32 [out, in] rounded to the
+        store's type, and each record, uint8, as they are made. All of a large model's copies do not
+        fit in memory.
 
         Raises PlanError, and StoreError where a file of the store is damaged.
         """
@@ -277,7 +287,14 @@ class Planner:
             found = allocator.allocate(slots * self.store.copy_bytes + extra_bytes)
         chosen = {p: self._chosen(p, configs[p], found) for p in kept}
         built = build_plan(
-            policy, self.store, self.traffic, chosen, rule.kinds, self._position, self.progress
+            policy,
+            self.store,
+            self.traffic,
+            chosen,
+            rule.kinds,
+            self._position,
+            self.progress,
+            keep,
         )
         bound = None if found is None else found.bound
         prediction = Prediction(built.losses, self.unit, bound)

@@ -51,10 +51,12 @@ def set_plan(
 def with_plan(
     store: Store,
     plan: Plan,
-    merged: Mapping[int, Mapping[str, np.ndarray]],
-    records: Sequence[np.ndarray],
+    merged: Mapping[int, Mapping[str, np.ndarray | str]],
+    records: Sequence[np.ndarray | str],
     prediction: Mapping[str, Any] | None,
 ) -> Manifest:
+    """The store's manifest with another plan; see `set_plan`. Arrays that were put away already are
+    given by their ids."""
     spec, manifest = store.experts, store.manifest
     shapes = dict(spec.projections)
     if (plan.tenants, plan.num_layers, plan.num_experts) != (
@@ -69,20 +71,27 @@ def with_plan(
         raise PlanError("weights must be given for each merged copy of the plan, and for no other")
     if len(records) != len(plan.residuals):
         raise PlanError(f"{len(records)} records for {len(plan.residuals)} residuals of the plan")
-    put = store.objects.put
-    ids: dict[int, dict[str, str]] = {}
+    dtype = BY_NAME[store.dtype]
+
+    def put(array: np.ndarray | str) -> str:
+        if isinstance(array, str):
+            return array
+        kind = array.dtype if array.dtype == np.uint8 else dtype
+        return store.objects.put(array.astype(kind, copy=False))
+
     for slot, matrices in merged.items():
-        if {p: tuple(m.shape) for p, m in matrices.items()} != shapes:
+        found = {p: shapes[p] if isinstance(m, str) else m.shape for p, m in matrices.items()}
+        if found != shapes:
             raise PlanError(f"merged copy {slot} has other matrices than {shapes}")
-        ids[slot] = {
-            p: put(m.astype(BY_NAME[store.dtype], copy=False)) for p, m in matrices.items()
-        }
     for residual, record in zip(plan.residuals, records, strict=True):
+        if isinstance(record, str):
+            continue
         if record.dtype != np.uint8 or record.shape != (residual.nbytes(shapes),):
             raise PlanError(
                 f"the record of {residual} is {record.dtype} {list(record.shape)}, not what its "
                 "parts need"
             )
+    ids = {slot: {p: put(m) for p, m in matrices.items()} for slot, matrices in merged.items()}
     kept = tuple(put(record) for record in records)
     provenance = {
         key: value for key, value in manifest.provenance.items() if key != BESIDE

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from common import Store
 from common.plan.profile import Profile
@@ -166,3 +168,25 @@ def test_traffic_of_very_different_sizes(mixtral: Case, share: float) -> None:
             for extra in (0, 20000):
                 outcome = made.plan(policy, extra_bytes=extra)
                 assert np.isfinite(outcome.prediction.losses).all()
+
+
+def test_what_is_made_can_be_put_away_at_once(mixtral: Case) -> None:
+    """So that copies of a model larger than the memory can be made."""
+    seen: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def keep(array: np.ndarray) -> str:
+        seen.append(weakref.ref(array))
+        alive.append(sum(one() is not None for one in seen))
+        return f"made {len(seen)}"
+
+    made = planner(Store.open(mixtral.path))
+    whole, sizes = made.plan("fit"), len(made.store.experts.projections)
+    with threadpool_limits(1):  # one position at a time
+        outcome = made.plan("fit", keep=keep)
+    kept = [one for matrices in outcome.merged.values() for one in matrices.values()]
+    assert sorted([*kept, *outcome.records]) == sorted(f"made {i + 1}" for i in range(len(seen)))
+    assert outcome.plan.to_json() == whole.plan.to_json()
+    assert set(outcome.merged) == set(whole.merged)
+    # Those of one position, and of the one before that the loop still names.
+    assert max(alive) <= 2 * sizes < len(seen) / 2
