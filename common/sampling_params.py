@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,13 @@ class SamplingParams:
         wanted = self.structured_outputs
         if wanted is not None and not isinstance(wanted, StructuredOutputs):
             raise RequestError(f"structured_outputs is {wanted!r}; give a StructuredOutputs")
+
+    def structured_behind(self, mark: str) -> SamplingParams:
+        """The same, with a structure that begins behind a token."""
+        wanted = self.structured_outputs
+        if wanted is None:
+            return self
+        return replace(self, structured_outputs=replace(wanted, behind=mark))
 
     @property
     def greedy(self) -> bool:

@@ -22,6 +22,8 @@ class StructuredOutputs:
         choice: texts of which the answer is one.
         grammar: in Lark's or GBNF's notation.
         json_object: any JSON object.
+        behind: a token behind which the structure begins, such as the end of a model's reasoning.
+            What stands before it is free. None: the answer begins with the structure.
         disable_any_whitespace: no blanks between JSON's tokens but one behind colons and commas.
 
     Raises:
@@ -34,6 +36,7 @@ class StructuredOutputs:
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False
+    behind: str | None = None
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) not in (None, False)]

@@ -37,14 +37,22 @@ class Grammar:
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
         self._matcher, self._vocab_size = matcher, vocab_size
         self._coming: Future[np.ndarray] | None = None
+        self._behind: int | None = None
+
+    def begin_behind(self, token_id: int) -> None:
+        """Let what comes before this token, and the token, be free."""
+        self._behind = token_id
 
     def prepare(self) -> None:
         """Begin to compute, in a thread of its own, what may come next."""
-        self._coming = _thread().submit(self._mask)
+        if self._behind is None:
+            self._coming = _thread().submit(self._mask)
 
     def allowed(self) -> np.ndarray | None:
-        """bool [vocab]: tokens that may come next, when they are known; None where the library has
-        given up, which `take` then raises."""
+        """bool [vocab]: tokens that may come next, when they are known; None where all may, and
+        where the library has given up, which `take` then raises."""
+        if self._behind is not None:
+            return None
         assert self._coming is not None, "not prepared"
         return self._coming.result() if self._coming.exception() is None else None
 
@@ -57,6 +65,10 @@ class Grammar:
 
     def take(self, token_id: int) -> None:
         """The token that came. Raises RequestError where the library gives up on the grammar."""
+        if self._behind is not None:
+            if token_id == self._behind:
+                self._behind = None
+            return
         if self._coming is not None and (error := self._coming.exception()) is not None:
             raise error
         if not self._matcher.consume_token(token_id):
@@ -69,7 +81,7 @@ class Grammar:
     @property
     def ended(self) -> bool:
         """Whether nothing but the end may come."""
-        return self._matcher.is_stopped()
+        return self._behind is None and bool(self._matcher.is_stopped())
 
 
 class Grammars:

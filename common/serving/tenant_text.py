@@ -155,7 +155,16 @@ class TenantText:
         with self._lock:
             if self._grammars is None:
                 self._grammars = tokenizer.grammars(vocab_size, self.generation.eos_token_ids)
-        return self._grammars.of(wanted)
+        grammar = self._grammars.of(wanted)
+        if wanted.behind is not None:
+            ids = tokenizer.encode(wanted.behind, add_special_tokens=False)
+            if len(ids) != 1:
+                raise RequestError(
+                    f"structured_outputs.behind: {wanted.behind!r} is no token of tenant "
+                    f"{self.tenant!r}; leave out the structure, or the reasoning"
+                )
+            grammar.begin_behind(ids[0])
+        return grammar
 
     def stop_token(self, stop: str, skip_special_tokens: bool) -> int | None:
         """The special token that a stop string is, None if it is text.

@@ -128,6 +128,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the format in which the models call tools; without it tool_choice auto is refused",
     )
     load.add_argument(
+        "--reasoning-parser",
+        choices=("deepseek_r1", "qwen3"),
+        help="how the models mark what they think before they answer; without it that is part of "
+        "the answer",
+    )
+    load.add_argument(
         "--enable-auto-tool-choice",
         action="store_true",
         help="as vLLM has it; needs --tool-call-parser, which does it alone",
@@ -254,6 +260,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         max_sequences=args.max_queue,
         drain_timeout_s=args.drain_timeout,
         tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
         watch_store=args.watch,
         generation_config=args.generation_config == "auto",
         allowed_origins=args.allowed_origins,

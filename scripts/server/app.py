@@ -63,6 +63,22 @@ def create_app(async_engine: OnlineEngine | None, settings: ServerSettings) -> F
     return app
 
 
+# Routes of OpenAI's and vLLM's APIs that no tenant can serve.
+ELSEWHERE = {
+    "/v1/embeddings": "embeddings are",
+    "/v1/pooling": "pooling is",
+    "/v1/classify": "classification is",
+    "/v1/score": "scores of pairs are",
+    "/v1/rerank": "reranking is",
+    "/v2/rerank": "reranking is",
+    "/v1/moderations": "moderation is",
+    "/v1/audio/speech": "speech is",
+    "/v1/audio/transcriptions": "transcription is",
+    "/v1/audio/translations": "translation of speech is",
+    "/v1/images/generations": "making images is",
+}
+
+
 async def _known(request: Request, error: Exception) -> Response:
     found = from_exception(error)
     if found is None:
@@ -80,6 +96,11 @@ async def _http(request: Request, error: Exception) -> Response:
     message = str(error.detail)
     if error.status_code == 404:
         message = f"no route {request.method} {request.url.path}; GET /openapi.json lists them"
+        if (what := ELSEWHERE.get(request.url.path.rstrip("/"))) is not None:
+            message = (
+                f"{request.url.path}: {what} not offered, as the tenants are models that answer in "
+                "text; ask /v1/chat/completions or /v1/completions"
+            )
     elif error.status_code == 405:
         message = (
             f"{request.url.path} does not take {request.method}; GET /openapi.json lists the routes"

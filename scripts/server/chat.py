@@ -25,6 +25,7 @@ from scripts.server.conversation import prompt_ids, written
 from scripts.server.dependencies import ERRORS, STREAMED, Caller, SharedService
 from scripts.server.errors import ApiError
 from scripts.server.front import arrival
+from scripts.server.reasoning import END, Reasoning
 from scripts.server.running import Run
 from scripts.server.schema import (
     ChatAnswer,
@@ -61,6 +62,9 @@ async def chat(
     calling = _calling(body, service)
     if calling and body.calls == "auto" and PARSERS[_parser_of(service)].special:
         jobs = [replace(j, params=replace(j.params, skip_special_tokens=False)) for j in jobs]
+    thinking = _thinking(body, service, prompt)
+    if thinking and not thinking[0].ended:
+        jobs = [replace(j, params=j.params.structured_behind(END)) for j in jobs]
     number, created = request_number("chatcmpl", body, request), int(time.time())
     texts = AnswerTexts(body, service, jobs)
 
@@ -77,13 +81,22 @@ async def chat(
         if body.return_token_ids:
             out.token_ids = list(output.token_ids)
 
+    def split(index: int, text: str, over: bool) -> tuple[str, str]:
+        """New text of an answer, as reasoning and what follows it."""
+        return thinking[index].push(text, over) if thinking else ("", text)
+
     def whole(run: Run) -> ChatAnswer:
         choices = []
         for i, g in enumerate(run.generations):
-            message = ChatMessage(role="assistant", content=g.text or "", refusal=None)
+            reasoning, text = split(i, g.text or "", over=True)
+            message = ChatMessage(role="assistant", content=text, refusal=None)
+            if reasoning:
+                message.content = text or None
+                if body.include_reasoning is not False:
+                    message.reasoning = reasoning
             if calling:
-                content, calls = calling[i].push(g.text or "", over=True)
-                message.content = content or (None if calls else "")
+                content, calls = calling[i].push(text, over=True)
+                message.content = content or (None if calls or reasoning else "")
                 if calls:
                     message.tool_calls = [_whole(call) for call in calls]
             choices.append(ChatChoice(index=i, message=message))
@@ -115,11 +128,16 @@ async def chat(
     def chunk(index: int, output: Output, begins: bool) -> ChatChunk:
         # The role comes with the first text, so that chunks are as many as steps, and times between
         # them are true.
-        content = output.text
+        over = output.generation is not None
+        reasoning, content = split(index, output.text, over)
         calls: list[ToolCall] = []
         if calling:
-            content, calls = calling[index].push(output.text, output.generation is not None)
+            content, calls = calling[index].push(content, over)
         delta = Delta(role="assistant", content=content) if begins else Delta(content=content)
+        if reasoning:
+            delta.content = content or None
+            if body.include_reasoning is not False:
+                delta.reasoning = reasoning
         if calls:
             delta.tool_calls = calls
         choice = ChatChunkChoice(index=index, delta=delta)
@@ -135,6 +153,21 @@ async def chat(
         return out
 
     return await respond(body, request, service, jobs, whole, chunk, last)
+
+
+def _thinking(body: ChatRequest, service: Service, prompt: str) -> list[Reasoning]:
+    """What tells each answer's reasoning; none where the server was told no format."""
+    name = service.settings.reasoning_parser
+    if name is not None:
+        return [Reasoning(name, prompt) for _ in range(body.num_answers)]
+    if body.include_reasoning is False:
+        raise ApiError(
+            400,
+            "include_reasoning: reasoning is not told apart from the answer; start the server with "
+            "--reasoning-parser, or leave it out",
+            param="include_reasoning",
+        )
+    return []
 
 
 def _calling(body: ChatRequest, service: Service) -> list[Calling]:

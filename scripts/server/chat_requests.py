@@ -98,6 +98,10 @@ class ChatRequest(Conversation, Asked):
     )
     parallel_tool_calls: bool | None = Field(None, description="Whether several may be called.")
 
+    include_reasoning: bool | None = Field(
+        None, description="Whether reasoning is given, if the server tells it apart. (vLLM)"
+    )
+
     refused: ClassVar[Mapping[str, Refused]] = REFUSED_CHAT
 
     @model_validator(mode="after")

@@ -154,6 +154,8 @@ def _for_template(
     if "content" in message.model_fields_set:
         out["content"] = content
     extra = dict(message.model_extra or {})
+    if "reasoning" in extra:  # as answers name it; templates have the older name
+        extra.setdefault("reasoning_content", extra["reasoning"])
     if isinstance(extra.get("tool_calls"), list):
         extra["tool_calls"] = [_call(call) for call in extra["tool_calls"]]
     if isinstance(extra.get("function_call"), dict):

@@ -104,7 +104,6 @@ REFUSED_CHAT: Mapping[str, Refused] = {
     "moderation": Refused("nothing is moderated", ()),
     "verbosity": Refused("the models do not know it; say it in a message", ("medium",)),
     "web_search_options": Refused("the web is not searched", ()),
-    "include_reasoning": Refused("reasoning is not told apart from the answer", (True,)),
     "echo": _OTHER_ROUTE,
     "prompt": _OTHER_ROUTE,
     "suffix": _OTHER_ROUTE,

@@ -120,6 +120,7 @@ class ChatMessage(BaseModel):
     content: str | None
     refusal: None = None
     tool_calls: list[ToolCall] | None = None
+    reasoning: str | None = None
 
 
 class ChatChoice(BaseModel):
@@ -148,6 +149,7 @@ class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[ToolCall] | None = None
+    reasoning: str | None = None
 
 
 class ChatChunkChoice(BaseModel):

@@ -27,6 +27,8 @@ class ServerSettings:
     drain_timeout_s: how long running requests may go on after the first signal to stop.
     tool_call_parser: the format of calls that models make by themselves, a name of
         `scripts.server.tools.PARSERS`; None: they make none.
+    reasoning_parser: how models mark what they think before they answer, a name of
+        `scripts.server.reasoning.FORMATS`; None: it is part of the answer.
     watch_store: whether changes that others make to the store are served.
     generation_config: whether the tenants' generation_config.json gives defaults for sampling.
     allowed_origins, allowed_methods, allowed_headers: what pages of other origins may do, `*`:
@@ -41,6 +43,7 @@ class ServerSettings:
     max_sequences: int = 1024
     drain_timeout_s: float = 30.0
     tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     watch_store: bool = True
     generation_config: bool = True
     allowed_origins: tuple[str, ...] = ("*",)

@@ -57,7 +57,7 @@ class ToolParser(ABC):
         while True:
             if not self._inside:
                 at = self._held.find(self.begin)
-                certain = len(self._held) - _overlap(self._held, self.begin) if at < 0 else at
+                certain = len(self._held) - overlap(self._held, self.begin) if at < 0 else at
                 content.append(self._outside(self._held[:certain]))
                 if at < 0:
                     self._held = self._held[certain:]
@@ -94,7 +94,7 @@ class ToolParser(ABC):
         return "" if self._called and not text.strip() else text
 
 
-def _overlap(text: str, mark: str) -> int:
+def overlap(text: str, mark: str) -> int:
     """Characters at the end of a text that may be the beginning of a mark."""
     for count in range(min(len(mark) - 1, len(text)), 0, -1):
         if mark.startswith(text[-count:]):
