@@ -19,7 +19,7 @@ from scripts.server.requests import Asked
 from scripts.server.running import Job, Run
 from scripts.server.schema import PromptTokensDetails, ScoredPrompt, Usage
 from scripts.server.service import Service
-from scripts.server.streams import EventStream, event
+from scripts.server.streams import EventStream
 from scripts.server.tokens import TokenTexts
 
 
@@ -133,11 +133,11 @@ async def respond(
     service: Service,
     jobs: Sequence[Job],
     whole: Callable[[Run], BaseModel],
-    chunk: Callable[[int, Output, bool], BaseModel],
-    last: Callable[[Run], BaseModel],
+    chunk: Callable[[int, Output, bool], bytes],
+    last: Callable[[Run], bytes],
 ) -> Response:
     """Run the jobs; answer with `whole` of them at the end, or with a `chunk` for each output and
-    perhaps a `last`.
+    perhaps a `last`, which are events of a stream.
 
     The status of a stream is sent with its first output, so that a request that is refused has its
     own status.
@@ -156,14 +156,14 @@ async def respond(
             seen: set[int] = set()
             index, output = first
             while True:
-                yield event(chunk(index, output, index not in seen))
+                yield chunk(index, output, index not in seen)
                 seen.add(index)
                 try:
                     index, output = await anext(run)
                 except StopAsyncIteration:
                     break
             if body.want_usage:
-                yield event(last(run))
+                yield last(run)
 
         return EventStream(events(), stack.pop_all().aclose)
     raise AssertionError("unreachable")

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from common.errors import MoetelError
 from common.version import __version__
-from scripts.server import chat, completions, models, operations
+from scripts.server import chat, completions, models, operations, responses
 from scripts.server.errors import SERVER, ApiError, from_exception
 from scripts.server.front import Front
 from scripts.server.origins import Origins
@@ -57,7 +57,7 @@ def create_app(async_engine: OnlineEngine | None, settings: ServerSettings) -> F
         (HTTPException, _http),
     ):
         app.add_exception_handler(error, handler)
-    for routes in (models, completions, chat, operations):
+    for routes in (models, completions, chat, responses, operations):
         app.include_router(routes.router)
     app.openapi = _without_422(app)  # type: ignore[method-assign]
     return app

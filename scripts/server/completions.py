@@ -31,6 +31,7 @@ from scripts.server.schema import (
     CompletionChoice,
 )
 from scripts.server.service import Service
+from scripts.server.streams import event
 from scripts.server.tokens import joined
 
 router = APIRouter(prefix="/v1", responses=ERRORS)
@@ -119,8 +120,10 @@ async def complete(
         whole=lambda run: closed(
             run, [choice(i, whole_output(g), g, True) for i, g in enumerate(run.generations)]
         ),
-        chunk=lambda i, output, begins: answer([choice(i, output, output.generation, begins)]),
-        last=lambda run: closed(run, []),
+        chunk=lambda i, output, begins: event(
+            answer([choice(i, output, output.generation, begins)])
+        ),
+        last=lambda run: event(closed(run, [])),
     )
 
 

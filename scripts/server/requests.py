@@ -57,6 +57,7 @@ MENDS = {
     "prompt": "give text, a list of texts, a list of token ids, or a list of lists of token ids; "
     "none of them empty",
     "stop": f"give a text or a list of at most {MAX_STOPS} texts, none of them empty",
+    "input": "give text, or a list of items",
     "content": "give text, or a list of parts of type text",
 }
 """Instead of what Pydantic says of each form that a field may have."""
