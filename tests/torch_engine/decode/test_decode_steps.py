@@ -89,8 +89,12 @@ def test_residuals_and_merged_copies(family: Family, tmp_path: Path, case: str) 
 
 
 @interpreted
-def test_a_layer_takes_twelve_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("case", "count"), [(None, 12), ("several parts", 18)])
+def test_a_layer_takes_few_launches(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str | None, count: int
+) -> None:
     from torch_engine.decode import launches
+    from torch_engine.experts import residual_kernels
 
     counts: list[str] = []
 
@@ -104,19 +108,26 @@ def test_a_layer_takes_twelve_launches(tmp_path: Path, monkeypatch: pytest.Monke
 
     for module, names in (
         (launches, ["multiply"]),
-        (launches.rows, ["embed", "add_norm"]),
+        (launches.rows, ["embed", "add_norm", "activate"]),
         (launches.attention, ["rotate_and_keep", "attend", "merge"]),
         (launches.routing, ["pick", "sort"]),
+        (residual_kernels, ["tile_rows", "shrink", "expand"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Counted(getattr(module, name)))
-    _, paths = tenants("mixtral", tmp_path, num_hidden_layers=2, **SIZES["mixtral"])
-    store = helpers.build_round_robin(tmp_path / "store", paths)
+    if case is None:
+        store = helpers.build_round_robin(tmp_path / "store", family.paths)
+    else:
+        store = prepared(tmp_path / "store", family.paths, case)
     with load_engine(store, decode="graph", **ON_HOST) as engine:
-        once = SamplingParams(max_new_tokens=2, ignore_eos=True)
-        engine.generate_batch([(name, [5, 6]) for name in paths], once)
+        backend = engine._require_backend()
+        rows = [Row(name, (5, 6), 4) for name in store.tenants[:2]]
+        numbers = [backend.begin(row) for row in rows]
+        backend.step([Part(n, read=2) for n in numbers])
+        counts.clear()  # of prompts, which add residuals too
+        backend.step([Part(n, token_id=7) for n in numbers])
         assert engine.stats()["decode_graph_steps"] == 1
-    assert len(counts) == 12 * 2 + 3, counts
+    assert len(counts) == count * 2 + 3, counts
 
 
 @interpreted
