@@ -86,9 +86,10 @@ def _signs(codes, j, rows, k0, count, KIND: tl.constexpr, BK: tl.constexpr):
     for step in tl.static_range(5):
         bits = tl.join(bits << (16 >> step), bits)
     bits = tl.reshape(bits, (j.shape[0], BK))
-    # It becomes the sign of 1.0, which is 0x3F800000; a set bit is plus.
-    signs = (bits & -0x80000000) ^ (0xBF800000 - 0x100000000)
-    return signs.to(tl.float32, bitcast=True).to(KIND)
+    # It becomes the sign of 1.0, which is 0x3F80 in bfloat16; a set bit is plus. Two numbers of 16
+    # bits share an operation.
+    signs = ((bits >> 16).to(tl.int16) & -0x8000) ^ (0xBF80 - 0x10000)
+    return signs.to(tl.int16).to(tl.bfloat16, bitcast=True).to(KIND)
 
 
 @triton.jit
@@ -214,28 +215,30 @@ def expand(
             n0 = tl.program_id(0) * BN
             n = n0 + tl.arange(0, BN)
             total = tl.zeros((BM, BN), tl.float32)
+            # Signs first, then low rank: what one kind needs leaves registers before the other.
             for i in range(PARTS):
-                bits = tl.load(entry + i * FIELDS).to(tl.int32)
-                size = tl.load(entry + i * FIELDS + 1).to(tl.int32)
-                record = data + tl.load(entry + i * FIELDS + 2)
-                if bits == 1:
+                part = entry + i * FIELDS
+                if tl.load(part) == 1:
                     KIND: tl.constexpr = tl.float32 if EXACT else x.dtype.element_ty
-                    codes = (data + tl.load(entry + i * FIELDS + 3)).to(tl.pointer_type(tl.int32))
+                    codes = (data + tl.load(part + 3)).to(tl.pointer_type(tl.int32))
                     sums = tl.zeros((BM, BN), tl.float32)
                     for k0 in range(0, K, BK):
                         k = k0 + tl.arange(0, BK)
                         mask = valid[:, None] & (k < K)[None, :]
                         values = tl.load(source[:, None] + k[None, :], mask=mask, other=0.0)
-                        signs = _signs(codes, n, N, k0, K, KIND, BK)
-                        sums = tl.dot(
-                            values.to(KIND), tl.trans(signs), sums, input_precision="ieee"
-                        )
-                    at = record.to(tl.pointer_type(tl.bfloat16)) + n // size
+                        signs = tl.trans(_signs(codes, n, N, k0, K, KIND, BK))
+                        sums = tl.dot(values.to(KIND), signs, sums, input_precision="ieee")
+                    scales = (data + tl.load(part + 2)).to(tl.pointer_type(tl.bfloat16))
+                    at = scales + n // tl.load(part + 1).to(tl.int32)
                     total += sums * tl.load(at, mask=n < N, other=0.0).to(tl.float32)[None, :]
-                elif bits > 1:
-                    scales = record.to(tl.pointer_type(tl.float32))
-                    codes = (data + tl.load(entry + i * FIELDS + 4)).to(tl.pointer_type(tl.int32))
-                    at = coefficients + m.to(tl.int64) * WIDTH + tl.load(entry + i * FIELDS + 5)
+            for i in range(PARTS):
+                part = entry + i * FIELDS
+                bits = tl.load(part).to(tl.int32)
+                if bits > 1:
+                    size = tl.load(part + 1).to(tl.int32)
+                    scales = (data + tl.load(part + 2)).to(tl.pointer_type(tl.float32))
+                    codes = (data + tl.load(part + 4)).to(tl.pointer_type(tl.int32))
+                    at = coefficients + m.to(tl.int64) * WIDTH + tl.load(part + 5)
                     for j0 in range(0, size, BR):
                         j = j0 + tl.arange(0, BR)
                         mask = valid[:, None] & (j < size)[None, :]

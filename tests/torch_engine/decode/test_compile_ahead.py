@@ -12,7 +12,9 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-MOST_REGISTERS = 168  # of 255; three programs of four warps a multiprocessor at the least
+# Of 255; with 168, three programs of four warps a multiprocessor at the least. On sm_80 the
+# operands of products of 64 rows are in registers.
+MOST_REGISTERS = {80: 200, 90: 168, 100: 168}
 
 
 @pytest.mark.slow
@@ -36,4 +38,4 @@ def test_no_spills(capability: int, tmp_path: Path) -> None:
         ).stdout
         numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         assert numbers["STACK"] == numbers["LOCAL"] == 0, (cubin.name, usage)
-        assert numbers["REG"] <= MOST_REGISTERS, (cubin.name, usage)
+        assert numbers["REG"] <= MOST_REGISTERS[capability], (cubin.name, usage)
