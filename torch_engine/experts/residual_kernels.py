@@ -109,7 +109,8 @@ def _numbers(codes, bits, j, rows, k, count):
     return tl.where(bits == 32, words.to(tl.float32, bitcast=True), number)
 
 
-@triton.jit
+# Numbers that differ between steps and plans are not specialized: few kernels serve them all.
+@triton.jit(do_not_specialize=["FIRST", "PARTS", "SHARE", "SPLITS"])
 def shrink(
     x,
     data,
@@ -120,10 +121,10 @@ def shrink(
     K,
     ROWS,
     WIDTH,
-    FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SHARE: tl.constexpr,
+    FIRST,
+    PARTS,
+    SPLITS,
+    SHARE,
     ORDERED: tl.constexpr,
     EXACT: tl.constexpr,
     BM: tl.constexpr,
@@ -170,7 +171,7 @@ def shrink(
             tl.store(place, sums, mask=valid[:, None] & (j < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST", "COUNT", "PARTS", "SHARE"])
 def expand(
     x,
     out,
@@ -182,10 +183,10 @@ def expand(
     N,
     K,
     WIDTH,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    PARTS: tl.constexpr,
-    SHARE: tl.constexpr,
+    FIRST,
+    COUNT,
+    PARTS,
+    SHARE,
     ORDERED: tl.constexpr,
     EXACT: tl.constexpr,
     BM: tl.constexpr,

@@ -112,13 +112,12 @@ def cases() -> list[Case]:
     for ordered in (False, True):
         constants = {"ORDERED": ordered, "BM": 64, "BLOCK": 1024}
         found.append(Case(tile_rows, "iiiiI" if ordered else "liiiI", constants))
-        same = {"FIRST": 0, "PARTS": 3, "SHARE": 8 if ordered else 1}
-        same |= {"ORDERED": ordered, "EXACT": False}
+        same = {"ORDERED": ordered, "EXACT": False}
         for most in EXPAND:
-            cut = _cut(SHRINK[most], BM=most, SPLITS=4, **same)
-            found.append(Case(shrink, "buliifIII", **cut, scalars="K", copies="cp.async.c"))
-            cut = _cut(EXPAND[most], BM=most, COUNT=2, **same)
-            found.append(Case(expand, "bbuliifIII", **cut, scalars="N K", copies=AT_ONCE))
+            cut = _cut(SHRINK[most], BM=most, **same)
+            found.append(Case(shrink, "buliifIIIIIII", **cut, scalars="K", copies="cp.async.c"))
+            cut = _cut(EXPAND[most], BM=most, **same)
+            found.append(Case(expand, "bbuliifIIIIIII", **cut, scalars="N K", copies=AT_ONCE))
     return found
 
 
