@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,20 @@ def prepare(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """What keeps Triton's kernels from a device, in words."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda":
+            return f"the device is {device}"
+        if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+            return "the device is older than sm_80, or not of CUDA"
+    return None
 
 
 def ready_that_fit(

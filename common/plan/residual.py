@@ -65,8 +65,12 @@ class Part:
         """Bytes for a matrix [out, in], without padding after it."""
         outputs, inputs = shape
         if self.kind == SIGN:
-            return _padded(2 * -(-outputs // self.size)) + outputs * row_bytes(inputs, 1)
+            return self.codes_offset(outputs) + outputs * row_bytes(inputs, 1)
         return self.u_offset(inputs) + self.size * row_bytes(outputs, self.bits)
+
+    def codes_offset(self, outputs: int) -> int:
+        """Where the codes of a sign part begin."""
+        return _padded(2 * -(-outputs // self.size))
 
     @property
     def v_offset(self) -> int:

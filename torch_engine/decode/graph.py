@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.families import Decoder
 from torch_engine.decode.buffers import StepInputs, power_of_two
-from torch_engine.decode.residual_table import ResidualTable
+from torch_engine.experts.grouped_residuals import ResidualTable, RowTiles
 
 PROGRAMS = 256  # of attention: about two a multiprocessor
 
@@ -20,7 +20,7 @@ class StepGraph:
 
     x, normed, out: [M, H]; logits: [M, V]; winners: int64 [M]. keys, order, gates, inner and
     expert_out have a row for each of a token's experts. splits: parts of each row's keys.
-    residuals: those of the step's tenants; None: they have none.
+    residuals: rows that share one; None: the step's tenants have none.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class StepGraph:
         max_slots: int,
         residuals: ResidualTable | None,
     ):
-        self.rows, self.groups, self.residuals = rows, groups, residuals
+        self.rows, self.groups = rows, groups
         self.inputs = StepInputs(rows, max_blocks, device)
         a, top_k = shape.attention, shape.experts.router.top_k
 
@@ -54,10 +54,10 @@ class StepGraph:
         self.inner = zeros(rows * top_k, shape.experts.inner)
         self.expert_out = zeros(rows * top_k, shape.hidden)
         self.numbers = zeros(rows * top_k, kind=torch.int32)
+        self.residuals: RowTiles | None = None
         if residuals is not None:
             self.gate_up = zeros(rows * top_k, 2 * shape.experts.inner)
-            sizes = rows * top_k, 3 * residuals.most_parts, residuals.most_rank
-            self.coefficients = zeros(*sizes, kind=torch.float32)
+            self.residuals = RowTiles(residuals, rows * top_k, rows, residuals.most_groups(groups))
         self.logits = zeros(rows, shape.vocab_size)
         self.winners = zeros(rows, kind=torch.int64)
         self._captured: torch.cuda.CUDAGraph | None = None

@@ -10,14 +10,10 @@ from torch import Tensor
 from common.families import Decoder
 from torch_engine.decode.buffers import power_of_two
 from torch_engine.decode.graph import StepGraph
-from torch_engine.decode.kernels import attention, residuals, routing, rows
+from torch_engine.decode.kernels import attention, routing, rows
 from torch_engine.decode.kernels.linear import linear as multiply
-from torch_engine.decode.residual_table import ResidualTable
 from torch_engine.experts.grouped_pool import GroupedPool
 from torch_engine.layers.cache import BLOCK, Arena
-
-# How the expansion of residuals is cut: outputs, ranks and inputs at once.
-EXPANDED = {"BN": 32, "BR": 16, "BK": 128, "num_warps": 4}
 
 
 def forward(
@@ -192,89 +188,35 @@ def forward(
         slots = len(experts[2 * layer])
         routing.sort[(1,)](
             graph.keys,
+            graph.numbers,
             graph.order,
             graph.slot_starts,
             count * top_k,
             slots,
             BLOCK=power_of_two(count * top_k),
             SLOTS_BLOCK=power_of_two(slots + 1),
-            STEP=32,
+            STEP=8,
             num_warps=8,
         )
         gate_up, down = experts[2 * layer], experts[2 * layer + 1]
-        if graph.residuals is None:
+        added = graph.residuals
+        if added is None:
             products(graph.normed, graph.inner, gate_up, inner, hidden, top_k, True)
             products(graph.inner, graph.expert_out, down, hidden, inner, 1, False)
-        else:
-            products(graph.normed, graph.gate_up, gate_up, 2 * inner, hidden, top_k, False)
-            _add_gated(graph, graph.residuals, inner, hidden, top_k)
-            products(graph.inner, graph.expert_out, down, hidden, inner, 1, False)
-            _add_down(graph, graph.residuals, hidden, inner)
+            continue
+        added.cut(graph.numbers, graph.order, graph.slot_starts[slots:])
+        products(graph.normed, graph.gate_up, gate_up, 2 * inner, hidden, top_k, False)
+        added.add(("gate", "up"), graph.normed, graph.gate_up, top_k)
+        rows.activate[(count * top_k, -(-inner // 1024))](
+            graph.gate_up, graph.inner, inner, BLOCK=1024, num_warps=4
+        )
+        products(graph.inner, graph.expert_out, down, hidden, inner, 1, False)
+        added.add(("down",), graph.inner, graph.expert_out)
     norm(graph.expert_out, top_k, "norm")
     linear(graph.normed, graph.logits, "head", shape.vocab_size, hidden)
     if shape.scalars.logits_divisor != 1.0:
         graph.logits.div_(shape.scalars.logits_divisor)
     torch.argmax(graph.logits, dim=-1, out=graph.winners)
-
-
-def _shrink(
-    graph: StepGraph,
-    held: ResidualTable,
-    x: Tensor,
-    projections: range,
-    inputs: int,
-    share: int,
-) -> tuple[object, ...]:
-    """The small products of residuals with a projection's rows; what their expansion reads."""
-    of = held.data, held.parts, graph.numbers, graph.coefficients
-    parts = len(projections) * held.most_parts
-    residuals.shrink[(len(graph.numbers), parts, -(-held.most_rank // 8))](
-        x,
-        *of,
-        inputs,
-        held.most_rank,
-        SHARE=share,
-        FIRST=projections.start,
-        PARTS=held.most_parts,
-        BR=8,
-        BK=256,
-        num_warps=4,
-    )
-    return of
-
-
-def _add_gated(
-    graph: StepGraph, held: ResidualTable, outputs: int, inputs: int, share: int
-) -> None:
-    """What residuals add to gate and up, and the activation."""
-    of = _shrink(graph, held, graph.normed, range(0, 2), inputs, share)
-    residuals.expand_gated[(len(graph.numbers), -(-outputs // EXPANDED["BN"]))](
-        graph.normed,
-        graph.gate_up,
-        graph.inner,
-        *of,
-        outputs,
-        inputs,
-        held.most_rank,
-        SHARE=share,
-        PARTS=held.most_parts,
-        **EXPANDED,
-    )
-
-
-def _add_down(graph: StepGraph, held: ResidualTable, outputs: int, inputs: int) -> None:
-    """What residuals add to down."""
-    of = _shrink(graph, held, graph.inner, range(2, 3), inputs, 1)
-    residuals.expand[(len(graph.numbers), -(-outputs // EXPANDED["BN"]))](
-        graph.inner,
-        graph.expert_out,
-        *of,
-        outputs,
-        inputs,
-        held.most_rank,
-        PARTS=held.most_parts,
-        **EXPANDED,
-    )
 
 
 def tile(outputs: int, sorted_rows: bool, exact: bool) -> dict[str, int]:

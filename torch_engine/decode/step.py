@@ -1,15 +1,14 @@
 """A decode step of several tenants' rows in twelve launches a layer, and one wait for its tokens.
 
-It takes steps in which every part appends one token and no tenant can miss. Residuals take four
-launches a layer more. Everything else is computed by `models/decoder.py`, whose results it equals
-up to rounding. On CUDA the launches of each number of rows are captured once as a graph.
+It takes steps in which every part appends one token and no tenant can miss. Residuals take six to
+eight launches a layer more. Everything else is computed by `models/decoder.py`, whose results it
+equals up to rounding. On CUDA the launches of each number of rows are captured once as a graph.
 
 Legend: rows M (padded), vocabulary V.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -22,7 +21,7 @@ from common.families import Decoder
 from common.families.shape import Sparse
 from torch_engine.decode.buffers import Addresses, power_of_two
 from torch_engine.decode.graph import StepGraph
-from torch_engine.decode.residual_table import ResidualTable
+from torch_engine.device import why_no_triton
 from torch_engine.experts.grouped_pool import GroupedPool
 from torch_engine.layers.attention import kind_of
 from torch_engine.layers.cache import BLOCK, Arena, Blocks
@@ -47,18 +46,9 @@ def unsupported(shape: Decoder) -> str | None:
 
 def why_not(device: torch.device, pool: Any) -> str | None:
     """What keeps this machine, or this pool, from these kernels, in words."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        if device.type != "cuda":
-            return f"the device is {device}"
-        if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-            return "the device is older than sm_80, or not of CUDA"
-    if not isinstance(pool, GroupedPool):
-        return "experts are not grouped"
-    return None
+    return why_no_triton(device) or (
+        None if isinstance(pool, GroupedPool) else "experts are not grouped"
+    )
 
 
 def _signature(shape: Decoder) -> tuple[Any, ...]:
@@ -93,7 +83,7 @@ class DecodeSteps:
         }
         adding = (pool.residuals.numbers != 0).any(axis=(0, 2))
         self._adding = {name for name, i in self.tenants.items() if adding[i]}
-        self._residuals = ResidualTable(pool.residuals, self.device) if self._adding else None
+        self._residuals = pool.residual_table if self._adding else None
         most = max(s.max_positions for s in shapes.values())
         self.max_blocks = min(-(-most // BLOCK), cache.num_blocks)
         self.max_slots = max(len(s) for s in pool.slots_of_layer)

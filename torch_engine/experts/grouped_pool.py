@@ -5,17 +5,17 @@ Legend: tokens T, top_k K, slots S of one layer, hidden H, intermediate I.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.store import Store
+from torch_engine.device import why_no_triton
 from torch_engine.experts.grouped_product import find_grouped_mm
+from torch_engine.experts.grouped_residuals import ResidualTable, RowTiles
 from torch_engine.experts.missing_experts import Missing, SpareSlots
 from torch_engine.experts.pool import ExpertPool, PoolPlan, mapped
-from torch_engine.experts.residuals import ResidentResiduals, RowResidual, add_residuals
+from torch_engine.experts.residuals import AddedResiduals, ResidentResiduals, ResidualRuns
 from torch_engine.experts.staging import fill
 from torch_engine.experts.token_tenants import TokenTenants, groups_of
 
@@ -25,6 +25,7 @@ class GroupedPool(ExpertPool):
     Routing stays on the device.
 
     gate_up: [S, 2I, H]; down: [S, H, I] a layer. Spare slots: the same, one tensor for all layers.
+    residual_table: what kernels add; None: there are no residuals, or plain operations add them.
     """
 
     residuals: ResidentResiduals
@@ -66,6 +67,9 @@ class GroupedPool(ExpertPool):
         self._uses = np.zeros(
             (len(self.plan.tenants), self.plan.num_layers, self.plan.num_experts), dtype=np.int64
         )
+        self.residual_table: ResidualTable | None = None
+        if self.residuals.items and why_no_triton(device) is None:
+            self.residual_table = ResidualTable(self.residuals, device)
         if self.can_miss.any():
             self._make_spare()
 
@@ -123,16 +127,18 @@ class GroupedPool(ExpertPool):
         gate_up: Tensor,
         down: Tensor,
         ends: Tensor,
-        residuals: Sequence[RowResidual] = (),
+        residuals: AddedResiduals | None = None,
     ) -> Tensor:
         """x: [rows, H] sorted by slot; ends: int32 [slots], where each slot's rows end; ends[-1] is
         rows."""
-        gate, up = self._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        add_residuals(residuals, "gate", x, gate)
-        add_residuals(residuals, "up", x, up)
+        both = self._grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
+        if residuals is not None:
+            residuals.add(("gate", "up"), x, both)
+        gate, up = both.chunk(2, dim=-1)
         inner = self.activation(gate) * up
         out = self._grouped_mm(inner, down.transpose(1, 2), offs=ends)
-        add_residuals(residuals, "down", inner, out)
+        if residuals is not None:
+            residuals.add(("down",), inner, out)
         return out
 
     def forward(
@@ -149,22 +155,20 @@ class GroupedPool(ExpertPool):
         can_miss = self.can_miss[layer, np.unique(tenants.ids)].any()
         has_residuals = self.residuals.among(layer, tenants.ids, tenants.single)
         keys = self._looked_up(self._tables[layer], expert_ids, tenants)
-        residuals: list[RowResidual] = []
-        if has_residuals:
-            # One sort by slot and residual; the host must know which residuals to add, so it waits
-            # for the routing.
+        if has_residuals:  # one sort by slot and residual
             count = len(self.residuals.items) + 1
             numbers = self._looked_up(self._residual_numbers[layer], expert_ids, tenants)
             both, order = (keys * count + numbers).reshape(-1).sort(stable=True)
-            sorted_keys = both // count
-            on_host = both.cpu().numpy()
-            residuals = self.residuals.rows(on_host % count, on_host)
+            sorted_keys, sorted_numbers = both // count, both % count
         else:
             sorted_keys, order = keys.reshape(-1).sort(stable=True)
         by_key = x.index_select(0, order // self.top_k)
         ends = torch.searchsorted(sorted_keys, self._slot_numbers[layer], right=True).to(
             torch.int32
         )
+        residuals = None
+        if has_residuals:
+            residuals = self._added(layer, sorted_numbers, ends, tenants)
         if can_miss:
             # The host must know what to fetch, so it waits for the routing of this layer.
             on_host = keys.cpu().numpy()
@@ -180,6 +184,21 @@ class GroupedPool(ExpertPool):
         by_token[order] = out
         return by_token.view(len(x), self.top_k, -1).mul_(weights[..., None].to(x.dtype)).sum(dim=1)
 
+    def _added(
+        self, layer: int, numbers: Tensor, ends: Tensor, tenants: TokenTenants
+    ) -> AddedResiduals:
+        """What rows add. numbers: int64 [rows], sorted by slot: 1 + a residual, which has one slot,
+        or 0."""
+        table = self.residual_table
+        if table is None:
+            # Plain operations need to be told which residuals to add, so the host waits.
+            on_host = numbers.cpu().numpy()
+            return ResidualRuns(self.residuals.rows(on_host, on_host))
+        groups = int(table.counts[layer, np.unique(tenants.ids)].sum())
+        tiles = RowTiles(table, len(numbers), len(tenants.ids), groups)
+        tiles.cut(numbers, None, ends[-1:])
+        return tiles
+
     def _looked_up(self, table: Tensor, expert_ids: Tensor, tenants: TokenTenants) -> Tensor:
         """table[tenant, expert] for each token's experts, on the device."""
         if tenants.single is not None:
@@ -192,7 +211,7 @@ class GroupedPool(ExpertPool):
         by_key: Tensor,
         sorted_keys: np.ndarray,
         ends: Tensor,
-        residuals: Sequence[RowResidual],
+        residuals: AddedResiduals | None,
     ) -> Tensor:
         """Resident rows first, then the missing ones in rounds of as many experts as there are
         spare slots."""

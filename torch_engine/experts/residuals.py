@@ -25,6 +25,13 @@ CHUNK = 1 << 20
 PROJECTIONS = ("gate", "up", "down")
 
 
+class AddedResiduals(Protocol):
+    """What rows of a product add."""
+
+    def add(self, projections: Sequence[str], x: Tensor, out: Tensor) -> None:
+        """out [M, projections * N] += x [M, K] R^T."""
+
+
 class HeldResiduals(Protocol):
     """All tenants' residuals on the device."""
 
@@ -126,6 +133,18 @@ def add_residuals(
     """out [rows, N] += x [rows, K] R^T, each residual in its own rows."""
     for r in residuals:
         r.residual.add(projection, x[r.start : r.stop], out[r.start : r.stop])
+
+
+@dataclass(frozen=True)
+class ResidualRuns:
+    """Residuals of rows, added in plain operations, one run after another."""
+
+    runs: Sequence[RowResidual]
+
+    def add(self, projections: Sequence[str], x: Tensor, out: Tensor) -> None:
+        """out [M, projections * N] += x [M, K] R^T."""
+        for name, part in zip(projections, out.chunk(len(projections), dim=-1), strict=True):
+            add_residuals(self.runs, name, x, part)
 
 
 def residuals_within(residuals: Sequence[RowResidual], start: int, stop: int) -> list[RowResidual]:

@@ -89,8 +89,35 @@ def test_residuals_and_merged_copies(family: Family, tmp_path: Path, case: str) 
 
 
 @interpreted
-def test_a_layer_takes_twelve_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_of_tenants_with_residuals(family: Family, tmp_path: Path) -> None:
+    """Steps of one graph, with other rows each time, against torch's products and operations."""
+    store = prepared(tmp_path / "store", family.paths, "several parts")
+    names = [name for name in store.tenants for _ in range(5)]
+    prompts = helpers.prompts(3, [4] * len(names))
+    found = []
+    for options in ({"decode": "graph", **ON_HOST}, {"device": "cpu", "experts": "loop"}):
+        with load_engine(store, **{"products": "plain"} | options) as engine:
+            backend = engine._require_backend()
+            rows = [Row(n, tuple(p), 4) for n, p in zip(names, prompts, strict=True)]
+            numbers = [backend.begin(row) for row in rows]
+            backend.step([Part(n, read=4) for n in numbers])
+            for first in (0, 5):
+                some = numbers[first : first + 9]
+                step = backend.step([Part(n, token_id=7 + n, want_logits=True) for n in some])
+                found.append([v.copy() for v in step.logits if v is not None])
+            assert engine.stats()["decode_graph_steps"] == (2 if "decode" in options else 0)
+    for by_graph, plain in zip(found[:2], found[2:], strict=True):
+        for logits, expected in zip(by_graph, plain, strict=True):
+            assert_close(logits, expected)
+
+
+@interpreted
+@pytest.mark.parametrize(("case", "count"), [(None, 12), ("several parts", 18)])
+def test_a_layer_takes_few_launches(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str | None, count: int
+) -> None:
     from torch_engine.decode import launches
+    from torch_engine.experts import residual_kernels
 
     counts: list[str] = []
 
@@ -104,19 +131,26 @@ def test_a_layer_takes_twelve_launches(tmp_path: Path, monkeypatch: pytest.Monke
 
     for module, names in (
         (launches, ["multiply"]),
-        (launches.rows, ["embed", "add_norm"]),
+        (launches.rows, ["embed", "add_norm", "activate"]),
         (launches.attention, ["rotate_and_keep", "attend", "merge"]),
         (launches.routing, ["pick", "sort"]),
+        (residual_kernels, ["tile_rows", "shrink", "expand"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Counted(getattr(module, name)))
-    _, paths = tenants("mixtral", tmp_path, num_hidden_layers=2, **SIZES["mixtral"])
-    store = helpers.build_round_robin(tmp_path / "store", paths)
+    if case is None:
+        store = helpers.build_round_robin(tmp_path / "store", family.paths)
+    else:
+        store = prepared(tmp_path / "store", family.paths, case)
     with load_engine(store, decode="graph", **ON_HOST) as engine:
-        once = SamplingParams(max_new_tokens=2, ignore_eos=True)
-        engine.generate_batch([(name, [5, 6]) for name in paths], once)
+        backend = engine._require_backend()
+        rows = [Row(name, (5, 6), 4) for name in store.tenants[:2]]
+        numbers = [backend.begin(row) for row in rows]
+        backend.step([Part(n, read=2) for n in numbers])
+        counts.clear()  # of prompts, which add residuals too
+        backend.step([Part(n, token_id=7) for n in numbers])
         assert engine.stats()["decode_graph_steps"] == 1
-    assert len(counts) == 12 * 2 + 3, counts
+    assert len(counts) == count * 2 + 3, counts
 
 
 @interpreted

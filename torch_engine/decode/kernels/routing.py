@@ -62,6 +62,7 @@ def pick(
 @triton.jit
 def sort(
     keys,
+    numbers,
     order,
     starts,
     COUNT,
@@ -70,21 +71,25 @@ def sort(
     SLOTS_BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """order int32 [COUNT]: rows by slot. starts: int32 [SLOTS + 1], where each slot's begin.
+    """order int32 [COUNT]: rows by slot and, in a slot, by residual.
 
-    keys: int32 [COUNT], -1 for rows to be left out. A program for all: COUNT is small.
+    starts: int32 [SLOTS + 1], where each slot's begin. keys: int32 [COUNT], slots, -1 for rows that
+    are left out. numbers: int32 [COUNT], residuals. A program for all: COUNT is small.
     """
     i = tl.arange(0, BLOCK)
     mine = tl.load(keys + i, mask=i < COUNT, other=-1)
+    residual = tl.load(numbers + i, mask=i < COUNT, other=0)
     s = tl.arange(0, SLOTS_BLOCK)
     rank = tl.zeros((BLOCK,), tl.int32)
     before = tl.zeros((SLOTS_BLOCK,), tl.int32)
     for first in range(0, COUNT, STEP):
         j = first + tl.arange(0, STEP)
         other = tl.load(keys + j, mask=j < COUNT, other=-1)
-        smaller = (other[None, :] < mine[:, None]) | (
-            (other[None, :] == mine[:, None]) & (j[None, :] < i[:, None])
+        theirs = tl.load(numbers + j, mask=j < COUNT, other=0)
+        earlier = (theirs[None, :] < residual[:, None]) | (
+            (theirs[None, :] == residual[:, None]) & (j[None, :] < i[:, None])
         )
+        smaller = (other[None, :] < mine[:, None]) | ((other[None, :] == mine[:, None]) & earlier)
         rank += tl.sum((smaller & (other >= 0)[None, :]).to(tl.int32), 1)
         before += tl.sum(((other[None, :] < s[:, None]) & (other >= 0)[None, :]).to(tl.int32), 1)
     tl.store(order + rank, i, mask=(i < COUNT) & (mine >= 0))

@@ -1,4 +1,4 @@
-"""Embeddings, sums and norms of rows."""
+"""Embeddings, sums, norms and activations of rows."""
 
 from __future__ import annotations
 
@@ -71,3 +71,20 @@ def add_norm(
         weight = tl.load(weights_of(table, tenant, x) + h, mask=mask, other=0.0).to(tl.float32)
         out = (values * inverse).to(kind).to(tl.float32) * weight
         tl.store(normed + row * H + h, out.to(kind), mask=mask)
+
+
+@triton.jit
+def activate(
+    gate_up,
+    inner,
+    N,
+    BLOCK: tl.constexpr,
+):
+    """inner [rows, N] = silu(gate) * up. gate_up: [rows, 2 * N]. Grid: rows, outputs / BLOCK."""
+    row = tl.program_id(0).to(tl.int64)
+    kind = inner.dtype.element_ty
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up + row * 2 * N + n, mask=n < N, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * N + N + n, mask=n < N, other=0.0).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    tl.store(inner + row * N + n, (gate * up).to(kind), mask=n < N)
