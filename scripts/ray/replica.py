@@ -67,11 +67,13 @@ class EngineReplica:
                     self._ready.add(tenant)
                     yield output
         except MoetelError as error:
-            yield Failure.of(error)
+            yield Failure.of(error, is_lost=not self._engine.healthy)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """For the router, which Serve asks every second."""
         self._start()
+        if not self._engine.healthy:
+            return {"ready": [], "is_lost": True}
         load, stats = await self._engine.load(), await self._engine.stats()
         self._ready = set(stats.get("ready_tenants", ()))
         return {
@@ -83,9 +85,9 @@ class EngineReplica:
             "cold": self._cold,
         }
 
-    async def process(self) -> int:
-        """The number of the replica's process."""
-        return os.getpid()
+    async def report(self) -> dict[str, Any]:
+        """The replica's process, and what it does now."""
+        return {"pid": os.getpid(), **await self.record_routing_stats()}
 
     async def check_health(self) -> None:
         """Serve starts a replica anew where this raises."""

@@ -31,11 +31,31 @@ class TenantRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         tenant = _tenant(pending_request)
+        alive = [r for r in candidate_replicas if not r.routing_stats.get("is_lost")]
+        candidate_replicas = alive or candidate_replicas
         free = [r for r in candidate_replicas if not self._is_busy(r)]
         ready = [r for r in free if self._is_ready(r, tenant)]
         others = [r for r in free if r not in ready]
         busy = [r for r in candidate_replicas if r not in free]
         return [rank for rank in (ready, others, busy) if rank]
+
+    def _fulfill_next_pending_request(
+        self, replica: RunningReplica, request_metadata: Any = None
+    ) -> None:
+        """Give the replica to the oldest request of the tenant that it was chosen for.
+
+        `FIFOMixin` gives it to the oldest request of all. `RequestRouter` finds the request by a
+        number that all answers of one HTTP request share.
+        """
+        waiting = [p for p in self._pending_requests_to_fulfill if not p.future.done()]
+        chosen = next((p for p in waiting if p.metadata is request_metadata), None)
+        for pending in waiting:
+            if chosen is not None and _tenant(pending) == _tenant(chosen):
+                self._cancel_routing_task_for_pending_request(pending)
+                self._record_queue_wait_time(pending)
+                pending.future.set_result(replica)
+                self._remove_pending_request_from_indices(pending)
+                return
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
