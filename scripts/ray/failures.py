@@ -4,12 +4,13 @@ another replica answers."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from common.errors import EngineError, MoetelError, OverloadedError
 
@@ -42,10 +43,15 @@ class Failure:
         return ReplicaLostError(str(found)) if self.is_lost else found
 
 
-async def received(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def received(call: Callable[[], Any]) -> AsyncIterator[Any]:
     """What a replica sends. Raises the errors that come in `Failure`s, ReplicaLostError,
-    OverloadedError, or EngineError for a failure of the replica's code."""
+    OverloadedError, or EngineError for a failure of the replica's code.
+
+    call: asks Ray Serve; returns its DeploymentResponseGenerator.
+    """
+    stream = None
     try:
+        stream = call()
         async for item in stream:
             if isinstance(item, Failure):
                 raise item.error()
@@ -62,3 +68,8 @@ async def received(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
         if task is None or task.cancelling():
             raise
         raise ReplicaLostError("it was cancelled in the replica") from None
+    finally:
+        # If it failed, this raises the same once more.
+        if stream is not None:
+            with suppress(RayError, RayServeException):
+                stream.cancel()

@@ -13,17 +13,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, cast
 
 from ray.serve.handle import DeploymentHandle
 
-from common.errors import DeadlineError, EngineError, UnknownTenantError
+from common.errors import DeadlineError, EngineError, OverloadedError, UnknownTenantError
 from common.sampling_params import SamplingParams
 from common.serving.request import Output
 from common.serving.scheduler_options import SchedulerOptions
 from common.store import Store
 from scripts.ray.failures import ReplicaLostError, received
 from scripts.ray.replay import Replay
+from scripts.ray.reports import Reports, together
 from scripts.ray.store_face import StoreFace
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class RemoteEngine:
     def __init__(self, store: Store, options: SchedulerOptions, handle: DeploymentHandle):
         self.engine = StoreFace(store, options)
         self._generate: Any = handle.options(method_name="generate", stream=True)
+        self.reports = Reports(handle)
         self._open: dict[str, int] = {}
         self.losses = 0
         """Answers that a replica was lost under."""
@@ -102,38 +105,43 @@ class RemoteEngine:
             self._open[tenant] -= 1
 
     async def _known(self, *args: Any) -> AsyncIterator[Output]:
-        """One try, once the replica knows the tenant."""
+        """One try, once the replica knows the tenant; another one if the first is full."""
         tenant = args[0]
-        until = time.monotonic() + BEHIND_S
+        until, refusals = time.monotonic() + BEHIND_S, 0
         while True:
             try:
-                async with aclosing(cast(Any, self._once(*args))) as outputs:
+                found = received(partial(self._generate.remote, *args))
+                async with aclosing(cast(Any, found)) as outputs:
                     async for output in outputs:
                         yield output
                 return
             except UnknownTenantError:
                 if tenant not in self.store.tenants or time.monotonic() > until:
                     raise
-            await asyncio.sleep(0.5)
-
-    async def _once(self, *args: Any) -> AsyncIterator[Output]:
-        stream = self._generate.remote(*args)
-        try:
-            async with aclosing(cast(Any, received(stream))) as outputs:
-                async for output in outputs:
-                    yield output
-        finally:
-            stream.cancel()
+                await asyncio.sleep(0.5)
+            except OverloadedError:  # it comes before any output
+                refusals += 1
+                if refusals == 2:
+                    raise
 
     async def load(self) -> dict[str, Any]:
-        """Requests that this process has sent and whose answers are not whole."""
+        """Requests that run and wait in all replicas, see `Engine.load`. Without one that answers:
+        those that this process has sent."""
+        reports = await self.reports.all()
+        if reports:
+            found: dict[str, Any] = together([r["load"] for r in reports])
+            return found
         tenants = {t: {"running": n, "waiting": 0} for t, n in self._open.items() if n}
         running = sum(t["running"] for t in tenants.values())
         return {"running": running, "waiting": 0, "tenants": tenants}
 
     async def stats(self) -> dict[str, Any]:
-        """Nothing: replicas report to Ray's own metrics."""
-        raise EngineError("replicas count for themselves")
+        """What all replicas hold and have done, see `Engine.stats`. Raises EngineError."""
+        reports = await self.reports.all()
+        if not reports:
+            raise EngineError("no replica says what it does")
+        found: dict[str, Any] = together([r["stats"] for r in reports])
+        return found
 
     async def add_tenant(self, *_: Any, **__: Any) -> NoReturn:
         raise EngineError("on Ray a store is changed by `moetel add`; all replicas follow it")

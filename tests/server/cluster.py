@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from tests.helpers import REPOSITORY
 
 APP = "moetel"
 TIMEOUT_S = 120
+ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 Answer = tuple[str, tuple[int, ...]]
@@ -56,18 +58,43 @@ class Reply:
         return answer_of(self.events)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """replies: with the number of the body that each answers."""
+
+    replies: list[tuple[int, Reply]]
+    stop: threading.Event
+
+    def wait_for_more(self, number: int) -> None:
+        end = time.monotonic() + TIMEOUT_S
+        wanted = len(self.replies) + number
+        while len(self.replies) < wanted:
+            assert time.monotonic() < end, "no replies come any more"
+            time.sleep(0.1)
+
+
 class Cluster:
     """An application on Ray Serve, at `url`."""
 
-    def __init__(self, port: int):
+    def __init__(self, port: int, metrics_port: int):
         self.url = f"http://127.0.0.1:{port}"
+        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
 
-    def deploy(self, app: Any, wait: bool = True) -> None:
-        """Begin to run it, in place of what runs."""
-        from ray import serve
+    def apply(self, args: dict[str, Any], **engine: Any) -> None:
+        """Begin to run an application, or to change it, as `serve deploy` does. engine: options of
+        that deployment."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
 
-        # Serve's own waiting can end between two states of a change of this application.
-        (serve.run if wait else serve._run)(app, name=APP, route_prefix="/")
+        app = {
+            "name": APP,
+            "route_prefix": "/",
+            "import_path": "moetel.ray:build",
+            "args": args,
+            "runtime_env": {"env_vars": ENVIRONMENT},
+            "deployments": [{"name": "engine", **engine}] if engine else [],
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [app]}))
 
     def states(self, deployment: str = "engine") -> dict[str, int]:
         """State of replicas, as RUNNING -> how many."""
@@ -84,8 +111,16 @@ class Cluster:
             time.sleep(0.1)
 
     def settle(self, replicas: int) -> None:
-        """Wait until there are so many replicas and no others, and the ingress has heard of it."""
-        self.wait_until(lambda: self.states() == {"RUNNING": replicas})
+        """Wait until a change is done, there are so many replicas and no others, and the ingress
+        knows."""
+        from ray import serve
+
+        def done() -> bool:
+            states = self.states(), self.states("ingress")
+            status = serve.status().applications[APP].status
+            return status == "RUNNING" and states == ({"RUNNING": replicas}, {"RUNNING": 1})
+
+        self.wait_until(done)
         time.sleep(1)
 
     def reports(self) -> list[dict[str, Any]]:
@@ -120,6 +155,33 @@ class Cluster:
         with ThreadPoolExecutor(len(bodies)) as pool:
             yield [pool.submit(self.send, body) for body in bodies]
 
+    @contextmanager
+    def traffic(self, bodies: list[dict[str, Any]], at_once: int = 6) -> Iterator[Traffic]:
+        """These requests again and again, until the context ends and their replies are there."""
+        traffic = Traffic([], threading.Event())
+
+        def send(first: int) -> None:
+            number = first
+            while not traffic.stop.is_set():
+                traffic.replies.append(
+                    (number % len(bodies), self.send(bodies[number % len(bodies)]))
+                )
+                number += at_once + 1
+
+        with ThreadPoolExecutor(at_once) as pool:
+            senders = [pool.submit(send, first) for first in range(at_once)]
+            try:
+                yield traffic
+            finally:
+                traffic.stop.set()
+        for sender in senders:
+            sender.result()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
 
 @contextmanager
 def cluster(num_cpus: int = 4) -> Iterator[Cluster]:
@@ -127,18 +189,18 @@ def cluster(num_cpus: int = 4) -> Iterator[Cluster]:
     import ray
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port, metrics_port = free_port(), free_port()
     ray.init(
         num_cpus=num_cpus,
         object_store_memory=100 << 20,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": ENVIRONMENT},
+        _metrics_export_port=metrics_port,
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        yield Cluster(port)
+        yield Cluster(port, metrics_port)
     finally:
         serve.shutdown()
         ray.shutdown()

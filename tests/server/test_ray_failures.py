@@ -23,10 +23,8 @@ LONG = {"max_tokens": 400, "ignore_eos": True, "return_token_ids": True}
 
 @pytest.fixture(scope="module")
 def ray(four_tenants: Path) -> Iterator[Cluster]:
-    from moetel.ray import build
-
     with cluster() as found:
-        found.deploy(build(two_replicas(four_tenants)))
+        found.apply(two_replicas(four_tenants))
         yield found
 
 
@@ -90,8 +88,8 @@ def test_requests_that_come_while_replicas_die_are_answered(
 
 def busy(ray: Cluster) -> list[dict[str, Any]]:
     """Reports of the replicas, once all of them are amid answers."""
-    ray.wait_until(lambda: all(r["running"] >= 3 for r in ray.reports()), 30)
+    ray.wait_until(lambda: all(r["load"]["running"] >= 3 for r in ray.reports()), 30)
     time.sleep(0.2)  # some tokens are on their way
     found = ray.reports()
-    assert all(r["running"] for r in found), "there was nothing to lose"
+    assert all(r["load"]["running"] for r in found), "there was nothing to lose"
     return found

@@ -20,6 +20,7 @@ from tests.server.live import GOOD, Live, Loop, error, events
 pytest.importorskip("ray.serve", reason="needs the extra ray")
 
 from ray.exceptions import ActorDiedError, NodeDiedError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError
 
 from scripts.ray.failures import Failure
 from scripts.ray.remote import RemoteEngine
@@ -36,6 +37,7 @@ class Replicas:
         self.ends: list[tuple[int, BaseException | None]] = []
         self.change = 0
         self.tries = 0
+        self.refusal: Exception | None = None
 
     def options(self, **_: Any) -> Any:
         return self
@@ -45,10 +47,12 @@ class Replicas:
         end = self.ends.pop(0) if self.ends else None
         if end is None:
             prompt = [prompt[0] + self.change, *prompt[1:]]
-        return Stream(self._answer(tenant, prompt, params, options, end))
+        return Stream(self._answer(tenant, prompt, params, options, end), self.refusal)
 
     async def _answer(self, *args: Any) -> AsyncIterator[Any]:
         *asked, options, end = args
+        if self.refusal is not None:
+            raise self.refusal
         number = 0
         try:
             async for output in self._engine.generate(*asked, **options):
@@ -65,14 +69,15 @@ class Replicas:
 class Stream:
     """As `DeploymentResponseGenerator`."""
 
-    def __init__(self, outputs: AsyncIterator[Any]):
-        self._outputs = outputs
+    def __init__(self, outputs: AsyncIterator[Any], refusal: Exception | None):
+        self._outputs, self._refusal = outputs, refusal
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._outputs
 
     def cancel(self) -> None:
-        pass
+        if self._refusal is not None:
+            raise self._refusal
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +173,12 @@ def test_a_failure_of_a_replicas_code_is_not_tried_elsewhere(
     replicas.ends = [(1, RayTaskError("generate", "it is broken", ValueError()))]
     assert "broken" in error(live.post("/v1/completions", BODY), 500)["message"]
     assert replicas.tries == 1
+
+
+def test_a_full_router_is_answered_with_429(live: Live, replicas: Replicas) -> None:
+    replicas.refusal = BackPressureError(3, 3)
+    reply = live.post("/v1/completions", BODY | {"stream": True})
+    assert error(reply, 429)["code"] == "overloaded" and int(reply.headers["retry-after"]) >= 1
 
 
 def test_a_deadline_goes_on_over_a_loss(live: Live, replicas: Replicas) -> None:
