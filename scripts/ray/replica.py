@@ -76,7 +76,11 @@ class EngineReplica:
             return {"ready": [], "is_lost": True}
         load, stats = await self._engine.load(), await self._engine.stats()
         self._exported.send(load, stats, self._engine.engine.tenants)
-        return {"ready": stats.get("ready_tenants", []), "waiting": load["waiting"]}
+        return {
+            "ready": stats.get("ready_tenants", []),
+            "max_ready": stats["max_ready_tenants"],
+            "waiting": load["waiting"],
+        }
 
     async def report(self) -> dict[str, Any]:
         """The replica's process, and what its engine holds and does. Raises EngineError."""

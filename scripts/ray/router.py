@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.serve.request_router import (
@@ -11,6 +12,9 @@ from ray.serve.request_router import (
     RequestRouter,
     RunningReplica,
 )
+
+BEHIND_S = 2.0
+"""What replicas say may be so old."""
 
 
 class TenantRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
@@ -22,8 +26,8 @@ class TenantRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     def initialize_state(self, busy_at: int = 16, **kwargs: Any) -> None:
         """busy_at: requests of a replica from which on it counts as overloaded."""
         self._busy_at = busy_at
-        self._sent: dict[ReplicaID, set[str]] = {}
-        """Tenants sent to replicas that have not said yet what is ready."""
+        self._sent: dict[ReplicaID, dict[str, float]] = {}
+        """When a tenant's request was last sent to a replica; the latest one is last."""
 
     async def choose_replicas(
         self,
@@ -61,7 +65,9 @@ class TenantRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         if (tenant := _tenant(pending_request)) is not None:
-            self._sent.setdefault(replica_id, set()).add(tenant)
+            sent = self._sent.setdefault(replica_id, {})
+            sent.pop(tenant, None)
+            sent[tenant] = time.monotonic()
 
     def _is_busy(self, replica: RunningReplica) -> bool:
         queue = self.replica_queue_len_cache.get(replica.replica_id) or 0
@@ -69,9 +75,14 @@ class TenantRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         return queue >= self._busy_at or stats.get("waiting", 0) > 0
 
     def _is_ready(self, replica: RunningReplica, tenant: str | None) -> bool:
+        """What the replica said, and what it made ready since: the least recently used go first."""
         stats: dict[str, Any] = replica.routing_stats
-        known = stats["ready"] if "ready" in stats else self._sent.get(replica.replica_id, ())
-        return tenant in known
+        ready = list(stats.get("ready", ()))
+        since = time.monotonic() - BEHIND_S
+        for name, at in self._sent.get(replica.replica_id, {}).items():
+            if at >= since or "ready" not in stats:
+                ready = [*(n for n in ready if n != name), name]
+        return tenant in ready[-stats.get("max_ready", len(ready)) :]
 
 
 def _tenant(pending: PendingRequest | None) -> str | None:
