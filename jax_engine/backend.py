@@ -81,6 +81,10 @@ class JaxBackend(Backend):
     def max_ready_tenants(self) -> int:  # type: ignore[override]
         return self.loaded.ready.capacity
 
+    @property
+    def ready_tenants(self) -> list[str]:  # type: ignore[override]
+        return self.loaded.ready.ready
+
     def start_id(self, name: str) -> int:
         """The token that a tenant's answers are decoded from."""
         return self.loaded.start_ids[name]
@@ -164,7 +168,7 @@ class JaxBackend(Backend):
             "fetched_bytes": pool.fetched_bytes,
             "reconfigurations": ready.switches,
             "reconfigured_bytes": ready.copied_bytes,
-            "ready_tenants": ready.ready,
+            "ready_tenants": self.ready_tenants,
             "compilations": self._jit.traces.total(),
         }
 

@@ -304,6 +304,10 @@ class TorchBackend(Backend):
     def observe(self, observer: Observer | None) -> None:
         self.observer = observer
 
+    @property
+    def ready_tenants(self) -> list[str]:  # type: ignore[override]
+        return self.ready.ready
+
     def stats(self) -> dict[str, Any]:
         counts = self.pool.counts
         return {
@@ -325,7 +329,7 @@ class TorchBackend(Backend):
             "fetched_bytes": counts.fetched_bytes,
             "reconfigurations": self.ready.switches,
             "reconfigured_bytes": self.ready.copied_bytes,
-            "ready_tenants": self.ready.ready,
+            "ready_tenants": self.ready_tenants,
             "kv_cache_bytes": self.cache.nbytes,
             "kv_cache_used_bytes": self.cache.used_bytes,
             "kv_cache_cached_bytes": self.cache.cached_bytes,

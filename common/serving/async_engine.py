@@ -146,12 +146,14 @@ class AsyncEngine:
         priority: int = 0,
         deadline_s: float | None = None,
         cache_salt: str = "",
+        streamed: bool = True,
     ) -> AsyncIterator[Output]:
         """What the tenant answers, as it comes; the last output holds the whole `Generation`.
 
-        priority, deadline_s, cache_salt: as for `Engine.submit`. Closing the iterator early, or
-        cancelling the task that waits for it, cancels the request; its caches are free before the
-        next step.
+        priority, deadline_s, cache_salt: as for `Engine.submit`. streamed: whether outputs are
+            passed on at once; it matters to engines in other processes, which can be lost.
+        Closing the iterator early, or cancelling the task that waits for it, cancels the request;
+        its caches are free before the next step.
 
         Raises at the first output RequestError, OverloadedError or EngineError,
         and at any DeadlineError or EngineError.

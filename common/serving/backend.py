@@ -113,6 +113,9 @@ class Backend(ABC):
     """How many tenants' non-expert weights fit at once; the parts of a step never name more
     tenants."""
 
+    ready_tenants: Sequence[str] = ()
+    """Those whose weights the device has now, least recently used first. Any thread may look."""
+
     prefetches: bool = False
     """Whether `prefetch` brings weights while a step computes."""
 

@@ -246,6 +246,10 @@ class Engine:
         """End every request with an error."""
         self._steps.fail_all(error)
 
+    def is_ready(self, tenant: str) -> bool:
+        """Whether the device has the tenant's weights now. Any thread may ask."""
+        return tenant in self._require_backend().ready_tenants
+
     def load(self) -> dict[str, Any]:
         """Numbers of requests that run and wait, in all and of each tenant, and bytes of caches."""
         caches = self._require_backend().stats()
@@ -366,6 +370,7 @@ class Engine:
             **self._require_backend().stats(),
             "tenants": {name: self._steps.statistics.summary(name) for name in self.store.tenants},
             "preemptions": self._steps.scheduler.preemptions,
+            "max_ready_tenants": self._require_backend().max_ready_tenants,
         }
 
     def close(self) -> None:

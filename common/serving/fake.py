@@ -266,6 +266,10 @@ class FakeBackend(Backend):
     def observe(self, observer: Observer | None) -> None:
         self._observer = observer
 
+    @property
+    def ready_tenants(self) -> list[str]:  # type: ignore[override]
+        return list(self._ready)
+
     def stats(self) -> dict[str, Any]:
         return {
             "device": "none",
@@ -277,7 +281,7 @@ class FakeBackend(Backend):
             "misses": 0,
             "fetches": 0,
             "reconfigurations": self.reconfigurations,
-            "ready_tenants": list(self._ready),
+            "ready_tenants": self.ready_tenants,
             "kv_cache_bytes": self.room,
             "kv_cache_used_bytes": self.used * self.block,
             "kv_cache_cached_bytes": self.pool.cached * self.block,

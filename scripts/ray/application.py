@@ -24,6 +24,9 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
+DRAIN_LOOK_S = 0.5
+"""Between two looks of a replica that has to go, whether its answers are whole."""
+
 
 class Ingress:
     """The routes of `moetel serve`, over the replicas' engines."""
@@ -34,6 +37,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         from scripts.ray.remote import RemoteEngine
+        from scripts.ray.reports import ReplicaMetrics
         from scripts.server.app import create_app
 
         options = SchedulerOptions(
@@ -46,6 +50,7 @@ class Ingress:
             log.error("tenant %s is unavailable: %s", name, why)
         app = create_app(engine, self._settings.server())
         service = app.state.service
+        service.metrics.registry.register(ReplicaMetrics(engine.reports, lambda: engine.losses))
         if self._settings.watch:
             service.watch = StoreWatch(engine, service.changed)
             # Serve calls this in the loop that answers.
@@ -72,8 +77,9 @@ def build(args: dict[str, Any]) -> Application:
     engines = serve.deployment(
         EngineReplica,
         name="engine",
-        # The engine's own queue refuses first, with 429.
+        # The engine's own queue refuses first, with 429. While there is no replica, so many wait.
         max_ongoing_requests=most + 16,
+        max_queued_requests=most * (settings.max_replicas or settings.replicas),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         request_router_config=RequestRouterConfig(
             request_router_class=TenantRouter,
@@ -81,7 +87,8 @@ def build(args: dict[str, Any]) -> Application:
             request_routing_stats_period_s=1.0,
         ),
         health_check_period_s=2.0,
-        graceful_shutdown_timeout_s=60.0,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         **scaling,
     ).bind(settings)
     ingress = serve.deployment(
@@ -89,7 +96,10 @@ def build(args: dict[str, Any]) -> Application:
         name="ingress",
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_timeout_s=60.0,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
+        # The next one takes requests before this one stops.
+        max_surge_percent=100,
     )
     app: Application = ingress.bind(settings, engines)
     return app

@@ -16,6 +16,7 @@ from common.serving.loading import load_engine
 from common.serving.request import Output
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.store_watch import StoreWatch
+from scripts.ray.exported_metrics import ExportedMetrics
 from scripts.ray.failures import Failure
 from scripts.ray.settings import RaySettings
 
@@ -46,8 +47,8 @@ class EngineReplica:
         self._engine = AsyncEngine(engine)
         self._watching: asyncio.Task[None] | None = None
         self._watch = settings.watch
-        self._warm = self._cold = 0
-        self._ready: set[str] = set()
+        self._routed: dict[str, dict[str, int]] = {}
+        self._exported = ExportedMetrics()
 
     def _start(self) -> None:
         if self._watch and self._watching is None:
@@ -58,34 +59,37 @@ class EngineReplica:
     ) -> AsyncIterator[Output | Failure]:
         """Outputs as `AsyncEngine.generate` gives them; an error of ours comes as the last one."""
         self._start()
-        warm = tenant in self._ready
-        self._warm, self._cold = self._warm + warm, self._cold + (not warm)
+        self._routed.setdefault(tenant, {"true": 0, "false": 0})
+        self._routed[tenant]["true" if self._engine.engine.is_ready(tenant) else "false"] += 1
         try:
             outputs = self._engine.generate(tenant, prompt, params, **options)
             async with aclosing(cast(Any, outputs)) as stream:
                 async for output in stream:
-                    self._ready.add(tenant)
                     yield output
         except MoetelError as error:
-            yield Failure.of(error)
+            yield Failure.of(error, is_lost=not self._engine.healthy)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """For the router, which Serve asks every second."""
         self._start()
+        if not self._engine.healthy:
+            return {"ready": [], "is_lost": True}
         load, stats = await self._engine.load(), await self._engine.stats()
-        self._ready = set(stats.get("ready_tenants", ()))
+        self._exported.send(load, stats, self._engine.engine.tenants)
         return {
-            "ready": sorted(self._ready),
-            "running": load["running"],
+            "ready": stats.get("ready_tenants", []),
+            "max_ready": stats["max_ready_tenants"],
             "waiting": load["waiting"],
-            "kv_use": load["kv_cache_used_bytes"] / max(1, load["kv_cache_bytes"]),
-            "warm": self._warm,
-            "cold": self._cold,
         }
 
-    async def process(self) -> int:
-        """The number of the replica's process."""
-        return os.getpid()
+    async def report(self) -> dict[str, Any]:
+        """The replica's process, and what its engine holds and does. Raises EngineError."""
+        return {
+            "pid": os.getpid(),
+            "load": await self._engine.load(),
+            "stats": await self._engine.stats(),
+            "routed": self._routed,
+        }
 
     async def check_health(self) -> None:
         """Serve starts a replica anew where this raises."""

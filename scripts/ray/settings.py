@@ -18,6 +18,7 @@ class RaySettings:
     replicas: engines. max_replicas: if more, Serve adds and removes replicas between the two.
     num_cpus, num_gpus: what each replica takes of its node.
     api_keys, rate_limit: as of `moetel serve`. watch: whether changes of the store are followed.
+    drain_timeout_s: how long a replica that has to go may take for the answers that it has begun.
     """
 
     store: str
@@ -36,6 +37,7 @@ class RaySettings:
     api_keys: str | None = None
     rate_limit: int | None = None
     watch: bool = True
+    drain_timeout_s: float = 60.0
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> RaySettings:

@@ -144,7 +144,7 @@ async def respond(
     """
     async with AsyncExitStack() as stack:
         run = await stack.enter_async_context(
-            Run(service, jobs, arrival(request.scope).at, request.receive)
+            Run(service, jobs, arrival(request.scope).at, request.receive, bool(body.stream))
         )
         if not body.stream:
             async for _ in run:

@@ -20,6 +20,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from scripts.server.gateway_metrics import gateway_metrics
+
 PREFIX = "moetel_"
 
 # vLLM's, in seconds.
@@ -61,7 +63,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._engine = _FromEngine()
+        self._engine = FromEngine()
         self.registry.register(self._engine)
         self.first_token = self._histogram(
             "time_to_first_token_seconds",
@@ -126,7 +128,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _FromEngine(Collector):
+class FromEngine(Collector):
     """What the engine counts itself."""
 
     snapshot: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -150,6 +152,7 @@ class _FromEngine(Collector):
             load, stats = self.snapshot
             yield from self._gauges(load, stats)
             yield from self._counters(stats)
+            yield from gateway_metrics(load, stats)
 
     def _gauges(self, load: dict[str, Any], stats: dict[str, Any]) -> Iterator[Metric]:
         for name, about in (

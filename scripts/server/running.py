@@ -79,8 +79,17 @@ class Run:
     Use as an async context manager: leaving it cancels what still runs and frees its caches.
     """
 
-    def __init__(self, service: Service, jobs: Sequence[Job], arrived_at: float, receive: Receive):
+    def __init__(
+        self,
+        service: Service,
+        jobs: Sequence[Job],
+        arrived_at: float,
+        receive: Receive,
+        streamed: bool,
+    ):
+        """streamed: whether outputs go to the client as they come."""
         self._service, self._jobs, self._receive = service, jobs, receive
+        self._streamed = streamed
         self._arrived_at = arrived_at
         self._queue: asyncio.Queue[tuple[int, Output] | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -131,6 +140,7 @@ class Run:
                 priority=job.priority,
                 deadline_s=job.deadline_s,
                 cache_salt=job.cache_salt,
+                streamed=self._streamed,
             )
             async with aclosing(cast(AsyncGenerator[Output], outputs)):
                 async for output in outputs:

@@ -48,6 +48,14 @@ def store_path(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def four_tenants(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of all four."""
+    path = tmp_path_factory.mktemp("four") / "store"
+    build_store(path, checkpoints, policy="round_robin", slots=6)
+    return path
+
+
+@pytest.fixture(scope="session")
 def loop(store_path: Path) -> Iterator[Loop]:
     """An engine in an event loop, for all tests."""
     engine = load_engine(

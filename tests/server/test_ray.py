@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,85 +11,72 @@ import httpx2
 import pytest
 
 from common import load_engine
-from tests.helpers import REPOSITORY
-from tests.server.live import GOOD, Loop, events
+from common.errors import RequestError
+from tests.server.cluster import Cluster, cluster, two_replicas
+from tests.server.live import GOOD, Loop
 
-ray: Any = pytest.importorskip("ray", reason="needs the extra ray")
-serve: Any = pytest.importorskip("ray.serve", reason="needs the extra ray")
+pytest.importorskip("ray.serve", reason="needs the extra ray")
 
-pytestmark = pytest.mark.slow
-PORT = 8199
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")
-def url(store_path: Path) -> Iterator[str]:
-    from moetel.ray import build
-
-    ray.init(
-        num_cpus=3,
-        object_store_memory=100 << 20,
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}},
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        args = {
-            "store": str(store_path),
-            "device": "cpu",
-            "replicas": 2,
-            "num_cpus": 0.5,
-            "max_num_seqs": 4,
-            "max_queue": 4,
-        }
-        serve.run(build(args), name="moetel", route_prefix="/")
-        yield f"http://127.0.0.1:{PORT}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+def ray(store_path: Path) -> Iterator[Cluster]:
+    with cluster() as found:
+        found.apply(two_replicas(store_path))
+        found.settle(2)
+        yield found
 
 
-def test_answers_are_those_of_one_process(url: str, store_path: Path) -> None:
-    bodies = [
-        GOOD | {"model": m, "prompt": [3, 4, 5 + i]} for m in ("ana", "bob", "ids") for i in (0, 1)
+def post(url: str, path: str, body: dict[str, Any]) -> httpx2.Response:
+    return httpx2.post(url + path, json=body, timeout=60)
+
+
+def test_answers_are_those_of_one_process(ray: Cluster, store_path: Path) -> None:
+    hello = [{"role": "user", "content": "hi"}]
+    greedy = {"temperature": 0, "max_tokens": 5}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", GOOD | {"model": "ana"}),
+        ("/v1/completions", GOOD | {"model": "ids", "prompt": [3, 4]}),
+        ("/v1/completions", GOOD | {"model": "bob", "prompt": ["a", "b"], "n": 3, "logprobs": 2}),
+        ("/v1/completions", GOOD | {"model": "bob", "echo": True, "prompt_logprobs": 1}),
+        ("/v1/completions", GOOD | {"temperature": 1, "seed": 3, "n": 2, "stop": ["q"]}),
+        ("/v1/chat/completions", {"model": "bob", "messages": hello, "n": 2} | greedy),
+        ("/tokenize", {"model": "bob", "prompt": "héllo"}),
+        ("/v1/completions", GOOD | {"model": "none"}),
+        ("/v1/completions", GOOD | {"model": "ids", "prompt": "text"}),
+        ("/v1/completions", GOOD | {"prompt": [3] * 5000}),
+        ("/v1/load_tenant", {"tenant_name": "x", "tenant_path": "/x"}),
     ]
     loop = Loop(load_engine(store_path, device="cpu"))
     try:
         with loop.serve() as live:
-            expected = [live.post("/v1/completions", b).json()["choices"] for b in bodies]
-            chat = {"model": "bob", "messages": [{"role": "user", "content": "hi"}]} | {
-                "temperature": 0,
-                "max_tokens": 5,
-            }
-            spoken = live.post("/v1/chat/completions", chat).json()["choices"]
+            expected = [post(live.url, *b) for b in bodies]
+            models = httpx2.get(live.url + "/v1/models").json()
     finally:
         loop.close()
-    with ThreadPoolExecutor(4) as pool:
-        found = list(
-            pool.map(lambda b: httpx2.post(f"{url}/v1/completions", json=b, timeout=60), bodies)
-        )
-    assert [f.json()["choices"] for f in found] == expected
-    assert httpx2.post(f"{url}/v1/chat/completions", json=chat).json()["choices"] == spoken
-    unknown = httpx2.post(f"{url}/v1/completions", json=GOOD | {"model": "none"})
-    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
-    with httpx2.stream("POST", f"{url}/v1/completions", json=bodies[0] | {"stream": True}) as reply:
-        *pieces, last = events("".join(reply.iter_text()))
-    assert last == "[DONE]"
-    text = "".join(json.loads(p)["choices"][0]["text"] for p in pieces)
-    assert text == expected[0][0]["text"]
+    found = [post(ray.url, *b) for b in bodies]
+    assert [(f.status_code, said(f)) for f in found] == [(e.status_code, said(e)) for e in expected]
+    names = [m["id"] for m in httpx2.get(ray.url + "/v1/models").json()["data"]]
+    assert names == [m["id"] for m in models["data"]]
 
 
-def test_a_flood_gets_429_before_any_status_of_200(url: str) -> None:
-    body = GOOD | {"max_tokens": 200, "ignore_eos": True, "stream": True}
+def said(reply: httpx2.Response) -> Any:
+    """What does not differ from request to request."""
+    found = reply.json()
+    for key in ("id", "created", "metrics"):
+        found.pop(key, None)
+    return json.loads(json.dumps(found))
 
-    def send(_: int) -> tuple[int, str | None, str]:
-        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as reply:
-            return reply.status_code, reply.headers.get("retry-after"), "".join(reply.iter_text())
 
-    with ThreadPoolExecutor(40) as pool:
-        replies = list(pool.map(send, range(40)))
-    assert {status for status, _, _ in replies} == {200, 429}
-    for status, wait, text in replies:
-        if status == 429:
-            assert wait is not None and int(wait) >= 1
-        else:
-            assert events(text)[-1] == "[DONE]"
+def test_arguments_that_are_not_known_are_refused(store_path: Path) -> None:
+    from moetel.ray import build
+
+    for args, about in (
+        ({"store": str(store_path), "replica": 2}, "replica is not known"),
+        ({}, "store is missing"),
+        ({"store": str(store_path), "replicas": 0}, "replicas is 0"),
+        ({"store": str(store_path), "replicas": 3, "max_replicas": 2}, "at least replicas, 3"),
+    ):
+        with pytest.raises(RequestError, match=about):
+            build(args)

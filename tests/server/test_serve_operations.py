@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,27 @@ def test_metrics_count_what_was_answered(live: Live) -> None:
         "non_expert",
         "kv",
     }
+
+
+def test_the_gateways_inference_extension_finds_its_metrics(live: Live) -> None:
+    """By the names and labels that it looks for in vLLM."""
+    with ThreadPoolExecutor(12) as pool:
+        body = GOOD | {"max_tokens": 400, "ignore_eos": True}
+        replies = [pool.submit(live.post, "/v1/completions", body) for _ in range(12)]
+
+        def full() -> bool:
+            return scrape(live)[("vllm:num_requests_waiting",)] == 4
+
+        wait_for(full)
+        found = scrape(live)
+        assert found[("vllm:num_requests_running",)] == 8
+        assert 0 < found[("vllm:kv_cache_usage_perc",)] <= 1
+        assert all(r.result().status_code == 200 for r in replies)
+    (info,) = [key for key in found if key[0] == "vllm:lora_requests_info"]
+    _, most, ready, waiting = info
+    assert int(most) >= 3 and {"ana", "bob", "ids"} <= set(ready.split(","))
+    assert waiting == "", "ana waits, and is ready"
+    assert time.time() - 60 < found[info] <= time.time()
 
 
 @pytest.mark.slow
