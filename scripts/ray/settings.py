@@ -8,7 +8,9 @@ from typing import Any
 
 from common.errors import RequestError
 from scripts.server.keys import KeyRing
+from scripts.server.reasoning import FORMATS
 from scripts.server.settings import ServerSettings
+from scripts.server.tools import PARSERS
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class RaySettings:
     ready_tenants: as of `load_engine`; None: its default. max_*: as of `moetel serve`.
     replicas: engines. max_replicas: if more, Serve adds and removes replicas between the two.
     num_cpus, num_gpus: what each replica takes of its node.
-    api_keys, rate_limit: as of `moetel serve`. watch: whether changes of the store are followed.
+    api_keys, rate_limit, tool_call_parser, reasoning_parser: as of `moetel serve`. watch: whether changes of the store are followed.
     drain_timeout_s: how long a replica that has to go may take for the answers that it has begun.
     """
 
@@ -36,6 +38,8 @@ class RaySettings:
     num_gpus: float = 0.0
     api_keys: str | None = None
     rate_limit: int | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     watch: bool = True
     drain_timeout_s: float = 60.0
 
@@ -53,6 +57,12 @@ class RaySettings:
             value = getattr(found, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RequestError(f"args: {name} is {value!r}; give a whole number above 0")
+        for name, known in (("tool_call_parser", PARSERS), ("reasoning_parser", FORMATS)):
+            value = getattr(found, name)
+            if value is not None and value not in known:
+                raise RequestError(
+                    f"args: {name} is {value!r}; give one of {', '.join(map(repr, known))}"
+                )
         if found.max_replicas is not None and found.max_replicas < found.replicas:
             raise RequestError(
                 f"args: max_replicas is {found.max_replicas}; give at least replicas, "
@@ -64,5 +74,10 @@ class RaySettings:
         """Raises KeyFileError."""
         keys = None if self.api_keys is None else KeyRing.read(Path(self.api_keys))
         return ServerSettings(
-            keys=keys, rate_limit=self.rate_limit, max_sequences=self.max_queue, watch_store=False
+            keys=keys,
+            rate_limit=self.rate_limit,
+            max_sequences=self.max_queue,
+            tool_call_parser=self.tool_call_parser,
+            reasoning_parser=self.reasoning_parser,
+            watch_store=False,
         )

@@ -121,6 +121,7 @@ class Cluster:
             return status == "RUNNING" and states == ({"RUNNING": replicas}, {"RUNNING": 1})
 
         self.wait_until(done)
+        self.reports()  # the first call of this process makes a router, which takes seconds
         time.sleep(1)
 
     def reports(self) -> list[dict[str, Any]]:
