@@ -19,7 +19,8 @@ class RaySettings:
     ready_tenants: as of `load_engine`; None: its default. max_*: as of `moetel serve`.
     replicas: engines. max_replicas: if more, Serve adds and removes replicas between the two.
     num_cpus, num_gpus: what each replica takes of its node.
-    api_keys, rate_limit, tool_call_parser, reasoning_parser: as of `moetel serve`. watch: whether changes of the store are followed.
+    api_keys, rate_limit, tool_call_parser, reasoning_parser: as of `moetel serve`.
+    watch: whether changes of the store are followed.
     drain_timeout_s: how long a replica that has to go may take for the answers that it has begun.
     """
 
@@ -57,11 +58,11 @@ class RaySettings:
             value = getattr(found, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RequestError(f"args: {name} is {value!r}; give a whole number above 0")
-        for name, known in (("tool_call_parser", PARSERS), ("reasoning_parser", FORMATS)):
+        for name, names in (("tool_call_parser", PARSERS), ("reasoning_parser", FORMATS)):
             value = getattr(found, name)
-            if value is not None and value not in known:
+            if value is not None and value not in names:
                 raise RequestError(
-                    f"args: {name} is {value!r}; give one of {', '.join(map(repr, known))}"
+                    f"args: {name} is {value!r}; give one of {', '.join(map(repr, names))}"
                 )
         if found.max_replicas is not None and found.max_replicas < found.replicas:
             raise RequestError(
