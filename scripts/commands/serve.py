@@ -81,6 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     net.add_argument("--log-level", choices=LOG_LEVELS, default="info")
 
+    scale = parser.add_argument_group("several engines")
+    scale.add_argument(
+        "--ray",
+        action="store_true",
+        help="serve with Ray Serve on this machine; options without a meaning there are refused",
+    )
+    scale.add_argument(
+        "--replicas", type=arguments.whole, default=1, metavar="N", help="engines; only with --ray"
+    )
+
     load = parser.add_argument_group("engine")
     load.add_argument("--backend", choices=("auto", "torch", "jax"), default="auto")
     arguments.add_engine_arguments(load)
@@ -335,6 +345,15 @@ def run(args: argparse.Namespace) -> int:
         force=True,
     )
     settings = _settings(args)
+    if args.ray:
+        from scripts.ray.local import application_arguments, serve_locally
+
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        serve_locally(application_arguments(args, parser.get_default), args.host, args.port)
+        return 0
+    if args.replicas != 1:
+        raise ServeError("--replicas needs --ray; leave it out, or add --ray")
     sock = bind(args.host, args.port)
     asyncio.run(serve(lambda: _load(args), settings, sock, args.timeout_keep_alive))
     return 0
