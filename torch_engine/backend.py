@@ -36,7 +36,7 @@ from torch_engine.options import TorchOptions
 from torch_engine.products import PlainWeight, Weight, pack_native
 from torch_engine.sequences import CachedSequence, whole_prompts
 from torch_engine.steps import PendingStep, Results, compute, decode_rows
-from torch_engine.tenants.device_copies import TenantsByCopy
+from torch_engine.tenants.by_copy import TenantsByCopy
 from torch_engine.tenants.in_place import TenantsInPlace
 from torch_engine.tenants.ready import ReadyTenants
 from torch_engine.tenants.weights import shape_of

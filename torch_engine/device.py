@@ -12,7 +12,7 @@ from common.errors import EngineError
 from common.families import Decoder
 from common.store import Store
 from torch_engine import native
-from torch_engine.tenants.layout import FlatLayout
+from torch_engine.tenants.tenant_buffer import FlatLayout
 
 # What caches take unless `kv_cache_bytes` says otherwise: of what is free once weights are loaded,
 # and on a CPU at most this many bytes.

@@ -14,7 +14,7 @@ from benchmarks.gpu.stores import KV_BYTES
 from benchmarks.material.shape import Shape
 from common import Store, load_engine
 from common.serving.backend import Backend, Row
-from torch_engine.tenants.device_copies import TenantsByCopy
+from torch_engine.tenants.by_copy import TenantsByCopy
 
 
 def reconfiguration(store: Store, device: torch.device, clock: Clock) -> Report:

@@ -1,7 +1,7 @@
 /* The kernels' plain C interface: products with packed weights, whole layers of experts, norms and decode attention.
  * A type is MOETEL_F32 or MOETEL_BF16 (bits of the upper half of a float32). Nothing here throws or keeps state.
  *
- * Packed weights [N, K] (layout.py): blocks of 64 outputs, zeros behind the last; in a block, for every input (float32)
+ * Packed weights [N, K] (packed_weights.py): blocks of 64 outputs, zeros behind the last; in a block, for every input (float32)
  * or pair of inputs (bfloat16), the 64 outputs' values side by side. An odd last input is paired with a zero. */
 
 #ifndef MOETEL_KERNELS_H

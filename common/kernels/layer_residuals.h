@@ -22,7 +22,7 @@ struct Group {
 // product.
 class LayerResiduals {
    public:
-    static constexpr int64_t kFields = 6;  // layout.py has the same
+    static constexpr int64_t kFields = 6;  // packed_weights.py has the same
 
     // Of one matrix of one group. at: in each row's values of the first step, where a low-rank part's begin.
     struct Matrix {
@@ -110,7 +110,7 @@ class LayerResiduals {
     int64_t multiplications = 0;
 
    private:
-    static constexpr int64_t kNone = 0, kSign = 1, kLowRank = 2;               // layout.py has the same
+    static constexpr int64_t kNone = 0, kSign = 1, kLowRank = 2;               // packed_weights.py has the same
     static constexpr int64_t kComponents = 16;                                 // of a work item of the first step
 
     std::vector<std::array<Matrix, 3>> matrices_;  // of each group

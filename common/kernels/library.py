@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.kernels.layout import FIELDS
+from common.kernels.packed_weights import FIELDS
 
 _int, _address = ctypes.c_int64, ctypes.c_void_p
 

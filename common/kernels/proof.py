@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from common.dtypes import BFLOAT16
-from common.kernels.layout import ACTIVATIONS, FIELDS, TYPES, blocked_part, pack, part_fields
 from common.kernels.library import ExpertsCall, Library, Threads
+from common.kernels.packed_weights import (
+    ACTIVATIONS,
+    FIELDS,
+    TYPES,
+    blocked_part,
+    pack,
+    part_fields,
+)
 
 _TYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 _PAIRS = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.dtypes import BY_NAME, to_float32
-from common.kernels.layout import BLOCK
+from common.kernels.packed_weights import BLOCK
 
 if TYPE_CHECKING:
     from jax_engine.native import Kernels

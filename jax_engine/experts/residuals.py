@@ -32,7 +32,15 @@ import numpy as np
 from jax import lax
 
 from common.errors import EngineError
-from common.kernels.layout import ALIGNMENT, BLOCK, FIELDS, KINDS, NONE, blocked_part, part_fields
+from common.kernels.packed_weights import (
+    ALIGNMENT,
+    BLOCK,
+    FIELDS,
+    KINDS,
+    NONE,
+    blocked_part,
+    part_fields,
+)
 from common.plan.residual import LOW_RANK, SIGN, Part, row_bytes
 from common.store import Store
 

@@ -7,7 +7,7 @@ another processor, without Linux or a compiler, or with MOETEL_NATIVE=0 in the e
 returns None and XLA does all products.
 
 Letters in shapes: T rows, K inputs, N outputs, B = ceil(N / 64) blocks of outputs, S slots, I
-    intermediate size. Packed weights: `common.kernels.layout`.
+    intermediate size. Packed weights: `common.kernels.packed_weights`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.kernels import build, layout
-from common.kernels.layout import ACTIVATIONS, BLOCK
+from common.kernels import build, packed_weights
+from common.kernels.packed_weights import ACTIVATIONS, BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,14 @@ _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 
 def pack(weight: _Array) -> _Array:
-    """`common.kernels.layout.pack`, also for jax's arrays: [..., N, K] -> [..., B, K, 64] in
-    float32, [..., B, ceil(K / 2), 128] in bfloat16."""
+    """`common.kernels.packed_weights.pack`, also for jax's arrays: [..., N, K] -> [..., B, K, 64]
+    in float32, [..., B, ceil(K / 2), 128] in bfloat16."""
     if isinstance(weight, np.ndarray):
-        return layout.pack(weight)
+        return packed_weights.pack(weight)
     *stack, outputs, inputs = weight.shape
     itemsize = weight.dtype.itemsize
-    blocks, steps, size = layout.packed_shape(outputs, inputs, itemsize)
-    lanes = layout.lanes(itemsize)
+    blocks, steps, size = packed_weights.packed_shape(outputs, inputs, itemsize)
+    lanes = packed_weights.lanes(itemsize)
     padding = [(0, blocks * BLOCK - outputs), (0, steps * lanes - inputs)]
     padded = jnp.pad(weight, [(0, 0)] * len(stack) + padding)
     cells = padded.reshape(*stack, blocks, BLOCK, steps, lanes).swapaxes(-3, -2)

@@ -13,11 +13,11 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from common.serving.request import Generation, Output
+from scripts.server.answer_shapes import PromptTokensDetails, ScoredPrompt, Usage
 from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.requests import Asked
 from scripts.server.running import Job, Run
-from scripts.server.schema import PromptTokensDetails, ScoredPrompt, Usage
 from scripts.server.service import Service
 from scripts.server.streams import EventStream
 from scripts.server.tokens import TokenTexts

@@ -8,6 +8,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from common.serving.request import Output
+from scripts.server.answer_shapes import (
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatMessage,
+    Delta,
+)
 from scripts.server.answers import (
     AnswerTexts,
     request_number,
@@ -19,14 +27,6 @@ from scripts.server.chat_requests import ChatRequest
 from scripts.server.chat_turn import next_turn
 from scripts.server.dependencies import ERRORS, STREAMED, Caller, SharedService
 from scripts.server.running import Run
-from scripts.server.schema import (
-    ChatAnswer,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatMessage,
-    Delta,
-)
 from scripts.server.streams import event
 from scripts.server.tools.answer import ToolCall
 

@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from common.sampling_params import MAX_LOGPROBS
 from common.structured_outputs import StructuredOutputs
-from scripts.server.fields import (
+from scripts.server.refused_fields import (
     REFUSED_CHAT,
     REFUSED_TEMPLATE,
     Refused,
 )
 from scripts.server.requests import Asked, TokenId
 from scripts.server.taken import Taken
-from scripts.server.tools.fields import NamedTool, Tool, ToolChoice, structure_of_calls
+from scripts.server.tools.requested_tools import NamedTool, Tool, ToolChoice, structure_of_calls
 
 
 class TextPart(Taken):

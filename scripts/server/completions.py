@@ -10,6 +10,10 @@ from starlette.responses import Response
 
 from common.errors import TenantUnavailableError
 from common.serving.request import Generation, Output
+from scripts.server.answer_shapes import (
+    CompletionAnswer,
+    CompletionChoice,
+)
 from scripts.server.answers import (
     AnswerTexts,
     check_number,
@@ -26,10 +30,6 @@ from scripts.server.errors import ApiError
 from scripts.server.front import arrival
 from scripts.server.requests import Asked, CompletionRequest
 from scripts.server.running import Run
-from scripts.server.schema import (
-    CompletionAnswer,
-    CompletionChoice,
-)
 from scripts.server.service import Service
 from scripts.server.streams import event
 from scripts.server.tokens import joined

@@ -8,8 +8,8 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
 from fastapi.security.http import HTTPAuthorizationCredentials
 
+from scripts.server.answer_shapes import ErrorAnswer
 from scripts.server.front import arrival
-from scripts.server.schema import ErrorAnswer
 from scripts.server.service import Access, Service
 
 STREAMED: dict[int | str, dict[str, Any]] = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from scripts.server.dependencies import ERRORS, Caller, SharedService
-from scripts.server.schema import (
+from scripts.server.answer_shapes import (
     Model,
     ModelList,
 )
+from scripts.server.dependencies import ERRORS, Caller, SharedService
 from scripts.server.service import Service
 
 router = APIRouter(prefix="/v1", responses=ERRORS)

@@ -15,12 +15,7 @@ from starlette.responses import FileResponse, Response
 from common.checkpoints import base_of, is_adapter
 from common.errors import CheckpointError, PlanError, RequestError, StoreError, UnknownTenantError
 from common.version import __version__
-from scripts.server.chat_requests import DetokenizeRequest, TokenizeRequest
-from scripts.server.conversation import written
-from scripts.server.dependencies import ERRORS, Caller, SharedService
-from scripts.server.errors import SERVER, ApiError, JSONAnswer, unknown_model
-from scripts.server.requests import LoadTenantRequest, UnloadTenantRequest
-from scripts.server.schema import (
+from scripts.server.answer_shapes import (
     DetokenizeAnswer,
     Load,
     State,
@@ -29,6 +24,11 @@ from scripts.server.schema import (
     TokenizeAnswer,
     Version,
 )
+from scripts.server.chat_requests import DetokenizeRequest, TokenizeRequest
+from scripts.server.conversation import written
+from scripts.server.dependencies import ERRORS, Caller, SharedService
+from scripts.server.errors import SERVER, ApiError, JSONAnswer, unknown_model
+from scripts.server.requests import LoadTenantRequest, UnloadTenantRequest
 from scripts.server.service import Service
 from scripts.server.status import expert_map, status
 

@@ -1,8 +1,8 @@
 """What the routes take, in OpenAI's and vLLM's words; FastAPI makes the OpenAPI page of it.
 
 Types are strict ("5" is no number). Names that nobody's schema has are let through, as vLLM does.
-Fields of their
-schemas that are not here are in `fields.py`: those that would change an answer are refused by name.
+Fields of their schemas that are not here are in `refused_fields.py`: those that would change an
+answer are refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from common.bounds import bound_of
 from common.sampling_params import SamplingParams
 from common.structured_outputs import StructuredOutputs
-from scripts.server.fields import (
+from scripts.server.refused_fields import (
     REFUSED,
     REFUSED_COMPLETION,
     REFUSED_STREAM,

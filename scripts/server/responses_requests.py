@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from scripts.server.chat_requests import ChatRequest
 from scripts.server.errors import ApiError
-from scripts.server.fields import Refused
+from scripts.server.refused_fields import Refused
 from scripts.server.requests import Number
 from scripts.server.taken import Taken
 

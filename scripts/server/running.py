@@ -14,8 +14,8 @@ from starlette.types import Receive
 
 from common.sampling_params import SamplingParams
 from common.serving.request import Generation, Output
+from scripts.server.answer_shapes import RequestMetrics
 from scripts.server.errors import ClientGoneError
-from scripts.server.schema import RequestMetrics
 from scripts.server.service import Service
 
 

@@ -15,8 +15,8 @@ from common.errors import EngineError, TenantUnavailableError
 from common.serving.store_watch import StoreWatch
 from scripts.server.errors import RATE, SERVER, ApiError, retry_after, unknown_model
 from scripts.server.keys import Key
-from scripts.server.limits import RateLimiter
 from scripts.server.metrics import Metrics
+from scripts.server.rate_limiter import RateLimiter
 from scripts.server.settings import ServerSettings
 from scripts.server.window import Window
 

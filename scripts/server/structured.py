@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from common.structured_outputs import StructuredOutputs
-from scripts.server.fields import Refused
+from scripts.server.refused_fields import Refused
 from scripts.server.taken import Taken
 
 _OTHER_FORM = Refused("grammars have no such form here")

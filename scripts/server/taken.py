@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from scripts.server.fields import Refused
+from scripts.server.refused_fields import Refused
 
 
 class Taken(BaseModel):

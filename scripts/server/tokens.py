@@ -8,7 +8,7 @@ from dataclasses import replace
 from common.serving.detokenizer import REPLACEMENT
 from common.serving.engine import Engine
 from common.serving.sampling import TokenLogprob
-from scripts.server.schema import (
+from scripts.server.answer_shapes import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,

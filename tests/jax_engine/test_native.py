@@ -14,7 +14,7 @@ import pytest
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-from common.kernels import layout  # noqa: E402
+from common.kernels import packed_weights  # noqa: E402
 from jax_engine import native  # noqa: E402
 from tests.jax_engine.conftest import noise  # noqa: E402
 
@@ -89,7 +89,7 @@ def test_packing_and_back(shape: tuple[int, ...], module: Any) -> None:
         packed[(0,) * len(stack)][-1, -1, (outputs - 1) % 64] == weight[(0,) * len(stack)][-1, -1]
     )
     assert np.all(np.asarray(packed)[..., -1, :, (outputs - 1) % 64 + 1 :] == 0)
-    assert np.array_equal(layout.unpack(np.asarray(packed), outputs, inputs), weight)
+    assert np.array_equal(packed_weights.unpack(np.asarray(packed), outputs, inputs), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.kernels.layout import part_fields
+from common.kernels.packed_weights import part_fields
 from common.plan.residual import LOW_RANK, SIGN, Part, Residual, matrices
 from jax_engine.experts import residuals as module
 from jax_engine.experts.dispatch import FeedForward, LoopDispatch, NativeDispatch, _ragged

@@ -17,8 +17,8 @@ from fastapi import FastAPI
 
 from common.build.online import OnlineEngine
 from common.serving.engine import Engine
+from scripts.server.answer_shapes import ErrorAnswer
 from scripts.server.app import create_app
-from scripts.server.schema import ErrorAnswer
 from scripts.server.settings import ServerSettings
 
 T = TypeVar("T")

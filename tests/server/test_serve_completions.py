@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.sampling_params import SamplingParams
-from scripts.server.schema import ChatAnswer, ChatChunk, CompletionAnswer
+from scripts.server.answer_shapes import ChatAnswer, ChatChunk, CompletionAnswer
 from tests.server.live import Live, Loop, events
 
 GREEDY = {"temperature": 0, "max_tokens": 12}

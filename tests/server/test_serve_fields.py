@@ -19,7 +19,7 @@ from scripts.server.chat_requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from scripts.server.fields import MEANINGLESS, Refused
+from scripts.server.refused_fields import MEANINGLESS, Refused
 from scripts.server.requests import CompletionRequest, StreamOptions, Taken
 from tests import helpers
 from tests.server.live import Live, error

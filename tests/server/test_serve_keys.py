@@ -10,7 +10,7 @@ import pytest
 
 from scripts import cli
 from scripts.server.keys import ALL, Key, KeyFileError, KeyRing, new_key
-from scripts.server.limits import RateLimiter
+from scripts.server.rate_limiter import RateLimiter
 from scripts.server.settings import ServerSettings
 from tests.server.live import GOOD, Live, Loop, error
 

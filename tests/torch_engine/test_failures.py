@@ -14,7 +14,7 @@ from common import EngineError, load_engine
 from tests import helpers
 from tests.conftest import Family
 from torch_engine.experts.grouped_pool import GroupedPool
-from torch_engine.tenants.device_copies import TenantsByCopy
+from torch_engine.tenants.by_copy import TenantsByCopy
 
 GROUPED: dict[str, Any] = {"device": "cpu", "experts": "grouped", "products": "plain"}
 

@@ -168,7 +168,7 @@ def test_tenants_by_copy_and_grouped_products(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path that CUDA takes, here on the host's memory."""
-    from torch_engine.tenants.device_copies import TenantsByCopy
+    from torch_engine.tenants.by_copy import TenantsByCopy
 
     monkeypatch.setattr(
         "torch_engine.backend.TenantsInPlace",

@@ -19,9 +19,9 @@ from torch_engine.layers.norm import rms_norm
 from torch_engine.layers.rotary import RotaryTable, rotate
 from torch_engine.layers.router import route
 from torch_engine.products import PlainWeight
-from torch_engine.tenants.device_copies import TenantsByCopy
+from torch_engine.tenants.by_copy import TenantsByCopy
 from torch_engine.tenants.in_place import TenantsInPlace
-from torch_engine.tenants.layout import FlatLayout
+from torch_engine.tenants.tenant_buffer import FlatLayout
 from torch_engine.tenants.weights import TenantWeights, entries
 
 

@@ -15,7 +15,7 @@ from tests import helpers
 from tests.conftest import Family
 from tests.helpers import assert_close, hf_greedy, hf_logits, rest_slow
 from tests.torch_engine.comparison import NEW
-from torch_engine.tenants.device_copies import TenantsByCopy
+from torch_engine.tenants.by_copy import TenantsByCopy
 
 # What belongs to a tenant alone: everything that experts do not see.
 OWN: dict[str, dict[str, Any]] = {

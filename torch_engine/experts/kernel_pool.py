@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.kernels.layout import FIELDS, blocked_part, part_fields
+from common.kernels.packed_weights import FIELDS, blocked_part, part_fields
 from common.plan.residual import Residual
 from common.store import Store
 from torch_engine import native

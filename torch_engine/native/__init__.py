@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.kernels import build, layout
-from common.kernels.layout import ACTIVATIONS, TYPES
+from common.kernels import build, packed_weights
 from common.kernels.library import ExpertsCall, Library, Threads
+from common.kernels.packed_weights import ACTIVATIONS, TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,10 @@ def _load() -> Kernels | None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[N, K] in the kernels' layout (`common.kernels.layout.pack`)."""
+    """[N, K] in the kernels' layout (`common.kernels.packed_weights.pack`)."""
     itemsize = weight.element_size()
     words = weight.contiguous().view(torch.int16 if itemsize == 2 else torch.int32).numpy()
-    return torch.from_numpy(layout.pack(words)).view(weight.dtype)
+    return torch.from_numpy(packed_weights.pack(words)).view(weight.dtype)
 
 
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from scripts.server.tools import new_parser
-from scripts.server.tools.fields import NamedTool, Tool, ToolChoice
 from scripts.server.tools.parser import Call, Parsed, call_of
+from scripts.server.tools.requested_tools import NamedTool, Tool, ToolChoice
 
 
 class CalledFunction(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.kernels.layout import blocked_sign, pack, row_bytes, unpack
+from common.kernels.packed_weights import blocked_sign, pack, row_bytes, unpack
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (64, 8), (70, 5), (129, 3)])

@@ -16,8 +16,8 @@ from common.families import Decoder
 from common.store import Store
 from torch_engine.layers.rotary import RotaryTable
 from torch_engine.products import PlainWeight
-from torch_engine.tenants.layout import FlatLayout
 from torch_engine.tenants.ready import unchanged
+from torch_engine.tenants.tenant_buffer import FlatLayout
 from torch_engine.tenants.weights import (
     Content,
     Entry,
