@@ -89,14 +89,14 @@ class Ours:
         ]
 
     def start(self) -> None:
-        self._batch = self.backend.start(self._rows)
-        self._batch.prefill(want_logits=False)
+        self.batch = self.backend.start(self._rows)
+        self.batch.prefill(want_logits=False)
 
     def step(self, ids: np.ndarray) -> None:
-        self._batch.decode(ids, want_logits=False)
+        self.batch.decode(ids, want_logits=False)
 
     def stop(self) -> None:
-        self._batch.close()
+        self.batch.close()
 
     def experts_hit(self, steps: np.ndarray) -> tuple[float, float, float]:
         """Means over layers and steps, not timed. steps: int64 [steps, rows].

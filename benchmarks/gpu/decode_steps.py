@@ -23,8 +23,9 @@ from benchmarks.gpu.stores import KV_BYTES, several
 from benchmarks.material.random_models import write_random
 from benchmarks.material.shape import Shape
 from benchmarks.mixed_tenants import step_bytes
-from common import build_store, load_engine
+from common import SamplingParams, build_store, load_engine
 from common.serving.backend import Backend, Part, Row
+from common.serving.sampling import Choice, sample
 
 COLUMNS = (
     "rows",
@@ -34,11 +35,14 @@ COLUMNS = (
     "step / floor",
     "experts hit",
     "eager / graph",
+    "drawn / most probable",
+    "drawn on the host / drawn",
     "transformers, ms",
     "transformers / ours",
     "of one tenant's rate",
 )
 TENANTS = 4
+DRAW = Choice(SamplingParams(temperature=0.7, top_k=40, top_p=0.95), uniform=0.4)
 
 
 class Eager:
@@ -54,6 +58,27 @@ class Eager:
     def step(self, ids: np.ndarray) -> None:
         with _eager(self._side.backend):
             self._side.step(ids)
+
+    def stop(self) -> None:
+        self._side.stop()
+
+
+class Drawn:
+    """Another side's steps whose tokens are drawn, on the device or of logits on the host."""
+
+    def __init__(self, side: Ours, on_host: bool):
+        self._side, self._on_host = side, on_host
+
+    def start(self) -> None:
+        self._side.start()
+
+    def step(self, ids: np.ndarray) -> None:
+        if not self._on_host:
+            self._side.batch.decode(ids, want_logits=False, choice=DRAW)
+            return
+        for logits in self._side.batch.decode(ids, want_logits=True).logits:
+            assert logits is not None
+            sample(logits, DRAW)
 
     def stop(self) -> None:
         self._side.stop()
@@ -96,7 +121,12 @@ def decode_steps(
             prompts = rng.integers(3, shape.vocab_size, size=(rows, 20))
             steps = rng.integers(3, shape.vocab_size, size=(2 if tiny else 24, rows))
             side = Ours(backend, engine.tenants[:tenants], prompts)
-            sides: dict[str, Driven] = {"graph": side, "eager": Eager(side)}
+            sides: dict[str, Driven] = {
+                "graph": side,
+                "eager": Eager(side),
+                "drawn": Drawn(side, on_host=False),
+                "on host": Drawn(side, on_host=True),
+            }
             if peer is not None and tenants == 1:
                 sides["transformers"] = decode.Decoder(peer, prompts, "grouped_mm")
             measure = partial(timed, steps=steps)
@@ -115,6 +145,8 @@ def decode_steps(
                     "step / floor": f"{spread.median / floor:.2f}",
                     "experts hit": f"{hit:.1f}",
                     "eager / graph": ratios(times["eager"], times["graph"]),
+                    "drawn / most probable": ratios(times["drawn"], times["graph"]),
+                    "drawn on the host / drawn": ratios(times["on host"], times["drawn"]),
                     "transformers, ms": Spread.of(theirs).scaled(1e3) if theirs else "-",
                     "transformers / ours": ratios(theirs, times["graph"]) if theirs else "-",
                     "of one tenant's rate": ratios(alone, times["graph"]) if tenants > 1 else "-",

@@ -244,11 +244,16 @@ class Batch:
             ]
         )
 
-    def decode(self, token_ids: np.ndarray, want_logits: bool) -> Step:
-        """Append one token to each row, int64 [rows], and give what comes next."""
+    def decode(
+        self, token_ids: np.ndarray, want_logits: bool, choice: Choice | None = None
+    ) -> Step:
+        """Append one token to each row, int64 [rows], and give what comes next.
+
+        choice: how all of them choose it, for a backend that chooses.
+        """
         return self._backend.step(
             [
-                Part(s, token_id=int(t), want_logits=want_logits)
+                Part(s, token_id=int(t), want_logits=want_logits, choice=choice)
                 for s, t in zip(self._sequences, token_ids, strict=True)
             ]
         )
