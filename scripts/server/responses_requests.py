@@ -144,8 +144,7 @@ class ResponsesRequest(Taken):
         for i, item in enumerate(self.input):
             kind = item.get("type", "message")
             if kind == "reasoning":
-                parts = item.get("content") or item.get("summary") or []
-                thought = "".join(str(part.get("text", "")) for part in parts)
+                thought = _thought(i, item)
                 continue
             message = _message(i, kind, item)
             if thought and message["role"] == "assistant":
@@ -156,6 +155,16 @@ class ResponsesRequest(Taken):
             else:
                 found.append(message)
         return found
+
+
+def _thought(number: int, item: Mapping[str, Any]) -> str:
+    """The text of a reasoning item. Raises ApiError."""
+    parts = item.get("content") or item.get("summary") or []
+    texts = [p.get("text") for p in parts if isinstance(p, dict)] if parts else []
+    if not isinstance(parts, list) or not all(isinstance(text, str) for text in texts):
+        where = f"input[{number}].content"
+        raise ApiError(400, f"{where}: give a list of parts that have a text", param=where)
+    return "".join(map(str, texts))
 
 
 def _message(number: int, kind: str, item: Mapping[str, Any]) -> dict[str, Any]:

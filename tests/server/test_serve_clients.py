@@ -253,6 +253,7 @@ def test_the_schema_is_complete(live: Live) -> None:
     found = live.get("/openapi.json").json()
     assert set(found["paths"]) == {
         *("/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions"),
+        "/v1/responses",
         *("/health", "/ready", "/version", "/load", "/metrics", "/tokenize", "/detokenize"),
         *("/v1/load_tenant", "/v1/unload_tenant", "/status.json"),
     }
