@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from common.errors import RequestError
 from scripts.cli import make_parser
 from scripts.commands.serve import add_arguments
 from scripts.ray.local import application_arguments
@@ -61,6 +62,12 @@ def test_options_without_a_meaning_on_ray_are_refused(option: list[str]) -> None
 def test_ray_chooses_gpus() -> None:
     with pytest.raises(ServeError, match="Ray says which GPU"):
         arguments_of("--device", "cuda:1")
+
+
+@pytest.mark.parametrize("name", ["tool_call_parser", "reasoning_parser"])
+def test_formats_that_nobody_knows_are_refused(name: str) -> None:
+    with pytest.raises(RequestError, match=f"args: {name} is 'guess'; give one of '"):
+        RaySettings.of({"store": "STORE", name: "guess"})
 
 
 @pytest.mark.slow
