@@ -19,9 +19,21 @@ from tests import helpers
 from tests.conftest import Family
 from tests.helpers import assert_close, hf_greedy, hf_logits, rest_slow
 from tests.torch_engine.residual_stores import CASES, EVERY_KIND, PROJECTIONS, WAYS, prepared
+from torch_engine.experts import grouped_pool
 from torch_engine.experts.kernel_pool import KernelPool
 
 NEW = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def no_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they take minutes; tests/torch_engine/test_grouped_residuals.py has them."""
+    usual = grouped_pool.why_no_triton
+
+    def why_not(device: torch.device) -> str | None:
+        return "it would be interpreted" if device.type == "cpu" else usual(device)
+
+    monkeypatch.setattr(grouped_pool, "why_no_triton", why_not)
 
 
 def check(
