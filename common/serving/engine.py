@@ -180,15 +180,9 @@ class Engine:
         the prefix cache. `step` calls `on_output` with what is new. Raises as `generate` does, and
         OverloadedError where too many requests wait already.
         """
-        request = self.check(
-            tenant,
-            prompt,
-            params,
-            priority=priority,
-            deadline_s=deadline_s,
-            cache_salt=cache_salt,
-            on_output=on_output,
-        )
+        options: dict[str, Any] = {"priority": priority, "deadline_s": deadline_s}
+        options |= {"cache_salt": cache_salt, "on_output": on_output}
+        request = self.check(tenant, prompt, params, **options)
         self.enqueue(request)
         return request
 
