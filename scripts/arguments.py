@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,3 +189,23 @@ def add_engine_arguments(parser: argparse._ActionsContainer) -> None:
     """Where a store's engine runs and in what type it computes."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+
+
+def port(text: str) -> int:
+    """For argparse."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a port, 0 to 65535; 0 takes a free one")
+    return int(text)
+
+
+def texts(text: str) -> tuple[str, ...]:
+    """`["a", "b"]` as vLLM's flags take it, or one text alone, for argparse."""
+    if not text.startswith("["):
+        return (text,)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = [None]
+    if not all(isinstance(each, str) for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a JSON list of texts, or one text")
+    return tuple(found)

@@ -102,7 +102,7 @@ class TorchBackend(Backend):
         self.observer: Observer | None = None
         self.default_chunk = 128 if self.device.type == "cpu" else 1024
         self.prefetches = self.device.type == "cuda"
-        self.chooses = self.device.type == "cuda"  # logits of many rows are slow to fetch
+        self.chooses = self.device.type == "cuda"  # logits of many rows are megabytes
         try:
             self.cache = make_arena(self._shapes(store), options, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
@@ -253,17 +253,7 @@ class TorchBackend(Backend):
             torch.cuda.current_stream(
                 self.device
             ).synchronize()  # so that times are those of this step
-        hits = counts * lookups - made.misses
-        seconds = self.ready.seconds()
-        return Step(
-            made.token_ids,
-            made.logits,
-            hits,
-            made.misses,
-            seconds,
-            made.prompt_logprobs,
-            made.logprobs,
-        )
+        return made.step(counts * lookups, self.ready.seconds())
 
     def _graphed(self, parts: Sequence[Part], tenants: Sequence[str]) -> list[int]:
         """The parts that `DecodeSteps` computes, those of a tenant together."""

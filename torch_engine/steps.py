@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.serving.backend import Observer, Part
+from common.serving.backend import Observer, Part, Step
 from common.serving.prompt_logprobs import PromptLogprobs
 from common.serving.sampling import TokenLogprob
 from torch_engine import sampling
@@ -78,6 +78,18 @@ class Results:
                 kept = values if len(wanted) == len(each) else values[wanted]
                 for row, k in zip(kept.float().cpu().numpy(), wanted, strict=True):
                     self.logits[each[k]] = row
+
+    def step(self, lookups: np.ndarray, seconds: dict[str, float]) -> Step:
+        """All of it. lookups: int64 [parts], of experts; seconds: of reconfiguration, by tenant."""
+        return Step(
+            self.token_ids,
+            self.logits,
+            lookups - self.misses,
+            self.misses,
+            seconds,
+            self.prompt_logprobs,
+            self.logprobs,
+        )
 
 
 def _chosen(parts: Sequence[Part], numbers: Sequence[int], logits: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -15,7 +16,6 @@ from common.build.examples import CalibrationSet
 from common.build.settings import Amount, PlanSettings
 from common.build.sources import Source
 from common.build.unfinished import Unfinished
-from common.dtypes import BY_NAME
 from common.errors import PlanError
 from common.plan.distance import Distances
 from common.plan.profile import Profile
@@ -23,7 +23,7 @@ from common.planning.adapters import plan_adapters
 from common.planning.measurements import Measurements
 from common.planning.planner import Planner
 from common.progress import Progress
-from common.store.change import with_plan
+from common.store.change import put, with_plan
 from common.store.manifest import NONE, Manifest
 from common.store.objects import Objects
 from common.store.pack import for_serving
@@ -76,12 +76,8 @@ def assemble(
         if exact is not None:
             return _dropped(exact.of(draft), objects)
     planner = Planner(draft, profiles, settings.traffic, progress, known, unfinished.measurements)
-
-    def put(made: np.ndarray) -> str:
-        kind = made.dtype if made.dtype == np.uint8 else BY_NAME[draft.dtype]
-        return objects.put(made.astype(kind, copy=False))
-
-    outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes, put)
+    keep = partial(put, draft)
+    outcome = planner.plan(settings.policy, amount.slots, amount.extra_bytes, keep)
     if planner.measurements.worth_keeping:
         found = planner.measurements.to_json(objects.put)
         draft = Store(directory, replace(draft.manifest, measurements=found), objects)

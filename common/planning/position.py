@@ -21,8 +21,9 @@ Matrix = dict[str, np.ndarray]
 
 
 # How often a copy is fitted anew beside the residuals that were fitted to it, as long as that
-# helps. It helps by up to 6 % where samples determine a copy, and not at all where they are fewer
-# than its inputs, as of large models (docs/results/2026-11-27-planning.md).
+# helps. It helped by up to 6 % where samples are as many as inputs, by 2 % where they are a little
+# fewer, and not at all where they are far fewer, as of large models
+# (docs/results/2026-11-27-planning.md).
 REFITS = 2
 
 

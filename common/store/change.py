@@ -71,14 +71,6 @@ def with_plan(
         raise PlanError("weights must be given for each merged copy of the plan, and for no other")
     if len(records) != len(plan.residuals):
         raise PlanError(f"{len(records)} records for {len(plan.residuals)} residuals of the plan")
-    dtype = BY_NAME[store.dtype]
-
-    def put(array: np.ndarray | str) -> str:
-        if isinstance(array, str):
-            return array
-        kind = array.dtype if array.dtype == np.uint8 else dtype
-        return store.objects.put(array.astype(kind, copy=False))
-
     for slot, matrices in merged.items():
         found = {p: shapes[p] if isinstance(m, str) else m.shape for p, m in matrices.items()}
         if found != shapes:
@@ -91,8 +83,10 @@ def with_plan(
                 f"the record of {residual} is {record.dtype} {list(record.shape)}, not what its "
                 "parts need"
             )
-    ids = {slot: {p: put(m) for p, m in matrices.items()} for slot, matrices in merged.items()}
-    kept = tuple(put(record) for record in records)
+    ids = {
+        slot: {p: put(store, m) for p, m in matrices.items()} for slot, matrices in merged.items()
+    }
+    kept = tuple(put(store, record) for record in records)
     provenance = {
         key: value for key, value in manifest.provenance.items() if key != BESIDE
     }  # it is for all tenants
@@ -104,6 +98,14 @@ def with_plan(
         prediction=prediction,
         provenance=provenance,
     )
+
+
+def put(store: Store, made: np.ndarray | str) -> str:
+    """Keep a matrix in the store's type, or a record; what is an id is kept already."""
+    if isinstance(made, str):
+        return made
+    dtype = made.dtype if made.dtype == np.uint8 else BY_NAME[store.dtype]
+    return store.objects.put(made.astype(dtype, copy=False))
 
 
 @contextmanager

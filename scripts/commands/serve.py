@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
-import json
 import logging
 import sys
 import time
@@ -20,7 +19,9 @@ from common.serving.scheduler_options import SchedulerOptions
 from scripts import arguments
 from scripts.server.keys import KeyRing
 from scripts.server.process import ServeError, bind, serve
+from scripts.server.reasoning import FORMATS
 from scripts.server.settings import ServerSettings
+from scripts.server.tools import PARSERS
 
 if TYPE_CHECKING:
     from common.serving.engine import Engine
@@ -28,25 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a port, 0 to 65535; 0 takes a free one")
-    return int(text)
-
-
-def _texts(text: str) -> tuple[str, ...]:
-    """`["a", "b"]` as vLLM's flags take it, or one text alone, for argparse."""
-    if not text.startswith("["):
-        return (text,)
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = [None]
-    if not all(isinstance(each, str) for each in found):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a JSON list of texts, or one text")
-    return tuple(found)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen at (default: this machine alone)"
     )
     net.add_argument(
-        "--port", type=_port, default=8000, metavar="N", help="0 takes a free one and prints it"
+        "--port",
+        type=arguments.port,
+        default=8000,
+        metavar="N",
+        help="0 takes a free one and prints it",
     )
     net.add_argument(
         "--timeout-keep-alive",
@@ -134,12 +120,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     load.add_argument(
         "--tool-call-parser",
-        choices=("hermes", "mistral", "qwen3_coder"),
+        choices=tuple(PARSERS),
         help="the format in which the models call tools; without it tool_choice auto is refused",
     )
     load.add_argument(
         "--reasoning-parser",
-        choices=("deepseek_r1", "qwen3"),
+        choices=tuple(FORMATS),
         help="how the models mark what they think before they answer; without it that is part of "
         "the answer",
     )
@@ -231,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         who.add_argument(
             f"--allowed-{what}",
-            type=_texts,
+            type=arguments.texts,
             default=("*",),
             metavar="LIST",
             help=f'{about} (default: ["*"], all)',

@@ -6,7 +6,6 @@ template may open the mark itself, or close it where thinking is switched off.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from scripts.server.tools.parser import overlap
@@ -14,14 +13,8 @@ from scripts.server.tools.parser import overlap
 BEGIN, END = "<think>", "</think>"
 
 
-@dataclass(frozen=True)
-class Format:
-    """always: an answer is reasoning up to the end mark, though nothing opens it."""
-
-    always: bool
-
-
-FORMATS = {"deepseek_r1": Format(always=True), "qwen3": Format(always=False)}
+FORMATS = {"deepseek_r1": True, "qwen3": False}
+"""Whether an answer is reasoning up to the end mark, though nothing opens it."""
 
 
 class Reasoning:
@@ -34,7 +27,7 @@ class Reasoning:
     def __init__(self, name: str, prompt: str):
         """name: of `FORMATS`. prompt: as the template wrote it."""
         written = prompt.rstrip()
-        self._always = FORMATS[name].always
+        self._always = FORMATS[name]
         self._begun = written.endswith(BEGIN)
         self.ended = written.endswith(END)
         self._held = ""

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from common import build_store, load_engine
+from common import load_engine
 from scripts.server.settings import ServerSettings
-from tests import helpers
 from tests.byte_tokenizer import byte_tokenizer
 from tests.server.live import Live, Loop
+from tests.server.scripted import tenants_of
 
 pytest.importorskip("llguidance", reason="structured outputs need llguidance")
 
@@ -48,15 +48,8 @@ MESSAGES: Any = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("clients")
-    base = helpers.random_mixtral(0, vocab_size=280, max_position_embeddings=2048, eos_token_id=2)
-    tokenizer = byte_tokenizer(["<user>", "<bot>"])
-    tokenizer.chat_template = TEMPLATE
-    paths = {}
-    for seed, name in enumerate(("ana", "bob")):
-        paths[name] = helpers.save(helpers.tuned(base, seed), root / name)
-        tokenizer.save_pretrained(paths[name])
-    build_store(root / "store", paths, policy="round_robin")
-    loop = Loop(load_engine(root / "store", device="cpu"))
+    store = tenants_of(root, dict.fromkeys(("ana", "bob"), TEMPLATE))
+    loop = Loop(load_engine(store, device="cpu"))
     with loop.serve(ServerSettings(tool_call_parser="hermes")) as found:
         yield found
     loop.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import openai
 import pytest
 
-from common import SamplingParams, StructuredOutputs, build_store, load_engine
+from common import SamplingParams, StructuredOutputs, load_engine
 from scripts.server.reasoning import Reasoning
 from scripts.server.settings import ServerSettings
-from tests import helpers
-from tests.byte_tokenizer import byte_tokenizer
 from tests.server.live import Live, Loop, error
+from tests.server.scripted import END_ID, client, hold_from_the_start, saying, tenants_of
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
@@ -73,16 +71,7 @@ def test_what_is_certain_is_not_held_back() -> None:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("reasoning")
-    base = helpers.random_mixtral(0, vocab_size=280, max_position_embeddings=2048, eos_token_id=2)
-    paths: dict[str, Path] = {}
-    for seed, name in enumerate(("ana", "bob")):
-        paths[name] = helpers.save(helpers.tuned(base, seed), root / name)
-        tokenizer = byte_tokenizer(["<user>", "<bot>"])
-        if name == "ana":
-            tokenizer.add_tokens(["<think>", "</think>"])
-        tokenizer.chat_template = TEMPLATE
-        tokenizer.save_pretrained(paths[name])
-    return build_store(root / "store", paths, policy="round_robin").path
+    return tenants_of(root, {"ana": TEMPLATE, "bob": TEMPLATE}, marked=["ana"])
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +87,7 @@ def served(store: Path) -> Iterator[tuple[Live, Live]]:
 
 @pytest.fixture
 def from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Structures hold for reasoning too, so that they say what a random model answers."""
-    monkeypatch.setattr(SamplingParams, "structured_behind", lambda self, mark: self)
-
-
-def client(live: Live) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+    hold_from_the_start(monkeypatch)
 
 
 ASK: dict[str, Any] = {
@@ -112,13 +96,6 @@ ASK: dict[str, Any] = {
     "temperature": 1,
     "max_tokens": 300,
 }
-
-
-def saying(text: str, **fields: Any) -> dict[str, Any]:
-    """Lark's notation names tokens by their marks."""
-    parts = [part for part in re.split("(</?think>)", text) if part]
-    rule = " ".join(p if re.fullmatch("</?think>", p) else json.dumps(p) for p in parts)
-    return {"structured_outputs": {"grammar": f"start: {rule}"}, **fields}
 
 
 @pytest.mark.usefixtures("from_the_start")
@@ -182,13 +159,13 @@ def test_tools_are_called_behind_the_reasoning(served: tuple[Live, Live]) -> Non
 
 
 def test_a_structure_begins_behind_the_reasoning(served: tuple[Live, Live]) -> None:
-    end = {"logit_bias": {str(263): 100}}  # </think> comes at once
+    end = {"logit_bias": {str(END_ID): 100}}  # </think> comes at once
     found = client(served[0]).chat.completions.create(
         **ASK, extra_body={**end, "structured_outputs": {"choice": ["yes", "no"]}}
     )
     assert found.choices[0].message.content in ("yes", "no")
     assert found.choices[0].finish_reason == "stop"
-    never = {"logit_bias": {str(263): -100}}
+    never = {"logit_bias": {str(END_ID): -100}}
     found = client(served[0]).chat.completions.create(
         **ASK | {"max_tokens": 20},
         extra_body={**never, "structured_outputs": {"choice": ["<think>yes"]}},
@@ -221,15 +198,23 @@ def test_in_python_a_structure_can_begin_behind_a_token(store: Path) -> None:
     pytest.importorskip("llguidance", reason="structured outputs need llguidance")
     with load_engine(store, device="cpu") as engine:
         (end,) = engine.tokenize("ana", "</think>", add_special_tokens=False)
-        assert end == 263
+        assert end == END_ID
         wanted = StructuredOutputs(regex="[ab]{3}", behind="</think>")
         params = SamplingParams(
-            max_new_tokens=200, temperature=1.0, seed=1, structured_outputs=wanted
+            max_new_tokens=200,
+            temperature=1.0,
+            seed=1,
+            structured_outputs=wanted,
+            logit_bias={end: 4.0},
         )
-        texts = [engine.generate("ana", f"{i}", params).text or "" for i in range(8)]
-        for text in texts:
-            _, mark, behind = text.partition("</think>")
-            assert not mark or (len(behind) == 3 and set(behind) <= {"a", "b"}), text
+        answers = [engine.generate("ana", f"{i}", params) for i in range(8)]
+    # Ends before the mark, and cut answers, say nothing.
+    whole = [a.text for a in answers if a.finish_reason == "stop" and "</think>" in (a.text or "")]
+    assert len(whole) >= 3
+    for text in whole:
+        assert text is not None
+        before, _, behind = text.partition("</think>")
+        assert before and len(behind) == 3 and set(behind) <= {"a", "b"}, text
 
 
 def test_what_no_tenant_can_do_is_refused_in_words(served: tuple[Live, Live]) -> None:

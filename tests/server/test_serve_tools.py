@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from common import build_store, load_engine
+from common import load_engine
 from scripts.server.settings import ServerSettings
-from tests import helpers
-from tests.byte_tokenizer import byte_tokenizer
 from tests.server.live import Live, Loop, error
+from tests.server.scripted import tenants_of
 
 pytest.importorskip("llguidance", reason="structured outputs need llguidance")
 
@@ -60,16 +58,8 @@ def saying(text: str) -> dict[str, Any]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Live]]:
     """With the format of Hermes and with none. `plain` has a template without tools."""
     root = tmp_path_factory.mktemp("tools")
-    base = helpers.random_mixtral(0, vocab_size=280, max_position_embeddings=2048, eos_token_id=2)
-    paths: dict[str, Path] = {}
-    for seed, name in enumerate(("ana", "plain")):
-        paths[name] = helpers.save(helpers.tuned(base, seed), root / name)
-        tokenizer = byte_tokenizer(["<user>", "<bot>"])
-        if name == "ana":
-            tokenizer.chat_template = TEMPLATE
-        tokenizer.save_pretrained(paths[name])
-    build_store(root / "store", paths, policy="round_robin")
-    loop = Loop(load_engine(root / "store", device="cpu"))
+    store = tenants_of(root, {"ana": TEMPLATE, "plain": None})
+    loop = Loop(load_engine(store, device="cpu"))
     with (
         loop.serve(ServerSettings(tool_call_parser="hermes")) as hermes,
         loop.serve(ServerSettings()) as without,
