@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,17 +21,15 @@ from common.errors import (
     RequestError,
     UnknownTenantError,
 )
-from common.plan.plan import Plan
 from common.sampling_params import SamplingParams
 from common.serving.backend import Backend, Observer
-from common.serving.checks import Prompt, check_ids, check_request
+from common.serving.checks import Prompt, check_request
 from common.serving.request import Generation, Output, Request
 from common.serving.scheduler_options import SchedulerOptions
 from common.serving.scoring import logits_of
 from common.serving.statistics import running
 from common.serving.steps import Steps
-from common.serving.tenant_text import TenantText
-from common.serving.tenant_texts import Texts
+from common.serving.store_texts import StoreTexts
 from common.serving.warm_up import warm_up
 from common.store import Store
 from common.units import is_whole
@@ -39,7 +37,7 @@ from common.units import is_whole
 GREEDY = SamplingParams()
 
 
-class Engine:
+class Engine(StoreTexts):
     """Answers for every tenant of a store.
 
     Make one with `load_engine`, and use it in a `with` statement or call `close()`. `generate`,
@@ -50,12 +48,10 @@ class Engine:
 
     def __init__(self, store: Store, backend: Backend, options: SchedulerOptions | None = None):
         """Raises EngineError, or UnknownTenantError for options of a tenant that is not there."""
-        self.store = store
-        self.options = options or SchedulerOptions()
+        super().__init__(store, options or SchedulerOptions())
         self.options.check_tenants(store.tenants)
         self._backend: Backend | None = backend
         self._steps = Steps(backend, self.options)
-        self._texts = Texts(store)
         self._leaving: set[str] = set()
 
     @property
@@ -67,34 +63,6 @@ class Engine:
     def tenants(self) -> tuple[str, ...]:
         """Names, without those that are being removed."""
         return tuple(t for t in self.store.tenants if t not in self._leaving)
-
-    @property
-    def unavailable(self) -> dict[str, str]:
-        """Tenant -> why it cannot be asked, as far as tenants were loaded: see `load_texts`.
-
-        One whose tokenizer cannot be loaded still answers prompts of token ids.
-        """
-        return {n: why for n, why in self._texts.failures.items() if n in self.tenants}
-
-    def load_texts(self) -> dict[str, str]:
-        """Load every tenant's tokenizer, so that no first request waits for it.
-
-        Returns `unavailable`.
-        """
-        self._texts.load_all()
-        return self.unavailable
-
-    def text(self, tenant: str) -> TenantText:
-        """A tenant's tokenizer, chat template and generation config.
-
-        Raises UnknownTenantError, TenantUnavailableError.
-        """
-        return self._texts.of(tenant)
-
-    @property
-    def plan(self) -> Plan:
-        """Which copies are resident, and which of them serves whom."""
-        return self.store.plan
 
     def warm_up(self, prompt_tokens: int = 24, new_tokens: int = 16) -> None:
         """Let the backend compile what usual steps need, so that first requests do not wait for it.
@@ -269,8 +237,7 @@ class Engine:
                     f"tenant {name!r} has requests; retire it and wait until they are done"
                 )
         self._require_backend().update(store)
-        self.store = self._texts.store = store
-        self._texts.forget(gone.__contains__)
+        super().update(store)
         for name in gone:
             self._steps.scheduler.forget_tenant(name)
             self._leaving.discard(name)
@@ -307,14 +274,6 @@ class Engine:
             raise UnknownTenantError(tenant, self.tenants)
         return logits_of(backend, self.store, tenant, input_ids, decoder_input_ids, attention_mask)
 
-    def tokenize(self, tenant: str, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the tokenizer's special tokens or without."""
-        return self._texts.of(tenant).encode(text, add_special_tokens)
-
-    def answer_ids(self, tenant: str, text: str) -> list[int]:
-        """Token ids of a text as the tenant would answer it, up to an end-of-sequence token."""
-        return self._texts.of(tenant).encode_answer(text)
-
     def start_id(self, tenant: str) -> int:
         """The token that an encoder-decoder's answers begin with; RequestError for others."""
         found = self._require_backend().start_id(tenant) if tenant in self.tenants else None
@@ -323,30 +282,6 @@ class Engine:
                 f"tenant {tenant!r} has no decoder start token; its answers go on from the prompt"
             )
         return found
-
-    def detokenize(
-        self, tenant: str, token_ids: Sequence[int], skip_special_tokens: bool = True
-    ) -> str:
-        """Text of token ids. Raises RequestError without a tokenizer."""
-        tokenizer = self._texts.of(tenant).require("token ids have no text")
-        return tokenizer.decode(
-            check_ids(tenant, self.store.config(tenant), token_ids, "token_ids"),
-            skip_special_tokens,
-        )
-
-    def apply_chat_template(
-        self,
-        tenant: str,
-        messages: Sequence[Mapping[str, Any]],
-        add_special_tokens: bool = False,
-        **options: Any,
-    ) -> list[int]:
-        """Token ids of a conversation in the tenant's chat template: a prompt for `generate`.
-
-        `options` are those of transformers' `apply_chat_template`, such as `add_generation_prompt`
-        (here true if not given), `continue_final_message`, and variables of the template.
-        """
-        return self._texts.of(tenant).chat(messages, add_special_tokens, **options)
 
     def observe(self, observer: Observer | None) -> None:
         """Show every layer's routing to `observer` from now on, None to stop; see `Observer`."""

@@ -22,11 +22,11 @@ from common.errors import DeadlineError, EngineError, OverloadedError, UnknownTe
 from common.sampling_params import SamplingParams
 from common.serving.request import Output
 from common.serving.scheduler_options import SchedulerOptions
+from common.serving.store_texts import StoreTexts
 from common.store import Store
 from scripts.ray.failures import ReplicaLostError, received
 from scripts.ray.replay import Replay
 from scripts.ray.reports import Reports, together
-from scripts.ray.store_face import StoreFace
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class RemoteEngine:
     healthy = True
 
     def __init__(self, store: Store, options: SchedulerOptions, handle: DeploymentHandle):
-        self.engine = StoreFace(store, options)
+        self.engine = StoreTexts(store, options)
         self._generate: Any = handle.options(method_name="generate", stream=True)
         self.reports = Reports(handle)
         self._open: dict[str, int] = {}
